@@ -1,0 +1,1 @@
+//! The actors of Volary: supervisor, node, lane, dense, router, expert, reducer, checkpointer.

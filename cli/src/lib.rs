@@ -1,0 +1,1 @@
+//! The binary volary: configuration and commands.

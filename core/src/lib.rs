@@ -1,0 +1,30 @@
+//! The pure core of Volary: ids, lanes, placement, dispatch and the step protocol.
+//!
+//! Nothing here knows a clock, a socket, a tensor library or an unseeded random number, so that a whole cluster can
+//! be played through in a test, thousands of times a second. Where things are:
+//!
+//! | file | what |
+//! | --- | --- |
+//! | [`ids`] | steps, epochs, lanes, nodes, shards |
+//! | [`random`] | draws keyed by what they are for |
+//! | [`architecture`] | the shape of a model, the paper's presets, counts |
+//! | [`options`], [`schedule`] | what a run is told; learning rate, skip, clip |
+//! | [`dispatch`] | top-2 choices to batches per expert |
+//! | [`tree`] | the fixed order in which gradients are summed |
+//! | [`placement`] | who holds what and runs what |
+//! | [`messages`], [`machine`] | the step and recovery protocol |
+//! | [`compute`] | the seam to the tensor library |
+
+pub mod architecture;
+pub mod compute;
+pub mod dispatch;
+pub mod ids;
+pub mod machine;
+pub mod messages;
+pub mod options;
+pub mod placement;
+pub mod random;
+pub mod schedule;
+pub mod tree;
+
+pub use ids::{Epoch, Lane, NodeId, ShardId, Step};

@@ -1,0 +1,657 @@
+//! The supervisor's state machine: membership, the steps of a run, commits, checkpoints and recovery.
+//!
+//! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It knows no clock and
+//! does no I/O. Its invariants, which its tests cite:
+//!
+//! - **M-1** a step is committed once, and only when every member of the placement holds its whole gradient;
+//! - **M-2** a commit is journalled before any node hears of it, and never undone while a copy of every shard lives;
+//! - **M-3** what carries another epoch than the current one changes nothing;
+//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint, as a whole.
+
+use crate::architecture::Architecture;
+use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
+use crate::messages::{Assignment, FromNode, LaneReport, Norm, Pass, Source, ToNode};
+use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use crate::placement::{Member, Placement, Request};
+use crate::schedule::Update;
+use crate::tree::fold_numbers;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// How often one step is tried again before the run gives up.
+pub const ATTEMPTS_MAX: u32 = 16;
+
+/// What a run is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The model's shape.
+    pub architecture: Architecture,
+    /// How it trains.
+    pub training: TrainingOptions,
+    /// How it uses its cluster.
+    pub cluster: ClusterOptions,
+    /// When it writes checkpoints.
+    pub checkpoint: CheckpointOptions,
+    /// When it measures the held-out loss.
+    pub validation: ValidationOptions,
+}
+
+/// What happens to the supervisor.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A node joined and can be given work.
+    Joined {
+        /// The node.
+        node: NodeId,
+        /// How much it does in a second, relative to the others.
+        capacity: f64,
+        /// Where its peers reach it.
+        address: String,
+    },
+    /// A node is gone.
+    Lost {
+        /// The node.
+        node: NodeId,
+        /// How that was noticed.
+        reason: String,
+    },
+    /// A node said something.
+    Said {
+        /// The node.
+        node: NodeId,
+        /// What.
+        message: FromNode,
+    },
+    /// A checkpoint is durable and catalogued.
+    CheckpointStored {
+        /// Its step.
+        step: Step,
+    },
+    /// A checkpoint could not be written.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
+    /// Somebody asks for a checkpoint at the next boundary between steps.
+    CheckpointRequested,
+    /// Somebody asks the run to write a checkpoint and end.
+    StopRequested,
+    /// The time to gather nodes is over.
+    GatherTimeout,
+}
+
+/// One committed step, as it is journalled and written to the metrics.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Committed {
+    /// The step.
+    pub step: Step,
+    /// The placement under which it ran.
+    pub epoch: Epoch,
+    /// Mean cross-entropy over the batch, in nats per token.
+    pub loss: f64,
+    /// Mean load-balancing loss.
+    pub aux_loss: f64,
+    /// Norm of the mean gradient before clipping.
+    pub grad_norm: f64,
+    /// What the replicas do with it.
+    pub update: Update,
+    /// Tokens in the step.
+    pub tokens: u64,
+    /// Nodes that took part.
+    pub nodes: u32,
+    /// Kept assignments per MoE layer and expert, over all lanes.
+    pub load: Vec<Vec<u64>>,
+    /// Assignments dropped for want of capacity.
+    pub dropped: u64,
+}
+
+#[expect(missing_docs, reason = "the fields are what their names say")]
+/// Something worth telling people.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Notice {
+    /// A node joined.
+    Joined { node: NodeId, capacity: f64, address: String },
+    /// A node is gone.
+    Lost { node: NodeId, reason: String },
+    /// A new placement was made.
+    Placed { epoch: Epoch, step: Step, nodes: Vec<NodeId>, moved: usize },
+    /// A step in flight was dropped and will run again.
+    Aborted { epoch: Epoch, step: Step, reason: String },
+    /// The last copy of a shard is gone: the run went back to a checkpoint.
+    WentBack { from: Step, to: Step, shard: ShardId },
+    /// A checkpoint is durable.
+    Checkpoint { step: Step },
+    /// A checkpoint could not be written.
+    CheckpointFailed { step: Step, reason: String },
+    /// Two replicas of a shard hold unlike gradients.
+    ReplicasDiffer { step: Step, shard: ShardId },
+}
+
+#[expect(missing_docs, reason = "the fields are what their names say")]
+/// What the supervisor does next, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Send a message; the shell fills in a `Begin`'s tokens.
+    Send { node: NodeId, message: ToNode },
+    /// Make this step durable before the next effect.
+    Journal(Box<Committed>),
+    /// Open a checkpoint of `step` that is complete when all of `shards` have come.
+    OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
+    /// Give up a checkpoint that cannot be completed.
+    DropCheckpoint { step: Step },
+    /// Forget all committed steps after `step`.
+    GoBack { step: Step },
+    /// The held-out loss after `step`.
+    Validated { step: Step, loss: f64, tokens: u64 },
+    /// Tell people.
+    Notice(Notice),
+    /// The run is complete (or stopped as asked), with everything durable.
+    Done,
+    /// The run cannot go on.
+    Fatal { reason: String },
+}
+
+/// What the supervisor is doing, for `status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activity {
+    /// Waiting for nodes.
+    Gathering,
+    /// Nodes fetch the shards of a new placement.
+    Placing,
+    /// A step is in flight.
+    Training,
+    /// The held-out loss is being measured.
+    Validating,
+    /// The last checkpoint is being written.
+    Finishing,
+    /// The run is over.
+    Done,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Gathering,
+    Placing { waiting: BTreeSet<NodeId> },
+    Training { prepared: BTreeMap<NodeId, Vec<(ShardId, Norm)>>, lanes: BTreeMap<Lane, LaneReport> },
+    Validating { round: u64, done: BTreeSet<NodeId>, lanes: BTreeMap<(u64, Lane), LaneReport> },
+    Finishing,
+    Done,
+}
+
+#[derive(Clone, Debug)]
+struct Node {
+    capacity: f64,
+    address: String,
+}
+
+/// The state of a run as the supervisor sees it.
+#[derive(Debug)]
+pub struct Machine {
+    settings: Settings,
+    nodes: BTreeMap<NodeId, Node>,
+    placement: Placement,
+    committed: Step,
+    durable: Option<Step>,
+    /// The nodes that hold each shard at version `committed`.
+    holders: BTreeMap<ShardId, BTreeSet<NodeId>>,
+    phase: Phase,
+    attempts: u32,
+    validated: Option<Step>,
+    checkpointing: Option<Step>,
+    checkpoint_wanted: bool,
+    stopping: bool,
+    wanted_nodes: usize,
+    effects: Vec<Effect>,
+}
+
+impl Machine {
+    /// The machine of a run whose last durable checkpoint is `durable` and whose last placement had number `epoch`.
+    #[must_use]
+    pub fn new(settings: Settings, durable: Option<Step>, epoch: Epoch) -> Self {
+        let wanted_nodes = settings.cluster.nodes.max(1);
+        Self {
+            settings,
+            nodes: BTreeMap::new(),
+            placement: Placement { epoch, ..Placement::default() },
+            committed: durable.unwrap_or(0),
+            durable,
+            holders: BTreeMap::new(),
+            phase: Phase::Gathering,
+            attempts: 0,
+            validated: None,
+            checkpointing: None,
+            checkpoint_wanted: false,
+            stopping: false,
+            wanted_nodes,
+            effects: Vec::new(),
+        }
+    }
+
+    /// The last committed step.
+    #[must_use]
+    pub fn committed(&self) -> Step {
+        self.committed
+    }
+
+    /// The current placement; its epoch is 0 before the first.
+    #[must_use]
+    pub fn placement(&self) -> &Placement {
+        &self.placement
+    }
+
+    /// What the supervisor is doing.
+    #[must_use]
+    pub fn activity(&self) -> Activity {
+        match self.phase {
+            Phase::Gathering => Activity::Gathering,
+            Phase::Placing { .. } => Activity::Placing,
+            Phase::Training { .. } => Activity::Training,
+            Phase::Validating { .. } => Activity::Validating,
+            Phase::Finishing => Activity::Finishing,
+            Phase::Done => Activity::Done,
+        }
+    }
+
+    /// The last durable checkpoint.
+    #[must_use]
+    pub fn durable(&self) -> Option<Step> {
+        self.durable
+    }
+
+    /// Takes one event and returns what to do, in order.
+    pub fn handle(&mut self, event: Event) -> Vec<Effect> {
+        if !matches!(self.phase, Phase::Done) {
+            match event {
+                Event::Joined { node, capacity, address } => self.on_joined(node, capacity, address),
+                Event::Lost { node, reason } => self.on_lost(&node, &reason),
+                Event::Said { node, message } => self.on_said(node, message),
+                Event::CheckpointStored { step } => self.on_checkpoint_stored(step),
+                Event::CheckpointFailed { step, reason } => self.on_checkpoint_failed(step, reason),
+                Event::CheckpointRequested => self.checkpoint_wanted = true,
+                Event::StopRequested => self.on_stop_requested(),
+                Event::GatherTimeout => self.on_gather_timeout(),
+            }
+        }
+        std::mem::take(&mut self.effects)
+    }
+
+    fn on_joined(&mut self, node: NodeId, capacity: f64, address: String) {
+        self.notice(Notice::Joined { node: node.clone(), capacity, address: address.clone() });
+        self.nodes.insert(node, Node { capacity, address });
+        if matches!(self.phase, Phase::Gathering) && self.nodes.len() >= self.wanted_nodes {
+            self.place();
+        }
+    }
+
+    fn on_lost(&mut self, node: &NodeId, reason: &str) {
+        if self.nodes.remove(node).is_none() {
+            return;
+        }
+        self.notice(Notice::Lost { node: node.clone(), reason: reason.into() });
+        self.holders.values_mut().for_each(|nodes| {
+            nodes.remove(node);
+        });
+        if let (Some(step), true) = (self.checkpointing, self.placement.members.contains(node)) {
+            self.checkpointing = None;
+            self.effects.push(Effect::DropCheckpoint { step });
+        }
+        if self.placement.members.contains(node) && !matches!(self.phase, Phase::Gathering) {
+            self.abort(&format!("{node} is gone: {reason}"));
+        }
+    }
+
+    fn on_said(&mut self, node: NodeId, message: FromNode) {
+        let current = self.placement.epoch;
+        match message {
+            FromNode::Ready { epoch } if epoch == current => self.on_ready(&node),
+            FromNode::Prepared { epoch, step, norms, lanes } if epoch == current => {
+                self.on_prepared(node, step, norms, lanes);
+            }
+            FromNode::Validated { epoch, round, lanes } if epoch == current => self.on_validated(node, round, lanes),
+            FromNode::Failed { epoch, reason, fatal } if epoch == current => self.on_failed(&node, &reason, fatal),
+            // M-3: another epoch's word changes nothing. `Applied` is told by the order of the control stream.
+            _ => {}
+        }
+    }
+
+    fn on_ready(&mut self, node: &NodeId) {
+        let Phase::Placing { waiting } = &mut self.phase else { return };
+        waiting.remove(node);
+        if waiting.is_empty() {
+            let shards = self.settings.architecture.shards();
+            let holders = |shard| (shard, self.placement.holders(shard).into_iter().collect());
+            self.holders = shards.into_iter().map(holders).collect();
+            self.advance();
+        }
+    }
+
+    fn on_prepared(
+        &mut self,
+        node: NodeId,
+        step: Step,
+        norms: Vec<(ShardId, Norm)>,
+        reports: Vec<(Lane, LaneReport)>,
+    ) {
+        let Phase::Training { prepared, lanes } = &mut self.phase else { return };
+        if step != self.committed + 1 || !self.placement.members.contains(&node) {
+            return;
+        }
+        lanes.extend(reports);
+        prepared.insert(node, norms);
+        if prepared.len() == self.placement.members.len() {
+            self.commit();
+        }
+    }
+
+    /// M-1, M-2: everybody holds the whole gradient; the step becomes part of the run.
+    fn commit(&mut self) {
+        let Phase::Training { prepared, lanes } = std::mem::replace(&mut self.phase, Phase::Finishing) else { return };
+        let step = self.committed + 1;
+        let norms = self.fold_norms(step, &prepared);
+        let squared: Vec<f64> = norms.values().map(|norm| norm.squared).collect();
+        let finite = norms.values().all(|norm| norm.finite);
+        let training = &self.settings.training;
+        let rate = training.schedule.rate(step, training.steps);
+        let (update, grad_norm) =
+            Update::decide(fold_numbers(&squared), finite, training.lanes, rate, training.clip_norm);
+        let count = f64::from(training.lanes);
+        let mean = |of: fn(&LaneReport) -> f64| fold_numbers(&lanes.values().map(of).collect::<Vec<_>>()) / count;
+        let committed = Committed {
+            step,
+            epoch: self.placement.epoch,
+            loss: mean(|lane| lane.loss),
+            aux_loss: mean(|lane| lane.aux_loss),
+            grad_norm,
+            update,
+            tokens: training.tokens_per_step(),
+            nodes: self.placement.members.len() as u32,
+            load: sum_load(lanes.values()),
+            dropped: lanes.values().map(|lane| u64::from(lane.dropped)).sum(),
+        };
+        self.effects.push(Effect::Journal(Box::new(committed)));
+        self.committed = step;
+        self.attempts = 0;
+        self.broadcast(&ToNode::Commit { epoch: self.placement.epoch, step, update });
+        self.advance();
+    }
+
+    /// The norm of every shard in the fixed order; holders of one shard must agree to the bit.
+    fn fold_norms(&mut self, step: Step, prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>) -> BTreeMap<ShardId, Norm> {
+        let mut folded: BTreeMap<ShardId, Norm> = BTreeMap::new();
+        let mut unlike = Vec::new();
+        for (shard, norm) in prepared.values().flatten() {
+            match folded.insert(*shard, *norm) {
+                Some(other) if other.squared.to_bits() != norm.squared.to_bits() => unlike.push(*shard),
+                _ => {}
+            }
+        }
+        for shard in unlike {
+            self.notice(Notice::ReplicasDiffer { step, shard });
+        }
+        folded
+    }
+
+    /// Between two steps: whatever is due, then the next step.
+    fn advance(&mut self) {
+        let over = self.stopping || self.committed >= self.settings.training.steps;
+        let every = self.settings.validation.every;
+        let due = self.committed == 0 || over || (every > 0 && self.committed.is_multiple_of(every));
+        if due && self.settings.validation.rounds > 0 && !self.stopping && self.validated != Some(self.committed) {
+            self.phase = Phase::Validating { round: 0, done: BTreeSet::new(), lanes: BTreeMap::new() };
+            return self.begin(Pass::Validate { round: 0 });
+        }
+        self.checkpoint_if_due(over);
+        if over {
+            self.phase = Phase::Finishing;
+            return self.finish_when_durable();
+        }
+        if self.nodes.len() != self.placement.members.len() {
+            return self.place();
+        }
+        self.phase = Phase::Training { prepared: BTreeMap::new(), lanes: BTreeMap::new() };
+        self.begin(Pass::Train);
+    }
+
+    fn begin(&mut self, pass: Pass) {
+        let (epoch, step) = (self.placement.epoch, self.committed + 1);
+        for node in self.placement.members.clone() {
+            let lanes = self.placement.lanes_of(&node).into_iter().map(|lane| (lane, Vec::new())).collect();
+            self.effects.push(Effect::Send { node, message: ToNode::Begin { epoch, step, pass, lanes } });
+        }
+    }
+
+    fn on_validated(&mut self, node: NodeId, at: u64, reports: Vec<(Lane, LaneReport)>) {
+        let Phase::Validating { round, done, lanes } = &mut self.phase else { return };
+        if at != *round {
+            return;
+        }
+        lanes.extend(reports.into_iter().map(|(lane, report)| ((at, lane), report)));
+        done.insert(node);
+        if done.len() < self.placement.members.len() {
+            return;
+        }
+        *round += 1;
+        done.clear();
+        if *round < self.settings.validation.rounds {
+            let pass = Pass::Validate { round: *round };
+            return self.begin(pass);
+        }
+        let losses: Vec<f64> = lanes.values().map(|lane| lane.loss).collect();
+        let tokens = losses.len() as u64 * self.settings.training.tokens_per_lane() as u64;
+        let loss = fold_numbers(&losses) / losses.len().max(1) as f64;
+        self.validated = Some(self.committed);
+        self.effects.push(Effect::Validated { step: self.committed, loss, tokens });
+        self.advance();
+    }
+
+    fn checkpoint_if_due(&mut self, over: bool) {
+        let every = self.settings.checkpoint.every;
+        let due = self.checkpoint_wanted || over || (every > 0 && self.committed.is_multiple_of(every));
+        let there = self.durable == Some(self.committed) || self.committed == 0;
+        if !due || there || self.checkpointing.is_some() {
+            return;
+        }
+        self.checkpoint_wanted = false;
+        let (epoch, step) = (self.placement.epoch, self.committed);
+        self.checkpointing = Some(step);
+        let shards = self.settings.architecture.shards();
+        let mut senders: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
+        for &shard in &shards {
+            if let Some(owner) = self.placement.owner(shard) {
+                senders.entry(owner).or_default().push(shard);
+            }
+        }
+        self.effects.push(Effect::OpenCheckpoint { step, epoch, shards });
+        for (node, shards) in senders {
+            self.effects.push(Effect::Send { node, message: ToNode::Checkpoint { epoch, step, shards } });
+        }
+    }
+
+    fn on_checkpoint_stored(&mut self, step: Step) {
+        self.durable = self.durable.max(Some(step));
+        self.notice(Notice::Checkpoint { step });
+        self.checkpoint_ended(step);
+    }
+
+    fn on_checkpoint_failed(&mut self, step: Step, reason: String) {
+        self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
+        if matches!(self.phase, Phase::Finishing) && self.checkpointing == Some(step) && step == self.committed {
+            let reason = format!("the last checkpoint (step {step}) could not be written: {reason}");
+            self.phase = Phase::Done;
+            return self.effects.push(Effect::Fatal { reason });
+        }
+        self.checkpoint_ended(step);
+    }
+
+    fn checkpoint_ended(&mut self, step: Step) {
+        if self.checkpointing == Some(step) {
+            self.checkpointing = None;
+        }
+        if matches!(self.phase, Phase::Finishing) {
+            self.checkpoint_if_due(true);
+            self.finish_when_durable();
+        }
+    }
+
+    fn finish_when_durable(&mut self) {
+        if self.checkpointing.is_none() && (self.committed == 0 || self.durable == Some(self.committed)) {
+            for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
+                let reason = "the run is over".into();
+                self.effects.push(Effect::Send { node, message: ToNode::Leave { reason } });
+            }
+            self.phase = Phase::Done;
+            self.effects.push(Effect::Done);
+        }
+    }
+
+    fn on_stop_requested(&mut self) {
+        self.stopping = true;
+        match self.phase {
+            Phase::Gathering | Phase::Placing { .. } => {
+                // Nothing is in flight, and what was committed may be in memory only where a placement was.
+                if self.durable.unwrap_or(0) == self.committed {
+                    self.checkpointing = None;
+                    self.finish_when_durable();
+                }
+            }
+            Phase::Validating { .. } => self.advance(),
+            _ => {}
+        }
+    }
+
+    fn on_gather_timeout(&mut self) {
+        if matches!(self.phase, Phase::Gathering) {
+            let reason =
+                format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
+            self.phase = Phase::Done;
+            self.effects.push(Effect::Fatal { reason });
+        }
+    }
+
+    fn on_failed(&mut self, node: &NodeId, reason: &str, fatal: bool) {
+        self.attempts += 1;
+        if fatal || self.attempts > ATTEMPTS_MAX {
+            self.phase = Phase::Done;
+            return self.effects.push(Effect::Fatal { reason: format!("{node}: {reason}") });
+        }
+        self.abort(&format!("{node}: {reason}"));
+    }
+
+    /// Drops the step in flight and places anew; the same step runs again.
+    fn abort(&mut self, reason: &str) {
+        let (epoch, step) = (self.placement.epoch, self.committed + 1);
+        self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
+        for node in self.placement.members.clone() {
+            if self.nodes.contains_key(&node) {
+                self.effects.push(Effect::Send { node, message: ToNode::Abort { epoch } });
+            }
+        }
+        self.place();
+    }
+
+    /// Makes the next placement of all nodes at hand, and tells each where its shards come from.
+    fn place(&mut self) {
+        if self.nodes.is_empty() {
+            self.wanted_nodes = 1;
+            self.phase = Phase::Gathering;
+            return;
+        }
+        self.go_back_if_a_shard_is_lost();
+        let members: Vec<Member> =
+            self.nodes.iter().map(|(node, n)| Member { node: node.clone(), capacity: n.capacity }).collect();
+        let previous = (!self.placement.members.is_empty()).then_some(&self.placement);
+        let training = &self.settings.training;
+        let placement = Placement::plan(&Request {
+            epoch: self.placement.epoch + 1,
+            members: &members,
+            architecture: &self.settings.architecture,
+            lanes: training.lanes,
+            lane_group: training.lane_group,
+            replication: self.settings.cluster.replication,
+            previous,
+        });
+        self.placement = placement;
+        let waiting: BTreeSet<NodeId> = self.nodes.keys().cloned().collect();
+        let assignments: Vec<_> = waiting.iter().map(|node| (node.clone(), self.assignment(node))).collect();
+        let fetched = |(_, source): &&(ShardId, Source)| matches!(source, Source::Peer(_) | Source::Checkpoint(_));
+        let moved = assignments.iter().map(|(_, a)| a.shards.iter().filter(fetched).count()).sum();
+        let (epoch, step) = (self.placement.epoch, self.committed);
+        self.notice(Notice::Placed { epoch, step, nodes: self.placement.members.clone(), moved });
+        for (node, assignment) in assignments {
+            self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
+        }
+        self.phase = Phase::Placing { waiting };
+    }
+
+    fn assignment(&self, node: &NodeId) -> Assignment {
+        let shards = self.settings.architecture.shards();
+        let held = shards.into_iter().filter(|&shard| self.placement.holds(node, shard));
+        Assignment {
+            placement: self.placement.clone(),
+            version: self.committed,
+            shards: held.map(|shard| (shard, self.source(node, shard))).collect(),
+            addresses: self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect(),
+        }
+    }
+
+    fn source(&self, node: &NodeId, shard: ShardId) -> Source {
+        match self.holders.get(&shard) {
+            Some(holders) if holders.contains(node) => Source::Held,
+            // Unlike shards ask unlike peers first, so that one survivor does not serve them all.
+            Some(holders) if !holders.is_empty() => {
+                let turn = match shard {
+                    ShardId::Expert { expert, .. } => usize::from(expert),
+                    ShardId::Dense { layer } | ShardId::Router { layer } => usize::from(layer),
+                    ShardId::Embedding => 0,
+                };
+                let peer = holders.iter().nth(turn % holders.len());
+                peer.map_or(Source::Initial, |peer| Source::Peer(peer.clone()))
+            }
+            _ if self.committed == 0 => Source::Initial,
+            _ => Source::Checkpoint(self.committed),
+        }
+    }
+
+    /// M-4.
+    fn go_back_if_a_shard_is_lost(&mut self) {
+        let back = self.durable.unwrap_or(0);
+        let lost = self.holders.iter().find(|(_, nodes)| nodes.is_empty()).map(|(&shard, _)| shard);
+        if let Some(shard) = lost {
+            self.notice(Notice::WentBack { from: self.committed, to: back, shard });
+            self.effects.push(Effect::GoBack { step: back });
+            self.committed = back;
+            self.validated = self.validated.filter(|&step| step <= back);
+            self.holders.clear();
+        }
+    }
+
+    fn broadcast(&mut self, message: &ToNode) {
+        for node in self.placement.members.clone() {
+            self.effects.push(Effect::Send { node, message: message.clone() });
+        }
+    }
+
+    fn notice(&mut self, notice: Notice) {
+        self.effects.push(Effect::Notice(notice));
+    }
+}
+
+fn sum_load<'a>(lanes: impl Iterator<Item = &'a LaneReport>) -> Vec<Vec<u64>> {
+    let mut total: Vec<Vec<u64>> = Vec::new();
+    for lane in lanes {
+        total.resize(total.len().max(lane.load.len()), Vec::new());
+        for (sums, counts) in total.iter_mut().zip(&lane.load) {
+            sums.resize(sums.len().max(counts.len()), 0);
+            sums.iter_mut().zip(counts).for_each(|(sum, &count)| *sum += u64::from(count));
+        }
+    }
+    total
+}
+
+#[cfg(test)]
+#[path = "machine_tests.rs"]
+mod tests;

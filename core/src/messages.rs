@@ -1,0 +1,158 @@
+//! What the supervisor and the nodes say to each other on the control stream.
+
+use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
+use crate::placement::Placement;
+use crate::schedule::Update;
+use serde::{Deserialize, Serialize};
+
+/// Where a node gets a shard's state from when a placement begins.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Source {
+    /// From the run's seed: the state before the first step.
+    Initial,
+    /// The node holds it already, at the placement's version.
+    Held,
+    /// From a node that holds it.
+    Peer(NodeId),
+    /// From a durable checkpoint, through the supervisor.
+    Checkpoint(Step),
+}
+
+/// Everything that a node needs to take part in an epoch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Assignment {
+    /// The placement.
+    pub placement: Placement,
+    /// The last committed step: the version of every shard.
+    pub version: Step,
+    /// The shards that this node holds, and where each comes from.
+    pub shards: Vec<(ShardId, Source)>,
+    /// The QUIC address of every member.
+    pub addresses: Vec<(NodeId, String)>,
+}
+
+/// What the lanes do with their tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Pass {
+    /// Forward and backward.
+    Train,
+    /// Forward only, on held-out text.
+    Validate {
+        /// Which part of the held-out text.
+        round: u64,
+    },
+}
+
+/// Supervisor to node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum ToNode {
+    /// Take part in a new epoch; answered by [`FromNode::Ready`].
+    Assign(Box<Assignment>),
+    /// Run these lanes; answered by [`FromNode::Prepared`] or [`FromNode::Validated`].
+    Begin {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The step.
+        step: Step,
+        /// Training or validation.
+        pass: Pass,
+        /// This node's lanes with their tokens, `[sequences, sequence_length + 1]` row by row.
+        lanes: Vec<(Lane, Vec<u32>)>,
+    },
+    /// The step is part of the run: apply it.
+    Commit {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The step.
+        step: Step,
+        /// What to do with the gradients.
+        update: Update,
+    },
+    /// Drop all work of this epoch; another assignment follows.
+    Abort {
+        /// The epoch that ends.
+        epoch: Epoch,
+    },
+    /// Send these shards, as they are after `step`, to the checkpoint.
+    Checkpoint {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The step just committed.
+        step: Step,
+        /// The shards that this node sends.
+        shards: Vec<ShardId>,
+    },
+    /// The run is over for this node.
+    Leave {
+        /// Why, for its log.
+        reason: String,
+    },
+}
+
+/// What a shard's summed gradient looks like to one of its holders.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Norm {
+    /// The squared norm of the sum over lanes.
+    pub squared: f64,
+    /// Whether every number in it is finite.
+    pub finite: bool,
+}
+
+/// What one lane found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LaneReport {
+    /// Mean cross-entropy, in nats per token.
+    pub loss: f64,
+    /// Mean over MoE layers of the load-balancing loss; 1 when the load is even.
+    pub aux_loss: f64,
+    /// Kept assignments per MoE layer and expert: `[layers][experts]`.
+    pub load: Vec<Vec<u32>>,
+    /// Assignments dropped for want of capacity.
+    pub dropped: u32,
+}
+
+/// Node to supervisor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum FromNode {
+    /// Every shard of the assignment is here.
+    Ready {
+        /// The placement's number.
+        epoch: Epoch,
+    },
+    /// All lanes are done, and the summed gradient of every held shard is in memory: the step can be committed.
+    Prepared {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The step.
+        step: Step,
+        /// The norm of every held shard's gradient.
+        norms: Vec<(ShardId, Norm)>,
+        /// What the lanes found.
+        lanes: Vec<(Lane, LaneReport)>,
+    },
+    /// The lanes of a validation round are done.
+    Validated {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The round.
+        round: u64,
+        /// What the lanes found.
+        lanes: Vec<(Lane, LaneReport)>,
+    },
+    /// A commit was applied: every held shard is at `step`.
+    Applied {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The step.
+        step: Step,
+    },
+    /// The node could not do its part of an epoch.
+    Failed {
+        /// The placement's number.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+        /// Whether trying again cannot help: a checkpoint that does not fit, memory that is not there.
+        fatal: bool,
+    },
+}

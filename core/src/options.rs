@@ -1,0 +1,208 @@
+//! What a run is told about its training, as it stands in the configuration file.
+
+use crate::schedule::Schedule;
+use serde::{Deserialize, Serialize};
+
+/// The optimizer and its constants.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Optimizer {
+    /// Adafactor (Shazeer and Stern, arXiv 1804.04235) with the paper's settings: no first moment, factored second one.
+    Adafactor {
+        /// Decay of the second moment; left out, the general form 1 - t^-0.8.
+        #[serde(default = "adafactor_beta2")]
+        beta2: Option<f64>,
+        /// Update clipping: the largest root mean square of an update.
+        #[serde(default = "one")]
+        clip_threshold: f64,
+        /// Whether the rate is multiplied by the root mean square of the parameter, at least 1e-3 (section 8).
+        #[serde(default = "yes")]
+        scale_by_parameter: bool,
+    },
+    /// AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+    Adamw {
+        /// Decay of the first moment.
+        #[serde(default = "adamw_beta1")]
+        beta1: f64,
+        /// Decay of the second moment.
+        #[serde(default = "adamw_beta2")]
+        beta2: f64,
+        /// Added to the root of the second moment.
+        #[serde(default = "adamw_epsilon")]
+        epsilon: f64,
+        /// Decoupled decay of matrices, not of norms.
+        #[serde(default = "adamw_decay")]
+        weight_decay: f64,
+    },
+}
+
+fn adafactor_beta2() -> Option<f64> {
+    Some(0.99)
+}
+fn yes() -> bool {
+    true
+}
+fn one() -> f64 {
+    1.0
+}
+fn adamw_beta1() -> f64 {
+    0.9
+}
+fn adamw_beta2() -> f64 {
+    0.95
+}
+fn adamw_epsilon() -> f64 {
+    1e-8
+}
+fn adamw_decay() -> f64 {
+    0.1
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self::Adafactor { beta2: adafactor_beta2(), clip_threshold: 1.0, scale_by_parameter: true }
+    }
+}
+
+/// How a run trains.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainingOptions {
+    /// The last step.
+    pub steps: u64,
+    /// Lanes: slices of the global batch, fixed for the life of the run.
+    #[serde(default = "default_lanes")]
+    pub lanes: u32,
+    /// Consecutive lanes whose tokens share one product in an expert's weight gradient, fixed for the life of the run.
+    #[serde(default = "default_lane_group")]
+    pub lane_group: u32,
+    /// Sequences in a lane.
+    #[serde(default = "default_sequences")]
+    pub sequences_per_lane: usize,
+    /// Tokens in a sequence.
+    #[serde(default = "default_sequence_length")]
+    pub sequence_length: usize,
+    /// The optimizer.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// The learning rate.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// The largest norm of the whole gradient; left out, none.
+    #[serde(default)]
+    pub clip_norm: Option<f64>,
+    /// Coefficient of the load-balancing loss (GLaM: 0.01).
+    #[serde(default = "default_aux")]
+    pub aux_loss: f64,
+    /// Coefficient of the router z-loss (about 1e-3 where it is used).
+    #[serde(default)]
+    pub z_loss: f64,
+}
+
+fn default_lanes() -> u32 {
+    8
+}
+fn default_lane_group() -> u32 {
+    4
+}
+fn default_sequences() -> usize {
+    4
+}
+fn default_sequence_length() -> usize {
+    1024
+}
+fn default_aux() -> f64 {
+    0.01
+}
+
+impl TrainingOptions {
+    /// Tokens in one step.
+    #[must_use]
+    pub fn tokens_per_step(&self) -> u64 {
+        u64::from(self.lanes) * self.tokens_per_lane() as u64
+    }
+
+    /// Tokens in one lane.
+    #[must_use]
+    pub fn tokens_per_lane(&self) -> usize {
+        self.sequences_per_lane * self.sequence_length
+    }
+
+    /// What is wrong, if anything.
+    ///
+    /// # Errors
+    /// A line that names the key and what was expected of it.
+    pub fn check(&self) -> Result<(), String> {
+        let bounded = [
+            ("steps", self.steps, u64::MAX >> 16),
+            ("lanes", self.lanes.into(), 1 << 16),
+            ("lane_group", self.lane_group.into(), 1 << 16),
+            ("sequences_per_lane", self.sequences_per_lane as u64, 1 << 16),
+            ("sequence_length", self.sequence_length as u64, 1 << 20),
+        ];
+        for (key, value, most) in bounded {
+            if value == 0 || value > most {
+                return Err(format!("training.{key} = {value}: expected a number from 1 to {most}"));
+            }
+        }
+        let finite = [("aux_loss", self.aux_loss), ("z_loss", self.z_loss), ("clip_norm", self.clip_norm.unwrap_or(1.0))];
+        for (key, value) in finite {
+            if !(value.is_finite() && value >= 0.0) {
+                return Err(format!("training.{key} = {value}: expected a number that is not negative"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a run uses its cluster.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterOptions {
+    /// Copies of every expert, on as many nodes; fewer where there are fewer nodes.
+    pub replication: usize,
+    /// Nodes to wait for before the first step.
+    pub nodes: usize,
+    /// How long a silent node is believed alive, in milliseconds.
+    pub node_timeout_ms: u64,
+    /// How long the run waits for `nodes` nodes, in milliseconds, at its start and after a loss.
+    pub gather_timeout_ms: u64,
+}
+
+impl Default for ClusterOptions {
+    fn default() -> Self {
+        Self { replication: 2, nodes: 1, node_timeout_ms: 2_000, gather_timeout_ms: 120_000 }
+    }
+}
+
+/// When a run writes checkpoints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointOptions {
+    /// Steps between checkpoints; 0 writes only the last.
+    pub every: u64,
+    /// Checkpoints that are kept.
+    pub keep: usize,
+}
+
+impl Default for CheckpointOptions {
+    fn default() -> Self {
+        Self { every: 100, keep: 3 }
+    }
+}
+
+/// When a run measures its held-out loss.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ValidationOptions {
+    /// Steps between measurements, beside those before the first and after the last step; 0 is only those.
+    pub every: u64,
+    /// Rounds of `lanes` lanes in one measurement; 0 measures nothing.
+    pub rounds: u64,
+}
+
+impl Default for ValidationOptions {
+    fn default() -> Self {
+        Self { every: 0, rounds: 2 }
+    }
+}

@@ -1,0 +1,135 @@
+//! Learning rate and the decision to apply a step: pure functions of the step and its norms.
+
+use serde::{Deserialize, Serialize};
+
+/// How the learning rate follows the step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Schedule {
+    /// Constant for `constant_steps`, then falling as 1/sqrt(step): the paper's (0.01, 10,000).
+    InverseSquareRoot {
+        /// The rate at its height.
+        rate: f64,
+        /// Steps before the fall.
+        constant_steps: u64,
+        /// Steps of linear rise from 0.
+        #[serde(default)]
+        warmup_steps: u64,
+    },
+    /// Linear rise, then half a cosine down to `floor` at the last step.
+    Cosine {
+        /// The rate at its height.
+        rate: f64,
+        /// Steps of linear rise from 0.
+        #[serde(default)]
+        warmup_steps: u64,
+        /// The rate at the end.
+        #[serde(default)]
+        floor: f64,
+    },
+    /// Linear rise, then a straight line down to `floor` at the last step.
+    Linear {
+        /// The rate at its height.
+        rate: f64,
+        /// Steps of linear rise from 0.
+        #[serde(default)]
+        warmup_steps: u64,
+        /// The rate at the end.
+        #[serde(default)]
+        floor: f64,
+    },
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self::InverseSquareRoot { rate: 0.01, constant_steps: 10_000, warmup_steps: 0 }
+    }
+}
+
+impl Schedule {
+    /// The learning rate of `step` (from 1) in a run of `steps`.
+    #[must_use]
+    pub fn rate(&self, step: u64, steps: u64) -> f64 {
+        let (&rate, &warmup) = match self {
+            Self::InverseSquareRoot { rate, warmup_steps, .. }
+            | Self::Cosine { rate, warmup_steps, .. }
+            | Self::Linear { rate, warmup_steps, .. } => (rate, warmup_steps),
+        };
+        if step < warmup {
+            return rate * step as f64 / warmup as f64;
+        }
+        let progress = || (step - warmup) as f64 / steps.saturating_sub(warmup).max(1) as f64;
+        match *self {
+            Self::InverseSquareRoot { constant_steps, .. } => {
+                rate * (constant_steps.max(1) as f64 / step.max(constant_steps).max(1) as f64).sqrt()
+            }
+            Self::Cosine { floor, .. } => {
+                floor + (rate - floor) * 0.5 * (1.0 + (std::f64::consts::PI * progress().min(1.0)).cos())
+            }
+            Self::Linear { floor, .. } => floor + (rate - floor) * (1.0 - progress().min(1.0)),
+        }
+    }
+}
+
+/// What every replica does with the summed gradients of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Update {
+    /// Whether the update is applied; a step whose gradients hold NaN or Inf is skipped (GLaM, section 6).
+    pub apply: bool,
+    /// The learning rate.
+    pub rate: f64,
+    /// What the summed gradient is multiplied by: 1 / lanes, times the clip.
+    pub scale: f64,
+}
+
+impl Update {
+    /// Decides from the squared norm of the *summed* gradient and whether all of it is finite.
+    /// Returns the update and the norm of the mean gradient before clipping.
+    #[must_use]
+    pub fn decide(norm_squared: f64, finite: bool, lanes: u32, rate: f64, clip_norm: Option<f64>) -> (Self, f64) {
+        let mean = 1.0 / f64::from(lanes);
+        let norm = norm_squared.sqrt() * mean;
+        let apply = finite && norm.is_finite();
+        let clip = match clip_norm {
+            Some(limit) if norm > limit => limit / norm,
+            _ => 1.0,
+        };
+        (Self { apply, rate, scale: mean * clip }, norm)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// GLaM, section 5.1: 0.01 for the first 10,000 steps, then decaying as 1/sqrt(step).
+    #[test]
+    fn the_papers_schedule_is_flat_then_falls_as_inverse_square_root() {
+        let schedule = Schedule::default();
+        assert_eq!(schedule.rate(1, 0), 0.01);
+        assert_eq!(schedule.rate(10_000, 0), 0.01);
+        assert_eq!(schedule.rate(40_000, 0), 0.005);
+    }
+
+    #[test]
+    fn cosine_and_linear_rise_peak_and_end_where_they_say() {
+        for schedule in [
+            Schedule::Cosine { rate: 1.0, warmup_steps: 10, floor: 0.1 },
+            Schedule::Linear { rate: 1.0, warmup_steps: 10, floor: 0.1 },
+        ] {
+            assert_eq!(schedule.rate(5, 110), 0.5);
+            assert_eq!(schedule.rate(10, 110), 1.0);
+            assert!((schedule.rate(60, 110) - 0.55).abs() < 1e-12);
+            assert!((schedule.rate(110, 110) - 0.1).abs() < 1e-12);
+            assert!((schedule.rate(500, 110) - 0.1).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn a_gradient_that_is_not_finite_is_skipped_and_a_long_one_clipped() {
+        let (update, norm) = Update::decide(64.0, true, 4, 0.1, Some(1.0));
+        assert_eq!((update.apply, norm, update.scale), (true, 2.0, 0.125));
+        assert!(!Update::decide(f64::NAN, false, 4, 0.1, None).0.apply);
+        assert!(!Update::decide(f64::INFINITY, true, 4, 0.1, None).0.apply);
+    }
+}

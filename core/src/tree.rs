@@ -1,0 +1,222 @@
+//! The fixed binary tree over which gradients are summed.
+//!
+//! Floating-point addition is not associative, so the order of a sum is part of the mathematics of a run. Here the
+//! order is a binary tree over *leaves*, numbered from 0, that depends on their number and on nothing else: a span
+//! is halved at the largest power of two below its length. Whoever holds all leaves of a node of the tree may send
+//! that node's sum; who runs what never shows in the result.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// A node of the tree: the half-open range of leaves below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Span {
+    /// The first leaf.
+    pub start: u32,
+    /// One past the last leaf.
+    pub end: u32,
+}
+
+impl Span {
+    /// The root of the tree over `leaves` leaves.
+    #[must_use]
+    pub fn root(leaves: u32) -> Self {
+        Self { start: 0, end: leaves }
+    }
+
+    /// The two children, or `None` for a leaf.
+    #[must_use]
+    pub fn children(self) -> Option<(Self, Self)> {
+        let length = self.end - self.start;
+        if length < 2 {
+            return None;
+        }
+        // The largest power of two strictly below the length.
+        let left = 1u32 << (31 - (length - 1).leading_zeros());
+        let middle = self.start + left;
+        Some((Self { start: self.start, end: middle }, Self { start: middle, end: self.end }))
+    }
+
+    /// The parent and the sibling of this node in the tree over `leaves` leaves, or `None` for the root
+    /// and for what is no node of the tree.
+    #[must_use]
+    pub fn parent(self, leaves: u32) -> Option<(Self, Self)> {
+        let mut node = Self::root(leaves);
+        while let Some((left, right)) = node.children() {
+            if self == left {
+                return Some((node, right));
+            }
+            if self == right {
+                return Some((node, left));
+            }
+            node = if self.start < right.start { left } else { right };
+        }
+        None
+    }
+
+    /// Whether this is a node of the tree over `leaves` leaves.
+    #[must_use]
+    pub fn is_node(self, leaves: u32) -> bool {
+        self == Self::root(leaves) || self.parent(leaves).is_some()
+    }
+
+    /// The largest nodes of the tree over `leaves` leaves all of whose leaves satisfy `held`, from left to right.
+    pub fn fragments(leaves: u32, held: impl Fn(u32) -> bool) -> Vec<Self> {
+        let mut found = Vec::new();
+        let mut open = vec![Self::root(leaves)];
+        while let Some(node) = open.pop() {
+            if node.start < node.end && (node.start..node.end).all(&held) {
+                found.push(node);
+            } else if let Some((left, right)) = node.children() {
+                open.push(right);
+                open.push(left);
+            }
+        }
+        found
+    }
+}
+
+/// What to do next after a value was put into a [`Fold`].
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next<T> {
+    /// Nothing until more values come.
+    Wait,
+    /// Add `right` to `left` and put the sum back as `span`.
+    Add {
+        /// The node whose sum this will be.
+        span: Span,
+        /// The sum over the left child.
+        left: T,
+        /// The sum over the right child.
+        right: T,
+    },
+    /// `span` is one of the wanted nodes, and this is its sum.
+    Done {
+        /// The wanted node.
+        span: Span,
+        /// Its sum.
+        value: T,
+    },
+}
+
+/// The bookkeeping of one sum over the tree: values arrive in any order, additions come out in the fixed one.
+///
+/// The values are opaque: tensors in a node, numbers in tests.
+#[derive(Debug)]
+pub struct Fold<T> {
+    leaves: u32,
+    wanted: Vec<Span>,
+    waiting: BTreeMap<Span, T>,
+}
+
+impl<T> Fold<T> {
+    /// A sum over `leaves` leaves that ends at the nodes in `wanted`.
+    #[must_use]
+    pub fn new(leaves: u32, wanted: Vec<Span>) -> Self {
+        Self { leaves, wanted, waiting: BTreeMap::new() }
+    }
+
+    /// Takes the value of one node and says what to do next.
+    pub fn put(&mut self, span: Span, value: T) -> Next<T> {
+        if self.wanted.contains(&span) {
+            return Next::Done { span, value };
+        }
+        let Some((parent, sibling)) = span.parent(self.leaves) else { return Next::Wait };
+        let Some(other) = self.waiting.remove(&sibling) else {
+            self.waiting.insert(span, value);
+            return Next::Wait;
+        };
+        let (left, right) = if span.start < sibling.start { (value, other) } else { (other, value) };
+        Next::Add { span: parent, left, right }
+    }
+
+    /// The nodes at which this sum ends.
+    #[must_use]
+    pub fn wanted(&self) -> &[Span] {
+        &self.wanted
+    }
+}
+
+/// The sum of `values` in the tree's order: for what is small enough to be gathered first (losses, norms).
+#[must_use]
+pub fn fold_numbers(values: &[f64]) -> f64 {
+    fn fold(values: &[f64], span: Span) -> f64 {
+        match span.children() {
+            Some((left, right)) => fold(values, left) + fold(values, right),
+            None => values.get(span.start as usize).copied().unwrap_or(0.0),
+        }
+    }
+    fold(values, Span::root(values.len() as u32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::{Purpose, Stream};
+    use proptest::prelude::*;
+
+    fn drain(fold: &mut Fold<String>, span: Span, value: String, done: &mut Vec<(Span, String)>) {
+        let (mut span, mut value) = (span, value);
+        loop {
+            match fold.put(span, value) {
+                Next::Wait => return,
+                Next::Done { span, value } => return done.push((span, value)),
+                Next::Add { span: parent, left, right } => {
+                    value = format!("({left}+{right})");
+                    span = parent;
+                }
+            }
+        }
+    }
+
+    proptest! {
+        /// Whoever holds which leaves, and in whatever order they arrive, the expression that is computed is the same.
+        #[test]
+        fn the_sum_is_the_same_expression_for_every_split_and_order(leaves in 1u32..40, nodes in 1u64..6, seed: u64) {
+            let mut stream = Stream::new(seed, Purpose::Faults, &[]);
+            let homes: Vec<u64> = (0..leaves).map(|_| stream.below(nodes)).collect();
+            let whole = |order: &mut Stream, split: bool| {
+                let mut root = Fold::new(leaves, vec![Span::root(leaves)]);
+                let mut pieces = Vec::new();
+                for node in 0..nodes {
+                    let wanted = if split {
+                        Span::fragments(leaves, |leaf| homes[leaf as usize] == node)
+                    } else {
+                        (0..leaves).filter(|&l| homes[l as usize] == node).map(|l| Span { start: l, end: l + 1 }).collect()
+                    };
+                    let mut fold = Fold::new(leaves, wanted);
+                    let mut mine: Vec<u32> = (0..leaves).filter(|&l| homes[l as usize] == node).collect();
+                    while !mine.is_empty() {
+                        let leaf = mine.swap_remove(order.below(mine.len() as u64) as usize);
+                        drain(&mut fold, Span { start: leaf, end: leaf + 1 }, leaf.to_string(), &mut pieces);
+                    }
+                }
+                let mut done = Vec::new();
+                while !pieces.is_empty() {
+                    let (span, value) = pieces.swap_remove(order.below(pieces.len() as u64) as usize);
+                    drain(&mut root, span, value, &mut done);
+                }
+                done
+            };
+            let by_fragments = whole(&mut stream, true);
+            let by_leaves = whole(&mut stream, false);
+            prop_assert_eq!(by_fragments.len(), 1);
+            prop_assert_eq!(by_fragments, by_leaves);
+        }
+    }
+
+    #[test]
+    fn twelve_lanes_over_three_nodes_are_three_whole_subtrees() {
+        let fragments = |node: u32| Span::fragments(12, |leaf| leaf / 4 == node);
+        assert_eq!(fragments(0), [Span { start: 0, end: 4 }]);
+        assert_eq!(fragments(1), [Span { start: 4, end: 8 }]);
+        assert_eq!(fragments(2), [Span { start: 8, end: 12 }]);
+    }
+
+    #[test]
+    fn numbers_fold_in_the_tree_order() {
+        let values = [1e16, 1.0, -1e16, 1.0, 3.0];
+        assert_eq!(fold_numbers(&values), ((1e16 + 1.0) + (-1e16 + 1.0)) + 3.0);
+        assert_eq!(fold_numbers(&[]), 0.0);
+    }
+}

@@ -1,0 +1,90 @@
+//! One step of the optimizer on one parameter. All state is f32 and changes in place.
+
+use crate::error::Result;
+use crate::weights::Slot;
+use tch::{Kind, Tensor};
+use volary_core::Step;
+use volary_core::options::Optimizer;
+
+/// Added to squared gradients (Adafactor's epsilon 1).
+const ADAFACTOR_EPSILON: f64 = 1e-30;
+/// The smallest scale of a parameter (Adafactor's epsilon 2).
+const ADAFACTOR_SCALE_MIN: f64 = 1e-3;
+
+/// Updates `slot` with `gradient`, which is consumed and already scaled to the mean over lanes and clipped.
+pub(crate) fn update(optimizer: &Optimizer, slot: &mut Slot, gradient: Tensor, step: Step, rate: f64) -> Result<()> {
+    match *optimizer {
+        Optimizer::Adafactor { beta2, clip_threshold, scale_by_parameter } => {
+            adafactor(slot, &gradient, decay(beta2, step), clip_threshold, scale_by_parameter, rate)
+        }
+        Optimizer::Adamw { beta1, beta2, epsilon, weight_decay } => {
+            adamw(slot, &gradient, step, rate, (beta1, beta2, epsilon, weight_decay))
+        }
+    }
+}
+
+/// The decay of the second moment at `step`: with a constant, its bias-corrected form
+/// `b (1 - b^(t-1)) / (1 - b^t)`; without, `1 - t^-0.8` (Adafactor, section 7).
+pub(crate) fn decay(beta2: Option<f64>, step: Step) -> f64 {
+    let t = step.max(1) as f64;
+    match beta2 {
+        Some(b) => b * (1.0 - b.powf(t - 1.0)) / (1.0 - b.powf(t)),
+        None => 1.0 - t.powf(-0.8),
+    }
+}
+
+fn root_mean_square(x: &Tensor) -> Result<Tensor> {
+    Ok(x.f_square()?.f_mean(Kind::Float)?.f_sqrt()?)
+}
+
+/// Adafactor without a first moment (Shazeer and Stern, algorithms 4 and 5).
+fn adafactor(slot: &mut Slot, gradient: &Tensor, decay: f64, clip: f64, scale: bool, rate: f64) -> Result<()> {
+    let squared = gradient.f_square()?.f_add_scalar(ADAFACTOR_EPSILON)?;
+    let blend = |old: &mut Tensor, new: Tensor| -> Result<()> {
+        let _ = old.f_mul_scalar_(decay)?.f_add_(&new.f_mul_scalar(1.0 - decay)?)?;
+        Ok(())
+    };
+    let second = match slot.state.as_mut_slice() {
+        [(_, row), (_, column)] => {
+            blend(row, squared.f_mean_dim([1i64].as_slice(), false, Kind::Float)?)?;
+            blend(column, squared.f_mean_dim([0i64].as_slice(), false, Kind::Float)?)?;
+            let row = row.f_div(&row.f_mean(Kind::Float)?)?;
+            row.f_unsqueeze(1)?.f_mul(&column.f_unsqueeze(0)?)?
+        }
+        [(_, second)] => {
+            blend(second, squared)?;
+            second.shallow_clone()
+        }
+        _ => unreachable!("a slot of Adafactor has one or two states"),
+    };
+    let mut update = gradient.f_mul(&second.f_rsqrt()?)?;
+    let excess = root_mean_square(&update)?.f_div_scalar(clip)?.f_clamp_min(1.0)?;
+    let mut factor = excess.f_reciprocal()?.f_mul_scalar(-rate)?;
+    if scale {
+        factor = factor.f_mul(&root_mean_square(&slot.weight)?.f_clamp_min(ADAFACTOR_SCALE_MIN)?)?;
+    }
+    let _ = slot.weight.f_add_(&update.f_mul_(&factor)?)?;
+    Ok(())
+}
+
+/// AdamW with bias correction; matrices decay, norms do not.
+fn adamw(slot: &mut Slot, gradient: &Tensor, step: Step, rate: f64, constants: (f64, f64, f64, f64)) -> Result<()> {
+    let (beta1, beta2, epsilon, weight_decay) = constants;
+    let [(_, first), (_, second)] = slot.state.as_mut_slice() else {
+        unreachable!("a slot of AdamW has two states");
+    };
+    let _ = first.f_mul_scalar_(beta1)?.f_add_(&gradient.f_mul_scalar(1.0 - beta1)?)?;
+    let _ = second.f_mul_scalar_(beta2)?.f_add_(&gradient.f_square()?.f_mul_scalar(1.0 - beta2)?)?;
+    let t = step.max(1) as f64;
+    let root = second.f_div_scalar(1.0 - beta2.powf(t))?.f_sqrt()?.f_add_scalar(epsilon)?;
+    let change = first.f_div_scalar(1.0 - beta1.powf(t))?.f_div(&root)?.f_mul_scalar(-rate)?;
+    if slot.weight.dim() > 1 {
+        let _ = slot.weight.f_mul_scalar_(1.0 - rate * weight_decay)?;
+    }
+    let _ = slot.weight.f_add_(&change)?;
+    Ok(())
+}
+
+#[cfg(test)]
+#[path = "optimizer_tests.rs"]
+mod tests;

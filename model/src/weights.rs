@@ -1,0 +1,229 @@
+//! A shard's parameters and optimizer state: their names, first values and stored form.
+//!
+//! The stored form is safetensors: weights under their own name, optimizer state as `NAME.STATE`. The same bits give
+//! the same bytes, whoever stores them, so that a hash of the bytes is a hash of the shard.
+
+use crate::error::{Error, Result};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
+use tch::{Device, Kind, Tensor};
+use volary_core::architecture::Architecture;
+use volary_core::options::Optimizer;
+use volary_core::random::{Purpose, Stream};
+use volary_core::{ShardId, Step};
+
+/// The first values of a parameter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Initial {
+    /// All the same.
+    Constant(f64),
+    /// Uniform with this standard deviation. Uniform draws need only exact arithmetic, so that every machine
+    /// starts from the same bits.
+    Uniform(f64),
+}
+
+/// The name, shape and first values of one parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Parameter {
+    pub(crate) name: &'static str,
+    pub(crate) shape: Vec<i64>,
+    initial: Initial,
+}
+
+/// The parameters of a shard, in their fixed order.
+pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
+    let (hidden, width) = (a.hidden as i64, (a.heads * a.head_dim) as i64);
+    let matrix = |name, rows: i64, columns: i64| Parameter {
+        name,
+        shape: vec![rows, columns],
+        initial: Initial::Uniform(1.0 / (rows as f64).sqrt()),
+    };
+    let norm = |name| Parameter { name, shape: vec![hidden], initial: Initial::Constant(1.0) };
+    match shard {
+        ShardId::Embedding => {
+            let initial = Initial::Uniform(1.0 / (hidden as f64).sqrt());
+            vec![Parameter { name: "tokens", shape: vec![a.vocabulary as i64, hidden], initial }, norm("norm")]
+        }
+        ShardId::Dense { layer } => {
+            let shape = vec![a.position_buckets as i64, a.heads as i64];
+            let mut list = vec![
+                norm("attention.norm"),
+                matrix("attention.qkv", hidden, 3 * width),
+                matrix("attention.output", width, hidden),
+                Parameter { name: "attention.position", shape, initial: Initial::Constant(0.0) },
+            ];
+            if !a.is_moe(layer.into()) {
+                let feed_forward = a.feed_forward as i64;
+                list.push(norm("feed_forward.norm"));
+                list.push(matrix("feed_forward.gate", hidden, feed_forward));
+                list.push(matrix("feed_forward.up", hidden, feed_forward));
+                list.push(matrix("feed_forward.down", feed_forward, hidden));
+            }
+            list
+        }
+        ShardId::Router { .. } => vec![norm("norm"), matrix("gate", hidden, a.experts as i64)],
+        ShardId::Expert { .. } => {
+            let expert = a.expert_width() as i64;
+            vec![matrix("up", hidden, expert), matrix("down", expert, hidden)]
+        }
+    }
+}
+
+/// The names and shapes of the optimizer's state for one parameter.
+pub(crate) fn state_shapes(optimizer: &Optimizer, shape: &[i64]) -> Vec<(&'static str, Vec<i64>)> {
+    match (optimizer, shape) {
+        (Optimizer::Adafactor { .. }, [rows, columns]) => vec![("row", vec![*rows]), ("column", vec![*columns])],
+        (Optimizer::Adafactor { .. }, _) => vec![("second", shape.to_vec())],
+        (Optimizer::Adamw { .. }, _) => vec![("first", shape.to_vec()), ("second", shape.to_vec())],
+    }
+}
+
+/// Bytes of one shard's weights and optimizer state, in f32.
+#[must_use]
+pub fn shard_bytes(architecture: &Architecture, optimizer: &Optimizer, shard: ShardId) -> u64 {
+    let numbers = |shape: &[i64]| shape.iter().product::<i64>() as u64;
+    parameters(architecture, shard)
+        .iter()
+        .map(|p| {
+            let state = state_shapes(optimizer, &p.shape);
+            4 * (numbers(&p.shape) + state.iter().map(|(_, shape)| numbers(shape)).sum::<u64>())
+        })
+        .sum()
+}
+
+/// One parameter with its optimizer state, f32.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) name: &'static str,
+    pub(crate) weight: Tensor,
+    pub(crate) state: Vec<(&'static str, Tensor)>,
+}
+
+/// The parameters and optimizer state of one shard.
+#[derive(Debug)]
+pub struct Shard {
+    pub(crate) slots: Vec<Slot>,
+}
+
+/// What a stored shard says about itself.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    format: u16,
+    shard: ShardId,
+    version: Step,
+}
+
+const FORMAT: u16 = 1;
+const HEADER: &str = "volary";
+
+impl Shard {
+    /// The state before the first step.
+    pub(crate) fn initial(
+        a: &Architecture,
+        optimizer: &Optimizer,
+        seed: u64,
+        shard: ShardId,
+        device: Device,
+    ) -> Result<Self> {
+        let (kind, layer, expert) = match shard {
+            ShardId::Embedding => (0, 0, 0),
+            ShardId::Dense { layer } => (1, layer, 0),
+            ShardId::Router { layer } => (2, layer, 0),
+            ShardId::Expert { layer, expert } => (3, layer, expert),
+        };
+        let slots = parameters(a, shard).into_iter().enumerate().map(|(index, parameter)| {
+            let path = [kind, layer.into(), expert.into(), index as u64];
+            let weight = first_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?.f_to_device(device)?;
+            let state = state_shapes(optimizer, &parameter.shape)
+                .into_iter()
+                .map(|(name, shape)| Ok((name, Tensor::f_zeros(&shape, (Kind::Float, device))?)))
+                .collect::<Result<_>>()?;
+            Ok(Slot { name: parameter.name, weight, state })
+        });
+        Ok(Self { slots: slots.collect::<Result<_>>()? })
+    }
+
+    /// The stored form.
+    pub(crate) fn store(&self, shard: ShardId, version: Step) -> Result<Vec<u8>> {
+        let mut owned: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        for slot in &self.slots {
+            let mut add = |name: String, tensor: &Tensor| -> Result<()> {
+                let shape = tensor.size().iter().map(|&n| n as usize).collect();
+                owned.push((name, shape, host_bytes(tensor)?));
+                Ok(())
+            };
+            add(slot.name.into(), &slot.weight)?;
+            for (name, tensor) in &slot.state {
+                add(format!("{}.{name}", slot.name), tensor)?;
+            }
+        }
+        let views: Vec<(&str, TensorView<'_>)> = owned
+            .iter()
+            .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
+            .collect::<Result<_>>()?;
+        // One key only: the order of several would change from process to process, and with it the hash.
+        let header = serde_json::to_string(&Header { format: FORMAT, shard, version })?;
+        Ok(safetensors::serialize(views, Some(HashMap::from([(HEADER.into(), header)])))?)
+    }
+
+    /// A shard from its stored form; every tensor must be there in the right shape.
+    pub(crate) fn load(
+        a: &Architecture,
+        optimizer: &Optimizer,
+        shard: ShardId,
+        bytes: &[u8],
+        device: Device,
+    ) -> Result<Self> {
+        let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+        let header = metadata.metadata().as_ref().and_then(|m| m.get(HEADER));
+        let header: Header = serde_json::from_str(header.map_or("", String::as_str))
+            .map_err(|_| Error::Stored { shard, reason: "it has no header of ours".into() })?;
+        if (header.format, header.shard) != (FORMAT, shard) {
+            let reason = format!("it holds {} in format {}", header.shard, header.format);
+            return Err(Error::Stored { shard, reason });
+        }
+        let tensors = SafeTensors::deserialize(bytes)?;
+        let fetch = |name: &str, shape: &[i64]| read(&tensors, shard, name, shape)?.f_to_device(device).map_err(Error::from);
+        let slots = parameters(a, shard).into_iter().map(|parameter| {
+            let weight = fetch(parameter.name, &parameter.shape)?;
+            let state = state_shapes(optimizer, &parameter.shape)
+                .into_iter()
+                .map(|(name, shape)| Ok((name, fetch(&format!("{}.{name}", parameter.name), &shape)?)))
+                .collect::<Result<_>>()?;
+            Ok(Slot { name: parameter.name, weight, state })
+        });
+        Ok(Self { slots: slots.collect::<Result<_>>()? })
+    }
+}
+
+fn read(tensors: &SafeTensors<'_>, shard: ShardId, name: &str, shape: &[i64]) -> Result<Tensor> {
+    let view = tensors.tensor(name).map_err(|_| Error::Stored { shard, reason: format!("it has no tensor {name}") })?;
+    let found: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
+    if view.dtype() != Dtype::F32 || found != shape {
+        let reason = format!("{name} is {:?} {found:?}, and this model expects F32 {shape:?}", view.dtype());
+        return Err(Error::Stored { shard, reason });
+    }
+    Ok(Tensor::f_from_data_size(view.data(), shape, Kind::Float)?)
+}
+
+fn first_values(parameter: &Parameter, mut stream: Stream) -> Result<Tensor> {
+    let count: i64 = parameter.shape.iter().product();
+    let values: Vec<f32> = match parameter.initial {
+        Initial::Constant(value) => vec![value as f32; count as usize],
+        Initial::Uniform(deviation) => {
+            let half = deviation * 3f64.sqrt();
+            (0..count).map(|_| ((2.0 * stream.next_f64() - 1.0) * half) as f32).collect()
+        }
+    };
+    Ok(Tensor::f_from_slice(&values)?.f_view(parameter.shape.as_slice())?)
+}
+
+/// The bytes of a tensor, row by row, on the host.
+pub(crate) fn host_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let host = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let numel = host.numel();
+    let mut bytes = vec![0; numel * host.f_kind()?.elt_size_in_bytes()];
+    host.f_copy_data_u8(&mut bytes, numel)?;
+    Ok(bytes)
+}

@@ -1,0 +1,343 @@
+//! The actors' engine against the whole-model reference, and against itself to the bit.
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeMap;
+use tch::{Device, Kind, Tensor};
+use volary_core::architecture::{Activation, Architecture, SecondExpert};
+use volary_core::compute::Compute;
+use volary_core::dispatch::{Capacity, Dispatch};
+use volary_core::options::TrainingOptions;
+use volary_core::random::{Purpose, Stream};
+use volary_core::schedule::Update;
+use volary_core::ShardId;
+use volary_model::engine::{Gradient, Shard};
+use volary_model::reference::Reference;
+use volary_model::Glam;
+
+fn architecture() -> Architecture {
+    Architecture {
+        vocabulary: 97,
+        hidden: 24,
+        layers: 4,
+        heads: 3,
+        head_dim: 8,
+        feed_forward: 40,
+        experts: 5,
+        expert_hidden: Some(28),
+        moe_first: true,
+        activation: Activation::Gelu,
+        capacity: Capacity::Dropless,
+        second_expert: SecondExpert::All,
+        position_buckets: 8,
+        position_distance: 12,
+    }
+}
+
+fn training() -> TrainingOptions {
+    TrainingOptions {
+        steps: 10,
+        lanes: 4,
+        lane_group: 2,
+        sequences_per_lane: 2,
+        sequence_length: 17,
+        optimizer: Default::default(),
+        schedule: Default::default(),
+        clip_norm: None,
+        aux_loss: 0.01,
+        z_loss: 0.001,
+    }
+}
+
+/// Runs the engine over one lane by hand, as the actors do.
+struct Hand {
+    glam: Glam,
+    a: Architecture,
+    shards: BTreeMap<ShardId, Shard>,
+}
+
+impl Hand {
+    fn new(a: Architecture, t: &TrainingOptions, kind: Kind) -> Self {
+        let device = test_device();
+        let glam = Glam::with_kind(&a, t, 7, device, kind).expect("an engine");
+        let shards = a.shards().into_iter().map(|id| (id, glam.initial(id).expect("a shard"))).collect();
+        Self { glam, a, shards }
+    }
+
+    fn params(&self, id: ShardId) -> volary_model::engine::Params {
+        self.glam.params(&self.shards[&id])
+    }
+
+    fn lane(&self, tokens: &[u32]) -> (f64, BTreeMap<ShardId, Gradient>, usize) {
+        let g = &self.glam;
+        let mut grads = BTreeMap::new();
+        let mut x = g.embed(self.params(ShardId::Embedding), tokens).unwrap();
+        let mut segments = Vec::new();
+        let mut dropped = 0;
+        for layer in 0..self.a.layers as u16 {
+            let (y, saved) = g.dense(layer, self.params(ShardId::Dense { layer }), x, true).unwrap();
+            x = y;
+            let mut moe = None;
+            if self.a.is_moe(layer.into()) {
+                let gated = g.gate(layer, self.params(ShardId::Router { layer }), x, (1, 0), true).unwrap();
+                dropped += gated.dispatch.dropped;
+                let (mut outs, mut kept) = (Vec::new(), Vec::new());
+                for (e, offset) in gated.dispatch.offsets().into_iter().enumerate() {
+                    let rows = g.rows(&gated.rows, offset, gated.dispatch.counts[e]).unwrap();
+                    let id = ShardId::Expert { layer, expert: e as u16 };
+                    let (y, saved) = g.expert(self.params(id), rows, true).unwrap();
+                    outs.push(y);
+                    kept.push((id, saved));
+                }
+                let (y, saved) = g.combine(&gated.dispatch, gated.saved, outs).unwrap();
+                x = y;
+                moe = Some((gated.dispatch, saved, kept));
+            }
+            segments.push((layer, saved, moe));
+        }
+        let (loss, back) = g.loss(self.params(ShardId::Embedding), x, tokens, true).unwrap();
+        let (mut dx, head) = back.unwrap();
+        for (layer, saved, moe) in segments.into_iter().rev() {
+            if let Some((dispatch, saved, kept)) = moe {
+                let (rows, saved) = g.combine_backward(&dispatch, saved, dx).unwrap();
+                let mut inputs = Vec::new();
+                for ((id, saved), offset) in kept.into_iter().zip(dispatch.offsets()) {
+                    let ShardId::Expert { expert, .. } = id else { unreachable!() };
+                    let dy = g.rows(&rows, offset, dispatch.counts[expert as usize]).unwrap();
+                    let (dx, saved) = g.expert_backward(self.params(id), saved, dy).unwrap();
+                    inputs.push(dx);
+                    if let Some(gradient) = g.expert_gradient(vec![saved]).unwrap() {
+                        grads.insert(id, gradient);
+                    }
+                }
+                let (d, gradient) = g.gate_backward(&dispatch, saved, inputs).unwrap();
+                grads.insert(ShardId::Router { layer }, gradient);
+                dx = d;
+            }
+            let (d, gradient) = g.dense_backward(saved, dx).unwrap();
+            grads.insert(ShardId::Dense { layer }, gradient);
+            dx = d;
+        }
+        grads.insert(ShardId::Embedding, g.embed_backward(head, dx, tokens).unwrap());
+        (loss, grads, dropped)
+    }
+}
+
+/// The first GPU where `VOLARY_TEST_DEVICE` asks for it, otherwise the CPU.
+fn test_device() -> Device {
+    let name = std::env::var("VOLARY_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+    volary_model::device::single_thread();
+    volary_model::device::parse(&name).expect("the device that VOLARY_TEST_DEVICE names")
+}
+
+fn tokens(seed: u64, a: &Architecture, t: &TrainingOptions) -> Vec<u32> {
+    let mut stream = Stream::new(seed, Purpose::Faults, &[]);
+    let count = t.sequences_per_lane * (t.sequence_length + 1);
+    (0..count).map(|_| stream.below(a.vocabulary as u64) as u32).collect()
+}
+
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn tensor_floats(t: &Tensor) -> Vec<f32> {
+    Vec::try_from(t.flatten(0, -1).to_device(Device::Cpu)).unwrap()
+}
+
+fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
+    assert_eq!(ours.len(), theirs.len());
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut ours.iter().zip(theirs).map(|(a, b)| f64::from(a - b)));
+    difference / norm(&mut theirs.iter().map(|&v| f64::from(v))).max(1e-12)
+}
+
+/// Loss and every gradient of every layer, against autograd over the whole model. The tolerance is 2e-5 relative:
+/// the same f32 sums in another order, through four layers.
+#[test]
+fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
+    for (seed, activation, moe_first) in [(1, Activation::Gelu, true), (2, Activation::Relu, false)] {
+        let (mut a, t) = (architecture(), training());
+        (a.activation, a.moe_first) = (activation, moe_first);
+        let tokens = tokens(seed, &a, &t);
+        let (loss, grads, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+        let reference = Reference::initial(&a, &t, 7, test_device()).unwrap().lane(&tokens, true).unwrap();
+        assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
+        for (id, theirs) in &reference.gradients {
+            let Some(ours) = grads.get(id) else {
+                assert!(theirs.iter().all(|g| g.abs().sum(Kind::Float).double_value(&[]) == 0.0), "{id} has no gradient");
+                continue;
+            };
+            for (index, (ours, theirs)) in Glam::gradient_bytes(ours).unwrap().iter().zip(theirs).enumerate() {
+                let error = relative_error(&floats(ours), &tensor_floats(theirs));
+                assert!(error < 2e-5, "seed {seed}, {id}, parameter {index}: relative error {error}");
+            }
+        }
+    }
+}
+
+/// bf16 has 8 bits of mantissa: a product of some dozens of terms is within a few per cent, and so are gradients.
+#[test]
+fn bf16_activations_stay_near_f32() {
+    let (a, t) = (architecture(), training());
+    let tokens = tokens(3, &a, &t);
+    let (wide, _, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+    let (narrow, _, _) = Hand::new(a, &t, Kind::BFloat16).lane(&tokens);
+    assert!((wide - narrow).abs() < 0.05, "{wide} against {narrow}");
+}
+
+#[test]
+fn a_lane_repeats_to_the_bit_whatever_runs_beside_it() {
+    let (a, t) = (architecture(), training());
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let tokens = tokens(4, &a, &t);
+    let bytes = |grads: &BTreeMap<ShardId, Gradient>| -> Vec<_> {
+        grads.values().map(|g| Glam::gradient_bytes(g).unwrap()).collect()
+    };
+    let (loss, quiet, _) = hand.lane(&tokens);
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let run = || {
+            volary_model::device::single_thread();
+            // Another engine with the same seed: what a second node holds.
+            let (loss, grads, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+            (loss, bytes(&grads))
+        };
+        let handles: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
+        handles.into_iter().map(|h| h.join().unwrap()).collect()
+    });
+    for (other, grads) in results {
+        assert_eq!(loss.to_bits(), other.to_bits());
+        assert_eq!(bytes(&quiet), grads);
+    }
+}
+
+#[test]
+fn capacity_drops_tokens_and_what_remains_is_the_residual() {
+    let (mut a, t) = (architecture(), training());
+    a.capacity = Capacity::Factor(0.5);
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let (loss, _, dropped) = hand.lane(&tokens(5, &a, &t));
+    assert!(dropped > 0 && loss.is_finite());
+    // With no room for anybody the layer is the identity.
+    let g = &hand.glam;
+    let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, test_device()));
+    let gated = g.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
+    let none = [-1i64; 6];
+    let empty = Dispatch::new([&none, &none], a.experts, Capacity::Dropless);
+    let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
+    let (y, _) = g.combine(&empty, gated.saved, vec![nothing]).unwrap();
+    assert_eq!(tensor_floats(&y), tensor_floats(&x));
+}
+
+/// Identity experts give the input's weighted sum back: gate weights sum to 1, so the layer adds the normed input.
+#[test]
+fn gate_weights_of_kept_tokens_sum_to_one() {
+    let (a, t) = (architecture(), training());
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, test_device()));
+    let gated = hand.glam.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
+    let outputs = vec![gated.rows.shallow_clone()];
+    let dispatch = gated.dispatch.clone();
+    let (y, _) = hand.glam.combine(&dispatch, gated.saved, outputs).unwrap();
+    let added = tensor_floats(&(y - &x));
+    let mut normed = vec![0f32; added.len()];
+    let rows = tensor_floats(&gated.rows);
+    for (row, &token) in dispatch.tokens.iter().enumerate() {
+        let (from, to) = (row * a.hidden, token as usize * a.hidden);
+        normed[to..to + a.hidden].copy_from_slice(&rows[from..from + a.hidden]);
+    }
+    assert!(relative_error(&added, &normed) < 1e-5);
+    for token in 0..40 {
+        let chosen: Vec<_> = (0..a.experts)
+            .filter(|&e| {
+                let start = dispatch.offsets()[e];
+                dispatch.tokens[start..start + dispatch.counts[e]].contains(&token)
+            })
+            .collect();
+        assert_eq!(chosen.len(), 2, "token {token} goes to two distinct experts");
+    }
+}
+
+#[test]
+fn the_random_policy_drops_second_choices_alike_on_every_node() {
+    let (mut a, t) = (architecture(), training());
+    a.second_expert = SecondExpert::Random;
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let x = Tensor::randn([200, a.hidden as i64], (Kind::Float, test_device()));
+    let gate = |lane| {
+        let params = hand.params(ShardId::Router { layer: 0 });
+        hand.glam.gate(0, params, x.shallow_clone(), (3, lane), false).unwrap().dispatch
+    };
+    assert_eq!(gate(1), gate(1));
+    assert_ne!(gate(1), gate(2));
+    assert!(gate(1).tokens.len() < 400);
+}
+
+#[test]
+fn an_expert_that_meets_no_token_answers_and_has_no_gradient() {
+    let (a, t) = (architecture(), training());
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let id = ShardId::Expert { layer: 0, expert: 0 };
+    let empty = || Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
+    let (y, saved) = hand.glam.expert(hand.params(id), empty(), true).unwrap();
+    assert_eq!(y.size(), [0, a.hidden as i64]);
+    let (dx, saved) = hand.glam.expert_backward(hand.params(id), saved, empty()).unwrap();
+    assert_eq!(dx.size(), [0, a.hidden as i64]);
+    assert!(hand.glam.expert_gradient(vec![saved]).unwrap().is_none());
+}
+
+#[test]
+fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
+    let (a, t) = (architecture(), training());
+    let mut hand = Hand::new(a.clone(), &t, Kind::Float);
+    let (_, grads, _) = hand.lane(&tokens(6, &a, &t));
+    let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+    for (id, gradient) in grads {
+        let shard = hand.shards.get_mut(&id).unwrap();
+        hand.glam.apply(id, shard, Some(gradient), 1, update).unwrap();
+    }
+    for (&id, shard) in &hand.shards {
+        let bytes = hand.glam.store(id, 1, shard).unwrap();
+        let back = hand.glam.load(id, &bytes).unwrap();
+        assert_eq!(bytes, hand.glam.store(id, 1, &back).unwrap(), "{id}");
+        let other = ShardId::Dense { layer: 99 };
+        assert!(hand.glam.load(other, &bytes).unwrap_err().to_string().contains("does not fit"));
+        assert!(hand.glam.load(id, &bytes[..bytes.len() / 2]).is_err());
+    }
+    let mut wider = a;
+    wider.hidden = 32;
+    let other = Glam::new(&wider, &t, 7, test_device()).unwrap();
+    let id = ShardId::Expert { layer: 0, expert: 1 };
+    let error = other.load(id, &hand.glam.store(id, 1, &hand.shards[&id]).unwrap()).unwrap_err();
+    assert!(error.to_string().contains("this model expects"), "{error}");
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_is_one_clear_error() {
+    let (a, t) = (architecture(), training());
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let mut tokens = tokens(8, &a, &t);
+    tokens[3] = 97;
+    let error = hand.glam.embed(hand.params(ShardId::Embedding), &tokens).unwrap_err();
+    assert_eq!(error.to_string(), "token 97 is outside the model's vocabulary of 97");
+}
+
+#[test]
+fn products_are_the_same_bits_at_any_alignment_row_count_and_order() {
+    let device = Device::Cpu;
+    volary_model::device::single_thread();
+    tch::manual_seed(11);
+    for (rows, inner, columns) in [(37, 128, 512), (64, 512, 128), (1, 128, 384), (200, 64, 48)] {
+        let x = Tensor::randn([rows, inner], (Kind::Float, device));
+        let w = Tensor::randn([inner, columns], (Kind::Float, device));
+        let expected = tensor_floats(&x.matmul(&w));
+        for offset in 1..4 {
+            let shifted = |t: &Tensor| {
+                let line = Tensor::zeros([t.numel() as i64 + offset], (Kind::Float, device));
+                let view = line.narrow(0, offset, t.numel() as i64).view(t.size().as_slice());
+                view.shallow_clone().copy_(t);
+                view
+            };
+            let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&tensor_floats(&shifted(&x).matmul(&shifted(&w)))), bits(&expected), "offset {offset}");
+        }
+    }
+}
