@@ -1,0 +1,219 @@
+//! What the checkpoints promise.
+
+use crate::testing::{TestDisk, TestRun, bytes_of, config, shards, write, write_in_order};
+use crate::{CheckpointReader, Checkpoints, Error};
+use std::fs;
+use volary_core::{ShardId, Step};
+
+fn forget(checkpoints: &Checkpoints<TestDisk>, run: &TestRun, steps: &[Step]) {
+    // As if sled had lost the end of its log: entries go, manifests stay.
+    let kept: Vec<_> =
+        steps.iter().map(|s| (run.dir.manifest(*s), fs::read(run.dir.manifest(*s)).unwrap())).collect();
+    checkpoints.truncate_after(steps[0] - 1).unwrap();
+    for (path, text) in kept {
+        fs::write(path, text).unwrap();
+    }
+}
+
+#[test]
+fn a_checkpoint_is_there_once_it_is_complete_and_not_before() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    let pending = checkpoints.begin(8, 3, config(), shards());
+    for shard in shards().into_iter().skip(1) {
+        pending.add(shard, &bytes_of(shard, 8)).unwrap();
+    }
+    assert_eq!(pending.missing(), [ShardId::Embedding]);
+    assert_eq!(checkpoints.latest().unwrap(), None);
+    assert!(matches!(pending.complete().unwrap_err(), Error::Incomplete { step: 8, .. }));
+    write(&checkpoints, 8);
+    drop(checkpoints);
+    let checkpoints = run.checkpoints();
+    assert_eq!(checkpoints.latest().unwrap().unwrap().step, 8);
+    for shard in shards() {
+        assert_eq!(checkpoints.read(8, shard).unwrap(), bytes_of(shard, 8));
+    }
+    assert!(matches!(checkpoints.at(9).unwrap_err(), Error::NoCheckpoint { step: 9 }));
+}
+
+#[test]
+fn blobs_are_durable_before_the_manifest_is_written() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    write(&checkpoints, 42);
+    let log = run.disk.log.lock().unwrap();
+    let at = |line: &str| log.iter().position(|l| l == line).unwrap();
+    let last_blob = log.iter().rposition(|l| l.starts_with("write tmp-")).unwrap();
+    assert!(last_blob < at("sync blobs") && at("sync blobs") < at("write step-00000042.tmp"), "{log:?}");
+    assert_eq!(log.last().unwrap(), "sync checkpoints");
+}
+
+#[test]
+fn shards_that_differ_or_do_not_belong_are_refused() {
+    let run = TestRun::new();
+    let pending = run.checkpoints().begin(1, 1, config(), [ShardId::Embedding]);
+    pending.add(ShardId::Embedding, b"weights").unwrap();
+    pending.add(ShardId::Embedding, b"weights").unwrap();
+    assert!(matches!(pending.add(ShardId::Embedding, b"other").unwrap_err(), Error::ShardDiffers { .. }));
+    assert!(matches!(pending.add(ShardId::Dense { layer: 9 }, b"x").unwrap_err(), Error::NoShard { .. }));
+    pending.complete().unwrap();
+}
+
+#[test]
+fn the_same_checkpoint_again_is_welcome_and_another_is_not() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    write(&checkpoints, 5);
+    let first = checkpoints.at(5).unwrap();
+    write(&checkpoints, 5);
+    assert_eq!(checkpoints.at(5).unwrap(), first);
+    let pending = checkpoints.begin(5, 1, config(), [ShardId::Embedding]);
+    pending.add(ShardId::Embedding, b"other").unwrap();
+    assert!(matches!(pending.complete().unwrap_err(), Error::AlreadyCheckpointed { step: 5 }));
+    assert_eq!(checkpoints.truncate_after(4).unwrap(), 1);
+    assert!(CheckpointReader::open(&run.dir).unwrap().steps().unwrap().is_empty());
+}
+
+#[test]
+fn a_torn_blob_is_named_and_the_other_checkpoint_is_unhurt() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    write(&checkpoints, 1);
+    write(&checkpoints, 2);
+    let torn = ShardId::Expert { layer: 1, expert: 3 };
+    let path = run.dir.blobs().join(checkpoints.at(2).unwrap().shards[&torn].digest.to_string());
+    fs::File::options().write(true).open(&path).unwrap().set_len(7).unwrap();
+    let error = checkpoints.verify(2).unwrap_err();
+    assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+    assert!(checkpoints.read(2, torn).is_err());
+    checkpoints.read(2, ShardId::Embedding).unwrap();
+    checkpoints.verify(1).unwrap();
+    assert_eq!(checkpoints.latest_intact().unwrap().unwrap().step, 1);
+    // The run goes back, computes the same weights again, and the checkpoint is whole again.
+    write(&checkpoints, 2);
+    checkpoints.verify(2).unwrap();
+}
+
+#[test]
+fn a_full_disk_names_the_shard_and_hurts_nothing_that_was_there() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    write(&checkpoints, 1);
+    let pending = checkpoints.begin(2, 1, config(), shards());
+    let shard = ShardId::Dense { layer: 0 };
+    run.disk.fill();
+    let error = pending.add(shard, &bytes_of(shard, 2)).unwrap_err().to_string();
+    assert!(
+        error.starts_with("no space left on device while writing shard layer.0.dense of step 2"),
+        "{error}"
+    );
+    let left = fs::read_dir(run.dir.blobs()).unwrap().count();
+    assert_eq!(left, shards().len());
+    checkpoints.verify(1).unwrap();
+    run.disk.free();
+    for shard in shards() {
+        pending.add(shard, &bytes_of(shard, 2)).unwrap();
+    }
+    run.disk.fill();
+    let error = pending.complete().unwrap_err().to_string();
+    assert!(error.contains("the manifest of the checkpoint at step 2"), "{error}");
+    run.disk.free();
+    drop(checkpoints);
+    // Catalogued, so it exists; opening writes the manifest that did not fit.
+    run.checkpoints().verify(2).unwrap();
+    CheckpointReader::open(&run.dir).unwrap().verify(2).unwrap();
+}
+
+#[test]
+fn the_digest_depends_on_the_weights_alone() {
+    let (a, b) = (TestRun::new(), TestRun::new());
+    let (first, second) = (a.checkpoints(), b.checkpoints());
+    write(&first, 3);
+    write_in_order(&second, 3, shards().into_iter().rev()).unwrap();
+    let digest = first.digest(3).unwrap();
+    assert_eq!(digest, second.digest(3).unwrap());
+    assert_eq!(digest.shards.len(), shards().len());
+    let names: Vec<String> = digest.shards.iter().map(|(shard, _)| shard.to_string()).collect();
+    assert!(names.is_sorted());
+    write(&first, 4);
+    assert_ne!(digest.whole, first.digest(4).unwrap().whole);
+}
+
+#[test]
+fn retention_removes_only_what_nothing_refers_to() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    for step in 1..=4 {
+        write(&checkpoints, step);
+    }
+    let pending = checkpoints.begin(5, 1, config(), shards());
+    let router = ShardId::Router { layer: 1 };
+    pending.add(router, &bytes_of(router, 5)).unwrap();
+    let each = shards().len() as u64 - 1;
+    let report = checkpoints.retain(2).unwrap();
+    // The embedding is shared by all, and the pending checkpoint's blob is kept for it.
+    assert_eq!((report.removed, report.kept), (2 * each, 2 * each + 2));
+    assert_eq!(checkpoints.steps().unwrap(), [3, 4]);
+    assert_eq!(CheckpointReader::open(&run.dir).unwrap().steps().unwrap(), [3, 4]);
+    for step in [3, 4] {
+        checkpoints.verify(step).unwrap();
+    }
+    drop(pending);
+    assert_eq!(checkpoints.retain(2).unwrap().removed, 1);
+}
+
+#[test]
+fn lost_entries_are_put_back_from_their_manifests_if_the_blobs_are_intact() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    for step in 1..=4 {
+        write(&checkpoints, step);
+    }
+    let torn = checkpoints.at(3).unwrap().shards[&ShardId::Dense { layer: 0 }].digest;
+    forget(&checkpoints, &run, &[2, 3, 4]);
+    fs::write(run.dir.blobs().join(torn.to_string()), b"torn").unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [1]);
+    drop(checkpoints);
+    let checkpoints = run.checkpoints();
+    assert_eq!(checkpoints.steps().unwrap(), [1, 2, 4]);
+    checkpoints.verify(4).unwrap();
+    assert!(checkpoints.rebuild_catalogue().unwrap().is_empty());
+}
+
+#[test]
+fn a_reader_sees_what_the_holder_of_the_database_writes() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    let reader = CheckpointReader::open(&run.dir).unwrap();
+    assert_eq!(reader.latest().unwrap(), None);
+    write(&checkpoints, 41);
+    write(&checkpoints, 42);
+    assert_eq!(reader.latest().unwrap(), Some(checkpoints.at(42).unwrap()));
+    assert_eq!(reader.digest(41).unwrap(), checkpoints.digest(41).unwrap());
+    assert_eq!(reader.read(42, ShardId::Embedding).unwrap(), bytes_of(ShardId::Embedding, 42));
+}
+
+#[test]
+fn any_changed_byte_of_a_manifest_is_found_and_the_reader_goes_one_back() {
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    write(&checkpoints, 1);
+    write(&checkpoints, 2);
+    let reader = CheckpointReader::open(&run.dir).unwrap();
+    let (path, whole) = (run.dir.manifest(2), checkpoints.at(2).unwrap());
+    let text = fs::read(&path).unwrap();
+    for at in (0..text.len()).step_by(13) {
+        let mut changed = text.clone();
+        changed[at] ^= 1;
+        fs::write(&path, &changed).unwrap();
+        // Between two tokens a blank may become something that JSON skips as well; the content is the same then.
+        assert!(reader.at(2).map_or(true, |record| record == whole), "byte {at} of {}", path.display());
+    }
+    fs::write(&path, &text[..text.len() / 2]).unwrap();
+    assert!(reader.at(2).unwrap_err().to_string().contains("step-00000002.json"));
+    assert_eq!(reader.latest().unwrap().unwrap().step, 1);
+    drop(checkpoints);
+    // The catalogue still knows, and opening writes the manifest anew.
+    drop(run.checkpoints());
+    assert_eq!(reader.at(2).unwrap(), whole);
+}

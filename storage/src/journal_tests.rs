@@ -1,0 +1,176 @@
+//! What the journal and the tables promise.
+
+use crate::journal::FORMAT;
+use crate::record::MAX_BYTES;
+use crate::testing::{TestRun, config};
+use crate::{Error, RunIdentity, Store, Table};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use volary_core::Step;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Committed {
+    lr: f64,
+    tokens: u64,
+    applied: bool,
+}
+
+fn value(step: Step) -> Committed {
+    Committed { lr: 1e-3 / step as f64, tokens: step * 512, applied: step.is_multiple_of(2) }
+}
+
+fn committed_to(store: &Store, last: Step) {
+    for step in 1..=last {
+        store.commit(step, &value(step)).unwrap();
+    }
+}
+
+#[test]
+fn what_was_committed_is_there_after_reopening() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    assert_eq!(store.last_committed().unwrap(), None);
+    // Across a power of 256: only big-endian keys keep this in order.
+    committed_to(&store, 300);
+    drop(store);
+    let store = Store::open(&run.dir).unwrap();
+    assert_eq!(store.last_committed().unwrap(), Some(300));
+    assert_eq!(store.committed(257).unwrap(), Some(value(257)));
+    assert_eq!(store.committed::<Committed>(301).unwrap(), None);
+    let all: Vec<(Step, Committed)> = store.committed_range(254).map(Result::unwrap).collect();
+    assert_eq!(all, (254..=300).map(|s| (s, value(s))).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_step_is_committed_once() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    committed_to(&store, 2);
+    store.commit(2, &value(2)).unwrap();
+    store.commit(1, &value(1)).unwrap();
+    let error = store.commit(2, &value(9)).unwrap_err();
+    assert!(matches!(error, Error::AlreadyCommitted { step: 2 }), "{error}");
+    assert_eq!(store.committed(2).unwrap(), Some(value(2)));
+}
+
+#[test]
+fn of_many_who_commit_a_step_differently_one_succeeds() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    let committed = std::thread::scope(|scope| {
+        let store = &store;
+        let threads: Vec<_> =
+            (1..=8).map(|n| scope.spawn(move || store.commit(1, &value(n)).is_ok())).collect();
+        threads.into_iter().map(|t| t.join().unwrap()).filter(|ok| *ok).count()
+    });
+    assert_eq!(committed, 1);
+}
+
+#[test]
+fn a_commit_that_would_leave_a_hole_is_refused() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    store.commit(5, &value(5)).unwrap();
+    for step in [4, 7] {
+        let error = store.commit(step, &value(step)).unwrap_err();
+        assert!(matches!(error, Error::OutOfOrder { last: 5, .. }), "{error}");
+    }
+    store.commit(6, &value(6)).unwrap();
+}
+
+#[test]
+fn a_hole_is_found_at_opening_with_its_steps() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    committed_to(&store, 9);
+    for step in [4_u64, 5] {
+        store.journal.remove(step.to_be_bytes()).unwrap();
+    }
+    store.make_durable().unwrap();
+    drop(store);
+    let error = Store::open(&run.dir).unwrap_err();
+    assert!(matches!(error, Error::Hole { first: 4, last: 5, .. }), "{error}");
+    assert!(error.to_string().contains("steps 4 to 5"), "{error}");
+}
+
+#[test]
+fn a_damaged_step_is_found_at_opening() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    committed_to(&store, 3);
+    let mut bytes = store.journal.get(2_u64.to_be_bytes()).unwrap().unwrap().to_vec();
+    *bytes.last_mut().unwrap() ^= 1;
+    store.journal.insert(2_u64.to_be_bytes(), bytes).unwrap();
+    store.make_durable().unwrap();
+    drop(store);
+    let error = Store::open(&run.dir).unwrap_err();
+    assert!(error.to_string().contains("step 2"), "{error}");
+}
+
+#[test]
+fn a_run_that_goes_back_commits_the_same_steps_again() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    committed_to(&store, 9);
+    assert_eq!(store.truncate_after(6).unwrap(), 3);
+    assert_eq!(store.truncate_after(6).unwrap(), 0);
+    store.commit(7, &value(70)).unwrap();
+    assert_eq!(store.prune_before(5).unwrap(), 4);
+    drop(store);
+    let store = Store::open(&run.dir).unwrap();
+    let steps: Vec<Step> = store.committed_range::<Committed>(0).map(|item| item.unwrap().0).collect();
+    assert_eq!(steps, [5, 6, 7]);
+}
+
+#[test]
+fn a_directory_of_another_run_is_refused_with_what_differs() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    let identity = RunIdentity { name: "a".to_owned(), seed: 7, config_hash: config(), format: FORMAT };
+    assert_eq!(store.identity().unwrap(), None);
+    store.identify(&identity).unwrap();
+    store.identify(&identity).unwrap();
+    let error = store.identify(&RunIdentity { seed: 8, ..identity.clone() }).unwrap_err();
+    assert!(error.to_string().contains("seed is 7, not 8"), "{error}");
+    store.put_identity(&RunIdentity { format: 99, ..identity }).unwrap();
+    assert!(matches!(store.identity().unwrap_err(), Error::Format { found: 99, .. }));
+}
+
+#[test]
+fn values_are_kept_by_name_and_a_token_is_used_once() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    store.put(Table::Facts, "placement", &vec![1_u32, 2]).unwrap();
+    store.put(Table::Tokens, "t1", &"fresh".to_owned()).unwrap();
+    let (fresh, used) = ("fresh".to_owned(), "used".to_owned());
+    assert!(store.swap(Table::Tokens, "t1", Some(&fresh), Some(&used)).unwrap());
+    assert!(!store.swap(Table::Tokens, "t1", Some(&fresh), Some(&used)).unwrap());
+    drop(store);
+    let store = Store::open(&run.dir).unwrap();
+    assert_eq!(store.get(Table::Facts, "placement").unwrap(), Some(vec![1_u32, 2]));
+    assert_eq!(store.get::<u32>(Table::Facts, "t1").unwrap(), None);
+    assert_eq!(store.list::<String>(Table::Tokens).unwrap(), [("t1".to_owned(), used)]);
+    assert!(store.remove(Table::Tokens, "t1").unwrap());
+    assert!(!store.remove(Table::Tokens, "t1").unwrap());
+}
+
+#[test]
+fn the_largest_records_stay_in_the_file_that_is_synced() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    let largest = vec![7_u8; MAX_BYTES - 16];
+    for n in 0..40 {
+        store.put(Table::Facts, &format!("fact {n}"), &largest).unwrap();
+    }
+    let out_of_line = fs::read_dir(run.dir.state().join("blobs")).unwrap().count();
+    assert_eq!(out_of_line, 0);
+}
+
+#[test]
+fn a_database_that_is_open_already_is_refused_by_name() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    let error = Store::open(&run.dir).unwrap_err();
+    assert!(error.to_string().contains(run.dir.state().to_str().unwrap()), "{error}");
+    store.commit(1, &value(1)).unwrap();
+}

@@ -1,0 +1,119 @@
+//! One supervisor at a time: a lock that the kernel releases with its holder, however that dies.
+
+use crate::error::{Error, Result};
+use crate::layout::RunDir;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+const READS: u32 = 20;
+const BETWEEN_READS: Duration = Duration::from_millis(10);
+
+/// Who holds the run, as written into the lock file.
+#[derive(Debug, Serialize, Deserialize)]
+struct Holder {
+    pid: u32,
+    address: String,
+}
+
+/// The right to be this run's supervisor, until it is dropped or the process ends.
+#[derive(Debug)]
+pub struct RunLock {
+    file: File,
+    path: PathBuf,
+}
+
+impl RunLock {
+    /// Takes the run, or says who has it.
+    pub fn acquire(dir: &RunDir, pid: u32, address: &str) -> Result<Self> {
+        let path = dir.lock();
+        // Not truncated: until the lock is ours the content is another's.
+        let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
+        let file = opened.map_err(|e| Error::io("open", &path, e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(held(&path)),
+            Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
+        }
+        let mut lock = Self { file, path };
+        lock.sign(&Holder { pid, address: address.to_owned() })?;
+        Ok(lock)
+    }
+
+    /// The lock file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn sign(&mut self, holder: &Holder) -> Result<()> {
+        let text = serde_json::to_string(holder)
+            .map_err(|e| Error::Unstorable { what: "the lock's holder".to_owned(), reason: e.to_string() })?;
+        self.file
+            .set_len(0)
+            .and_then(|()| self.file.write_all(text.as_bytes()))
+            .map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+impl Drop for RunLock {
+    fn drop(&mut self) {
+        // The name goes before the lock does; closing the file releases it whether or not this works.
+        if let Err(error) = self.file.set_len(0) {
+            tracing::debug!(path = %self.path.display(), %error, "the lock's holder could not be erased");
+        }
+    }
+}
+
+/// The holder writes its name just after it has locked: a reader in between waits a moment.
+fn held(path: &Path) -> Error {
+    for _ in 0..READS {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        if let Ok(Holder { pid, address }) = serde_json::from_str(&text) {
+            return Error::Held { pid, address, path: path.to_owned() };
+        }
+        thread::sleep(BETWEEN_READS);
+    }
+    Error::HeldUnnamed { path: path.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_held_run_names_its_holder_and_is_free_after_it() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(temp.path()).unwrap();
+        let lock = RunLock::acquire(&dir, 4242, "127.0.0.1:7000").unwrap();
+        let error = RunLock::acquire(&dir, 1, "elsewhere").unwrap_err();
+        assert!(matches!(error, Error::Held { pid: 4242, .. }), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("4242") && text.contains("127.0.0.1:7000"), "{text}");
+        drop(lock);
+        drop(RunLock::acquire(&dir, 1, "elsewhere").unwrap());
+    }
+
+    #[test]
+    fn what_a_dead_holder_left_in_the_file_does_not_hold_the_run() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(temp.path()).unwrap();
+        fs::write(dir.lock(), r#"{"pid":99999,"address":"a long address of a process that is gone"}"#)
+            .unwrap();
+        let _lock = RunLock::acquire(&dir, 7, "b").unwrap();
+        let error = RunLock::acquire(&dir, 8, "c").unwrap_err();
+        assert!(matches!(error, Error::Held { pid: 7, .. }), "{error}");
+    }
+
+    #[test]
+    fn a_holder_without_a_name_is_still_a_holder() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(temp.path()).unwrap();
+        let lock = RunLock::acquire(&dir, 7, "b").unwrap();
+        lock.file.set_len(0).unwrap();
+        assert!(matches!(RunLock::acquire(&dir, 8, "c").unwrap_err(), Error::HeldUnnamed { .. }));
+    }
+}

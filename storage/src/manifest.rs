@@ -1,0 +1,212 @@
+//! What a checkpoint consists of, and its manifest: the same truth as the catalogue's, in a file that people, other
+//! processes and a catalogue that has lost entries can read.
+
+use crate::blobs;
+use crate::digest::Digest;
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+use crate::layout::RunDir;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use volary_core::{Epoch, ShardId, Step};
+
+/// The format of a checkpoint that this version writes.
+pub const FORMAT: u16 = 1;
+
+/// Where a shard's bytes are: the blob of this digest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlobRef {
+    /// The blob's name.
+    pub digest: Digest,
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// A complete checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointRecord {
+    /// [`FORMAT`].
+    pub format: u16,
+    /// The last step that the weights have seen.
+    pub step: Step,
+    /// The placement under which it was written; the content does not depend on it.
+    pub epoch: Epoch,
+    /// The digest of those options that decide the weights.
+    pub config_hash: Digest,
+    /// When it was completed.
+    pub created_unix_ms: u64,
+    /// Every shard of the model.
+    #[serde(serialize_with = "list_shards", deserialize_with = "collect_shards")]
+    pub shards: BTreeMap<ShardId, BlobRef>,
+}
+
+impl CheckpointRecord {
+    /// The bytes of all shards together.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.shards.values().map(|blob| blob.bytes).sum()
+    }
+
+    /// Whether both hold the same weights of the same step, whenever and under whatever placement they were written.
+    #[must_use]
+    pub fn same_content(&self, other: &Self) -> bool {
+        (self.step, self.config_hash, &self.shards) == (other.step, other.config_hash, &other.shards)
+    }
+
+    /// A shard's bytes; `get` reads a blob and checks it.
+    pub(crate) fn read(&self, get: impl Fn(&Digest) -> Result<Vec<u8>>, shard: ShardId) -> Result<Vec<u8>> {
+        let blob = self.shards.get(&shard).ok_or(Error::NoShard { step: self.step, shard })?;
+        get(&blob.digest)
+    }
+
+    /// Reads every shard's bytes and digests them, whatever the names of the files say.
+    pub(crate) fn digest(&self, get: impl Fn(&Digest) -> Result<Vec<u8>>) -> Result<CheckpointDigest> {
+        let read = |shard: &ShardId| Ok((*shard, Digest::of(&self.read(&get, *shard)?)));
+        self.shards.keys().map(read).collect::<Result<Vec<_>>>().map(CheckpointDigest::fold)
+    }
+}
+
+/// The digest of a checkpoint's weights: equal for equal weights, wherever and in whatever order they were written.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CheckpointDigest {
+    /// Each shard's digest, in the order of the shards' names.
+    pub shards: Vec<(ShardId, Digest)>,
+    /// BLAKE3 over the shards' names and digests in that order.
+    pub whole: Digest,
+}
+
+impl CheckpointDigest {
+    /// Folds the shards' digests, given in any order.
+    #[must_use]
+    pub fn fold(mut shards: Vec<(ShardId, Digest)>) -> Self {
+        shards.sort_by_cached_key(|(shard, _)| shard.to_string());
+        let mut hasher = blake3::Hasher::new();
+        for (shard, digest) in &shards {
+            let name = shard.to_string();
+            hasher.update(&(name.len() as u64).to_le_bytes()).update(name.as_bytes()).update(&digest.0);
+        }
+        let whole = Digest(*hasher.finalize().as_bytes());
+        Self { shards, whole }
+    }
+}
+
+/// A shard in the list: a map's keys must be strings in JSON, and a shard is none.
+#[derive(Serialize, Deserialize)]
+struct Listed {
+    shard: ShardId,
+    digest: Digest,
+    bytes: u64,
+}
+
+fn list_shards<S: Serializer>(
+    shards: &BTreeMap<ShardId, BlobRef>,
+    to: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    to.collect_seq(shards.iter().map(|(shard, blob)| Listed {
+        shard: *shard,
+        digest: blob.digest,
+        bytes: blob.bytes,
+    }))
+}
+
+fn collect_shards<'de, D: Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<BTreeMap<ShardId, BlobRef>, D::Error> {
+    let listed = Vec::<Listed>::deserialize(from)?;
+    Ok(listed.into_iter().map(|l| (l.shard, BlobRef { digest: l.digest, bytes: l.bytes })).collect())
+}
+
+/// A manifest file's content.
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    checkpoint: CheckpointRecord,
+    /// Over the record's postcard bytes, so that a changed byte anywhere in the file is found.
+    checksum: Digest,
+}
+
+/// Only the format, which must be readable in every format.
+#[derive(Deserialize)]
+struct AnyManifest {
+    checkpoint: AnyCheckpoint,
+}
+
+#[derive(Deserialize)]
+struct AnyCheckpoint {
+    format: u16,
+}
+
+/// Writes a checkpoint's manifest, durably.
+pub(crate) fn write(disk: &impl Disk, dir: &RunDir, record: &CheckpointRecord) -> Result<()> {
+    let path = dir.manifest(record.step);
+    let manifest = Manifest { checkpoint: record.clone(), checksum: checksum(record)? };
+    let text = serde_json::to_vec_pretty(&manifest).map_err(|e| unstorable(record.step, &e))?;
+    blobs::replace(disk, &path.with_extension("tmp"), &path, &text)
+        .map_err(|e| e.while_writing(|| format!("the manifest of the checkpoint at step {}", record.step)))?;
+    sync(disk, dir)
+}
+
+/// Removes a checkpoint's manifest, durably.
+pub(crate) fn remove(disk: &impl Disk, dir: &RunDir, step: Step) -> Result<()> {
+    let path = dir.manifest(step);
+    match disk.remove(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", &path, e)),
+        _ => sync(disk, dir),
+    }
+}
+
+/// A checkpoint's record from its manifest, checked; `None` without a manifest.
+pub(crate) fn read(dir: &RunDir, step: Step) -> Result<Option<CheckpointRecord>> {
+    let path = dir.manifest(step);
+    let text = match fs::read(&path) {
+        Ok(text) => text,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io("read", &path, e)),
+    };
+    parse(&path, step, &text).map(Some)
+}
+
+/// The steps that have a manifest, damaged or not, in order.
+pub(crate) fn steps(dir: &RunDir) -> Result<Vec<Step>> {
+    let folder = dir.checkpoints();
+    let listed = fs::read_dir(&folder).and_then(|entries| {
+        entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    });
+    let names: Vec<String> = listed.map_err(|e| Error::io("list", &folder, e))?;
+    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok();
+    let mut steps: Vec<Step> = names.iter().filter_map(step).collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+fn parse(path: &Path, step: Step, text: &[u8]) -> Result<CheckpointRecord> {
+    let damaged = |reason: String| Error::DamagedManifest { path: PathBuf::from(path), reason };
+    let any: AnyManifest = serde_json::from_slice(text).map_err(|e| damaged(e.to_string()))?;
+    let found = any.checkpoint.format;
+    if found != FORMAT {
+        return Err(Error::Format { what: path.display().to_string(), found, known: FORMAT });
+    }
+    let manifest: Manifest = serde_json::from_slice(text).map_err(|e| damaged(e.to_string()))?;
+    if manifest.checksum != checksum(&manifest.checkpoint)? {
+        return Err(damaged("its checksum does not fit".to_owned()));
+    }
+    if manifest.checkpoint.step != step {
+        return Err(damaged(format!("it is that of step {}", manifest.checkpoint.step)));
+    }
+    Ok(manifest.checkpoint)
+}
+
+fn checksum(record: &CheckpointRecord) -> Result<Digest> {
+    postcard::to_stdvec(record).map(|bytes| Digest::of(&bytes)).map_err(|e| unstorable(record.step, &e))
+}
+
+fn sync(disk: &impl Disk, dir: &RunDir) -> Result<()> {
+    let folder = dir.checkpoints();
+    disk.sync_folder(&folder).map_err(|e| Error::io("sync", &folder, e))
+}
+
+fn unstorable(step: Step, reason: &dyn std::fmt::Display) -> Error {
+    Error::Unstorable { what: format!("the manifest of step {step}"), reason: reason.to_string() }
+}

@@ -1,0 +1,88 @@
+//! Small named values beside the journal: what the supervisor must still know after it was restarted.
+
+use crate::error::Result;
+use crate::journal::Store;
+use crate::record::{self, Place};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Which values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Table {
+    /// Named truths about the run: its placement, its members, its state.
+    Facts,
+    /// The tokens that let nodes join.
+    Tokens,
+}
+
+impl Table {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Facts => "facts",
+            Self::Tokens => "tokens",
+        }
+    }
+}
+
+impl Store {
+    /// Writes a value, durably, in place of one that was there.
+    pub fn put<T: Serialize>(&self, table: Table, name: &str, value: &T) -> Result<()> {
+        let bytes = record::seal(place(table, name), value)?;
+        self.tree(table).insert(name, bytes).map_err(|e| self.failed("write a value", e))?;
+        self.make_durable()
+    }
+
+    /// A value, if it is there.
+    pub fn get<T: DeserializeOwned>(&self, table: Table, name: &str) -> Result<Option<T>> {
+        self.read(self.tree(table), table.name(), name.as_bytes())
+    }
+
+    /// Replaces a value, durably, only if it is `from` (`None`: not there); whether it was. A token that may be used
+    /// once is used by the one caller who gets `true`.
+    pub fn swap<T: Serialize>(
+        &self,
+        table: Table,
+        name: &str,
+        from: Option<&T>,
+        to: Option<&T>,
+    ) -> Result<bool> {
+        let seal = |value: Option<&T>| value.map(|v| record::seal(place(table, name), v)).transpose();
+        let (from, to) = (seal(from)?, seal(to)?);
+        let swapped = self
+            .tree(table)
+            .compare_and_swap(name, from, to)
+            .map_err(|e| self.failed("replace a value", e))?
+            .is_ok();
+        self.make_durable()?;
+        Ok(swapped)
+    }
+
+    /// Removes a value, durably; whether it was there.
+    pub fn remove(&self, table: Table, name: &str) -> Result<bool> {
+        let removed = self.tree(table).remove(name).map_err(|e| self.failed("remove a value", e))?;
+        self.make_durable()?;
+        Ok(removed.is_some())
+    }
+
+    /// All values of a table, by name.
+    pub fn list<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>> {
+        let mut values = Vec::new();
+        for item in self.tree(table) {
+            let (key, bytes) = item.map_err(|e| self.failed("read a table", e))?;
+            let value = record::open(Place { tree: table.name(), key: &key }, &bytes)?;
+            values.push((String::from_utf8_lossy(&key).into_owned(), value));
+        }
+        Ok(values)
+    }
+
+    fn tree(&self, table: Table) -> &sled::Tree {
+        match table {
+            Table::Facts => &self.facts,
+            Table::Tokens => &self.tokens,
+        }
+    }
+}
+
+fn place(table: Table, name: &str) -> Place<'_> {
+    Place { tree: table.name(), key: name.as_bytes() }
+}

@@ -1,0 +1,114 @@
+//! A disk that fails where a test wants it to, and a run to try it on.
+
+use crate::{BlobStore, Checkpoints, Digest, Disk, RealDisk, RunDir, Store};
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use volary_core::{ShardId, Step};
+
+/// Counts operations; from operation `full_from` on, every write is torn half-way by a full disk.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TestDisk {
+    pub(crate) log: Arc<Mutex<Vec<String>>>,
+    pub(crate) full_from: Arc<Mutex<Option<usize>>>,
+}
+
+impl TestDisk {
+    fn note(&self, what: &str, path: &Path) -> bool {
+        let mut log = self.log.lock().unwrap();
+        log.push(format!("{what} {}", path.file_name().unwrap().to_string_lossy()));
+        self.full_from.lock().unwrap().is_some_and(|from| log.len() > from)
+    }
+
+    pub(crate) fn fill(&self) {
+        let done = self.log.lock().unwrap().len();
+        *self.full_from.lock().unwrap() = Some(done);
+    }
+
+    pub(crate) fn free(&self) {
+        *self.full_from.lock().unwrap() = None;
+    }
+
+    pub(crate) fn count(&self, what: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.starts_with(what)).count()
+    }
+}
+
+impl Disk for TestDisk {
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        if self.note("write", path) {
+            fs::write(path, &bytes[..bytes.len() / 2])?;
+            return Err(io::Error::from(io::ErrorKind::StorageFull));
+        }
+        RealDisk.write(path, bytes)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.note("rename", to);
+        RealDisk.rename(from, to)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.note("sync", path);
+        RealDisk.sync_folder(path)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.note("remove", path);
+        RealDisk.remove(path)
+    }
+}
+
+/// A run in a temporary directory.
+pub(crate) struct TestRun {
+    _temp: tempfile::TempDir,
+    pub(crate) dir: RunDir,
+    pub(crate) disk: TestDisk,
+}
+
+impl TestRun {
+    pub(crate) fn new() -> Self {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(temp.path()).unwrap();
+        Self { _temp: temp, dir, disk: TestDisk::default() }
+    }
+
+    pub(crate) fn checkpoints(&self) -> Checkpoints<TestDisk> {
+        let blobs = BlobStore::open_on(self.dir.blobs(), self.disk.clone()).unwrap();
+        Checkpoints::open(&self.dir, Store::open(&self.dir).unwrap(), blobs).unwrap()
+    }
+}
+
+pub(crate) fn shards() -> Vec<ShardId> {
+    let mut shards = vec![ShardId::Embedding, ShardId::Dense { layer: 0 }, ShardId::Router { layer: 1 }];
+    shards.extend((0..12).map(|expert| ShardId::Expert { layer: 1, expert }));
+    shards
+}
+
+/// A shard's bytes at a step; those of the embedding never change.
+pub(crate) fn bytes_of(shard: ShardId, step: Step) -> Vec<u8> {
+    let step = if shard == ShardId::Embedding { 0 } else { step };
+    format!("{shard} at {step}").repeat(100).into_bytes()
+}
+
+pub(crate) fn config() -> Digest {
+    Digest::of(b"config")
+}
+
+/// Writes a checkpoint with its shards in this order.
+pub(crate) fn write_in_order<D: Disk>(
+    checkpoints: &Checkpoints<D>,
+    step: Step,
+    order: impl IntoIterator<Item = ShardId>,
+) -> crate::Result<()> {
+    let pending = checkpoints.begin(step, 1, config(), shards());
+    for shard in order {
+        pending.add(shard, &bytes_of(shard, step))?;
+    }
+    pending.complete().map(drop)
+}
+
+pub(crate) fn write<D: Disk>(checkpoints: &Checkpoints<D>, step: Step) {
+    write_in_order(checkpoints, step, shards()).unwrap();
+}

@@ -1,0 +1,181 @@
+//! A process that dies in the middle of its work loses nothing that it had acknowledged, and leaves nothing broken.
+//!
+//! The test runs itself as a child, which commits steps and writes checkpoints on a disk that aborts the process at a
+//! random operation, in the middle of a write too, or at a random moment inside sled.
+
+#![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::{Command, abort};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use volary_core::{ShardId, Step};
+use volary_storage::{
+    BlobStore, CheckpointReader, Checkpoints, Digest, Disk, JsonLines, RealDisk, RunDir, Store,
+};
+
+const DIR: &str = "VOLARY_KILL_DIR";
+const SEED: &str = "VOLARY_KILL_SEED";
+const TRIES: u64 = 20;
+const EVERY: Step = 3;
+
+/// Aborts at its `dies_at`-th operation.
+struct DyingDisk {
+    done: AtomicU64,
+    dies_at: u64,
+}
+
+impl DyingDisk {
+    fn is_over(&self) -> bool {
+        self.done.fetch_add(1, Ordering::SeqCst) + 1 == self.dies_at
+    }
+
+    fn live(&self) {
+        if self.is_over() {
+            abort();
+        }
+    }
+}
+
+impl Disk for DyingDisk {
+    fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
+        if self.is_over() {
+            File::create(path)?.write_all(&bytes[..bytes.len() / 3])?;
+            abort();
+        }
+        RealDisk.write(path, bytes)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        self.live();
+        RealDisk.rename(from, to)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        self.live();
+        RealDisk.sync_folder(path)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        self.live();
+        RealDisk.remove(path)
+    }
+}
+
+fn value(step: Step) -> (Step, String) {
+    (step, format!("commit of step {step}"))
+}
+
+fn shards() -> Vec<ShardId> {
+    (0..6).map(|expert| ShardId::Expert { layer: 1, expert }).chain([ShardId::Embedding]).collect()
+}
+
+fn bytes_of(shard: ShardId, step: Step) -> Vec<u8> {
+    format!("{shard} at {step}").repeat(2000).into_bytes()
+}
+
+/// A small generator, so that a seed that failed can be run again.
+fn mix(seed: u64) -> u64 {
+    let mut x = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    x ^ (x >> 31)
+}
+
+/// What the parent runs: it works until it dies, and says what it has been promised.
+#[test]
+fn child() {
+    let (Ok(dir), Ok(seed)) = (std::env::var(DIR), std::env::var(SEED)) else { return };
+    let random = mix(seed.parse().unwrap());
+    let by_operation = random.is_multiple_of(2);
+    let dies_at = if by_operation { random / 2 % 120 + 1 } else { u64::MAX };
+    if !by_operation {
+        thread::spawn(move || {
+            thread::sleep(Duration::from_micros(random / 2 % 150_000));
+            abort();
+        });
+    }
+    work(&RunDir::open(&dir).unwrap(), DyingDisk { done: AtomicU64::new(0), dies_at });
+}
+
+fn work(dir: &RunDir, disk: DyingDisk) {
+    let mut acknowledged = File::options().append(true).open(dir.root().join("acknowledged")).unwrap();
+    let store = Store::open(dir).unwrap();
+    let blobs = BlobStore::open_on(dir.blobs(), disk).unwrap();
+    let checkpoints = Checkpoints::open(dir, store.clone(), blobs).unwrap();
+    let mut lines = JsonLines::open(dir.metrics()).unwrap();
+    let start = store.last_committed().unwrap().unwrap_or(0) + 1;
+    for step in start..start + 10_000 {
+        store.commit(step, &value(step)).unwrap();
+        writeln!(acknowledged, "commit {step}").unwrap();
+        lines.append(&serde_json::json!({"step": step, "loss": 1.0})).unwrap();
+        if step % EVERY == 0 {
+            checkpoint(&checkpoints, step);
+            writeln!(acknowledged, "checkpoint {step}").unwrap();
+            checkpoints.retain(2).unwrap();
+        }
+    }
+}
+
+fn checkpoint<D: Disk>(checkpoints: &Checkpoints<D>, step: Step) {
+    let pending = checkpoints.begin(step, 1, Digest::of(b"config"), shards());
+    for shard in shards() {
+        pending.add(shard, &bytes_of(shard, step)).unwrap();
+    }
+    pending.complete().unwrap();
+}
+
+/// The last step of its kind that the child was promised.
+fn last(acknowledged: &str, kind: &str) -> Step {
+    let steps = acknowledged.lines().filter_map(|line| line.strip_prefix(kind)?.trim().parse().ok());
+    steps.max().unwrap_or(0)
+}
+
+#[test]
+fn a_process_killed_anywhere_loses_nothing_that_it_had_acknowledged() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = RunDir::create(temp.path()).unwrap();
+    File::create(dir.root().join("acknowledged")).unwrap();
+    let base = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
+    for seed in base..base + TRIES {
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        child.args(["child", "--exact", "--nocapture"]).env(DIR, dir.root()).env(SEED, seed.to_string());
+        let output = child.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        println!("seed {seed}: {}", output.status);
+        // It must have died by its own hand, not by an error.
+        assert!(!output.status.success() && !said.contains("panicked"), "seed {seed}: {said}");
+        check(&dir, seed);
+    }
+    let acknowledged = fs::read_to_string(dir.root().join("acknowledged")).unwrap();
+    println!("killed {TRIES} times: {} promises kept", acknowledged.lines().count());
+    assert!(last(&acknowledged, "checkpoint") > 0, "no try came as far as a checkpoint");
+}
+
+fn check(dir: &RunDir, seed: u64) {
+    let acknowledged = fs::read_to_string(dir.root().join("acknowledged")).unwrap();
+    // Readers come first: they must find everything in order before the owner has tidied up.
+    let reader = CheckpointReader::open(dir).unwrap();
+    for step in reader.steps().unwrap() {
+        reader.verify(step).unwrap_or_else(|e| panic!("seed {seed}: manifest of step {step}: {e}"));
+    }
+    let store = Store::open(dir).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+    let commits = last(&acknowledged, "commit");
+    assert!(store.last_committed().unwrap().unwrap_or(0) >= commits, "seed {seed}: a commit is lost");
+    for (at, item) in (1..).zip(store.committed_range::<(Step, String)>(0)) {
+        assert_eq!(item.unwrap(), (at, value(at)), "seed {seed}");
+    }
+    let blobs = BlobStore::open(dir.blobs()).unwrap();
+    let checkpoints = Checkpoints::open(dir, store, blobs).unwrap();
+    for step in checkpoints.steps().unwrap() {
+        checkpoints.verify(step).unwrap_or_else(|e| panic!("seed {seed}: checkpoint {step}: {e}"));
+    }
+    let newest = checkpoints.latest().unwrap().map_or(0, |record| record.step);
+    assert!(newest >= last(&acknowledged, "checkpoint"), "seed {seed}: a checkpoint is lost");
+    drop(JsonLines::open(dir.metrics()).unwrap());
+    let metrics = fs::read_to_string(dir.metrics()).unwrap();
+    assert!(metrics.lines().all(|line| serde_json::from_str::<serde_json::Value>(line).is_ok()));
+}
