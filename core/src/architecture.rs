@@ -272,7 +272,8 @@ mod tests {
     }
 
     /// GLaM, table 4. Exceptions, where the table does not agree with its own formula: the 0.1B rows (6 % high), the
-    /// dense 1.7B (printed as 1.700B) and 137B (0.5 % high), and 1.7B/32E's total (20B printed, 14.0B by the formula).
+    /// dense 1.7B (printed as 1.700B) and 137B (0.5 % high), 1.7B/256E (total 0.8 %, activated 0.1 % low) and 1.7B/32E's (20B printed,
+    /// 14.0B by the formula).
     #[test]
     fn presets_have_the_papers_parameter_counts() {
         for preset in presets() {
@@ -282,7 +283,7 @@ mod tests {
                 let slack = match (preset.name, what) {
                     ("0.1b" | "0.1b-64e", _) => 0.07 * value,
                     ("1.7b", _) => 0.02 * value,
-                    ("137b", _) => 0.01 * value,
+                    ("137b", _) | ("1.7b-256e", _) => 0.01 * value,
                     ("1.7b-32e", "total") => return,
                     // 1.162T is printed as 1.2T.
                     _ => rounding,

@@ -472,6 +472,10 @@ impl Machine {
     }
 
     fn on_checkpoint_stored(&mut self, step: Step) {
+        // One that was given up and made it all the same may be gone again by now, if the run went back meanwhile.
+        if self.checkpointing != Some(step) {
+            return;
+        }
         self.durable = self.durable.max(Some(step));
         self.notice(Notice::Checkpoint { step });
         self.checkpoint_ended(step);

@@ -1,0 +1,42 @@
+# Volary. Every target does its own set-up: libtorch is found, or put into .venv (scripts/setup-libtorch).
+SHELL := /bin/bash
+CARGO ?= cargo
+CONFIG ?= examples/quickstart.toml
+NODES ?= 3
+
+.PHONY: train test test-gpu soak build lint bench bundle setup clean help
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: ## Find or install libtorch, and tell cargo where it is
+	@scripts/setup-libtorch
+
+build: setup ## The release binary, target/release/volary
+	$(CARGO) build --release --bin volary
+
+train: build ## Train the quickstart on this machine: a supervisor and 3 node processes
+	target/release/volary train $(CONFIG) --nodes $(NODES)
+
+test: build ## The whole test suite
+	$(CARGO) test --release --workspace
+
+test-gpu: build ## The numeric suite on the first GPU; skipped with a message where there is none
+	@if target/release/volary doctor --has-cuda; then \
+	  VOLARY_TEST_DEVICE=cuda:0 $(CARGO) test --release -p volary-model; \
+	else echo "skipped: this machine has no CUDA device that libtorch can use"; fi
+
+lint: setup ## Format, lints, and the direction of dependencies
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
+	scripts/check-dependencies
+
+bench: build ## Throughput and transport figures
+	$(CARGO) bench -p volary-transport
+	$(CARGO) bench -p volary-cli
+
+bundle: build ## A stripped binary and the examples, for machines that have PyTorch 2.11 and no Rust: dist/volary.tar.gz
+	scripts/bundle
+
+clean: ## Remove what was built; .venv and runs stay
+	$(CARGO) clean

@@ -1,0 +1,153 @@
+//! The dense actor: owns one dense layer (attention and, without experts, the gated feed-forward) or the embedding.
+//!
+//! Supervised by the node's agent; called by the lane actors of its node. Invariants: a lane is computed alone; what
+//! its forward call leaves here is taken by its backward call, or forgotten with its epoch.
+
+use crate::keeper::{At, Between, Keeper, ShardMsg};
+use crate::reducer::ReducerMsg;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::marker::PhantomData;
+use std::sync::Arc;
+use volary_core::ShardId;
+use volary_core::compute::{Compute, ComputeError, Computed};
+
+/// A lane's loss and, for training, the gradient of the residual stream.
+pub(crate) type Loss<B> = (f64, Option<<B as Compute>::Tensor>);
+
+/// What a dense actor is asked. The first three are for the embedding, the others for layers.
+pub(crate) enum DenseMsg<B: Compute> {
+    /// Token ids to the residual stream.
+    Embed { tokens: Arc<Vec<u32>>, reply: RpcReplyPort<Computed<B::Tensor>> },
+    /// The residual stream to the loss and its gradient.
+    Loss { at: At, x: B::Tensor, tokens: Arc<Vec<u32>>, train: bool, reply: RpcReplyPort<Computed<Loss<B>>> },
+    /// The gradient of the embedded input: the last call of a lane.
+    EmbedBackward { at: At, dx: B::Tensor, tokens: Arc<Vec<u32>>, reply: RpcReplyPort<Computed<()>> },
+    /// A layer forward.
+    Forward { at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>> },
+    /// A layer backward.
+    Backward { at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>> },
+    /// See [`ShardMsg`].
+    Shard(ShardMsg<B>),
+}
+
+/// The dense actor's state.
+pub(crate) struct DenseState<B: Compute> {
+    keeper: Keeper<B>,
+    segments: Between<B::Saved>,
+    heads: Between<B::Gradient>,
+}
+
+/// See the module.
+pub(crate) struct DenseActor<B>(pub(crate) PhantomData<B>);
+
+impl<B: Compute> Actor for DenseActor<B> {
+    type Msg = DenseMsg<B>;
+    type State = DenseState<B>;
+    type Arguments = Keeper<B>;
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<Self::Msg>,
+        keeper: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(DenseState { keeper, segments: Between::default(), heads: Between::default() })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            DenseMsg::Embed { tokens, reply } => state.on_embed(tokens, reply),
+            DenseMsg::Loss { at, x, tokens, train, reply } => state.on_loss(at, x, tokens, train, reply),
+            DenseMsg::EmbedBackward { at, dx, tokens, reply } => state.on_embed_backward(at, dx, tokens, reply),
+            DenseMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
+            DenseMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
+            DenseMsg::Shard(message) => state.on_shard(message),
+        }
+        Ok(())
+    }
+}
+
+impl<B: Compute> DenseState<B> {
+    fn layer(&self) -> Computed<u16> {
+        match self.keeper.id {
+            ShardId::Dense { layer } => Ok(layer),
+            other => Err(ComputeError(format!("{other} is no dense layer"))),
+        }
+    }
+
+    fn on_embed(&self, tokens: Arc<Vec<u32>>, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        self.keeper.compute(move |backend, params| drop(reply.send(backend.embed(params, &tokens))));
+    }
+
+    fn on_loss(
+        &self,
+        at: At,
+        x: B::Tensor,
+        tokens: Arc<Vec<u32>>,
+        train: bool,
+        reply: RpcReplyPort<Computed<Loss<B>>>,
+    ) {
+        let heads = self.heads.clone();
+        self.keeper.compute(move |backend, params| {
+            let done = backend.loss(params, x, &tokens, train).map(|(loss, back)| {
+                let dx = back.map(|(dx, gradient)| {
+                    heads.keep(at, gradient);
+                    dx
+                });
+                (loss, dx)
+            });
+            drop(reply.send(done));
+        });
+    }
+
+    fn on_embed_backward(
+        &self,
+        at: At,
+        dx: B::Tensor,
+        tokens: Arc<Vec<u32>>,
+        reply: RpcReplyPort<Computed<()>>,
+    ) {
+        let (heads, reducer, shard) = (self.heads.clone(), self.keeper.node.reducer(), self.keeper.id);
+        self.keeper.compute(move |backend, _| {
+            let gradient = heads.take(at).and_then(|head| backend.embed_backward(head, dx, &tokens));
+            drop(reducer.cast(ReducerMsg::lane_leaf(at, shard, gradient)));
+            drop(reply.send(Ok(())));
+        });
+    }
+
+    fn on_forward(&self, at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        let (segments, layer) = (self.segments.clone(), self.layer());
+        self.keeper.compute(move |backend, params| {
+            let done = layer.and_then(|layer| backend.dense(layer, params, x, train)).map(|(y, saved)| {
+                if train {
+                    segments.keep(at, saved);
+                }
+                y
+            });
+            drop(reply.send(done));
+        });
+    }
+
+    fn on_backward(&self, at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        let (segments, reducer, shard) = (self.segments.clone(), self.keeper.node.reducer(), self.keeper.id);
+        self.keeper.compute(move |backend, _| {
+            let done = segments.take(at).and_then(|saved| backend.dense_backward(saved, dy));
+            drop(reply.send(done.map(|(dx, gradient)| {
+                drop(reducer.cast(ReducerMsg::lane_leaf(at, shard, Ok(gradient))));
+                dx
+            })));
+        });
+    }
+
+    fn on_shard(&self, message: ShardMsg<B>) {
+        if let ShardMsg::Forget { epoch } = message {
+            self.segments.forget_before(epoch);
+            self.heads.forget_before(epoch);
+        }
+        self.keeper.on_shard(message);
+    }
+}

@@ -1,0 +1,123 @@
+//! The expert actor: owns one expert's parameters and runs it on the tokens that lanes send.
+//!
+//! Supervised by the node's agent. Lanes on this node reach it through their router actor, lanes on other nodes
+//! through [`crate::inbound`]; to both it looks the same. Invariants: a lane's rows are computed alone, so
+//! that their bits do not depend on who else sent; the weight gradient of a group of lanes is one product over their rows in the order of
+//! the lanes' numbers; a lane that sends no rows counts as well. When it fails, its node reports the epoch as failed.
+
+use crate::executor::Priority;
+use crate::keeper::{At, Between, Keeper, ShardMsg};
+use crate::reducer::ReducerMsg;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::collections::{BTreeMap, HashMap};
+use std::marker::PhantomData;
+use volary_core::compute::{Compute, Computed};
+use volary_core::{Epoch, Lane, Step};
+
+/// What an expert is asked.
+pub(crate) enum ExpertMsg<B: Compute> {
+    /// A lane's rows forward: `[tokens, hidden]`, which may be none.
+    Forward { at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>> },
+    /// The gradient of the output; the input's goes back at once.
+    Backward { at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>> },
+    /// A lane's backward call is done, and this is what its weight gradient needs.
+    Returned { at: At, saved: B::Saved },
+    /// See [`ShardMsg`].
+    Shard(ShardMsg<B>),
+}
+
+/// The expert's state.
+pub(crate) struct ExpertState<B: Compute> {
+    me: ActorRef<ExpertMsg<B>>,
+    keeper: Keeper<B>,
+    between: Between<B::Saved>,
+    /// Lanes that have come back, by attempt and leaf.
+    groups: HashMap<(Epoch, Step, u32), BTreeMap<Lane, B::Saved>>,
+}
+
+/// See the module.
+pub(crate) struct ExpertActor<B>(pub(crate) PhantomData<B>);
+
+impl<B: Compute> Actor for ExpertActor<B> {
+    type Msg = ExpertMsg<B>;
+    type State = ExpertState<B>;
+    type Arguments = Keeper<B>;
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<Self::Msg>,
+        keeper: Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(ExpertState { me, keeper, between: Between::default(), groups: HashMap::new() })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ExpertMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
+            ExpertMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
+            ExpertMsg::Returned { at, saved } => state.on_returned(at, saved),
+            ExpertMsg::Shard(message) => state.on_shard(message),
+        }
+        Ok(())
+    }
+}
+
+impl<B: Compute> ExpertState<B> {
+    fn on_forward(&self, at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        let between = self.between.clone();
+        self.keeper.compute(move |backend, params| {
+            let done = backend.expert(params, x, train).map(|(y, saved)| {
+                if train {
+                    between.keep(at, saved);
+                }
+                y
+            });
+            drop(reply.send(done));
+        });
+    }
+
+    fn on_backward(&self, at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        let (between, me) = (self.between.clone(), self.me.clone());
+        self.keeper.compute(move |backend, params| {
+            let done = between.take(at).and_then(|saved| backend.expert_backward(params, saved, dy));
+            drop(reply.send(done.map(|(dx, saved)| {
+                drop(me.cast(ExpertMsg::Returned { at, saved }));
+                dx
+            })));
+        });
+    }
+
+    fn on_returned(&mut self, at: At, saved: B::Saved) {
+        let placement = self.keeper.node.placement();
+        if placement.epoch != at.epoch {
+            return;
+        }
+        let leaf = at.lane / placement.lane_group.max(1);
+        let key = (at.epoch, at.step, leaf);
+        let group = self.groups.entry(key).or_default();
+        group.insert(at.lane, saved);
+        if group.len() < placement.group_lanes(leaf).len() {
+            return;
+        }
+        let Some(group) = self.groups.remove(&key) else { return };
+        let (shard, reducer) = (self.keeper.id, self.keeper.node.reducer());
+        let lanes = group.into_values().collect();
+        self.keeper.node.executor.submit(Priority::Deferred, move |backend| {
+            let gradient = backend.expert_gradient(lanes);
+            drop(reducer.cast(ReducerMsg::Leaf { epoch: at.epoch, step: at.step, shard, leaf, gradient }));
+        });
+    }
+
+    fn on_shard(&mut self, message: ShardMsg<B>) {
+        if let ShardMsg::Forget { epoch } = message {
+            self.between.forget_before(epoch);
+            self.groups.retain(|key, _| key.0 >= epoch);
+        }
+        self.keeper.on_shard(message);
+    }
+}

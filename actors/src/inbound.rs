@@ -1,0 +1,109 @@
+//! What other nodes send to this one: rows for its experts, parts and roots of gradients, wishes for shards.
+
+use crate::executor::Priority;
+use crate::keeper::{At, ShardMsg};
+use crate::node_context::NodeContext;
+use crate::reducer::{ReducerMsg, with_norm};
+use crate::router::call_experts;
+use crate::wire::{self, Batch, ShardAt, SumOf};
+use std::sync::Arc;
+use volary_core::compute::{Compute, ComputeError, Computed};
+use volary_core::NodeId;
+use volary_transport::{Endpoint, Frame, InboundFrame, Kind, Link};
+
+/// Accepts links from other nodes for as long as the endpoint is open.
+pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endpoint) {
+    while let Some(link) = endpoint.accept_peer().await {
+        tokio::spawn(serve(Arc::clone(&node), link));
+    }
+}
+
+/// Answers the frames of one link until it closes.
+async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
+    let mut inbound = link.serve();
+    while let Some(frame) = inbound.next().await {
+        // A task each: one that waits for its step must not hold up the others. The link bounds how many there are.
+        tokio::spawn(answer(Arc::clone(&node), NodeId::new(link.peer()), frame));
+    }
+}
+
+async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: InboundFrame) {
+    let InboundFrame { frame, reply } = inbound;
+    let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
+    let answer = match kind {
+        Kind::Forward | Kind::Backward => experts(&node, frame).await.map(Some),
+        Kind::Partial | Kind::Sum => gradient(&node, frame).await.map(|()| None),
+        Kind::ShardRequest => shard(&node, &frame).await.map(Some),
+        other => Err(ComputeError(format!("a {other:?} frame has no business here"))),
+    };
+    let answer = answer.unwrap_or_else(|error| {
+        tracing::debug!(%peer, ?kind, epoch, step, %error, "refused");
+        Some(wire::refusal(epoch, step, &error.to_string()))
+    });
+    if let (Some(reply), Some(answer)) = (reply, answer)
+        && let Err(error) = reply.reply(answer).await
+    {
+        tracing::debug!(%peer, %error, "an answer did not get through");
+    }
+}
+
+/// A batch of a lane's rows for experts here; the answer has as many rows in the same order.
+async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Computed<Frame> {
+    let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
+    node.until_begun(epoch, step).await?;
+    let batch: Batch = wire::decode(&frame)?;
+    let wanted = batch.experts.clone();
+    let split = move |backend: &B| {
+        let whole = wire::import_one(backend, &frame)?;
+        let mut start = 0;
+        let cut = |&(expert, count): &(u16, u32)| {
+            let rows = backend.rows(&whole, start, count as usize)?;
+            start += count as usize;
+            Ok((expert, rows))
+        };
+        wanted.iter().map(cut).collect::<Computed<Vec<_>>>()
+    };
+    let parts = node.executor.run(Priority::Urgent, split).await?;
+    let at = At { epoch, step, lane: batch.lane };
+    let outputs = call_experts(node, batch.layer, at, kind, batch.train, parts).await?;
+    let join = move |backend: &B| {
+        let whole = backend.concatenate(outputs.into_iter().map(|(_, rows)| rows).collect())?;
+        backend.export(&whole)
+    };
+    let rows = node.executor.run(Priority::Urgent, join).await?;
+    wire::frame(Kind::Reply, epoch, step, &batch.lane, vec![rows])
+}
+
+/// A part of a gradient for its owner, or the root from its owner.
+async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Computed<()> {
+    let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
+    node.until_begun(epoch, step).await?;
+    let SumOf { shard, span } = wire::decode(&frame)?;
+    let reducer = node.reducer();
+    node.executor.submit(Priority::Deferred, move |backend| {
+        let import = || {
+            if frame.parts.is_empty() {
+                return Ok(None);
+            }
+            let parts = frame.parts.iter().map(wire::floats).collect::<Computed<Vec<_>>>()?;
+            backend.import_gradient(shard, &parts).map(Some)
+        };
+        let told = if kind == Kind::Sum {
+            let gradient = import().and_then(|value| with_norm(backend, value));
+            reducer.cast(ReducerMsg::Root { epoch, step, shard, gradient })
+        } else {
+            reducer.cast(ReducerMsg::Summed { epoch, step, shard, span, gradient: import() })
+        };
+        drop(told);
+    });
+    Ok(())
+}
+
+/// A shard for a node that is to hold it too.
+async fn shard<B: Compute>(node: &Arc<NodeContext<B>>, frame: &Frame) -> Computed<Frame> {
+    let wish: ShardAt = wire::decode(frame)?;
+    let directory = node.directory();
+    let owner = directory.get(wish.shard)?;
+    let stored = owner.ask(|reply| ShardMsg::Store { version: wish.version, reply }).await?;
+    wire::blob(Kind::Shard, frame.epoch, frame.step, &wish, stored)
+}

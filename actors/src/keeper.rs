@@ -1,0 +1,134 @@
+//! What dense, router and expert actors have in common: each owns one shard, and does the same things with it.
+
+use crate::executor::Priority;
+use crate::node_context::NodeContext;
+use ractor::RpcReplyPort;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use volary_core::compute::{Compute, ComputeError, Computed};
+use volary_core::schedule::Update;
+use volary_core::{Epoch, Lane, ShardId, Step};
+
+/// Which attempt at which step, and which lane of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct At {
+    pub(crate) epoch: Epoch,
+    pub(crate) step: Step,
+    pub(crate) lane: Lane,
+}
+
+/// What an actor is asked to do with its shard between steps.
+pub(crate) enum ShardMsg<B: Compute> {
+    /// One step of the optimizer.
+    Apply { gradient: Option<B::Gradient>, step: Step, update: Update, reply: RpcReplyPort<Computed<()>> },
+    /// The stored form at `version`; refused when the shard is at another.
+    Store { version: Step, reply: RpcReplyPort<Computed<Vec<u8>>> },
+    /// Everything that belongs to epochs before this one is dropped.
+    Forget { epoch: Epoch },
+}
+
+/// What a lane leaves with an actor between its forward and backward calls, by attempt.
+pub(crate) struct Between<T> {
+    kept: Arc<Mutex<HashMap<At, T>>>,
+}
+
+impl<T> Clone for Between<T> {
+    fn clone(&self) -> Self {
+        Self { kept: Arc::clone(&self.kept) }
+    }
+}
+
+impl<T> Default for Between<T> {
+    fn default() -> Self {
+        Self { kept: Arc::default() }
+    }
+}
+
+impl<T> Between<T> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<At, T>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn keep(&self, at: At, value: T) {
+        self.lock().insert(at, value);
+    }
+
+    pub(crate) fn take(&self, at: At) -> Computed<T> {
+        self.lock().remove(&at).ok_or_else(|| ComputeError(format!("nothing is kept for {at:?}")))
+    }
+
+    pub(crate) fn forget_before(&self, epoch: Epoch) {
+        self.lock().retain(|at, _| at.epoch >= epoch);
+    }
+}
+
+/// One shard on this node.
+pub(crate) struct Keeper<B: Compute> {
+    pub(crate) id: ShardId,
+    pub(crate) node: Arc<NodeContext<B>>,
+    state: Arc<Mutex<Held<B>>>,
+}
+
+struct Held<B: Compute> {
+    shard: B::Shard,
+    version: Step,
+}
+
+impl<B: Compute> Keeper<B> {
+    pub(crate) fn new(id: ShardId, node: Arc<NodeContext<B>>, shard: B::Shard, version: Step) -> Self {
+        Self { id, node, state: Arc::new(Mutex::new(Held { shard, version })) }
+    }
+
+    /// Queues an urgent computation with a view of the shard's parameters.
+    pub(crate) fn compute(&self, job: impl FnOnce(&B, B::Params) + Send + 'static) {
+        let state = Arc::clone(&self.state);
+        self.node.executor.submit(Priority::Urgent, move |backend| {
+            let params = backend.params(&lock(&state).shard);
+            job(backend, params);
+        });
+    }
+
+    /// What all three kinds of actor do alike.
+    pub(crate) fn on_shard(&self, message: ShardMsg<B>) {
+        match message {
+            ShardMsg::Apply { gradient, step, update, reply } => self.on_apply(gradient, step, update, reply),
+            ShardMsg::Store { version, reply } => self.on_store(version, reply),
+            ShardMsg::Forget { .. } => {}
+        }
+    }
+
+    fn on_apply(&self, gradient: Option<B::Gradient>, step: Step, update: Update, reply: RpcReplyPort<Computed<()>>) {
+        let (id, state) = (self.id, Arc::clone(&self.state));
+        self.node.executor.submit(Priority::Urgent, move |backend| {
+            let mut held = lock(&state);
+            let done = if held.version + 1 == step {
+                backend.apply(id, &mut held.shard, gradient, step, update)
+            } else {
+                Err(ComputeError(format!("{id} is at step {}, and step {step} came", held.version)))
+            };
+            if done.is_ok() {
+                held.version = step;
+            }
+            drop(held);
+            drop(reply.send(done));
+        });
+    }
+
+    fn on_store(&self, version: Step, reply: RpcReplyPort<Computed<Vec<u8>>>) {
+        let (id, state) = (self.id, Arc::clone(&self.state));
+        self.node.executor.submit(Priority::Urgent, move |backend| {
+            let held = lock(&state);
+            let stored = if held.version == version {
+                backend.store(id, version, &held.shard)
+            } else {
+                Err(ComputeError(format!("{id} is at step {}, not {version}", held.version)))
+            };
+            drop(held);
+            drop(reply.send(stored));
+        });
+    }
+}
+
+fn lock<T>(state: &Mutex<T>) -> MutexGuard<'_, T> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,20 @@
+//! Every bound of the actors, in one place.
+
+use std::time::Duration;
+
+/// The longest that one actor waits for another's answer, or a node for a peer's.
+pub(crate) const CALL_MAX: Duration = Duration::from_secs(600);
+/// The longest that a frame of a step that has not begun here yet waits for it.
+pub(crate) const EARLY_MAX: Duration = Duration::from_secs(60);
+/// Lanes in flight on a node beyond its threads: while one waits for the network another computes.
+pub(crate) const LANES_AHEAD: usize = 1;
+/// Jobs that wait for a node's device executor.
+pub(crate) const JOBS_MAX: usize = 1 << 16;
+/// The longest that the supervisor waits for a new node's first words.
+pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
+/// Events that `status` shows.
+pub(crate) const STATUS_EVENTS: usize = 20;
+/// Seconds between two attempts of a node to reach its supervisor at first.
+pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
+/// How long a node tries to reach its supervisor at first.
+pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);

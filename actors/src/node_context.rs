@@ -1,0 +1,93 @@
+//! What all actors of one node share.
+
+use crate::directory::Directory;
+use crate::executor::Executor;
+use crate::limits::{EARLY_MAX, LANES_AHEAD};
+use crate::peers::Peers;
+use crate::reducer::ReducerMsg;
+use ractor::ActorRef;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use tokio::sync::{Semaphore, watch};
+use volary_core::architecture::Architecture;
+use volary_core::compute::{Compute, ComputeError, Computed};
+use volary_core::placement::Placement;
+use volary_core::{Epoch, NodeId, Step};
+
+/// What all actors of one node share.
+pub(crate) struct NodeContext<B: Compute> {
+    pub(crate) id: NodeId,
+    pub(crate) architecture: Architecture,
+    pub(crate) executor: Executor<B>,
+    pub(crate) peers: Peers,
+    pub(crate) lanes_in_flight: Semaphore,
+    reducer: OnceLock<ActorRef<ReducerMsg<B>>>,
+    placement: RwLock<Arc<Placement>>,
+    directory: RwLock<Arc<Directory<B>>>,
+    /// The step that this node has begun.
+    begun: watch::Sender<(Epoch, Step)>,
+}
+
+impl<B: Compute> NodeContext<B> {
+    pub(crate) fn new(id: NodeId, architecture: Architecture, executor: Executor<B>, peers: Peers) -> Self {
+        let lanes = executor.threads() + LANES_AHEAD;
+        Self {
+            id,
+            architecture,
+            executor,
+            peers,
+            lanes_in_flight: Semaphore::new(lanes),
+            reducer: OnceLock::new(),
+            placement: RwLock::default(),
+            directory: RwLock::default(),
+            begun: watch::Sender::new((0, 0)),
+        }
+    }
+
+    pub(crate) fn set_reducer(&self, reducer: ActorRef<ReducerMsg<B>>) {
+        // Set once, by the agent as it starts.
+        drop(self.reducer.set(reducer));
+    }
+
+    /// The reducer of this node.
+    ///
+    /// # Panics
+    /// Before the agent has started, when there is no actor that could ask.
+    #[expect(clippy::expect_used, reason = "the agent sets it before it spawns any actor that asks")]
+    pub(crate) fn reducer(&self) -> ActorRef<ReducerMsg<B>> {
+        self.reducer.get().expect("the reducer starts first").clone()
+    }
+
+    pub(crate) fn placement(&self) -> Arc<Placement> {
+        Arc::clone(&self.placement.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_placement(&self, placement: Arc<Placement>) {
+        *self.placement.write().unwrap_or_else(PoisonError::into_inner) = placement;
+    }
+
+    pub(crate) fn directory(&self) -> Arc<Directory<B>> {
+        Arc::clone(&self.directory.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(crate) fn set_directory(&self, directory: Directory<B>) {
+        *self.directory.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(directory);
+    }
+
+    pub(crate) fn set_begun(&self, epoch: Epoch, step: Step) {
+        self.begun.send_replace((epoch, step));
+    }
+
+    /// Waits until this node has begun (`epoch`, `step`): a peer may be a little ahead of it. What is stale is refused.
+    pub(crate) async fn until_begun(&self, epoch: Epoch, step: Step) -> Computed<()> {
+        let mut begun = self.begun.subscribe();
+        let reached = tokio::time::timeout(EARLY_MAX, begun.wait_for(|now| *now >= (epoch, step))).await;
+        match reached {
+            Ok(Ok(now)) if *now == (epoch, step) => Ok(()),
+            Ok(Ok(now)) => Err(ComputeError(format!(
+                "stale: epoch {epoch}, step {step} came when epoch {}, step {} had begun",
+                now.0, now.1
+            ))),
+            _ => Err(ComputeError(format!("epoch {epoch}, step {step} did not begin here within {EARLY_MAX:?}"))),
+        }
+    }
+}

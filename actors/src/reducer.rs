@@ -1,0 +1,240 @@
+//! The reducer actor: sums the weight gradients of every shard over the fixed tree of lanes.
+//!
+//! One per node, supervised by the node's agent. Dense, router and expert actors send it the leaves that this node
+//! computes. A shard's owner gets the others' sums, adds up the root and sends it to the other holders; a node that is no owner
+//! sends the largest sums that it can make alone. When the root of every held shard is here, the agent is told the
+//! norms, and the gradients wait for the commit. Invariant: which additions are made, and in which order, depends on the
+//! tree alone ([`volary_core::tree`]).
+
+use crate::executor::Priority;
+use crate::keeper::At;
+use crate::node::NodeMsg;
+use crate::node_context::NodeContext;
+use crate::wire::{self, SumOf};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use volary_core::compute::{Compute, Computed};
+use volary_core::messages::Norm;
+use volary_core::placement::Placement;
+use volary_core::tree::{Fold, Next, Span};
+use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_transport::{Frame, Kind};
+
+/// A gradient on its way up the tree; `None` when no token met the expert.
+type Sum<B> = Option<<B as Compute>::Gradient>;
+
+/// What the reducer is told.
+pub(crate) enum ReducerMsg<B: Compute> {
+    /// A step begins.
+    Begin { epoch: Epoch, step: Step, placement: Arc<Placement> },
+    /// A leaf that this node computed.
+    Leaf { epoch: Epoch, step: Step, shard: ShardId, leaf: u32, gradient: Computed<Sum<B>> },
+    /// A sum that came from another node, or out of an addition here.
+    Summed { epoch: Epoch, step: Step, shard: ShardId, span: Span, gradient: Computed<Sum<B>> },
+    /// The root of a shard with its norm.
+    Root { epoch: Epoch, step: Step, shard: ShardId, gradient: Computed<(Sum<B>, Norm)> },
+    /// The gradients of a step, for its commit.
+    Take { epoch: Epoch, step: Step, reply: RpcReplyPort<BTreeMap<ShardId, Sum<B>>> },
+    /// Everything that belongs to epochs before this one is dropped.
+    Forget { epoch: Epoch },
+}
+
+impl<B: Compute> ReducerMsg<B> {
+    /// A lane's gradient of a shard that every lane meets.
+    pub(crate) fn lane_leaf(at: At, shard: ShardId, gradient: Computed<B::Gradient>) -> Self {
+        Self::Leaf { epoch: at.epoch, step: at.step, shard, leaf: at.lane, gradient: gradient.map(Some) }
+    }
+}
+
+/// The step that is being summed.
+struct Current<B: Compute> {
+    epoch: Epoch,
+    step: Step,
+    placement: Arc<Placement>,
+    folds: BTreeMap<ShardId, Fold<Sum<B>>>,
+    roots: BTreeMap<ShardId, (Sum<B>, Norm)>,
+    held: usize,
+}
+
+/// The reducer's state.
+pub(crate) struct ReducerState<B: Compute> {
+    me: ActorRef<ReducerMsg<B>>,
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg<B>>,
+    current: Option<Current<B>>,
+}
+
+/// See the module.
+pub(crate) struct ReducerActor<B>(pub(crate) PhantomData<B>);
+
+impl<B: Compute> Actor for ReducerActor<B> {
+    type Msg = ReducerMsg<B>;
+    type State = ReducerState<B>;
+    type Arguments = (Arc<NodeContext<B>>, ActorRef<NodeMsg<B>>);
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<Self::Msg>,
+        (node, agent): Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(ReducerState { me, node, agent, current: None })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            ReducerMsg::Begin { epoch, step, placement } => state.on_begin(epoch, step, placement),
+            ReducerMsg::Leaf { epoch, step, shard, leaf, gradient } => {
+                let span = Span { start: leaf, end: leaf + 1 };
+                state.on_summed(epoch, step, shard, span, gradient);
+            }
+            ReducerMsg::Summed { epoch, step, shard, span, gradient } => {
+                state.on_summed(epoch, step, shard, span, gradient);
+            }
+            ReducerMsg::Root { epoch, step, shard, gradient } => state.on_root(epoch, step, shard, gradient),
+            ReducerMsg::Take { epoch, step, reply } => state.on_take(epoch, step, reply),
+            ReducerMsg::Forget { epoch } => state.current.take_if(|current| current.epoch < epoch).map_or((), drop),
+        }
+        Ok(())
+    }
+}
+
+impl<B: Compute> ReducerState<B> {
+    fn on_begin(&mut self, epoch: Epoch, step: Step, placement: Arc<Placement>) {
+        let me = &self.node.id;
+        let mut folds = BTreeMap::new();
+        let mut held = 0;
+        for shard in self.node.architecture.shards() {
+            held += usize::from(placement.holds(me, shard));
+            let leaves = placement.leaves(shard);
+            let wanted = match placement.owner(shard) {
+                Some(owner) if owner == *me => vec![Span::root(leaves)],
+                _ => placement.fragments(shard, me),
+            };
+            folds.insert(shard, Fold::new(leaves, wanted));
+        }
+        self.current = Some(Current { epoch, step, placement, folds, roots: BTreeMap::new(), held });
+    }
+
+    fn at(&mut self, epoch: Epoch, step: Step) -> Option<&mut Current<B>> {
+        self.current.as_mut().filter(|current| (current.epoch, current.step) == (epoch, step))
+    }
+
+    fn failed(&self, epoch: Epoch, reason: String) {
+        drop(self.agent.cast(NodeMsg::Failed { epoch, reason }));
+    }
+
+    fn on_summed(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, gradient: Computed<Sum<B>>) {
+        let gradient = match gradient {
+            Ok(gradient) => gradient,
+            Err(error) => return self.failed(epoch, format!("the gradient of {shard}: {error}")),
+        };
+        let Some(current) = self.at(epoch, step) else { return };
+        let Some(fold) = current.folds.get_mut(&shard) else { return };
+        match fold.put(span, gradient) {
+            Next::Wait => {}
+            Next::Add { span, left, right } => self.add(epoch, step, shard, span, left, right),
+            Next::Done { span, value } => self.done(epoch, step, shard, span, value),
+        }
+    }
+
+    fn add(&self, epoch: Epoch, step: Step, shard: ShardId, span: Span, left: Sum<B>, right: Sum<B>) {
+        let me = self.me.clone();
+        let summed = move |gradient| drop(me.cast(ReducerMsg::Summed { epoch, step, shard, span, gradient }));
+        match (left, right) {
+            (Some(left), Some(right)) => {
+                self.node.executor.submit(Priority::Deferred, move |backend| {
+                    summed(backend.add(left, right).map(Some));
+                });
+            }
+            (left, right) => summed(Ok(left.or(right))),
+        }
+    }
+
+    /// A wanted sum is complete: the root where this node owns the shard, otherwise a part for the owner.
+    fn done(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, value: Sum<B>) {
+        let Some(current) = self.at(epoch, step) else { return };
+        let holders = current.placement.holders(shard);
+        let owner = holders.first() == Some(&self.node.id);
+        let (kind, targets) = match owner {
+            true => (Kind::Sum, holders.into_iter().skip(1).collect()),
+            false => (Kind::Partial, holders.into_iter().take(1).collect::<Vec<_>>()),
+        };
+        let (me, node, agent) = (self.me.clone(), Arc::clone(&self.node), self.agent.clone());
+        let handle = tokio::runtime::Handle::current();
+        self.node.executor.submit(Priority::Deferred, move |backend| {
+            let frame = (!targets.is_empty()).then(|| to_frame(backend, kind, epoch, step, shard, span, value.as_ref()));
+            if let Some(frame) = frame {
+                handle.spawn(deliver(node, agent, targets, epoch, frame));
+            }
+            if owner {
+                drop(me.cast(ReducerMsg::Root { epoch, step, shard, gradient: with_norm(backend, value) }));
+            }
+        });
+    }
+
+    fn on_root(&mut self, epoch: Epoch, step: Step, shard: ShardId, gradient: Computed<(Sum<B>, Norm)>) {
+        let root = match gradient {
+            Ok(root) => root,
+            Err(error) => return self.failed(epoch, format!("the summed gradient of {shard}: {error}")),
+        };
+        let Some(current) = self.at(epoch, step) else { return };
+        current.roots.insert(shard, root);
+        if current.roots.len() == current.held {
+            let norms = current.roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
+            drop(self.agent.cast(NodeMsg::Reduced { epoch, step, norms }));
+        }
+    }
+
+    fn on_take(&mut self, epoch: Epoch, step: Step, reply: RpcReplyPort<BTreeMap<ShardId, Sum<B>>>) {
+        let taken = self.current.take_if(|current| (current.epoch, current.step) == (epoch, step));
+        let roots = taken.map(|current| current.roots).unwrap_or_default();
+        drop(reply.send(roots.into_iter().map(|(shard, (gradient, _))| (shard, gradient)).collect()));
+    }
+}
+
+pub(crate) fn with_norm<B: Compute>(backend: &B, value: Sum<B>) -> Computed<(Sum<B>, Norm)> {
+    let norm = match &value {
+        Some(gradient) => backend.norm(gradient)?,
+        None => Norm { squared: 0.0, finite: true },
+    };
+    Ok((value, norm))
+}
+
+fn to_frame<B: Compute>(
+    backend: &B,
+    kind: Kind,
+    epoch: Epoch,
+    step: Step,
+    shard: ShardId,
+    span: Span,
+    value: Option<&B::Gradient>,
+) -> Computed<Frame> {
+    let tensors = value.map(|gradient| backend.export_gradient(gradient)).transpose()?.unwrap_or_default();
+    wire::frame(kind, epoch, step, &SumOf { shard, span }, tensors)
+}
+
+async fn deliver<B: Compute>(
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg<B>>,
+    targets: Vec<NodeId>,
+    epoch: Epoch,
+    frame: Computed<Frame>,
+) {
+    let send = async {
+        let frame = frame?;
+        for target in &targets {
+            node.peers.send(target, frame.clone()).await?;
+        }
+        Ok::<_, volary_core::compute::ComputeError>(())
+    };
+    if let Err(error) = send.await {
+        drop(agent.cast(NodeMsg::Failed { epoch, reason: error.to_string() }));
+    }
+}

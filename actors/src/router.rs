@@ -1,0 +1,305 @@
+//! The router actor: gates the tokens of a lane in one MoE layer and sends them to their experts and back.
+//!
+//! Supervised by the node's agent; called by the lane actors of its node; calls the expert actors, through a channel
+//! where the serving replica is on this node and over QUIC, one batch per node, where it is not. Invariant: every
+//! expert hears of every lane, also of one that sends it no token, since its gradient waits for all of them.
+
+use crate::ask::ask;
+use crate::executor::Priority;
+use crate::expert::ExpertMsg;
+use crate::keeper::{At, Between, Keeper, ShardMsg};
+use crate::node_context::NodeContext;
+use crate::reducer::ReducerMsg;
+use crate::wire::{self, Batch};
+use futures::future::try_join_all;
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use volary_core::compute::{Compute, ComputeError, Computed, Gated, HostTensor};
+use volary_core::dispatch::Dispatch;
+use volary_core::{NodeId, ShardId};
+use volary_transport::{Frame, Kind};
+
+/// What came of a lane in one MoE layer.
+pub(crate) struct Routed<B: Compute> {
+    pub(crate) y: B::Tensor,
+    pub(crate) aux_loss: f64,
+    pub(crate) load: Vec<u32>,
+    pub(crate) dropped: u32,
+}
+
+/// What a router is asked.
+pub(crate) enum RouterMsg<B: Compute> {
+    /// Gate, dispatch, combine.
+    Forward { at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<Routed<B>>> },
+    /// The same in reverse.
+    Backward { at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>> },
+    /// See [`ShardMsg`].
+    Shard(ShardMsg<B>),
+}
+
+/// The router's state.
+pub(crate) struct RouterState<B: Compute> {
+    keeper: Arc<Keeper<B>>,
+    layer: u16,
+    between: Between<(Arc<Dispatch>, B::Saved)>,
+}
+
+/// See the module.
+pub(crate) struct RouterActor<B>(pub(crate) PhantomData<B>);
+
+impl<B: Compute> Actor for RouterActor<B> {
+    type Msg = RouterMsg<B>;
+    type State = RouterState<B>;
+    type Arguments = (u16, Keeper<B>);
+
+    async fn pre_start(
+        &self,
+        _: ActorRef<Self::Msg>,
+        (layer, keeper): Self::Arguments,
+    ) -> Result<Self::State, ActorProcessingErr> {
+        Ok(RouterState { keeper: Arc::new(keeper), layer, between: Between::default() })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
+        match message {
+            RouterMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
+            RouterMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
+            RouterMsg::Shard(message) => state.on_shard(message),
+        }
+        Ok(())
+    }
+}
+
+impl<B: Compute> RouterState<B> {
+    // Tasks and not handlers: several lanes are under way in one router at a time.
+
+    fn on_forward(&self, at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<Routed<B>>>) {
+        let (keeper, layer, between) = (Arc::clone(&self.keeper), self.layer, self.between.clone());
+        tokio::spawn(async move {
+            drop(reply.send(forward(&keeper, layer, &between, at, x, train).await));
+        });
+    }
+
+    fn on_backward(&self, at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        let (keeper, layer, between) = (Arc::clone(&self.keeper), self.layer, self.between.clone());
+        tokio::spawn(async move {
+            drop(reply.send(backward(&keeper, layer, &between, at, dy).await));
+        });
+    }
+
+    fn on_shard(&self, message: ShardMsg<B>) {
+        if let ShardMsg::Forget { epoch } = message {
+            self.between.forget_before(epoch);
+        }
+        self.keeper.on_shard(message);
+    }
+}
+
+async fn forward<B: Compute>(
+    keeper: &Keeper<B>,
+    layer: u16,
+    between: &Between<(Arc<Dispatch>, B::Saved)>,
+    at: At,
+    x: B::Tensor,
+    train: bool,
+) -> Computed<Routed<B>> {
+    let node = &keeper.node;
+    let plan = Plan::new(node, layer, at)?;
+    let (sender, receiver) = tokio::sync::oneshot::channel();
+    let cut = plan.clone();
+    keeper.compute(move |backend, params| {
+        let gated = backend.gate(layer, params, x, (at.step, at.lane), train);
+        drop(sender.send(gated.and_then(|gated| {
+            let outgoing = cut.cut(backend, &gated.dispatch, &gated.rows)?;
+            Ok((gated, outgoing))
+        })));
+    });
+    let (gated, outgoing) = receiver.await.map_err(|_| ComputeError("the gate was dropped".into()))??;
+    let Gated { dispatch, saved, aux_loss, .. } = gated;
+    let dispatch = Arc::new(dispatch);
+    let returned = plan.send(node, Kind::Forward, train, &dispatch, outgoing).await?;
+    let own = Arc::clone(&dispatch);
+    let combine = move |backend: &B| {
+        let outputs = plan.join(backend, &own, returned)?;
+        backend.combine(&own, saved, outputs)
+    };
+    let (y, saved) = node.executor.run(Priority::Urgent, combine).await?;
+    let load = dispatch.counts.iter().map(|&count| count as u32).collect();
+    let dropped = dispatch.dropped as u32;
+    if train {
+        between.keep(at, (dispatch, saved));
+    }
+    Ok(Routed { y, aux_loss, load, dropped })
+}
+
+async fn backward<B: Compute>(
+    keeper: &Keeper<B>,
+    layer: u16,
+    between: &Between<(Arc<Dispatch>, B::Saved)>,
+    at: At,
+    dy: B::Tensor,
+) -> Computed<B::Tensor> {
+    let node = &keeper.node;
+    let plan = Plan::new(node, layer, at)?;
+    let (dispatch, saved) = between.take(at)?;
+    let (cut, own) = (plan.clone(), Arc::clone(&dispatch));
+    let split = move |backend: &B| {
+        let (rows, saved) = backend.combine_backward(&own, saved, dy)?;
+        Ok((cut.cut(backend, &own, &rows)?, saved))
+    };
+    let (outgoing, saved) = node.executor.run(Priority::Urgent, split).await?;
+    let returned = plan.send(node, Kind::Backward, true, &dispatch, outgoing).await?;
+    let finish = move |backend: &B| {
+        let inputs = plan.join(backend, &dispatch, returned)?;
+        backend.gate_backward(&dispatch, saved, inputs)
+    };
+    let (dx, gradient) = node.executor.run(Priority::Urgent, finish).await?;
+    drop(node.reducer().cast(ReducerMsg::lane_leaf(at, keeper.id, Ok(gradient))));
+    Ok(dx)
+}
+
+/// Which node serves each expert of a layer to a lane.
+#[derive(Clone)]
+struct Plan {
+    layer: u16,
+    at: At,
+    /// Experts by node, in the order of their numbers.
+    servers: BTreeMap<NodeId, Vec<u16>>,
+    local: NodeId,
+}
+
+/// A lane's rows on their way: tensors for experts here, one batch of bytes for each other node.
+enum Outgoing<B: Compute> {
+    Local(Vec<(u16, B::Tensor)>),
+    Remote(NodeId, HostTensor),
+}
+
+/// What came back.
+enum Returned<B: Compute> {
+    Local(Vec<(u16, B::Tensor)>),
+    Remote(NodeId, Frame),
+}
+
+impl Plan {
+    fn new<B: Compute>(node: &NodeContext<B>, layer: u16, at: At) -> Computed<Self> {
+        let placement = node.placement();
+        let mut servers: BTreeMap<NodeId, Vec<u16>> = BTreeMap::new();
+        for expert in 0..node.architecture.experts as u16 {
+            let shard = ShardId::Expert { layer, expert };
+            let server = placement.server(shard, at.lane);
+            let server = server.ok_or_else(|| ComputeError(format!("{shard} has no holder")))?;
+            servers.entry(server.clone()).or_default().push(expert);
+        }
+        Ok(Self { layer, at, servers, local: node.id.clone() })
+    }
+
+    /// Cuts rows in expert order into what each node gets.
+    fn cut<B: Compute>(&self, backend: &B, dispatch: &Dispatch, rows: &B::Tensor) -> Computed<Vec<Outgoing<B>>> {
+        let offsets = dispatch.offsets();
+        let rows_of = |expert: u16| backend.rows(rows, offsets[usize::from(expert)], dispatch.counts[usize::from(expert)]);
+        let batch = |(server, experts): (&NodeId, &Vec<u16>)| {
+            let parts = experts.iter().map(|&expert| Ok((expert, rows_of(expert)?))).collect::<Computed<Vec<_>>>()?;
+            if *server == self.local {
+                return Ok(Outgoing::Local(parts));
+            }
+            let whole = backend.concatenate(parts.into_iter().map(|(_, rows)| rows).collect())?;
+            Ok(Outgoing::Remote(server.clone(), backend.export(&whole)?))
+        };
+        self.servers.iter().map(batch).collect()
+    }
+
+    /// Sends everything out at once and waits for all of it to come back.
+    async fn send<B: Compute>(
+        &self,
+        node: &Arc<NodeContext<B>>,
+        kind: Kind,
+        train: bool,
+        dispatch: &Dispatch,
+        outgoing: Vec<Outgoing<B>>,
+    ) -> Computed<Vec<Returned<B>>> {
+        let send = |out: Outgoing<B>| async move {
+            match out {
+                Outgoing::Local(parts) => Ok(Returned::Local(self.call_experts(node, kind, train, parts).await?)),
+                Outgoing::Remote(server, rows) => {
+                    let experts = self.servers[&server].iter();
+                    let batch = Batch {
+                        layer: self.layer,
+                        lane: self.at.lane,
+                        train,
+                        experts: experts.map(|&e| (e, dispatch.counts[usize::from(e)] as u32)).collect(),
+                    };
+                    let frame = wire::frame(kind, self.at.epoch, self.at.step, &batch, vec![rows])?;
+                    let reply = node.peers.request(&server, frame).await?;
+                    Ok(Returned::Remote(server, reply))
+                }
+            }
+        };
+        try_join_all(outgoing.into_iter().map(send)).await
+    }
+
+    async fn call_experts<B: Compute>(
+        &self,
+        node: &NodeContext<B>,
+        kind: Kind,
+        train: bool,
+        parts: Vec<(u16, B::Tensor)>,
+    ) -> Computed<Vec<(u16, B::Tensor)>> {
+        call_experts(node, self.layer, self.at, kind, train, parts).await
+    }
+
+    /// What came back, one tensor per expert in the order of their numbers.
+    fn join<B: Compute>(
+        &self,
+        backend: &B,
+        dispatch: &Dispatch,
+        returned: Vec<Returned<B>>,
+    ) -> Computed<Vec<B::Tensor>> {
+        let mut outputs: BTreeMap<u16, B::Tensor> = BTreeMap::new();
+        for part in returned {
+            match part {
+                Returned::Local(parts) => outputs.extend(parts),
+                Returned::Remote(server, frame) => {
+                    let whole = wire::import_one(backend, &frame)?;
+                    let mut start = 0;
+                    for &expert in &self.servers[&server] {
+                        let count = dispatch.counts[usize::from(expert)];
+                        outputs.insert(expert, backend.rows(&whole, start, count)?);
+                        start += count;
+                    }
+                }
+            }
+        }
+        Ok(outputs.into_values().collect())
+    }
+}
+
+/// Calls experts on this node, all at once; for this node's routers and for those of others.
+pub(crate) async fn call_experts<B: Compute>(
+    node: &NodeContext<B>,
+    layer: u16,
+    at: At,
+    kind: Kind,
+    train: bool,
+    parts: Vec<(u16, B::Tensor)>,
+) -> Computed<Vec<(u16, B::Tensor)>> {
+    let directory = node.directory();
+    let call = |(expert, x): (u16, B::Tensor)| {
+        let actor = directory.expert(layer, expert);
+        async move {
+            let actor = actor?;
+            let y = match kind {
+                Kind::Backward => ask(&actor, |reply| ExpertMsg::Backward { at, dy: x, reply }).await?,
+                _ => ask(&actor, |reply| ExpertMsg::Forward { at, x, train, reply }).await?,
+            };
+            Ok((expert, y))
+        }
+    };
+    try_join_all(parts.into_iter().map(call)).await
+}

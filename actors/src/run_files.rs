@@ -1,0 +1,127 @@
+//! The files of a run that people and tools read: one JSON object per line, in order, each step once.
+
+use serde::Serialize;
+use std::time::{SystemTime, UNIX_EPOCH};
+use volary_core::machine::{Committed, Notice};
+use volary_core::{Epoch, Step};
+use volary_storage::{JsonLines, Result, RunDir};
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct MetricsLine {
+    /// The step.
+    pub step: Step,
+    /// The placement under which it ran.
+    pub epoch: Epoch,
+    /// Mean cross-entropy, nats per token.
+    pub loss: f64,
+    /// Mean load-balancing loss; 1 when even.
+    pub aux_loss: f64,
+    /// Norm of the mean gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Tokens in the step.
+    pub tokens: u64,
+    /// Seconds since the commit before.
+    pub seconds: f64,
+    /// Tokens per second.
+    pub tokens_per_second: f64,
+    /// Nodes that took part.
+    pub nodes: u32,
+    /// Whether the update was skipped because a gradient was not finite.
+    pub skipped: bool,
+    /// Assignments dropped for want of capacity.
+    pub dropped: u64,
+    /// The largest share of an expert in its layer's assignments, over layers; 1 / experts when even.
+    pub busiest_expert: f64,
+}
+
+impl MetricsLine {
+    pub(crate) fn new(committed: &Committed, seconds: f64) -> Self {
+        let share = |counts: &Vec<u64>| {
+            let total: u64 = counts.iter().sum();
+            counts.iter().max().map_or(0.0, |&most| most as f64 / total.max(1) as f64)
+        };
+        Self {
+            step: committed.step,
+            epoch: committed.epoch,
+            loss: committed.loss,
+            aux_loss: committed.aux_loss,
+            grad_norm: committed.grad_norm,
+            lr: committed.update.rate,
+            tokens: committed.tokens,
+            seconds,
+            tokens_per_second: committed.tokens as f64 / seconds.max(1e-9),
+            nodes: committed.nodes,
+            skipped: !committed.update.apply,
+            dropped: committed.dropped,
+            busiest_expert: committed.load.iter().map(share).fold(0.0, f64::max),
+        }
+    }
+}
+
+/// One line of `validation.jsonl`.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ValidationLine {
+    /// The step after which it was measured; 0 is before the first.
+    pub step: Step,
+    /// Mean cross-entropy on held-out text, nats per token.
+    pub loss: f64,
+    /// Tokens that were measured.
+    pub tokens: u64,
+}
+
+/// One line of `events.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+pub struct EventLine {
+    /// When, in milliseconds since 1970.
+    pub unix_ms: u64,
+    /// What.
+    #[serde(flatten)]
+    pub notice: Notice,
+}
+
+/// The files of a run.
+pub(crate) struct RunFiles {
+    metrics: JsonLines,
+    validation: JsonLines,
+    events: JsonLines,
+}
+
+impl RunFiles {
+    /// Opens the files; what stands in them after `step` is forgotten, since it will be done again.
+    pub(crate) fn open(dir: &RunDir, step: Step) -> Result<Self> {
+        let mut files = Self {
+            metrics: JsonLines::open(dir.metrics())?,
+            validation: JsonLines::open(dir.validation())?,
+            events: JsonLines::open(dir.events())?,
+        };
+        files.go_back(step)?;
+        Ok(files)
+    }
+
+    pub(crate) fn go_back(&mut self, step: Step) -> Result<()> {
+        self.metrics.truncate_after(step)?;
+        self.validation.truncate_after(step)?;
+        Ok(())
+    }
+
+    pub(crate) fn metrics(&mut self, line: &MetricsLine) -> Result<()> {
+        self.metrics.append(line)
+    }
+
+    pub(crate) fn validation(&mut self, line: &ValidationLine) -> Result<()> {
+        self.validation.append(line)
+    }
+
+    pub(crate) fn event(&mut self, line: &EventLine) -> Result<()> {
+        self.events.append(line)
+    }
+}
+
+/// Now, in milliseconds since 1970.
+#[must_use]
+pub fn unix_ms() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}

@@ -1,0 +1,151 @@
+//! The words that nodes say to each other, and how they become frames. Messages with reply ports never cross the wire.
+
+use bytes::Bytes;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use volary_core::architecture::Architecture;
+use volary_core::compute::{Compute, ComputeError, Computed, HostDtype, HostTensor};
+use volary_core::messages::{FromNode, ToNode};
+use volary_core::options::TrainingOptions;
+use volary_core::tree::Span;
+use volary_core::{Epoch, Lane, ShardId, Step};
+use volary_transport::{Dtype, Frame, Kind, Part, TraceContext};
+
+/// What a node tells the supervisor about itself when it joins.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeInfo {
+    /// Its process.
+    pub pid: u32,
+    /// Its device, as `cpu` or `cuda:0`.
+    pub device: String,
+    /// Threads of its device executor.
+    pub threads: usize,
+    /// How much it does in a second, relative to the others.
+    pub capacity: f64,
+    /// Memory that it may use, in bytes.
+    pub memory_bytes: u64,
+    /// Where its peers reach it.
+    pub address: String,
+}
+
+/// What a node must know of the run before it can do anything.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunInfo {
+    /// The run's name.
+    pub run: String,
+    /// The run's seed.
+    pub seed: u64,
+    /// The model.
+    pub architecture: Architecture,
+    /// The training.
+    pub training: TrainingOptions,
+}
+
+/// Supervisor to node, on the control stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Down {
+    /// The answer to [`Up::Hello`].
+    Welcome(Box<RunInfo>),
+    /// The protocol.
+    Say(ToNode),
+}
+
+/// Node to supervisor, on the control stream.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Up {
+    /// The first words.
+    Hello(NodeInfo),
+    /// The protocol.
+    Say(FromNode),
+}
+
+/// The words with a batch of rows to or from experts; the rows are the frame's only part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Batch {
+    pub(crate) layer: u16,
+    pub(crate) lane: Lane,
+    pub(crate) train: bool,
+    /// Experts and their rows, in the order of the rows.
+    pub(crate) experts: Vec<(u16, u32)>,
+}
+
+/// The words with a sum over some leaves of a shard's gradient; no parts mean that no token met the expert.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct SumOf {
+    pub(crate) shard: ShardId,
+    pub(crate) span: Span,
+}
+
+/// The words with a shard, and with the wish for one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ShardAt {
+    pub(crate) shard: ShardId,
+    pub(crate) version: Step,
+}
+
+pub(crate) fn frame(
+    kind: Kind,
+    epoch: Epoch,
+    step: Step,
+    meta: &impl Serialize,
+    tensors: Vec<HostTensor>,
+) -> Computed<Frame> {
+    let parts = tensors.into_iter().map(part).collect();
+    Ok(Frame { kind, epoch, step, trace: TraceContext::default(), meta: encode(meta)?, parts })
+}
+
+/// A frame around stored bytes.
+pub(crate) fn blob(kind: Kind, epoch: Epoch, step: Step, meta: &impl Serialize, data: Vec<u8>) -> Computed<Frame> {
+    let part = Part { dtype: Dtype::U8, shape: vec![data.len() as u64], data: data.into() };
+    Ok(Frame { kind, epoch, step, trace: TraceContext::default(), meta: encode(meta)?, parts: vec![part] })
+}
+
+pub(crate) fn refusal(epoch: Epoch, step: Step, reason: &str) -> Frame {
+    let meta = encode(&reason).unwrap_or_default();
+    Frame { kind: Kind::Refusal, epoch, step, trace: TraceContext::default(), meta, parts: Vec::new() }
+}
+
+fn encode(meta: &impl Serialize) -> Computed<Bytes> {
+    postcard::to_stdvec(meta).map(Bytes::from).map_err(|error| ComputeError(format!("words for the wire: {error}")))
+}
+
+pub(crate) fn decode<T: DeserializeOwned>(frame: &Frame) -> Computed<T> {
+    postcard::from_bytes(&frame.meta)
+        .map_err(|error| ComputeError(format!("the words of a {:?} frame: {error}", frame.kind)))
+}
+
+fn part(tensor: HostTensor) -> Part {
+    let dtype = match tensor.dtype {
+        HostDtype::F32 => Dtype::F32,
+        HostDtype::Bf16 => Dtype::BF16,
+    };
+    Part { dtype, shape: tensor.shape.iter().map(|&n| n as u64).collect(), data: tensor.data.into() }
+}
+
+/// A part's number type, shape and bytes, if it holds floats.
+pub(crate) fn floats(part: &Part) -> Computed<(HostDtype, Vec<usize>, &[u8])> {
+    let dtype = match part.dtype {
+        Dtype::F32 => HostDtype::F32,
+        Dtype::BF16 => HostDtype::Bf16,
+        other => return Err(ComputeError(format!("a tensor of {other:?} came where floats were expected"))),
+    };
+    Ok((dtype, part.shape.iter().map(|&n| n as usize).collect(), &part.data))
+}
+
+/// The only tensor of a frame.
+pub(crate) fn import_one<B: Compute>(backend: &B, frame: &Frame) -> Computed<B::Tensor> {
+    let [part] = frame.parts.as_slice() else {
+        return Err(ComputeError(format!("a {:?} frame came with {} tensors, not 1", frame.kind, frame.parts.len())));
+    };
+    let (dtype, shape, data) = floats(part)?;
+    backend.import(dtype, &shape, data)
+}
+
+/// The only blob of a frame.
+pub(crate) fn only_blob(frame: Frame) -> Computed<Bytes> {
+    let kind = frame.kind;
+    match <[Part; 1]>::try_from(frame.parts) {
+        Ok([part]) if part.dtype == Dtype::U8 => Ok(part.data),
+        _ => Err(ComputeError(format!("a {kind:?} frame came without its one blob"))),
+    }
+}

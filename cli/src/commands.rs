@@ -1,0 +1,10 @@
+//! One file per command.
+
+pub mod digest;
+pub mod doctor;
+pub mod generate;
+pub mod node;
+pub mod operate;
+pub mod plan;
+pub mod supervisor;
+pub mod train;

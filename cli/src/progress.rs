@@ -1,0 +1,150 @@
+//! What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing with `--quiet`.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Deserialize;
+use std::fs::File;
+use std::io::{IsTerminal, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// What the bar needs of a line of `metrics.jsonl`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Seen {
+    /// The step.
+    pub step: u64,
+    /// Mean cross-entropy.
+    pub loss: f64,
+    /// Tokens per second.
+    pub tokens_per_second: f64,
+    /// Nodes that took part.
+    pub nodes: u32,
+}
+
+/// A line of `validation.jsonl`.
+#[derive(Clone, Copy, Debug, Deserialize)]
+pub struct Validation {
+    /// The step after which it was measured.
+    pub step: u64,
+    /// Mean cross-entropy on held-out text.
+    pub loss: f64,
+}
+
+/// Follows a file that grows line by line.
+#[derive(Debug)]
+pub struct Tail {
+    path: PathBuf,
+    offset: u64,
+    partial: String,
+}
+
+impl Tail {
+    /// From the file's beginning.
+    #[must_use]
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, offset: 0, partial: String::new() }
+    }
+
+    /// The complete lines that came since the last call. A file that shrank (a run that went back) is followed from
+    /// its new end.
+    pub fn lines(&mut self) -> Vec<String> {
+        let Ok(mut file) = File::open(&self.path) else { return Vec::new() };
+        let length = file.metadata().map_or(0, |m| m.len());
+        if length < self.offset {
+            self.offset = length;
+            self.partial.clear();
+        }
+        let mut text = String::new();
+        if file.seek(SeekFrom::Start(self.offset)).is_err() || file.read_to_string(&mut text).is_err() {
+            return Vec::new();
+        }
+        self.offset += text.len() as u64;
+        self.partial.push_str(&text);
+        let Some(end) = self.partial.rfind('\n') else { return Vec::new() };
+        let rest = self.partial.split_off(end + 1);
+        std::mem::replace(&mut self.partial, rest).lines().map(str::to_owned).collect()
+    }
+}
+
+/// The last validation figures of a run, first and last.
+#[must_use]
+pub fn validations(path: &Path) -> Vec<Validation> {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Seconds between two plain lines.
+const PLAIN_EVERY: Duration = Duration::from_secs(10);
+
+/// The display of a run.
+#[derive(Debug)]
+pub struct Display {
+    bar: Option<ProgressBar>,
+    steps: u64,
+    quiet: bool,
+    last_plain: Instant,
+    last: Option<Seen>,
+}
+
+impl Display {
+    /// A display of a run of `steps`.
+    #[must_use]
+    pub fn new(steps: u64, quiet: bool) -> Self {
+        let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
+            let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
+            let style = "{bar:28} step {pos}/{len}  {msg}  {eta} left";
+            bar.set_style(ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()));
+            bar
+        });
+        Self { bar, steps, quiet, last_plain: Instant::now(), last: None }
+    }
+
+    /// A line that stays.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None if !self.quiet => eprintln!("{line}"),
+            None => {}
+        }
+    }
+
+    /// What the run waits for before its first step.
+    pub fn waiting(&self, what: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(what.to_owned());
+            bar.tick();
+        }
+    }
+
+    /// A step was committed.
+    pub fn step(&mut self, seen: Seen) {
+        let first = self.last.is_none();
+        self.last = Some(seen);
+        let Seen { step, loss, tokens_per_second, nodes } = seen;
+        let message = format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  {nodes} nodes");
+        if let Some(bar) = &self.bar {
+            if first {
+                // Time left is guessed from the steps of this process only.
+                bar.set_position(step);
+                bar.reset_eta();
+            }
+            bar.set_position(step);
+            bar.set_message(message);
+        } else if !self.quiet && (first || step == self.steps || self.last_plain.elapsed() >= PLAIN_EVERY) {
+            self.last_plain = Instant::now();
+            eprintln!("step {step}/{}  {message}", self.steps);
+        }
+    }
+
+    /// The last step that was seen.
+    #[must_use]
+    pub fn last(&self) -> Option<Seen> {
+        self.last
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
