@@ -1,0 +1,158 @@
+//! A source as a stream of documents, each with its origin.
+
+use std::path::{Path, PathBuf};
+use std::vec;
+
+use crate::error::{Error, Place};
+use crate::files::{SourceFile, find_files};
+use crate::options::SourceOptions;
+use crate::readers::{self, Raw, RawDocuments};
+use crate::tokenizer::floor_boundary;
+
+/// A source whose files have been found.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// What was asked for.
+    pub options: SourceOptions,
+    /// The files, ordered by relative path.
+    pub files: Vec<SourceFile>,
+}
+
+/// Where a document came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The file.
+    pub path: PathBuf,
+    /// Where in the file the document begins.
+    pub place: Place,
+}
+
+/// One document.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Document {
+    /// Its text.
+    pub text: String,
+    /// How many runs of bytes that are not UTF-8 were replaced by U+FFFD.
+    pub replaced: u64,
+    /// Where it came from.
+    pub origin: Origin,
+}
+
+impl Source {
+    /// Finds the files of a source.
+    pub fn find(options: &SourceOptions) -> Result<Self, Error> {
+        Ok(Self { options: options.clone(), files: find_files(options)? })
+    }
+
+    /// The size of the files, or `max_bytes` where that is less, in bytes: about what there is to read.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let size = self.files.iter().map(|file| file.bytes).sum();
+        self.options.max_bytes.map_or(size, |most| most.min(size))
+    }
+
+    /// The source's documents, at most `max_bytes` (the option) of them.
+    ///
+    /// A limited source is read in the order of the BLAKE3 hashes of its files' relative paths, so that what is read
+    /// comes from all over it and is the same on every machine; the last document is cut to fit. An unlimited one
+    /// is read in the order of the paths.
+    #[must_use]
+    pub fn documents(&self, strict: bool) -> Documents {
+        self.limited(self.options.max_bytes, strict)
+    }
+
+    /// A sample of about `bytes` bytes, in the order of a limited source.
+    #[must_use]
+    pub fn sample(&self, bytes: u64, strict: bool) -> Documents {
+        self.limited(Some(self.options.max_bytes.map_or(bytes, |most| most.min(bytes))), strict)
+    }
+
+    fn limited(&self, budget: Option<u64>, strict: bool) -> Documents {
+        let mut files = self.files.clone();
+        if budget.is_some() {
+            files.sort_by_cached_key(|file| *blake3::hash(file.relative.as_bytes()).as_bytes());
+        }
+        Documents {
+            files: files.into_iter(),
+            current: None,
+            column: self.options.column().to_string(),
+            strict,
+            remaining: budget.unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// A stream of documents; it ends after the first error. Documents of nothing but white space are passed over.
+pub struct Documents {
+    files: vec::IntoIter<SourceFile>,
+    current: Option<(PathBuf, RawDocuments)>,
+    column: String,
+    strict: bool,
+    remaining: u64,
+}
+
+impl Documents {
+    fn read(&mut self) -> Result<Option<Document>, Error> {
+        while self.remaining > 0 {
+            let Some((path, documents)) = &mut self.current else {
+                let Some(file) = self.files.next() else { return Ok(None) };
+                let documents = readers::open(&file.path, &self.column)?;
+                self.current = Some((file.path, documents));
+                continue;
+            };
+            let Some(raw) = documents.next().transpose()? else {
+                self.current = None;
+                continue;
+            };
+            let mut document = decode(raw, path, self.strict)?;
+            if document.text.trim().is_empty() {
+                continue;
+            }
+            cut(&mut document.text, self.remaining);
+            self.remaining -= (document.text.len() as u64).clamp(1, self.remaining);
+            if !document.text.is_empty() {
+                return Ok(Some(document));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Iterator for Documents {
+    type Item = Result<Document, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let document = self.read();
+        if document.is_err() {
+            self.remaining = 0;
+        }
+        document.transpose()
+    }
+}
+
+/// Cuts `text` to at most `most` bytes, between characters.
+fn cut(text: &mut String, most: u64) {
+    if text.len() as u64 > most {
+        text.truncate(floor_boundary(text, most as usize));
+    }
+}
+
+fn decode(raw: Raw, path: &Path, strict: bool) -> Result<Document, Error> {
+    let origin = Origin { path: path.to_path_buf(), place: raw.place };
+    let bytes = match String::from_utf8(raw.bytes) {
+        Ok(text) => return Ok(Document { text, replaced: 0, origin }),
+        Err(error) => error.into_bytes(),
+    };
+    if strict {
+        return Err(Error::NotUtf8 { path: origin.path, place: origin.place });
+    }
+    let (mut text, mut replaced) = (String::with_capacity(bytes.len()), 0);
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        if !chunk.invalid().is_empty() {
+            text.push(char::REPLACEMENT_CHARACTER);
+            replaced += 1;
+        }
+    }
+    Ok(Document { text, replaced, origin })
+}

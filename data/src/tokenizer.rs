@@ -1,0 +1,215 @@
+//! The tokenizer: a byte-level BPE trained on a sample of the corpus, or a given `tokenizer.json`.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use tokenizers::decoders::byte_level::ByteLevel;
+use tokenizers::models::TrainerWrapper;
+use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::{AddedToken, Tokenizer as Inner};
+
+use crate::error::Error;
+use crate::limits::{ENCODE_CHUNK_BYTES, MAX_JSON_BYTES, MAX_THREADS};
+
+/// The token that ends every document; id 0 in a trained tokenizer.
+pub const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// What the end of text is called in given tokenizers, the likeliest first.
+const ENDS_OF_TEXT: &[&str] =
+    &[END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]"];
+
+/// Text to token ids and back. Cheap to clone; shared between threads.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: Arc<Inner>,
+    /// The file as it was trained or loaded, byte for byte: the fingerprint is over these bytes.
+    json: Arc<[u8]>,
+    vocabulary: usize,
+    end_of_text: u32,
+}
+
+impl std::fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tokenizer({} tokens, {})", self.vocabulary, self.fingerprint())
+    }
+}
+
+fn failed(error: impl std::fmt::Display) -> Error {
+    Error::Tokenizer(error.to_string())
+}
+
+impl Tokenizer {
+    /// Trains a byte-level BPE of at most `vocabulary` tokens: the end of text (id 0), the 256 bytes, then merges.
+    ///
+    /// The same texts in the same order give the same tokenizer, bit for bit. A small sample may give fewer tokens than
+    /// asked for. Every text can be encoded and decodes to itself.
+    pub fn train(texts: impl Iterator<Item = String> + Send, vocabulary: usize) -> Result<Self, Error> {
+        let trainer = BpeTrainer::builder()
+            .show_progress(false)
+            .vocab_size(vocabulary)
+            .min_frequency(2)
+            .special_tokens(vec![AddedToken::from(END_OF_TEXT, true)])
+            .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
+            .build();
+        let mut inner = Inner::new(BPE::default());
+        inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        inner.with_decoder(Some(ByteLevel::new(false, true, true)));
+        inner.train(&mut TrainerWrapper::from(trainer), texts).map_err(failed)?;
+        let json = inner.to_string(true).map_err(failed)?;
+        Self::from_json(json.into_bytes())
+    }
+
+    /// Loads a `tokenizer.json`.
+    pub fn load(path: &Path) -> Result<Self, Error> {
+        let size = fs::metadata(path).map_err(Error::read(path))?.len();
+        if size > MAX_JSON_BYTES {
+            return Err(failed(format_args!(
+                "{}: {size} bytes are too many for a tokenizer",
+                path.display()
+            )));
+        }
+        let json = fs::read(path).map_err(Error::read(path))?;
+        Self::from_json(json).map_err(|error| match error {
+            Error::Tokenizer(reason) => failed(format_args!("{}: {reason}", path.display())),
+            other => other,
+        })
+    }
+
+    fn from_json(json: Vec<u8>) -> Result<Self, Error> {
+        let mut inner = Inner::from_bytes(&json).map_err(failed)?;
+        inner.with_truncation(None).map_err(failed)?;
+        inner.with_padding(None);
+        // Text that spells out a special token is text: it must not end a document.
+        inner.set_encode_special_tokens(true);
+        let end_of_text = ENDS_OF_TEXT.iter().find_map(|token| inner.token_to_id(token));
+        let end_of_text = end_of_text.ok_or_else(|| {
+            failed(format_args!("has no token for the end of text: none of {ENDS_OF_TEXT:?}"))
+        })?;
+        let last = inner.get_vocab(true).into_values().max().unwrap_or(0);
+        Ok(Self { inner: Arc::new(inner), json: json.into(), vocabulary: last as usize + 1, end_of_text })
+    }
+
+    /// Writes the `tokenizer.json` that [`load`](Self::load) reads, byte for byte what was trained or loaded.
+    pub fn save(&self, path: &Path) -> Result<(), Error> {
+        fs::write(path, &self.json).map_err(Error::write(path))
+    }
+
+    /// The number of rows that an embedding needs: one more than the largest id.
+    #[must_use]
+    pub fn vocabulary(&self) -> usize {
+        self.vocabulary
+    }
+
+    /// The id that ends every document.
+    #[must_use]
+    pub fn end_of_text(&self) -> u32 {
+        self.end_of_text
+    }
+
+    /// The BLAKE3 hash of the `tokenizer.json`, in hex.
+    #[must_use]
+    pub fn fingerprint(&self) -> String {
+        blake3::hash(&self.json).to_hex().to_string()
+    }
+
+    /// The tokens of a text; no special token is added, and special tokens spelt out in the text are plain text.
+    ///
+    /// Long texts are encoded in chunks that end before a single space or line end, which is where byte-level BPE
+    /// ends a word anyway.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
+        let mut ids = Vec::new();
+        for chunk in chunks(text) {
+            ids.extend(self.encode_chunk(chunk)?);
+        }
+        Ok(ids)
+    }
+
+    fn encode_chunk(&self, chunk: &str) -> Result<Vec<u32>, Error> {
+        Ok(self.inner.encode_fast(chunk, false).map_err(failed)?.get_ids().to_vec())
+    }
+
+    /// The tokens of several texts, worked out by a few threads; equal to [`encode`](Self::encode) of each.
+    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
+        let mut work = Vec::new();
+        for (at, text) in texts.iter().enumerate() {
+            work.extend(chunks(text.as_ref()).map(|chunk| (at, chunk)));
+        }
+        let next = AtomicUsize::new(0);
+        let threads =
+            thread::available_parallelism().map_or(1, usize::from).min(MAX_THREADS).min(work.len().max(1));
+        let encode = || {
+            let mut done = Vec::new();
+            loop {
+                let at = next.fetch_add(1, Ordering::Relaxed);
+                let Some((_, chunk)) = work.get(at) else { break };
+                done.push((at, self.encode_chunk(chunk)?));
+            }
+            Ok::<_, Error>(done)
+        };
+        let results: Vec<_> = thread::scope(|scope| {
+            let handles: Vec<_> = (0..threads).map(|_| scope.spawn(encode)).collect();
+            handles.into_iter().map(|handle| handle.join()).collect()
+        });
+        let mut encoded = vec![Vec::new(); work.len()];
+        for result in results {
+            for (at, ids) in result.map_err(|_| failed("a thread that encoded text has panicked"))?? {
+                encoded[at] = ids;
+            }
+        }
+        let mut all = vec![Vec::new(); texts.len()];
+        for ((at, _), ids) in work.iter().zip(encoded) {
+            all[*at].extend(ids);
+        }
+        Ok(all)
+    }
+
+    /// The text of some tokens, without special tokens; bytes that are not UTF-8 become U+FFFD.
+    pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
+        self.inner.decode(ids, true).map_err(failed)
+    }
+
+    /// One token for a reader's eye: its text, or its raw name where it is part of a character or special.
+    #[must_use]
+    pub fn token(&self, id: u32) -> String {
+        match self.inner.decode(&[id], false) {
+            Ok(text) if !text.is_empty() && !text.contains(char::REPLACEMENT_CHARACTER) => text,
+            _ => self.inner.id_to_token(id).unwrap_or_else(|| format!("<{id}>")),
+        }
+    }
+}
+
+/// Parts a text into chunks of about `ENCODE_CHUNK_BYTES`.
+fn chunks(mut text: &str) -> impl Iterator<Item = &str> {
+    std::iter::from_fn(move || {
+        if text.is_empty() {
+            return None;
+        }
+        let (chunk, rest) = text.split_at(chunk_end(text));
+        text = rest;
+        Some(chunk)
+    })
+}
+
+fn chunk_end(text: &str) -> usize {
+    if text.len() <= 2 * ENCODE_CHUNK_BYTES {
+        return text.len();
+    }
+    let bytes = text.as_bytes();
+    // White space beyond ASCII starts with bytes that are not letters of ASCII: asking for ASCII on both sides is safe.
+    let is_break = |&at: &usize| {
+        matches!(bytes[at], b' ' | b'\n')
+            && bytes[at - 1].is_ascii_graphic()
+            && bytes[at + 1].is_ascii_graphic()
+    };
+    (ENCODE_CHUNK_BYTES..2 * ENCODE_CHUNK_BYTES - 1)
+        .find(is_break)
+        .unwrap_or_else(|| floor_boundary(text, ENCODE_CHUNK_BYTES))
+}
+
+/// The last place between two characters at or before byte `at`, which must be within the text.
+pub(crate) fn floor_boundary(text: &str, at: usize) -> usize {
+    (0..=at).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
+}

@@ -1,0 +1,207 @@
+//! A prepared corpus is whole, cached, owned by its run and checked.
+#![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::fs::{self, OpenOptions};
+use std::path::Path;
+
+use common::{document, jsonl, options, prepare_16, source, write};
+use tempfile::tempdir;
+use volary_data::{Dataset, Error, HeldOut, Manifest, SourceOptions, Stage, prepare};
+
+fn read_tokens(path: &Path) -> Vec<u32> {
+    fs::read(path).unwrap().chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().unwrap())).collect()
+}
+
+fn documents(dir: &Path, name: &str, end: u32) -> BTreeSet<Vec<u32>> {
+    read_tokens(&dir.join(name))
+        .split(|&id| id == end)
+        .filter(|d| !d.is_empty())
+        .map(<[u32]>::to_vec)
+        .collect()
+}
+
+#[test]
+fn training_never_sees_a_validation_document() {
+    let dir = tempdir().unwrap();
+    // Every document occurs twice, in two sources.
+    let a = write(dir.path(), "a.jsonl", jsonl(0..600));
+    let b = write(dir.path(), "b.jsonl", jsonl(0..600));
+    let mut options = options(dir.path(), vec![source("a", &a), source("b", &b)]);
+    options.validation_fraction = 0.05;
+    let run = dir.path().join("run");
+    let manifest = prepare_16(&options, &run).unwrap().manifest;
+    assert!(manifest.sources.iter().all(|s| s.held_out == HeldOut::Documents && s.documents == 600));
+    let all = |part: &str| -> BTreeSet<_> {
+        ["a", "b"]
+            .iter()
+            .flat_map(|s| documents(&run, &format!("{s}.{part}.tokens"), manifest.end_of_text))
+            .collect()
+    };
+    let (train, validation) = (all("train"), all("validation"));
+    assert!(train.is_disjoint(&validation));
+    assert_eq!(train.len() + validation.len(), 600);
+    assert!((10..60).contains(&validation.len()), "{}", validation.len());
+}
+
+#[test]
+fn a_single_document_holds_out_its_tail() {
+    let dir = tempdir().unwrap();
+    let text: String = (0..40).map(document).collect();
+    let file = write(dir.path(), "book.txt", &text);
+    let options = options(dir.path(), vec![source("book", &file)]);
+    let run = dir.path().join("run");
+    let manifest = prepare_16(&options, &run).unwrap().manifest;
+    let book = &manifest.sources[0];
+    assert_eq!(book.held_out, HeldOut::Tail);
+    let total = book.train.tokens + book.validation.tokens;
+    assert_eq!(book.validation.tokens, (total as f64 * 0.01).ceil().max(17.0) as u64);
+    let tokenizer = manifest.load_tokenizer(&run).unwrap();
+    let mut whole = read_tokens(&run.join("book.train.tokens"));
+    whole.extend(read_tokens(&run.join("book.validation.tokens")));
+    assert_eq!(whole.pop(), Some(manifest.end_of_text));
+    assert_eq!(tokenizer.decode(&whole).unwrap(), text);
+    // Longer sequences hold out more, without disturbing what the cache holds for shorter ones.
+    let longer = prepare(&options, 100, &dir.path().join("longer"), &mut |_| {}).unwrap();
+    assert!(!longer.from_cache && longer.manifest.sources[0].validation.tokens >= 101);
+    assert!(prepare_16(&options, &dir.path().join("again")).unwrap().from_cache);
+}
+
+#[test]
+fn the_second_run_takes_the_corpus_from_the_cache_and_owns_it() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.jsonl", jsonl(0..400));
+    let options = options(dir.path(), vec![source("a", &file)]);
+    let runs = [dir.path().join("one"), dir.path().join("two")];
+    let mut stages = Vec::new();
+    let first = prepare(&options, 16, &runs[0], &mut |p| stages.push(p.stage)).unwrap();
+    assert!(!first.from_cache && !first.resumed);
+    assert!(stages.is_sorted_by_key(|s| *s as u8) && stages.contains(&Stage::Tokenizing));
+    let mut stages = Vec::new();
+    let second = prepare(&options, 16, &runs[1], &mut |p| stages.push(p.stage)).unwrap();
+    assert!(second.from_cache && !stages.contains(&Stage::Tokenizing));
+    assert_eq!(first.manifest, second.manifest);
+    fs::remove_dir_all(dir.path().join("cache")).unwrap();
+    fs::remove_file(&file).unwrap();
+    assert!(runs.iter().all(|run| Manifest::verify(run).unwrap() == first.manifest));
+    let resumed = prepare_16(&options, &runs[0]).unwrap();
+    assert!(resumed.resumed && resumed.manifest == first.manifest);
+    assert!(
+        fs::read_dir(&runs[0]).unwrap().all(|e| !e.unwrap().file_name().to_string_lossy().starts_with('.'))
+    );
+}
+
+#[test]
+fn a_changed_file_or_option_is_tokenised_anew() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.jsonl", jsonl(0..400));
+    let mut options = options(dir.path(), vec![source("a", &file)]);
+    prepare_16(&options, &dir.path().join("one")).unwrap();
+    write(dir.path(), "a.jsonl", jsonl(0..401));
+    assert!(!prepare_16(&options, &dir.path().join("two")).unwrap().from_cache);
+    options.vocabulary += 1;
+    assert!(!prepare_16(&options, &dir.path().join("three")).unwrap().from_cache);
+}
+
+#[test]
+fn a_damaged_cache_is_replaced_and_a_damaged_run_is_refused() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.jsonl", jsonl(0..400));
+    let options = options(dir.path(), vec![source("a", &file)]);
+    let run = dir.path().join("run");
+    let whole = prepare_16(&options, &run).unwrap().manifest;
+    // The run's files are the cache's files, so that one cut damages both.
+    let tokens = OpenOptions::new().write(true).open(run.join("a.train.tokens")).unwrap();
+    tokens.set_len(1000).unwrap();
+    let error = prepare_16(&options, &run).unwrap_err();
+    assert!(matches!(&error, Error::Damaged { path, .. } if path.ends_with("a.train.tokens")), "{error}");
+    assert!(matches!(Dataset::open(&run, 16, 1, 1, 0), Err(Error::Damaged { .. })));
+    let again = prepare_16(&options, &dir.path().join("again")).unwrap();
+    assert!(!again.from_cache && again.manifest == whole);
+
+    let again = dir.path().join("again");
+    let mut bytes = fs::read(again.join("a.validation.tokens")).unwrap();
+    bytes[0] ^= 1;
+    fs::write(again.join("a.validation.tokens"), bytes).unwrap();
+    assert!(Manifest::verify(&again).unwrap_err().to_string().contains("hash"));
+    fs::write(again.join("manifest.json"), "{\"version\": 99}").unwrap();
+    assert!(prepare_16(&options, &again).unwrap_err().to_string().contains("version 99"));
+    fs::write(again.join("manifest.json"), "{\"version\": 1, \"sou").unwrap();
+    assert!(matches!(prepare_16(&options, &again), Err(Error::Damaged { .. })));
+}
+
+#[test]
+fn a_given_tokenizer_is_used_as_it_is() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.jsonl", jsonl(0..100));
+    let mut options = options(dir.path(), vec![source("a", &file)]);
+    let run = dir.path().join("run");
+    let first = prepare_16(&options, &run).unwrap().manifest;
+    options.tokenizer = Some(run.join("tokenizer.json"));
+    let second = prepare_16(&options, &dir.path().join("two")).unwrap().manifest;
+    assert_eq!(first, second);
+}
+
+#[test]
+fn an_unwritable_cache_costs_only_the_cache() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.jsonl", jsonl(0..100));
+    let mut options = options(dir.path(), vec![source("a", &file)]);
+    options.cache = Some(file.join("below-a-file"));
+    let prepared = prepare_16(&options, &dir.path().join("run")).unwrap();
+    assert_eq!(Manifest::verify(&dir.path().join("run")).unwrap(), prepared.manifest);
+}
+
+#[test]
+fn hopeless_requests_are_refused_in_words() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.txt", "too short");
+    let blank = write(dir.path(), "blank.txt", " \n\n");
+    let run = dir.path().join("run");
+    let refused = |sources: Vec<SourceOptions>, run: &Path| {
+        prepare_16(&options(dir.path(), sources), run).unwrap_err().to_string()
+    };
+    let heavy = |weight| SourceOptions { weight, ..source("a", &file) };
+    let contains = |message: String, words: &[&str]| {
+        assert!(words.iter().all(|word| message.contains(word)), "{message}");
+    };
+    contains(refused(vec![], &run), &["sources"]);
+    contains(refused(vec![source("a", &file)], &run), &["\"a\"", "16 tokens", "34"]);
+    contains(refused(vec![source("a", &blank)], &run), &["holds no text"]);
+    contains(refused(vec![source("a", &dir.path().join("none"))], &run), &["\"a\"", "none", "no such file"]);
+    contains(refused(vec![source("a", &file), source("A", &file)], &run), &["two sources"]);
+    contains(refused(vec![source("../a", &file)], &run), &["sources[0].name"]);
+    for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        contains(refused(vec![heavy(weight)], &run), &["sources[0].weight"]);
+    }
+    contains(refused(vec![source("a", &file)], &file.join("run")), &["cannot write"]);
+    assert!(!run.join("manifest.json").exists());
+}
+
+#[test]
+fn a_handful_of_documents_never_leaves_training_short() {
+    let dir = tempdir().unwrap();
+    for n in 0..20 {
+        let file = write(dir.path(), &format!("{n}.jsonl"), jsonl(2 * n..2 * n + 2));
+        let mut options = options(dir.path(), vec![source("a", &file)]);
+        options.validation_fraction = 0.1;
+        let manifest = prepare_16(&options, &dir.path().join(format!("run{n}"))).unwrap().manifest;
+        assert!(manifest.sources[0].train.tokens > manifest.sources[0].validation.tokens, "{n}");
+    }
+}
+
+#[test]
+fn what_a_killed_process_left_behind_is_cleared_and_not_taken_for_a_corpus() {
+    let dir = tempdir().unwrap();
+    let file = write(dir.path(), "a.jsonl", jsonl(0..100));
+    let options = options(dir.path(), vec![source("a", &file)]);
+    let run = dir.path().join("run");
+    write(&run, ".partial-1-0/a.train.tokens", "half");
+    write(&run, "a.train.tokens", "half");
+    write(&run, ".tokenizer.json.new", "half");
+    let manifest = prepare_16(&options, &run).unwrap().manifest;
+    assert_eq!(Manifest::verify(&run).unwrap(), manifest);
+    assert_eq!(fs::read_dir(&run).unwrap().count(), 4);
+}

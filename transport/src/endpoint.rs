@@ -1,0 +1,399 @@
+//! A QUIC endpoint: one UDP socket for all links of a process.
+//!
+//! quinn's drivers run on a thread of their own with a runtime of their own, away from everything that computes;
+//! the links' methods may be awaited from any runtime. Settings follow the path (measured; see `docs/performance.md`):
+//! on loopback 65,487-byte datagrams without segmentation offload, elsewhere MTU 1,452 with it.
+
+use crate::control::{ControlReceiver, ControlSender, write_message};
+use crate::error::{Error, Result};
+use crate::handshake::{Answer, PROTOCOL, Role, greet, hear};
+use crate::identity::{Identity, KeyRequest, SUPERVISOR, dns_name};
+use crate::limits::{HANDSHAKE_MAX, HELLO_BYTES_MAX, INCOMING_MAX, STREAMS_MAX};
+use crate::link::{CONTROL_PRIORITY, Link};
+use crate::options::TransportOptions;
+use crate::tls::{self, Admit};
+use crate::token::Token;
+use quinn::{Connection, VarInt};
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::runtime::Handle;
+use tokio::sync::{Mutex, mpsc, oneshot};
+
+/// The largest UDP payload over IPv4 that quinn takes.
+const LOOPBACK_DATAGRAM: u16 = 65_487;
+const LOOPBACK_SOCKET_BUFFER: usize = 4 << 20;
+const NETWORK_DATAGRAM: u16 = 1_452;
+const STREAM_WINDOW: u32 = 1 << 20;
+const RECEIVE_WINDOW: u32 = 4 << 20;
+const SEND_WINDOW: u64 = 2 << 20;
+const INITIAL_WINDOW: u64 = 4 << 20;
+
+/// One UDP socket and its connections; clones are the same endpoint.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    quinn: quinn::Endpoint,
+    runtime: Handle,
+    identity: Option<Identity>,
+    transport: Arc<quinn::TransportConfig>,
+    local: SocketAddr,
+    incoming: Mutex<mpsc::Receiver<Accepted>>,
+    /// Ends the endpoint's thread when the last clone is gone.
+    _alive: oneshot::Sender<()>,
+}
+
+/// Somebody who has said who it is and waits to be let in.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Who, and what it wants. Names are proven; tokens are not checked yet.
+    pub role: Role,
+    connection: Connection,
+    control: (ControlSender, ControlReceiver),
+}
+
+impl Accepted {
+    /// Says no.
+    pub async fn refuse(mut self, reason: &str) {
+        let told = write_message(&mut self.control.0.stream, &Answer::Refused(reason.into()), HELLO_BYTES_MAX).await;
+        if told.is_ok() {
+            // The reason must arrive before the connection is gone.
+            drop(tokio::time::timeout(HANDSHAKE_MAX, self.control.0.finish()).await);
+        }
+        self.connection.close(VarInt::from_u32(1), b"refused");
+    }
+
+    /// Hands out a certificate; the connection has no other use.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub async fn certify(mut self, name: String, certificate: Vec<u8>, ca: Vec<u8>) -> Result<()> {
+        let answer = Answer::Certificate { name, certificate, ca };
+        write_message(&mut self.control.0.stream, &answer, HELLO_BYTES_MAX).await?;
+        drop(tokio::time::timeout(HANDSHAKE_MAX, self.control.0.finish()).await);
+        self.connection.close(VarInt::from_u32(0), b"certified");
+        Ok(())
+    }
+
+    /// Lets it in.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub async fn welcome(mut self) -> Result<(Link, ControlSender, ControlReceiver)> {
+        write_message(&mut self.control.0.stream, &Answer::Welcome, HELLO_BYTES_MAX).await?;
+        let peer = match self.role {
+            Role::Node { name } | Role::Peer { name } => name,
+            Role::Operator { .. } | Role::Join { .. } => "operator".into(),
+        };
+        Ok((Link::new(self.connection, peer), self.control.0, self.control.1))
+    }
+}
+
+impl Endpoint {
+    /// Listens on `address` as `identity`.
+    ///
+    /// # Errors
+    /// When the address is in use or not this machine's, or the identity is damaged.
+    pub fn bind(address: SocketAddr, identity: Identity, admit: Admit, options: &TransportOptions) -> Result<Self> {
+        let server = tls::server(&identity, admit)?;
+        Self::open(address, Some((identity, server)), options)
+    }
+
+    /// An endpoint that only dials, with nothing but a token to show.
+    ///
+    /// # Errors
+    /// When the machine gives no socket.
+    pub fn dial_only(towards: SocketAddr, options: &TransportOptions) -> Result<Self> {
+        Self::open(SocketAddr::new(local_ip(towards)?, 0), None, options)
+    }
+
+    fn open(
+        address: SocketAddr,
+        server: Option<(Identity, quinn::ServerConfig)>,
+        options: &TransportOptions,
+    ) -> Result<Self> {
+        let loopback = address.ip().is_loopback();
+        let transport = Arc::new(transport_config(loopback, options)?);
+        let socket = udp_socket(address, loopback)?;
+        let local = socket.local_addr().map_err(|e| bind_error(address, &e))?;
+        let mut config = quinn::EndpointConfig::default();
+        if loopback {
+            config.max_udp_payload_size(LOOPBACK_DATAGRAM).map_err(Error::identity)?;
+        }
+        let (identity, server) = server.map_or((None, None), |(identity, mut server)| {
+            server.transport_config(Arc::clone(&transport));
+            (Some(identity), Some(server))
+        });
+        let (alive, gone) = oneshot::channel::<()>();
+        let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
+        let (opened, wait) = std::sync::mpsc::channel();
+        let start = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            let _entered = runtime.enter();
+            let quinn = quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime))?;
+            // The other end waits for exactly this.
+            drop(opened.send(Ok((quinn.clone(), runtime.handle().clone()))));
+            runtime.block_on(async {
+                tokio::spawn(accept_all(quinn.clone(), accepted));
+                drop(gone.await);
+                quinn.close(VarInt::from_u32(0), b"the process ends");
+                // The last words leave the socket.
+                drop(tokio::time::timeout(Duration::from_millis(200), quinn.wait_idle()).await);
+            });
+            Ok::<(), std::io::Error>(())
+        };
+        let failed = |error: &dyn std::fmt::Display| Error::Bind { address, reason: error.to_string() };
+        std::thread::Builder::new()
+            .name("quic".into())
+            .spawn(move || {
+                if let Err(error) = start() {
+                    tracing::error!(%error, "the endpoint does not start");
+                }
+            })
+            .map_err(|e| failed(&e))?;
+        let started: std::result::Result<_, std::io::Error> =
+            wait.recv().map_err(|_| failed(&"its thread did not start"))?;
+        let (quinn, runtime) = started.map_err(|e| failed(&e))?;
+        let shared = Shared { quinn, runtime, identity, transport, local, incoming: Mutex::new(incoming), _alive: alive };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The address that it listens on.
+    #[must_use]
+    pub fn local_addr(&self) -> SocketAddr {
+        self.shared.local
+    }
+
+    /// The next one who wants in, or `None` when the endpoint is closed.
+    pub async fn accept(&self) -> Option<Accepted> {
+        self.shared.incoming.lock().await.recv().await
+    }
+
+    /// The next node that links to this one; everybody else is refused.
+    pub async fn accept_peer(&self) -> Option<Link> {
+        loop {
+            let accepted = self.accept().await?;
+            if !matches!(accepted.role, Role::Peer { .. }) {
+                accepted.refuse("this is a node, not a supervisor").await;
+                continue;
+            }
+            match accepted.welcome().await {
+                Ok((link, ..)) => return Some(link),
+                Err(error) => tracing::debug!(%error, "a peer went away"),
+            }
+        }
+    }
+
+    /// Links to the node `name` at `address`, which must prove the name.
+    ///
+    /// # Errors
+    /// When it is not there, is another, or refuses.
+    pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link> {
+        let own = self.own_name()?;
+        let config = tls::client(self.identity()?)?;
+        let (connection, ..) = self.dial(address, name, config, Role::Peer { name: own }).await?;
+        Ok(Link::new(connection, name.to_owned()))
+    }
+
+    /// Links to the supervisor as a node; its certificate must prove that it is one.
+    ///
+    /// # Errors
+    /// As [`Endpoint::connect`].
+    pub async fn connect_supervisor(&self, address: SocketAddr) -> Result<(Link, ControlSender, ControlReceiver)> {
+        let own = self.own_name()?;
+        let config = tls::client(self.identity()?)?;
+        let (connection, _, control) = self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
+        Ok((Link::new(connection, SUPERVISOR.into()), control.0, control.1))
+    }
+
+    /// A control stream to the supervisor as an operator.
+    ///
+    /// # Errors
+    /// When it is not there, or the token is no good.
+    pub async fn operate(&self, address: SocketAddr, token: &Token) -> Result<(Link, ControlSender, ControlReceiver)> {
+        let config = tls::pinned(token.fingerprint())?;
+        let role = Role::Operator { token: token.reveal() };
+        let (connection, _, control) = self.dial(address, SUPERVISOR, config, role).await?;
+        Ok((Link::new(connection, SUPERVISOR.into()), control.0, control.1))
+    }
+
+    fn identity(&self) -> Result<&Identity> {
+        self.shared.identity.as_ref().ok_or_else(|| Error::identity("this endpoint has no certificate"))
+    }
+
+    fn own_name(&self) -> Result<String> {
+        Ok(self.identity()?.name().to_owned())
+    }
+
+    async fn dial(
+        &self,
+        address: SocketAddr,
+        name: &str,
+        config: quinn::ClientConfig,
+        role: Role,
+    ) -> Result<(Connection, Answer, (ControlSender, ControlReceiver))> {
+        self.dial_as(address, name, config, role, PROTOCOL).await
+    }
+
+    pub(crate) async fn dial_as(
+        &self,
+        address: SocketAddr,
+        name: &str,
+        mut config: quinn::ClientConfig,
+        role: Role,
+        protocol: u16,
+    ) -> Result<(Connection, Answer, (ControlSender, ControlReceiver))> {
+        config.transport_config(Arc::clone(&self.shared.transport));
+        let (quinn, dns, peer) = (self.shared.quinn.clone(), dns_name(name), format!("{name} at {address}"));
+        // On the endpoint's runtime: a connection's driver runs where it was opened.
+        let work = self.shared.runtime.spawn(async move {
+            let broken = |error: &dyn std::fmt::Display| Error::connection(peer.clone(), error);
+            let connecting = quinn.connect_with(config, address, &dns).map_err(|e| broken(&e))?;
+            let connection = match tokio::time::timeout(HANDSHAKE_MAX, connecting).await {
+                Ok(connected) => connected.map_err(|e| broken(&e))?,
+                Err(_) => return Err(broken(&format!("no answer within {HANDSHAKE_MAX:?}"))),
+            };
+            let (mut send, mut receive) = connection.open_bi().await.map_err(|e| broken(&e))?;
+            // The stream is young; a closed one shows at the first write.
+            let _ = send.set_priority(CONTROL_PRIORITY);
+            let answer = greet(&mut send, &mut receive, &role, protocol).await?;
+            Ok((connection, answer, (ControlSender { stream: send }, ControlReceiver { stream: receive })))
+        });
+        work.await.unwrap_or_else(|error| Err(Error::connection(name, error)))
+    }
+}
+
+/// Exchanges a token and a key made here for an identity.
+///
+/// # Errors
+/// When the supervisor is not there, is another cluster's, or refuses.
+pub async fn join(address: SocketAddr, token: &Token, name: Option<String>, options: &TransportOptions) -> Result<Identity> {
+    let endpoint = Endpoint::dial_only(address, options)?;
+    let request = KeyRequest::new()?;
+    let role = Role::Join { token: token.reveal(), request: request.der().to_vec(), name };
+    let config = tls::pinned(token.fingerprint())?;
+    match endpoint.dial(address, SUPERVISOR, config, role).await? {
+        (_, Answer::Certificate { name, certificate, ca }, _) => Ok(request.into_identity(&name, certificate, ca)),
+        _ => Err(Error::malformed("handshake", "the supervisor gave no certificate")),
+    }
+}
+
+/// This machine's address on the way to `towards`.
+///
+/// # Errors
+/// When there is no way.
+pub fn local_ip(towards: SocketAddr) -> Result<IpAddr> {
+    let any: SocketAddr = if towards.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    let find = || {
+        let socket = UdpSocket::bind(any)?;
+        // Sends nothing: it only asks the routing table.
+        socket.connect(towards)?;
+        socket.local_addr()
+    };
+    find().map(|address| address.ip()).map_err(|error| Error::connection(towards.to_string(), error))
+}
+
+fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
+    let reason = match error.kind() {
+        std::io::ErrorKind::AddrInUse => "it is in use by another process".to_owned(),
+        _ => error.to_string(),
+    };
+    Error::Bind { address, reason }
+}
+
+pub(crate) fn udp_socket(address: SocketAddr, loopback: bool) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
+    if loopback {
+        let socket = socket2::SockRef::from(&socket);
+        // The kernel gives what its limits allow; `volary doctor` says when that is too little.
+        let _ = socket.set_send_buffer_size(LOOPBACK_SOCKET_BUFFER);
+        let _ = socket.set_recv_buffer_size(LOOPBACK_SOCKET_BUFFER);
+    }
+    Ok(socket)
+}
+
+pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Result<quinn::TransportConfig> {
+    let mut config = quinn::TransportConfig::default();
+    let idle = quinn::IdleTimeout::try_from(Duration::from_millis(options.idle_timeout_ms)).map_err(Error::identity)?;
+    let mut cubic = quinn::congestion::CubicConfig::default();
+    cubic.initial_window(INITIAL_WINDOW);
+    config
+        .keep_alive_interval(Some(Duration::from_millis(options.keep_alive_ms)))
+        .max_idle_timeout(Some(idle))
+        .max_concurrent_bidi_streams(STREAMS_MAX.into())
+        .max_concurrent_uni_streams(STREAMS_MAX.into())
+        .stream_receive_window(STREAM_WINDOW.into())
+        .receive_window(RECEIVE_WINDOW.into())
+        .send_window(SEND_WINDOW)
+        .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(None);
+    if loopback {
+        // A large first datagram needs a large first window, or nothing is ever sent.
+        config
+            .initial_mtu(LOOPBACK_DATAGRAM)
+            .congestion_controller_factory(Arc::new(cubic))
+            .enable_segmentation_offload(false);
+    } else {
+        config.initial_mtu(1_200).min_mtu(1_200).mtu_discovery_config(Some({
+            let mut discovery = quinn::MtuDiscoveryConfig::default();
+            discovery.upper_bound(NETWORK_DATAGRAM);
+            discovery
+        }));
+    }
+    Ok(config)
+}
+
+/// Takes up connections for as long as somebody wants them; each has a bounded time to say who it is.
+async fn accept_all(endpoint: quinn::Endpoint, accepted: mpsc::Sender<Accepted>) {
+    while let Some(incoming) = endpoint.accept().await {
+        let accepted = accepted.clone();
+        tokio::spawn(async move {
+            let from = incoming.remote_address();
+            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduce(incoming)).await {
+                Ok(Ok(somebody)) => drop(accepted.send(somebody).await),
+                Ok(Err(error)) => tracing::warn!(%from, %error, "a connection was turned away"),
+                Err(_) => tracing::warn!(%from, "a connection did not say who it is in time"),
+            }
+        });
+    }
+}
+
+async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
+    let from = incoming.remote_address().to_string();
+    let connection = incoming.await.map_err(|error| Error::connection(from.clone(), error))?;
+    let (send, mut receive) = connection.accept_bi().await.map_err(|error| Error::connection(from, error))?;
+    let _ = send.set_priority(CONTROL_PRIORITY);
+    let heard = hear(&mut receive).await;
+    let control = (ControlSender { stream: send }, ControlReceiver { stream: receive });
+    let (role, verdict) = match heard {
+        Ok(role) => {
+            let proven = proves_its_name(&connection, &role);
+            (role, if proven { Ok(()) } else { Err(Error::Refused("the certificate does not prove the name".into())) })
+        }
+        Err(error) => (Role::Operator { token: String::new() }, Err(error)),
+    };
+    let accepted = Accepted { role, connection, control };
+    match verdict {
+        Ok(()) => Ok(accepted),
+        Err(error) => {
+            let reason = match &error {
+                Error::Refused(reason) => reason.clone(),
+                other => other.to_string(),
+            };
+            accepted.refuse(&reason).await;
+            Err(error)
+        }
+    }
+}
+
+/// Roles with a name need a certificate of the cluster's authority with that name in it.
+fn proves_its_name(connection: &Connection, role: &Role) -> bool {
+    let (Role::Node { name } | Role::Peer { name }) = role else { return true };
+    let identity = connection.peer_identity();
+    let chain = identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
+    chain.and_then(|chain| chain.first().map(|certificate| tls::is_named(certificate, name))).unwrap_or(false)
+}

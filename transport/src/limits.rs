@@ -1,0 +1,30 @@
+//! Every bound of the transport, in one place.
+
+use std::time::Duration;
+
+/// Bytes of one message on a control stream.
+pub const CONTROL_BYTES_MAX: usize = 16 << 20;
+/// Bytes of a frame's words.
+pub const META_BYTES_MAX: usize = 1 << 20;
+/// Tensors in a frame.
+pub const PARTS_MAX: usize = 4096;
+/// Bytes of one tensor.
+pub const PART_BYTES_MAX: u64 = 2 << 30;
+/// Bytes of all tensors of a frame.
+pub const FRAME_BYTES_MAX: u64 = 4 << 30;
+/// Dimensions of a tensor.
+pub const RANK_MAX: usize = 6;
+/// Bytes that are reserved on a peer's word; what is longer grows as it comes.
+pub const RESERVE_BYTES_MAX: usize = 64 << 20;
+/// Streams that a peer may have open at a time, each way.
+pub const STREAMS_MAX: u32 = 1024;
+/// Bytes of a first message.
+pub const HELLO_BYTES_MAX: usize = 16 << 10;
+/// How long a handshake may take.
+pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
+/// Connections that wait to be taken up.
+pub const INCOMING_MAX: usize = 256;
+/// Frames of one link that wait to be taken up.
+pub const INBOUND_MAX: usize = 64;
+/// Characters of a node's name.
+pub const NAME_MAX: usize = 100;

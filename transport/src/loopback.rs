@@ -1,0 +1,71 @@
+//! How fast this machine's loopback is, for `volary doctor` and the benchmark.
+
+use crate::endpoint::Endpoint;
+use crate::error::{Error, Result};
+use crate::frame::{Dtype, Frame, Kind, Part, TraceContext};
+use crate::identity::Authority;
+use crate::options::TransportOptions;
+use crate::tls::Admit;
+use bytes::Bytes;
+use std::time::{Duration, Instant};
+
+/// What was measured.
+#[derive(Clone, Copy, Debug)]
+pub struct LoopbackReport {
+    /// One way, in 10^9 bytes per second.
+    pub gigabytes_per_second: f64,
+    /// A small request and its answer, the median.
+    pub round_trip: Duration,
+}
+
+/// A frame with one tensor of `bytes` bytes.
+#[must_use]
+pub fn probe_frame(bytes: usize) -> Frame {
+    let part = Part { dtype: Dtype::U8, shape: vec![bytes as u64], data: Bytes::from(vec![7; bytes]) };
+    Frame { kind: Kind::Probe, epoch: 0, step: 0, trace: TraceContext::default(), meta: Bytes::new(), parts: vec![part] }
+}
+
+/// Sends about `total_bytes` in frames of `frame_bytes` between two endpoints of this process.
+///
+/// # Errors
+/// When loopback does not work.
+pub async fn measure_loopback(total_bytes: usize, frame_bytes: usize) -> Result<LoopbackReport> {
+    let authority = Authority::create()?;
+    let options = TransportOptions { idle_timeout_ms: 10_000, ..TransportOptions::default() };
+    let end = |name: &str| Endpoint::bind(([127, 0, 0, 1], 0).into(), authority.identity(name)?, Admit::Certified, &options);
+    let (left, right) = (end("left")?, end("right")?);
+    let accept = right.clone();
+    let accepting = tokio::spawn(async move { accept.accept_peer().await });
+    let link = left.connect(right.local_addr(), "right").await?;
+    let other = accepting.await.ok().flatten().ok_or_else(|| Error::connection("right", "it did not accept"))?;
+    let frames = total_bytes.div_ceil(frame_bytes);
+    let mut inbound = other.serve();
+    let receiver = tokio::spawn(async move {
+        let mut left = frames;
+        while let Some(inbound) = inbound.next().await {
+            match inbound.reply {
+                Some(reply) => drop(reply.reply(probe_frame(1)).await),
+                None => left -= 1,
+            }
+            if left == 0 {
+                return;
+            }
+        }
+    });
+    let mut trips = Vec::new();
+    for _ in 0..50 {
+        let start = Instant::now();
+        link.request(probe_frame(1)).await?;
+        trips.push(start.elapsed());
+    }
+    trips.sort_unstable();
+    let frame = probe_frame(frame_bytes);
+    let start = Instant::now();
+    for _ in 0..frames {
+        link.send(frame.clone()).await?;
+    }
+    drop(receiver.await);
+    let seconds = start.elapsed().as_secs_f64();
+    let gigabytes_per_second = (frames * frame_bytes) as f64 / seconds / 1e9;
+    Ok(LoopbackReport { gigabytes_per_second, round_trip: trips[trips.len() / 2] })
+}

@@ -1,0 +1,191 @@
+//! Tokens: what lets a node join and a person operate.
+//!
+//! A token's text is `volary1.FINGERPRINT.ID.SECRET`. The fingerprint pins the cluster's authority, so that whoever
+//! holds the token knows the supervisor before it has spoken; the supervisor keeps only a hash of the secret.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+const PREFIX: &str = "volary1";
+
+/// What a token allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TokenRole {
+    /// To join as a node.
+    Node,
+    /// To ask and order.
+    Operator,
+}
+
+/// A token, with its secret.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token {
+    fingerprint: [u8; 32],
+    id: String,
+    secret: [u8; 32],
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({})", self.id)
+    }
+}
+
+/// Why a token is no good.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    /// It is no token at all.
+    #[error("this is no token: expected volary1.FINGERPRINT.ID.SECRET")]
+    Malformed,
+    /// The supervisor has none of this id.
+    #[error("the token is not known here: it is another run's, or was revoked")]
+    Unknown,
+    /// The secret is another.
+    #[error("the token's secret is wrong")]
+    WrongSecret,
+    /// Its time is over.
+    #[error("the token has expired")]
+    Expired,
+    /// It is for something else.
+    #[error("the token is for something else")]
+    WrongRole,
+}
+
+/// What the supervisor keeps of a token.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenRecord {
+    /// The token's name.
+    pub id: String,
+    /// What it allows.
+    pub role: TokenRole,
+    /// When it ends, in seconds since 1970; `None` is never.
+    pub expires_unix_s: Option<u64>,
+    hash: [u8; 32],
+}
+
+fn hash(secret: &[u8; 32]) -> [u8; 32] {
+    blake3::derive_key("volary 2026 token secret", secret)
+}
+
+impl Token {
+    /// A new token and what to keep of it; the token itself is shown once.
+    ///
+    /// # Errors
+    /// When the machine has no randomness.
+    pub fn mint(
+        fingerprint: [u8; 32],
+        role: TokenRole,
+        now_unix_s: u64,
+        lifetime: Option<Duration>,
+    ) -> crate::Result<(Self, TokenRecord)> {
+        let mut random = [0; 40];
+        let provider = rustls::crypto::ring::default_provider();
+        provider.secure_random.fill(&mut random).map_err(|_| crate::Error::identity("this machine has no randomness"))?;
+        let mut secret = [0; 32];
+        secret.copy_from_slice(&random[8..]);
+        let id = hex(&random[..8]);
+        let expires_unix_s = lifetime.map(|lifetime| now_unix_s.saturating_add(lifetime.as_secs()));
+        let record = TokenRecord { id: id.clone(), role, expires_unix_s, hash: hash(&secret) };
+        Ok((Self { fingerprint, id, secret }, record))
+    }
+
+    /// The fingerprint of the cluster's authority.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        self.fingerprint
+    }
+
+    /// The token's name, which is no secret.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The token's text, secret included.
+    #[must_use]
+    pub fn reveal(&self) -> String {
+        format!("{PREFIX}.{}.{}.{}", hex(&self.fingerprint), self.id, hex(&self.secret))
+    }
+}
+
+impl TokenRecord {
+    /// Whether a token is this one, and good for `role` now. The comparison takes the same time whatever differs.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn verify(&self, token: &Token, role: TokenRole, now_unix_s: u64) -> Result<(), TokenError> {
+        if blake3::Hash::from(hash(&token.secret)) != blake3::Hash::from(self.hash) {
+            return Err(TokenError::WrongSecret);
+        }
+        if self.role != role {
+            return Err(TokenError::WrongRole);
+        }
+        match self.expires_unix_s {
+            Some(end) if end <= now_unix_s => Err(TokenError::Expired),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for Token {
+    type Err = TokenError;
+
+    fn from_str(text: &str) -> Result<Self, TokenError> {
+        let mut parts = text.trim().split('.');
+        let mut next = || parts.next().ok_or(TokenError::Malformed);
+        let (prefix, fingerprint, id, secret) = (next()?, next()?, next()?, next()?);
+        if prefix != PREFIX || parts.next().is_some() || id.is_empty() || id.len() > 64 {
+            return Err(TokenError::Malformed);
+        }
+        Ok(Self { fingerprint: unhex(fingerprint)?, id: id.to_owned(), secret: unhex(secret)? })
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Result<[u8; 32], TokenError> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 || !text.is_ascii() {
+        return Err(TokenError::Malformed);
+    }
+    for (index, byte) in bytes.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).map_err(|_| TokenError::Malformed)?;
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mint() -> (Token, TokenRecord) {
+        Token::mint([7; 32], TokenRole::Node, 100, Some(Duration::from_secs(50))).expect("randomness")
+    }
+
+    #[test]
+    fn a_token_survives_its_text_and_its_debug_form_hides_the_secret() {
+        let (token, _) = mint();
+        assert_eq!(token.reveal().parse::<Token>(), Ok(token.clone()));
+        assert!(!format!("{token:?}").contains(&hex(&token.secret)));
+    }
+
+    #[test]
+    fn wrong_expired_and_misused_tokens_are_told_apart() {
+        let (token, record) = mint();
+        assert_eq!(record.verify(&token, TokenRole::Node, 149), Ok(()));
+        assert_eq!(record.verify(&token, TokenRole::Node, 150), Err(TokenError::Expired));
+        assert_eq!(record.verify(&token, TokenRole::Operator, 100), Err(TokenError::WrongRole));
+        assert_eq!(record.verify(&mint().0, TokenRole::Node, 100), Err(TokenError::WrongSecret));
+    }
+
+    #[test]
+    fn rubbish_is_no_token() {
+        for text in ["", "hello", "volary1.00.a.b", "volary2.x.y.z", "é".repeat(70).as_str()] {
+            assert_eq!(text.parse::<Token>(), Err(TokenError::Malformed), "{text}");
+        }
+    }
+}
