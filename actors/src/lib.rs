@@ -1,1 +1,44 @@
-//! The actors of Volary: supervisor, node, lane, dense, router, expert, reducer, checkpointer.
+//! The actors of Volary: the thin shell around the pure core, in two kinds of process.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | [`sessions`], `supervisor` | the supervisor's process: who is let in; the actor around the state machine |
+//! | `checkpointer`, `run_files` | durable checkpoints; the files that people read |
+//! | [`host`], `node` | the node's process; its agent |
+//! | `lane` | a lane's way through the model and back: **start reading here** |
+//! | `dense`, `router`, `expert` | the actors that each own one shard |
+//! | `reducer` | gradients, summed over the fixed tree |
+//! | `inbound`, `peers`, `shards`, `wire` | between nodes |
+//! | `executor` | the threads on which all tensor operations run |
+//! | [`operator`] | what people ask |
+//!
+//! They work on tensors through [`volary_core::compute::Compute`], and do not know libtorch.
+
+mod ask;
+mod checkpointer;
+mod dense;
+mod directory;
+mod executor;
+mod expert;
+pub mod host;
+mod inbound;
+mod keeper;
+mod lane;
+mod limits;
+mod node;
+mod node_context;
+pub mod operator;
+mod peers;
+mod reducer;
+mod router;
+mod run_files;
+pub mod sessions;
+mod shards;
+mod supervisor;
+mod wire;
+
+pub use host::{NodeOptions, run_node};
+pub use node::NodeEnd;
+pub use sessions::{Supervisor, SupervisorOptions, operate};
+pub use supervisor::RunEnd;
+pub use wire::{NodeInfo, RunInfo};

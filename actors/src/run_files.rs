@@ -8,7 +8,7 @@ use volary_storage::{JsonLines, Result, RunDir};
 
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, Serialize)]
-pub struct MetricsLine {
+pub(crate) struct MetricsLine {
     /// The step.
     pub step: Step,
     /// The placement under which it ran.
@@ -63,7 +63,7 @@ impl MetricsLine {
 
 /// One line of `validation.jsonl`.
 #[derive(Clone, Copy, Debug, Serialize)]
-pub struct ValidationLine {
+pub(crate) struct ValidationLine {
     /// The step after which it was measured; 0 is before the first.
     pub step: Step,
     /// Mean cross-entropy on held-out text, nats per token.
@@ -74,7 +74,7 @@ pub struct ValidationLine {
 
 /// One line of `events.jsonl`.
 #[derive(Clone, Debug, Serialize)]
-pub struct EventLine {
+pub(crate) struct EventLine {
     /// When, in milliseconds since 1970.
     pub unix_ms: u64,
     /// What.
@@ -122,6 +122,6 @@ impl RunFiles {
 
 /// Now, in milliseconds since 1970.
 #[must_use]
-pub fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }

@@ -63,6 +63,7 @@ pub(crate) struct SupervisorArgs {
     pub(crate) config_hash: Digest,
     pub(crate) dataset: Arc<Dataset>,
     pub(crate) address: String,
+    pub(crate) log_every: u64,
     pub(crate) end: oneshot::Sender<RunEnd>,
 }
 
@@ -84,6 +85,7 @@ pub(crate) struct SupervisorState {
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
     address: String,
+    log_every: u64,
     last_commit: Instant,
     last_metrics: Option<MetricsLine>,
     events: VecDeque<String>,
@@ -104,7 +106,7 @@ impl Actor for SupervisorActor {
         me: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let SupervisorArgs { run, settings, dir, store, checkpoints, config_hash, dataset, address, end } = args;
+        let SupervisorArgs { run, settings, dir, store, checkpoints, config_hash, dataset, address, log_every, end } = args;
         let durable = checkpoints.latest_intact()?.map(|record| record.step);
         let back = durable.unwrap_or(0);
         // Nothing after the last durable checkpoint has its weights any more: these steps are done again.
@@ -132,6 +134,7 @@ impl Actor for SupervisorActor {
             files,
             checkpointer,
             address,
+            log_every,
             last_commit: Instant::now(),
             last_metrics: None,
             events: VecDeque::new(),
@@ -190,7 +193,8 @@ impl SupervisorState {
         }
         self.check_memory(&node, &info)?;
         let (capacity, address) = (info.capacity, info.address.clone());
-        drop(down.send(Down::Welcome(Box::new(self.run.clone()))).await);
+        let run = serde_json::to_string(&self.run).map_err(|error| error.to_string())?;
+        drop(down.send(Down::Welcome(run)).await);
         self.sessions.insert(node.clone(), Session { info, session, down });
         self.on_event(Event::Joined { node, capacity, address }).await
     }
@@ -302,7 +306,10 @@ impl SupervisorState {
         self.last_commit = Instant::now();
         let line = MetricsLine::new(&committed, seconds);
         self.files.metrics(&line).map_err(|error| error.to_string())?;
-        tracing::debug!(step = line.step, loss = line.loss, seconds, "committed");
+        if self.log_every > 0 && line.step.is_multiple_of(self.log_every) {
+            let (loss, busiest_expert) = (line.loss, line.busiest_expert);
+            tracing::info!(step = line.step, loss, seconds, busiest_expert, load = ?committed.load, "committed");
+        }
         self.last_metrics = Some(line);
         Ok(())
     }

@@ -44,8 +44,8 @@ pub struct RunInfo {
 /// Supervisor to node, on the control stream.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Down {
-    /// The answer to [`Up::Hello`].
-    Welcome(Box<RunInfo>),
+    /// The answer to [`Up::Hello`]: a [`RunInfo`] as JSON, since its tagged options need a format that describes itself.
+    Welcome(String),
     /// The protocol.
     Say(ToNode),
 }

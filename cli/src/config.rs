@@ -56,7 +56,7 @@ fn default_prompt() -> String {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TelemetryOptions {
-    /// Every so many steps the supervisor logs where the time and the tokens of a step went; 0 never.
+    /// Every so many steps the supervisor logs a step: loss, seconds, tokens per layer and expert; 0 never.
     pub sample_every: u64,
 }
 

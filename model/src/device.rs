@@ -2,7 +2,8 @@
 
 use crate::error::{Error, Result};
 use std::path::PathBuf;
-use tch::{Cuda, Device};
+use tch::Cuda;
+pub use tch::Device;
 
 /// What makes libtorch's results independent of where buffers lie and of how many threads there are. To be set
 /// in the environment before the process starts, since OpenMP reads it as it is loaded.
@@ -32,6 +33,15 @@ pub fn parse(name: &str) -> Result<Device> {
         return Err(fail(format!("this machine has {count} CUDA devices")));
     }
     Ok(Device::Cuda(index))
+}
+
+/// The name that [`parse`] takes for a device.
+#[must_use]
+pub fn name(device: Device) -> String {
+    match device {
+        Device::Cuda(index) => format!("cuda:{index}"),
+        _ => "cpu".into(),
+    }
 }
 
 /// Loads `libtorch_cuda.so`: a plain link drops it as unneeded, and a machine without CUDA must not need it.

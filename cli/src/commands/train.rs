@@ -249,7 +249,7 @@ fn count_interrupts() -> anyhow::Result<Arc<AtomicU32>> {
             else {
                 return;
             };
-            drop(ready.send(()));
+            let _ = ready.send(());
             loop {
                 tokio::select! {
                     _ = interrupt.recv() => {}

@@ -1,0 +1,320 @@
+//! The supervisor's process: who is let in, and what becomes of the links of nodes and operators.
+
+use crate::host::{Error, Result};
+use crate::limits::HELLO_MAX;
+use crate::operator::{OperatorReply, OperatorRequest};
+use crate::supervisor::{RunEnd, SupervisorActor, SupervisorArgs, SupervisorMsg, WORDS_AHEAD};
+use crate::wire::{self, Down, RunInfo, ShardAt, Up};
+use ractor::rpc::CallResult;
+use ractor::{Actor, ActorRef};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use volary_core::NodeId;
+use volary_core::compute::{ComputeError, Computed};
+use volary_core::machine::{Event, Settings};
+use volary_data::Dataset;
+use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, Table, journal};
+use volary_transport::{
+    Accepted, Admit, Authority, ControlReceiver, ControlSender, Endpoint, Frame, InboundFrame, Kind, Link, Role,
+    SUPERVISOR, Token, TokenError, TokenRecord, TokenRole, TransportOptions, check_name, write_secret,
+};
+
+/// How long the last words may take to reach the nodes.
+const FAREWELL_MAX: Duration = Duration::from_secs(2);
+
+/// What a supervisor is told.
+#[derive(Clone, Debug)]
+pub struct SupervisorOptions {
+    /// What nodes must know of the run.
+    pub run: RunInfo,
+    /// What the state machine is told.
+    pub settings: Settings,
+    /// The run's directory, whose lock the caller holds.
+    pub dir: RunDir,
+    /// The hash of everything that the mathematics depends on.
+    pub config_hash: Digest,
+    /// The address to listen on.
+    pub listen: SocketAddr,
+    /// Steps between two lines of the log about a step; 0 never.
+    pub log_every: u64,
+}
+
+/// A running supervisor.
+pub struct Supervisor {
+    address: SocketAddr,
+    ended: oneshot::Receiver<RunEnd>,
+    endpoint: Endpoint,
+}
+
+impl Supervisor {
+    /// Opens the run's state and listens.
+    ///
+    /// # Errors
+    /// When the address is in use, or the state is damaged or another run's.
+    pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
+        let SupervisorOptions { run, settings, dir, config_hash, listen, log_every } = options;
+        let store = Store::open(&dir)?;
+        store.identify(&RunIdentity { name: run.run.clone(), seed: run.seed, config_hash, format: journal::FORMAT })?;
+        let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
+        let authority = Authority::load_or_create(&dir.identity())?;
+        let identity = authority.identity(SUPERVISOR)?;
+        let endpoint = Endpoint::bind(listen, identity, Admit::Anybody, &TransportOptions::default())?;
+        let address = endpoint.local_addr();
+        for (role, file) in [(TokenRole::Node, "node.token"), (TokenRole::Operator, "operator.token")] {
+            hand_out_token(&authority, &store, &dir, role, file)?;
+        }
+        let (end, ended) = oneshot::channel();
+        let args = SupervisorArgs {
+            run,
+            settings,
+            dir,
+            store: store.clone(),
+            checkpoints: checkpoints.clone(),
+            config_hash,
+            dataset: Arc::new(dataset),
+            address: address.to_string(),
+            log_every,
+            end,
+        };
+        let (actor, _) = Actor::spawn(None, SupervisorActor, args)
+            .await
+            .map_err(|error| Error::Start(format!("the supervisor does not start: {error}")))?;
+        let door = Arc::new(Door { authority, store, checkpoints, actor, sessions: AtomicU64::new(0) });
+        tokio::spawn(accept(door, endpoint.clone()));
+        Ok(Self { address, ended, endpoint })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Waits until the run has ended and its nodes have heard so.
+    pub async fn ended(self) -> RunEnd {
+        let Self { ended, endpoint, .. } = self;
+        let end = ended.await.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
+        // The writers are sending what was queued; nodes close their links when they have read it.
+        tokio::time::sleep(if matches!(end, RunEnd::Done { .. }) { FAREWELL_MAX / 8 } else { FAREWELL_MAX / 4 }).await;
+        drop(endpoint);
+        end
+    }
+}
+
+fn now_unix_s() -> u64 {
+    crate::run_files::unix_ms() / 1000
+}
+
+/// Leaves a token in the run's directory, unless a good one lies there already.
+fn hand_out_token(authority: &Authority, store: &Store, dir: &RunDir, role: TokenRole, file: &str) -> Result<()> {
+    let path = dir.identity().join(file);
+    let there = std::fs::read_to_string(&path).ok().and_then(|text| text.parse::<Token>().ok());
+    if let Some(token) = there
+        && let Ok(Some(record)) = store.get::<TokenRecord>(Table::Tokens, token.id())
+        && record.verify(&token, role, now_unix_s()).is_ok()
+        && token.fingerprint() == authority.fingerprint()
+    {
+        return Ok(());
+    }
+    let (token, record) = Token::mint(authority.fingerprint(), role, now_unix_s(), None)?;
+    store.put(Table::Tokens, token.id(), &record)?;
+    write_secret(&path, format!("{}\n", token.reveal()).as_bytes())?;
+    Ok(())
+}
+
+/// What is needed to let somebody in.
+struct Door {
+    authority: Authority,
+    store: Store,
+    checkpoints: Checkpoints,
+    actor: ActorRef<SupervisorMsg>,
+    sessions: AtomicU64,
+}
+
+async fn accept(door: Arc<Door>, endpoint: Endpoint) {
+    while let Some(accepted) = endpoint.accept().await {
+        let door = Arc::clone(&door);
+        tokio::spawn(async move {
+            if let Err(reason) = door.admit(accepted).await {
+                tracing::warn!(reason, "somebody was not let in");
+            }
+        });
+    }
+}
+
+impl Door {
+    fn check(&self, text: &str, role: TokenRole) -> std::result::Result<(), String> {
+        let token: Token = text.parse().map_err(|error: TokenError| error.to_string())?;
+        let record = self.store.get::<TokenRecord>(Table::Tokens, token.id()).map_err(|error| error.to_string())?;
+        let record = record.ok_or_else(|| TokenError::Unknown.to_string())?;
+        record.verify(&token, role, now_unix_s()).map_err(|error| error.to_string())
+    }
+
+    async fn admit(self: Arc<Self>, accepted: Accepted) -> std::result::Result<(), String> {
+        let verdict = match &accepted.role {
+            Role::Join { token, .. } => self.check(token, TokenRole::Node),
+            Role::Operator { token } => self.check(token, TokenRole::Operator),
+            Role::Node { .. } => Ok(()),
+            Role::Peer { .. } => Err("this is the supervisor, not a node".into()),
+        };
+        if let Err(reason) = verdict {
+            accepted.refuse(&reason).await;
+            return Err(reason);
+        }
+        match accepted.role.clone() {
+            Role::Join { request, name, .. } => self.certify(accepted, &request, name).await,
+            Role::Operator { .. } => {
+                let (link, sender, receiver) = accepted.welcome().await.map_err(|e| e.to_string())?;
+                serve_operator(&self.actor, link, sender, receiver).await;
+                Ok(())
+            }
+            Role::Node { .. } | Role::Peer { .. } => {
+                let (link, sender, receiver) = accepted.welcome().await.map_err(|e| e.to_string())?;
+                self.serve_node(link, sender, receiver).await
+            }
+        }
+    }
+
+    async fn certify(
+        &self,
+        accepted: Accepted,
+        request: &[u8],
+        name: Option<String>,
+    ) -> std::result::Result<(), String> {
+        let name = match name {
+            Some(name) => name,
+            None => format!("node-{:08x}", crate::run_files::unix_ms() as u32),
+        };
+        let reserved = if name == SUPERVISOR { Err(format!("the name {name} is taken")) } else { Ok(()) };
+        let issued = reserved
+            .and_then(|()| check_name(&name).map_err(|error| error.to_string()))
+            .and_then(|()| self.authority.issue(request, &name).map_err(|error| error.to_string()));
+        match issued {
+            Ok(certificate) => {
+                let ca = self.authority.certificate().to_vec();
+                accepted.certify(name, certificate, ca).await.map_err(|error| error.to_string())
+            }
+            Err(reason) => {
+                accepted.refuse(&reason).await;
+                Err(reason)
+            }
+        }
+    }
+
+    /// A node, from its first words to the end of its link.
+    async fn serve_node(
+        self: Arc<Self>,
+        link: Link,
+        sender: ControlSender,
+        mut receiver: ControlReceiver,
+    ) -> std::result::Result<(), String> {
+        let node = NodeId::new(link.peer());
+        let hello = tokio::time::timeout(HELLO_MAX, receiver.recv::<Up>()).await;
+        let Ok(Ok(Some(Up::Hello(info)))) = hello else {
+            return Err(format!("{node} did not say what it is within {HELLO_MAX:?}"));
+        };
+        let session = self.sessions.fetch_add(1, Ordering::Relaxed);
+        let (down, words) = mpsc::channel(WORDS_AHEAD);
+        tokio::spawn(write_down(sender, words));
+        drop(self.actor.cast(SupervisorMsg::Joined { node: node.clone(), info, session, down }));
+        tokio::spawn(serve_shards(Arc::clone(&self), link.clone()));
+        let reason = loop {
+            match receiver.recv::<Up>().await {
+                Ok(Some(Up::Say(message))) => {
+                    let event = Event::Said { node: node.clone(), message };
+                    if self.actor.cast(SupervisorMsg::Event(event)).is_err() {
+                        return Ok(());
+                    }
+                }
+                Ok(Some(Up::Hello(_))) => {}
+                Ok(None) => break "it ended its control stream".to_owned(),
+                Err(error) => break error.to_string(),
+            }
+        };
+        link.close("the control stream ended");
+        drop(self.actor.cast(SupervisorMsg::Lost { node, session, reason }));
+        Ok(())
+    }
+
+    async fn stored_shard(&self, frame: &Frame) -> Computed<Frame> {
+        let wish: ShardAt = wire::decode(frame)?;
+        let checkpoints = self.checkpoints.clone();
+        let read = move || checkpoints.read(wish.version, wish.shard);
+        let bytes = crate::checkpointer::blocking(read).await.map_err(ComputeError)?;
+        wire::blob(Kind::Shard, frame.epoch, frame.step, &wish, bytes)
+    }
+}
+
+async fn write_down(mut sender: ControlSender, mut words: mpsc::Receiver<Down>) {
+    while let Some(word) = words.recv().await {
+        if let Err(error) = sender.send(&word).await {
+            return tracing::debug!(%error, "a node does not hear its supervisor any more");
+        }
+    }
+    sender.finish().await;
+}
+
+/// A node's wishes for shards of a checkpoint, and its own for the next one.
+async fn serve_shards(door: Arc<Door>, link: Link) {
+    let mut inbound = link.serve();
+    while let Some(InboundFrame { frame, reply }) = inbound.next().await {
+        match frame.kind {
+            Kind::Blob => {
+                let step = frame.step;
+                match wire::decode::<ShardAt>(&frame).and_then(|at| Ok((at, wire::only_blob(frame)?))) {
+                    Ok((at, bytes)) => drop(door.actor.cast(SupervisorMsg::Shard { step, shard: at.shard, bytes })),
+                    Err(error) => tracing::warn!(peer = link.peer(), %error, "a checkpoint's shard is malformed"),
+                }
+            }
+            Kind::ShardRequest => {
+                let answer = door.stored_shard(&frame).await;
+                let answer = answer.unwrap_or_else(|error| wire::refusal(frame.epoch, frame.step, &error.to_string()));
+                if let Some(reply) = reply
+                    && let Err(error) = reply.reply(answer).await
+                {
+                    tracing::debug!(peer = link.peer(), %error, "a shard did not get through");
+                }
+            }
+            other => tracing::warn!(peer = link.peer(), kind = ?other, "a frame that has no business here"),
+        }
+    }
+}
+
+async fn serve_operator(
+    actor: &ActorRef<SupervisorMsg>,
+    link: Link,
+    mut sender: ControlSender,
+    mut receiver: ControlReceiver,
+) {
+    while let Ok(Some(request)) = receiver.recv::<OperatorRequest>().await {
+        let ask = actor.call(|reply| SupervisorMsg::Operator { request, reply }, None);
+        let answer = tokio::select! {
+            answer = ask => answer,
+            _ = link.closed() => return,
+        };
+        let answer = match answer {
+            Ok(CallResult::Success(answer)) => answer,
+            _ => OperatorReply::Failed { reason: "the supervisor has ended".into() },
+        };
+        if sender.send(&answer).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Asks a running supervisor, as `volary status`, `checkpoint` and `stop` do.
+///
+/// # Errors
+/// When it is not there or refuses the token.
+pub async fn operate(address: SocketAddr, token: &Token, request: &OperatorRequest) -> Result<OperatorReply> {
+    let endpoint = Endpoint::dial_only(address, &TransportOptions::default())?;
+    let (_link, mut sender, mut receiver) = endpoint.operate(address, token).await?;
+    sender.send(request).await?;
+    match receiver.recv().await? {
+        Some(reply) => Ok(reply),
+        None => Err(Error::Start("the supervisor ended before it answered".into())),
+    }
+}

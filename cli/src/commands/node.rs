@@ -1,0 +1,92 @@
+//! `volary node`: joins a run and does its share of it.
+
+use crate::rundir::{self, Role};
+use anyhow::bail;
+use std::path::PathBuf;
+use volary_actors::{NodeEnd, NodeOptions};
+use volary_core::compute::ComputeError;
+use volary_model::{Glam, device};
+
+/// Join a run as a node.
+#[derive(clap::Args)]
+#[command(after_help = "\
+On the supervisor's machine the token is found by itself; elsewhere copy RUN_DIR/identity/node.token.
+
+Examples:
+  volary node --join 127.0.0.1:7100
+  volary node --join 10.0.0.5:7100 --token-file node.token --device cuda:0 --listen 10.0.0.7:0")]
+pub struct Args {
+    /// The supervisor's address.
+    #[arg(long, value_name = "ADDR")]
+    join: String,
+    /// auto, cpu or cuda:N.
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads that compute; all cores when left out, one on a GPU.
+    #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+    /// The node's name; the supervisor gives one when left out.
+    #[arg(long)]
+    name: Option<String>,
+    /// Where peers reach this node; the address that the supervisor is reached from, and any port, when left out.
+    #[arg(long, value_name = "ADDR")]
+    listen: Option<String>,
+    /// A file with a node's token (or VOLARY_TOKEN).
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+    /// End when standard input does: for a parent that starts nodes.
+    #[arg(long, hide = true)]
+    tethered: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the device is not there, the supervisor refuses, or the run is lost.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.tethered {
+        crate::local::end_with_parent();
+    }
+    let device = device::parse(&args.device)?;
+    let token = rundir::read_token(args.token_file.as_deref())?;
+    let target = rundir::target(None, Some(&args.join), token.as_deref(), Role::Node)?;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = match (args.threads, device.is_cuda()) {
+        (Some(threads), _) => usize::from(threads),
+        (None, true) => 1,
+        (None, false) => cores,
+    };
+    let options = NodeOptions {
+        supervisor: target.address,
+        token: target.token,
+        name: args.name,
+        listen: args.listen.as_deref().map(rundir::resolve).transpose()?,
+        device: device::name(device),
+        threads,
+        // A GPU counts for as many CPU threads as make it the obvious place for work; measured speeds come later.
+        capacity: if device.is_cuda() { 64.0 } else { threads as f64 },
+        memory_bytes: memory_bytes(),
+        prepare_thread: device::single_thread,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let end = runtime.block_on(volary_actors::run_node(options, move |run| {
+        Glam::new(&run.architecture, &run.training, run.seed, device).map_err(ComputeError::from)
+    }))?;
+    match end {
+        NodeEnd::Left(reason) => {
+            tracing::info!(reason, "left");
+            Ok(())
+        }
+        NodeEnd::SupervisorGone(reason) => bail!("the supervisor is gone: {reason}"),
+    }
+}
+
+/// Memory that this process may use: what the machine has available, or its cgroup's limit if that is less.
+fn memory_bytes() -> u64 {
+    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?.to_owned();
+        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+    });
+    let limit = std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    available.unwrap_or(u64::MAX).min(limit.unwrap_or(u64::MAX))
+}

@@ -1,0 +1,128 @@
+//! `volary status`, `checkpoint` and `stop`: questions and orders to a running supervisor.
+
+use crate::rundir::{self, Role};
+use std::path::{Path, PathBuf};
+use volary_actors::operator::{OperatorReply, OperatorRequest, Status};
+
+/// Which supervisor.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  volary checkpoint                                   the only run that is going on under runs/
+  volary stop --dir runs/quickstart
+  volary stop --supervisor 10.0.0.5:7100 --token-file operator.token")]
+pub struct Args {
+    /// The run's directory.
+    #[arg(long)]
+    dir: Option<PathBuf>,
+    /// The supervisor's address.
+    #[arg(long, value_name = "ADDR")]
+    supervisor: Option<String>,
+    /// A file with an operator's token; RUN_DIR/identity/operator.token when left out.
+    #[arg(long)]
+    token_file: Option<PathBuf>,
+}
+
+/// Show how a run is going.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Examples:
+  volary status
+  volary status --dir runs/quickstart --json")]
+pub struct StatusArgs {
+    #[command(flatten)]
+    which: Args,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Asks a supervisor.
+fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<OperatorReply> {
+    let token = rundir::read_token(args.token_file.as_deref())?;
+    let target = rundir::target(args.dir.as_deref(), args.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    Ok(runtime.block_on(volary_actors::operate(target.address, &target.token, request))?)
+}
+
+fn done(args: &Args, request: &OperatorRequest, what: &str) -> anyhow::Result<()> {
+    match ask(args, request)? {
+        OperatorReply::Done { step } => println!("{what} step {step}"),
+        OperatorReply::Failed { reason } => anyhow::bail!("{reason}"),
+        OperatorReply::Status(_) => anyhow::bail!("the supervisor answered another question"),
+    }
+    Ok(())
+}
+
+/// Runs `volary checkpoint`.
+///
+/// # Errors
+/// When there is no supervisor, or the checkpoint cannot be written.
+pub fn checkpoint(args: Args) -> anyhow::Result<()> {
+    done(&args, &OperatorRequest::Checkpoint, "a durable checkpoint of")
+}
+
+/// Runs `volary stop`.
+///
+/// # Errors
+/// When there is no supervisor, or its last checkpoint cannot be written.
+pub fn stop(args: Args) -> anyhow::Result<()> {
+    done(&args, &OperatorRequest::Stop, "stopped, durable at")
+}
+
+/// Asks the supervisor of a run directory to stop; what goes wrong shows in the supervisor's end.
+pub(crate) fn stop_quietly(dir: &Path) {
+    let args = Args { dir: Some(dir.to_path_buf()), supervisor: None, token_file: None };
+    if let Err(error) = ask(&args, &OperatorRequest::Stop) {
+        tracing::warn!(%error, "the supervisor was asked to stop");
+    }
+}
+
+/// Runs `volary status`.
+///
+/// # Errors
+/// When there is no supervisor.
+pub fn status(args: StatusArgs) -> anyhow::Result<()> {
+    let OperatorReply::Status(status) = ask(&args.which, &OperatorRequest::Status)? else {
+        anyhow::bail!("the supervisor answered another question");
+    };
+    if args.json {
+        println!("{}", json(&status)?);
+    } else {
+        print(&status);
+    }
+    Ok(())
+}
+
+/// The status as JSON, with events as objects.
+fn json(status: &Status) -> anyhow::Result<String> {
+    let mut value = serde_json::to_value(status)?;
+    let events: Vec<serde_json::Value> = status.events.iter().filter_map(|e| serde_json::from_str(e).ok()).collect();
+    value["events"] = events.into();
+    Ok(serde_json::to_string_pretty(&value)?)
+}
+
+fn print(status: &Status) {
+    let activity = serde_json::to_value(status.activity).map(|v| v.as_str().unwrap_or_default().to_owned());
+    println!("{}: {}, step {} of {}, epoch {}", status.run, activity.unwrap_or_default(), status.step, status.steps, status.epoch);
+    if let (Some(loss), Some(speed)) = (status.loss, status.tokens_per_second) {
+        println!("  loss {loss:.4}, {speed:.0} tokens/s");
+    }
+    println!("  supervisor: process {} at {}", status.supervisor.pid, status.supervisor.address);
+    match status.checkpoint {
+        Some(step) => println!("  checkpoint: step {step}"),
+        None => println!("  checkpoint: none yet"),
+    }
+    for node in &status.nodes {
+        let lanes: Vec<String> = node.lanes.iter().map(ToString::to_string).collect();
+        println!(
+            "  {}: {} on {}, process {}, {} shards, lanes {}",
+            node.name,
+            node.state,
+            node.device,
+            node.pid,
+            node.shards,
+            if lanes.is_empty() { "none".into() } else { lanes.join(" ") }
+        );
+    }
+}

@@ -1,0 +1,133 @@
+//! `volary supervisor`: holds a run together; nodes join it from anywhere.
+
+use crate::config::Config;
+use crate::rundir::{self, Contact};
+use anyhow::{Context, bail};
+use std::path::PathBuf;
+use volary_actors::{RunEnd, RunInfo, Supervisor, SupervisorOptions};
+use volary_data::Dataset;
+use volary_storage::{Digest, RunDir, RunLock};
+
+/// Run the supervisor of a run by hand.
+#[derive(clap::Args)]
+#[command(after_help = "\
+Nodes join with the token in RUN_DIR/identity/node.token. Started again on the same directory, it goes on from the
+last checkpoint.
+
+Examples:
+  volary supervisor examples/quickstart.toml --listen 127.0.0.1:7100 --dir runs/by-hand
+  volary supervisor runs/by-hand/config.toml --listen 10.0.0.5:7100 --dir runs/by-hand")]
+pub struct Args {
+    /// The configuration file.
+    config: PathBuf,
+    /// The address to listen on.
+    #[arg(long, value_name = "ADDR")]
+    listen: String,
+    /// The run's directory; made when it is not there.
+    #[arg(long)]
+    dir: PathBuf,
+    /// A TOML value for any key of the configuration.
+    #[arg(long, value_name = "KEY.PATH=VALUE")]
+    set: Vec<String>,
+    /// End when standard input does: for a parent that starts the supervisor.
+    #[arg(long, hide = true)]
+    tethered: bool,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// When the configuration, data or directory is bad, the directory is held, or the run fails.
+pub fn run(args: Args) -> anyhow::Result<()> {
+    if args.tethered {
+        crate::local::end_with_parent();
+    }
+    let config = Config::load(&args.config, &args.set)?;
+    let listen = rundir::resolve(&args.listen)?;
+    let dir = RunDir::create(&args.dir)?;
+    let lock = RunLock::acquire(&dir, std::process::id(), &args.listen)?;
+    same_run(&config, &dir)?;
+    let text = toml::to_string(&config)?;
+    if std::fs::read_to_string(dir.config()).ok().as_deref() != Some(&text) {
+        std::fs::write(dir.config(), text).with_context(|| dir.config().display().to_string())?;
+    }
+    prepare_data(&config, &dir, &mut |_| {})?;
+    let end = serve(&config, &dir, listen);
+    // Nobody may take the directory before the last word is written.
+    let _ = std::fs::remove_file(dir.supervisor());
+    drop(lock);
+    match end? {
+        RunEnd::Done { step } => {
+            tracing::info!(step, "the run is over");
+            Ok(())
+        }
+        RunEnd::Fatal { reason } => bail!("{reason}"),
+    }
+}
+
+fn same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
+    if !dir.config().exists() {
+        return Ok(());
+    }
+    let before = Config::load(&dir.config(), &[])?;
+    if before.identity() != config.identity() {
+        bail!("{} holds another run: its seed, model, data or training differ", dir.root().display());
+    }
+    Ok(())
+}
+
+fn serve(config: &Config, dir: &RunDir, listen: std::net::SocketAddr) -> anyhow::Result<RunEnd> {
+    let training = &config.training;
+    let dataset = Dataset::open(
+        &dir.data(),
+        training.sequence_length,
+        training.sequences_per_lane,
+        training.lanes,
+        config.run.seed,
+    )?;
+    let run = RunInfo {
+        run: config.run.name.clone(),
+        seed: config.run.seed,
+        architecture: config.model.clone(),
+        training: training.clone(),
+    };
+    let options = SupervisorOptions {
+        run,
+        settings: config.settings(),
+        dir: dir.clone(),
+        config_hash: Digest::of(config.identity().as_bytes()),
+        listen,
+        log_every: config.telemetry.sample_every,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let supervisor = Supervisor::start(options, dataset).await?;
+        let address = supervisor.address().to_string();
+        eprintln!("listening on {address}");
+        rundir::write_contact(dir, &Contact { run: config.run.name.clone(), pid: std::process::id(), address })?;
+        Ok(supervisor.ended().await)
+    })
+}
+
+/// Makes the run's tokens, or finds them made, and checks that its tokenizer fits its model.
+pub(crate) fn prepare_data(
+    config: &Config,
+    dir: &RunDir,
+    progress: &mut dyn FnMut(volary_data::Progress),
+) -> anyhow::Result<()> {
+    let length = config.training.sequence_length;
+    volary_data::prepare(&config.data, length, &dir.data(), progress)?;
+    let source = dir.data().join("tokenizer.json");
+    if !dir.tokenizer().exists() {
+        std::fs::copy(&source, dir.tokenizer()).with_context(|| source.display().to_string())?;
+    }
+    let tokenizer = volary_data::Tokenizer::load(&dir.tokenizer())?;
+    if tokenizer.vocabulary() > config.model.vocabulary {
+        bail!(
+            "the tokenizer has {} tokens, and model.vocabulary = {}: expected at least as many",
+            tokenizer.vocabulary(),
+            config.model.vocabulary
+        );
+    }
+    Ok(())
+}

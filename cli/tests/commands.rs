@@ -1,0 +1,169 @@
+//! The commands as a person uses them, by hand and with rubbish.
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{Guard, World, lines, signal, text, until, volary};
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(120);
+
+fn address(world: &World, run: &str) -> String {
+    let path = world.path(run).join("supervisor.json");
+    let mut address = None;
+    until("the supervisor listens", LONG, || {
+        let text = std::fs::read_to_string(&path).unwrap_or_default();
+        address = serde_json::from_str::<serde_json::Value>(&text).ok();
+        address.is_some()
+    });
+    address.unwrap()["address"].as_str().unwrap().to_owned()
+}
+
+fn here(world: &World, args: &[&str]) -> std::process::Output {
+    volary().current_dir(world.dir.path()).args(args).output().expect("the binary")
+}
+
+#[test]
+fn a_run_by_hand_is_the_same_as_train_and_answers_status_checkpoint_and_stop() {
+    let world = World::new();
+    let set = ["--set", "training.steps=100000", "--set", "checkpoint.every=0"];
+    let mut supervisor = volary();
+    supervisor.current_dir(world.dir.path()).args(["supervisor", "tiny.toml", "--listen", "127.0.0.1:0", "--dir", "runs/hand"]);
+    let mut supervisor = Guard::start(supervisor.args(set));
+    let address = address(&world, "runs/hand");
+    let node = |name: &str| {
+        let mut node = volary();
+        node.current_dir(world.dir.path()).args(["node", "--join", &address, "--name", name, "--threads", "1", "--device", "cpu"]);
+        Guard::start(&mut node)
+    };
+    let mut nodes = [node("left"), node("right")];
+    until("steps", LONG, || lines(&world.path("runs/hand/metrics.jsonl")) >= 2);
+
+    let status = here(&world, &["status", "--dir", "runs/hand", "--json"]);
+    let status: serde_json::Value = serde_json::from_slice(&status.stdout).expect("JSON");
+    assert_eq!(status["run"], "tiny");
+    assert_eq!(status["nodes"].as_array().unwrap().len(), 2);
+    assert_eq!(status["nodes"][0]["name"], "left");
+    assert_eq!(status["shards"].as_array().unwrap().len(), 1 + 4 + 2 + 12);
+    let plain = text(&here(&world, &["status", "--supervisor", &address]).stdout);
+    assert!(plain.contains("left: member on cpu"), "{plain}");
+
+    let checkpoint = text(&here(&world, &["checkpoint", "--dir", "runs/hand"]).stdout);
+    let step: u64 = checkpoint.trim().rsplit(' ').next().unwrap().parse().expect("a step");
+    assert!(here(&world, &["digest", "runs/hand", "--step", &step.to_string()]).status.success());
+
+    let stop = here(&world, &["stop", "--dir", "runs/hand"]);
+    assert!(text(&stop.stdout).starts_with("stopped, durable at step"), "{}", text(&stop.stderr));
+    assert!(supervisor.wait(LONG).success());
+    assert!(nodes.iter_mut().all(|node| node.wait(LONG).success()));
+
+    // The same steps by `train`, on another number of nodes.
+    let last = world.curve("hand").last().unwrap().0;
+    let steps = format!("training.steps={last}");
+    world.run_train(&["--nodes", "1", "--set", &steps, "--dir", "runs/train", "--quiet"]);
+    assert_eq!(world.curve("train"), world.curve("hand"));
+    assert_eq!(world.digest("train"), world.digest("hand"));
+}
+
+#[test]
+fn train_prints_what_it_came_to_and_generate_continues_a_prompt() {
+    let world = World::new();
+    let output = text(&world.run_train(&["--nodes", "2"]).stdout);
+    for expected in ["done: step 6, loss", "validation loss", "checkpoint: step 6", "a sample:", "try next:"] {
+        assert!(output.contains(expected), "{output}");
+    }
+    let generate = |seed: &str| {
+        let args = ["generate", "--run", "runs/tiny", "--prompt", "the lane", "--max-tokens", "8", "--seed", seed];
+        let output = here(&world, &args);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    assert!(generate("1").starts_with("the lane"));
+    assert_eq!(generate("1"), generate("1"));
+    assert_ne!(generate("1"), generate("2"));
+    // A second run of a name gets a number.
+    world.run_train(&["--nodes", "1", "--quiet"]);
+    assert!(world.path("runs/tiny-2/metrics.jsonl").exists());
+    let first = &world.metrics("tiny")[0];
+    for key in ["step", "epoch", "loss", "aux_loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "nodes", "skipped"] {
+        assert!(!first[key].is_null(), "metrics.jsonl has {key}");
+    }
+}
+
+#[test]
+fn plan_gives_the_papers_figures_as_text_and_json() {
+    let world = World::new();
+    let json = here(&world, &["plan", "--preset", "64b-64e", "--json"]);
+    let plan: serde_json::Value = serde_json::from_slice(&json.stdout).expect("JSON");
+    assert_eq!(plan["activated_parameters"].as_u64().unwrap() / 100_000_000, 966);
+    assert_eq!(plan["parameters"].as_u64().unwrap() / 1_000_000_000, 1162);
+    // The paper's 180 GFLOPs per token for GLaM: two per activated parameter.
+    assert!((180_000_000_000u64..200_000_000_000).contains(&plan["flops_per_token"].as_u64().unwrap()));
+    let plain = text(&here(&world, &["plan", "--preset", "1.7b-64e"]).stdout);
+    assert!(plain.contains("1.879B") && plain.contains("the paper prints 27B"), "{plain}");
+    assert!(here(&world, &["plan", "tiny.toml"]).status.success());
+    assert!(world.fails(&["plan", "--preset", "9b"]).contains("expected one of 0.1b, "));
+}
+
+#[test]
+fn bad_input_is_one_clear_line() {
+    let world = World::new();
+    let set = |assignment: &str| world.fails(&["train", "tiny.toml", "--quiet", "--set", assignment]);
+    assert!(world.fails(&["train", "none.toml"]).contains("none.toml"));
+    assert!(set("training.stepz=3").contains("did you mean `steps`"));
+    let source = |path: &str| set(&format!("data.sources=[{{ name = \"s\", path = \"{path}\" }}]"));
+    assert!(source("/no/such/file.txt").contains("/no/such/file.txt"));
+    std::fs::write(world.path("empty.txt"), "").unwrap();
+    assert!(source("empty.txt").contains("empty"), "{}", source("empty.txt"));
+    std::fs::write(world.path("short.txt"), "a few words").unwrap();
+    assert!(source("short.txt").contains("sequence"), "{}", source("short.txt"));
+    std::fs::write(world.path("broken.jsonl"), "{\"text\": \"fine\"}\n{\"text\": \n").unwrap();
+    let broken = source("broken.jsonl");
+    assert!(broken.contains("broken.jsonl") && broken.contains('2'), "{broken}");
+    std::fs::write(world.path("latin.txt"), b"caf\xe9 ".repeat(4000)).unwrap();
+    let strict = world.fails(&["train", "tiny.toml", "--quiet", "--strict", "--set", "data.sources=[{ name = \"s\", path = \"latin.txt\" }]"]);
+    assert!(strict.contains("latin.txt") && strict.contains("UTF-8"), "{strict}");
+    assert!(world.fails(&["train", "tiny.toml", "--quiet", "--dir", "/proc/none"]).contains("/proc/none"));
+    assert!(world.fails(&["train", "tiny.toml", "--quiet", "--device", "cuda:7"]).contains("cuda:7"));
+    assert!(world.fails(&["node", "--join", "127.0.0.1:1"]).contains("no token"));
+    assert!(world.fails(&["status"]).contains("no supervisor is running"));
+    assert!(world.fails(&["digest", "runs/none"]).contains("runs/none"));
+    assert!(world.fails(&["generate", "--run", "runs/none", "--prompt", "x"]).contains("runs/none"));
+}
+
+#[test]
+fn a_model_that_does_not_fit_is_refused_with_the_numbers_before_anything_starts() {
+    let world = World::new();
+    let error = world.fails(&[
+        "train", "tiny.toml", "--quiet", "--set", "model.hidden=16384", "--set", "model.feed_forward=65536", "--set",
+        "model.experts=512",
+    ]);
+    assert!(error.contains("does not fit") && error.contains("GiB"), "{error}");
+}
+
+#[test]
+fn a_held_directory_a_port_in_use_and_a_wrong_token_are_refused() {
+    let world = World::new();
+    let mut train = Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
+    let address = address(&world, "runs/r");
+    let held = world.fails(&["supervisor", "runs/r/config.toml", "--listen", "127.0.0.1:0", "--dir", "runs/r"]);
+    assert!(held.contains("held") && held.contains("process"), "{held}");
+    let resumed = world.fails(&["train", "tiny.toml", "--dir", "runs/r", "--resume"]);
+    assert!(resumed.contains("held by a living supervisor"), "{resumed}");
+    let port = world.fails(&["supervisor", "tiny.toml", "--listen", &address, "--dir", "runs/other"]);
+    assert!(port.contains(&address) && port.contains("in use"), "{port}");
+    let token = std::fs::read_to_string(world.path("runs/r/identity/node.token")).unwrap();
+    let (start, secret) = token.trim().rsplit_once('.').unwrap();
+    let wrong: String = secret.chars().rev().collect();
+    std::fs::write(world.path("wrong.token"), format!("{start}.{wrong}")).unwrap();
+    let refused = world.fails(&["node", "--join", &address, "--token-file", "wrong.token", "--device", "cpu"]);
+    assert!(refused.contains("token"), "{refused}");
+    std::fs::write(world.path("rubbish.token"), "hello").unwrap();
+    let rubbish = world.fails(&["node", "--join", &address, "--token-file", "rubbish.token", "--device", "cpu"]);
+    assert!(rubbish.contains("token"), "{rubbish}");
+    // None of this disturbed the run.
+    let before = lines(&world.path("runs/r/metrics.jsonl"));
+    until("the run goes on", LONG, || lines(&world.path("runs/r/metrics.jsonl")) > before);
+    signal(train.0.id(), "-INT");
+    assert!(train.wait(LONG).success());
+}

@@ -1,0 +1,125 @@
+//! Elasticity is invisible to the mathematics: the same bits from any number of nodes, through kills and resumptions.
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::{Guard, World, alive, lines, signal, text, until, volary};
+use std::time::Duration;
+
+const LONG: Duration = Duration::from_secs(120);
+
+#[test]
+fn one_two_three_and_five_nodes_give_the_same_losses_and_weights_to_the_bit() {
+    let world = World::new();
+    for nodes in ["1", "2", "3", "5"] {
+        world.run_train(&["--nodes", nodes, "--dir", &format!("runs/n{nodes}"), "--quiet", "--threads", "1"]);
+    }
+    let (curve, digest) = (world.curve("n1"), world.digest("n1"));
+    assert_eq!(curve.iter().map(|point| point.0).collect::<Vec<_>>(), (1..=6).collect::<Vec<_>>());
+    for nodes in ["2", "3", "5"] {
+        assert_eq!(world.curve(&format!("n{nodes}")), curve, "{nodes} nodes");
+        assert_eq!(world.digest(&format!("n{nodes}")), digest, "{nodes} nodes");
+        assert_eq!(world.metrics(&format!("n{nodes}"))[0]["nodes"].to_string(), nodes);
+    }
+    // Replication and threads do not show either.
+    world.run_train(&["--nodes", "3", "--dir", "runs/other", "--quiet", "--threads", "2", "--set", "cluster.replication=1"]);
+    assert_eq!((world.curve("other"), world.digest("other")), (curve, digest));
+}
+
+#[test]
+fn adamw_and_dropped_tokens_are_as_invisible_as_the_default() {
+    let world = World::new();
+    let set = [
+        "--set",
+        "training.optimizer={ kind = \"adamw\" }",
+        "--set",
+        "model.capacity={ factor = 1.0 }",
+        "--set",
+        "model.second_expert=random",
+        "--set",
+        "training.clip_norm=0.5",
+        "--quiet",
+    ];
+    for nodes in ["1", "3"] {
+        let dir = format!("runs/n{nodes}");
+        let mut args = vec!["--nodes", nodes, "--dir", &dir];
+        args.extend(set);
+        world.run_train(&args);
+    }
+    assert_eq!(world.curve("n1"), world.curve("n3"));
+    assert_eq!(world.digest("n1"), world.digest("n3"));
+    assert!(world.metrics("n1").iter().any(|line| line["dropped"].as_u64().unwrap() > 0));
+}
+
+#[test]
+fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed() {
+    let world = World::new();
+    let long = ["--set", "training.steps=12", "--set", "checkpoint.every=4", "--quiet"];
+    let args = |dir| [&["--nodes", "2", "--dir", dir], long.as_slice()].concat();
+    world.run_train(&args("runs/quiet"));
+    let mut train = Guard::start(&mut world.train(&args("runs/killed")));
+    let metrics = world.path("runs/killed/metrics.jsonl");
+    until("six steps", LONG, || lines(&metrics) >= 6);
+    let pids = status_pids(&world, "runs/killed");
+    let all = [pids, vec![u64::from(train.0.id())]].concat();
+    all.iter().for_each(|&pid| signal(pid as u32, "-9"));
+    drop(train.wait(LONG));
+    until("all are dead", LONG, || !all.iter().any(|&pid| alive(pid)));
+    world.run_train(&[args("runs/killed"), vec!["--resume"]].concat());
+    assert_eq!(world.curve("killed"), world.curve("quiet"));
+    assert_eq!(world.digest("killed"), world.digest("quiet"));
+}
+
+/// The supervisor's and the nodes' processes.
+fn status_pids(world: &World, dir: &str) -> Vec<u64> {
+    let output = volary().current_dir(world.dir.path()).args(["status", "--dir", dir, "--json"]).output().expect("status");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let nodes = status["nodes"].as_array().unwrap().iter().map(|node| node["pid"].as_u64().unwrap());
+    std::iter::once(status["supervisor"]["pid"].as_u64().unwrap()).chain(nodes).collect()
+}
+
+#[test]
+fn a_node_killed_in_the_middle_costs_no_committed_step_and_does_not_show() {
+    let world = World::new();
+    let long = ["--set", "training.steps=12", "--set", "checkpoint.every=100", "--quiet"];
+    let args = |dir| [&["--nodes", "3", "--dir", dir], long.as_slice()].concat();
+    world.run_train(&args("runs/quiet"));
+    let mut train = Guard::start(&mut world.train(&args("runs/killed")));
+    let metrics = world.path("runs/killed/metrics.jsonl");
+    until("four steps", LONG, || lines(&metrics) >= 4);
+    let victim = status_pids(&world, "runs/killed")[2];
+    signal(victim as u32, "-9");
+    assert!(train.wait(LONG).success(), "{}", world.logs());
+    assert_eq!(world.curve("killed"), world.curve("quiet"));
+    assert_eq!(world.digest("killed"), world.digest("quiet"));
+    let events = std::fs::read_to_string(world.path("runs/killed/events.jsonl")).unwrap();
+    assert!(events.contains("\"lost\"") && !events.contains("went_back"), "{events}");
+}
+
+#[test]
+fn an_interrupt_writes_a_checkpoint_and_leaves_no_process_behind() {
+    let world = World::new();
+    let mut train = Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
+    let metrics = world.path("runs/r/metrics.jsonl");
+    until("two steps", LONG, || lines(&metrics) >= 2);
+    let pids = status_pids(&world, "runs/r");
+    signal(train.0.id(), "-INT");
+    assert!(train.wait(LONG).success(), "{}", world.logs());
+    until("all have ended", LONG, || !pids.iter().any(|&pid| alive(pid)));
+    let last = world.curve("r").last().unwrap().0;
+    assert!(world.digest("r").ends_with(&format!("step {last}")), "the checkpoint is of the last committed step");
+}
+
+#[test]
+fn no_process_outlives_a_killed_parent() {
+    let world = World::new();
+    let mut train = Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
+    let metrics = world.path("runs/r/metrics.jsonl");
+    until("a step", LONG, || lines(&metrics) >= 1);
+    let pids = status_pids(&world, "runs/r");
+    assert_eq!(pids.len(), 3);
+    signal(train.0.id(), "-9");
+    drop(train.wait(LONG));
+    until("all have ended", LONG, || !pids.iter().any(|&pid| alive(pid)));
+}
