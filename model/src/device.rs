@@ -81,6 +81,11 @@ pub fn single_thread() {
     tch::set_num_threads(1);
 }
 
+/// So many libtorch threads per call on the calling thread: for comparisons with plain loops.
+pub fn set_threads(count: u16) {
+    tch::set_num_threads(count.into());
+}
+
 /// CUDA devices on this machine; 0 where libtorch's CUDA library cannot be loaded.
 #[must_use]
 pub fn cuda_devices() -> usize {

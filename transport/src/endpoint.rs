@@ -397,3 +397,7 @@ fn proves_its_name(connection: &Connection, role: &Role) -> bool {
     let chain = identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
     chain.and_then(|chain| chain.first().map(|certificate| tls::is_named(certificate, name))).unwrap_or(false)
 }
+
+#[cfg(test)]
+#[path = "endpoint_tests.rs"]
+mod tests;

@@ -1,0 +1,194 @@
+//! Links over real QUIC on loopback: who gets in, what gets through, what happens when a peer is gone or speaks rubbish.
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+
+use bytes::Bytes;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+use volary_transport::loopback::probe_frame;
+use volary_transport::{
+    Admit, Authority, Dtype, Endpoint, Frame, Kind, Link, Part, Role, Token, TokenRole, TraceContext, TransportOptions,
+    join,
+};
+
+const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
+
+fn options() -> TransportOptions {
+    TransportOptions::default()
+}
+
+fn node(authority: &Authority, name: &str) -> Endpoint {
+    Endpoint::bind(ANY.into(), authority.identity(name).unwrap(), Admit::Certified, &options()).unwrap()
+}
+
+async fn pair(authority: &Authority) -> (Link, Link, Endpoint, Endpoint) {
+    let (left, right) = (node(authority, "left"), node(authority, "right"));
+    let accepting = right.clone();
+    let accepted = tokio::spawn(async move { accepting.accept_peer().await });
+    let link = left.connect(right.local_addr(), "right").await.expect("a link");
+    (link, accepted.await.unwrap().expect("a link"), left, right)
+}
+
+/// A supervisor that lets in whoever holds `token`.
+fn supervisor(authority: &Authority, record: volary_transport::TokenRecord, now: u64) -> (Endpoint, SocketAddr) {
+    let endpoint = Endpoint::bind(ANY.into(), authority.identity("supervisor").unwrap(), Admit::Anybody, &options()).unwrap();
+    let (door, address) = (endpoint.clone(), endpoint.local_addr());
+    let ca = authority.certificate().to_vec();
+    tokio::spawn(async move {
+        while let Some(accepted) = door.accept().await {
+            match accepted.role.clone() {
+                Role::Join { token, .. } => {
+                    let verdict = token.parse::<Token>().and_then(|token| record.verify(&token, TokenRole::Node, now));
+                    match verdict {
+                        Ok(()) => accepted.certify("node-1".into(), vec![1, 2, 3], ca.clone()).await.unwrap(),
+                        Err(error) => accepted.refuse(&error.to_string()).await,
+                    }
+                }
+                Role::Node { .. } => {
+                    let (_link, mut sender, mut receiver) = accepted.welcome().await.unwrap();
+                    tokio::spawn(async move {
+                        while let Ok(Some(text)) = receiver.recv::<String>().await {
+                            sender.send(&text).await.unwrap();
+                        }
+                    });
+                }
+                _ => accepted.refuse("not here").await,
+            }
+        }
+    });
+    (endpoint, address)
+}
+
+#[tokio::test]
+async fn a_token_is_exchanged_for_an_identity_and_a_bad_one_is_told_why() {
+    let authority = Authority::create().unwrap();
+    let lifetime = Some(Duration::from_secs(60));
+    let (token, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, lifetime).unwrap();
+    let (_endpoint, address) = supervisor(&authority, record.clone(), 1_000);
+    assert_eq!(join(address, &token, None, &options()).await.unwrap().name(), "node-1");
+
+    let (other, _) = Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, lifetime).unwrap();
+    let error = join(address, &other, None, &options()).await.unwrap_err();
+    assert_eq!(error.to_string(), "refused: the token's secret is wrong");
+
+    let (_endpoint, late) = supervisor(&authority, record, 1_060);
+    let error = join(late, &token, None, &options()).await.unwrap_err();
+    assert_eq!(error.to_string(), "refused: the token has expired");
+}
+
+#[tokio::test]
+async fn a_token_of_another_cluster_never_reaches_the_supervisor() {
+    let (authority, other) = (Authority::create().unwrap(), Authority::create().unwrap());
+    let (_, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let (_endpoint, address) = supervisor(&authority, record, 0);
+    let (stranger, _) = Token::mint(other.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let error = join(address, &stranger, None, &options()).await.unwrap_err().to_string();
+    assert!(error.contains("another cluster"), "{error}");
+}
+
+#[tokio::test]
+async fn nodes_need_a_certificate_of_the_same_authority_and_their_own_name() {
+    let (authority, other) = (Authority::create().unwrap(), Authority::create().unwrap());
+    let right = node(&authority, "right");
+    let accepting = right.clone();
+    tokio::spawn(async move { while accepting.accept_peer().await.is_some() {} });
+    assert!(node(&other, "left").connect(right.local_addr(), "right").await.is_err(), "another authority");
+    assert!(node(&authority, "left").connect(right.local_addr(), "middle").await.is_err(), "another name");
+    let (token, _) = Token::mint(authority.fingerprint(), TokenRole::Operator, 0, None).unwrap();
+    let bare = Endpoint::dial_only(right.local_addr(), &options()).unwrap();
+    assert!(bare.operate(right.local_addr(), &token).await.is_err(), "no certificate");
+    assert!(node(&authority, "left").connect(right.local_addr(), "right").await.is_ok());
+}
+
+#[tokio::test]
+async fn the_supervisor_hears_only_nodes_that_prove_their_names() {
+    let authority = Authority::create().unwrap();
+    let (_, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let (_endpoint, address) = supervisor(&authority, record, 0);
+    let (_link, mut sender, mut receiver) = node(&authority, "a").connect_supervisor(address).await.unwrap();
+    sender.send(&"hello".to_owned()).await.unwrap();
+    assert_eq!(receiver.recv::<String>().await.unwrap().as_deref(), Some("hello"));
+}
+
+fn patterned(length: usize, seed: u8) -> Frame {
+    let data: Vec<u8> = (0..length * 4).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect();
+    let part = Part { dtype: Dtype::F32, shape: vec![length as u64], data: data.into() };
+    let meta = Bytes::from(vec![seed]);
+    Frame { kind: Kind::Forward, epoch: 1, step: 2, trace: TraceContext::default(), meta, parts: vec![part] }
+}
+
+fn echo(link: &Link) {
+    let mut inbound = link.serve();
+    tokio::spawn(async move {
+        while let Some(inbound) = inbound.next().await {
+            if let Some(reply) = inbound.reply {
+                tokio::spawn(async move { reply.reply(inbound.frame).await });
+            }
+        }
+    });
+}
+
+#[tokio::test]
+async fn a_hundred_requests_at_once_come_back_as_they_were() {
+    let authority = Authority::create().unwrap();
+    let (link, other, _left, _right) = pair(&authority).await;
+    echo(&other);
+    let calls = (0..100u8).map(|i| {
+        let link = link.clone();
+        tokio::spawn(async move {
+            let frame = patterned(usize::from(i) * 777, i);
+            assert_eq!(link.request(frame.clone()).await.unwrap(), frame);
+        })
+    });
+    for call in calls.collect::<Vec<_>>() {
+        call.await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_big_frame_does_not_hold_up_a_small_one() {
+    let authority = Authority::create().unwrap();
+    let (link, other, _left, _right) = pair(&authority).await;
+    echo(&other);
+    let bulk = link.clone();
+    let bulk = tokio::spawn(async move { bulk.request(probe_frame(128 << 20)).await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let start = Instant::now();
+    link.request(probe_frame(16)).await.unwrap();
+    let small = start.elapsed();
+    assert!(!bulk.is_finished(), "the big one was meant to be under way");
+    assert!(small < Duration::from_millis(500), "{small:?}");
+    bulk.await.unwrap().unwrap();
+}
+
+#[tokio::test]
+async fn a_peer_that_is_gone_is_noticed() {
+    let authority = Authority::create().unwrap();
+    let (link, other, left, right) = pair(&authority).await;
+    drop((other, right));
+    let reason = tokio::time::timeout(Duration::from_secs(10), link.closed()).await.expect("noticed");
+    assert!(!reason.is_empty());
+    assert!(link.request(probe_frame(1)).await.is_err());
+    drop(left);
+}
+
+#[tokio::test]
+async fn an_address_in_use_is_named() {
+    let authority = Authority::create().unwrap();
+    let first = node(&authority, "first");
+    let again = Endpoint::bind(first.local_addr(), authority.identity("b").unwrap(), Admit::Certified, &options());
+    let error = again.unwrap_err().to_string();
+    assert!(error.contains(&first.local_addr().to_string()) && error.contains("in use"), "{error}");
+}
+
+#[test]
+fn an_authority_is_kept_for_its_owner_only_and_comes_back() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("identity");
+    let made = Authority::load_or_create(&path).unwrap();
+    assert_eq!(Authority::load_or_create(&path).unwrap().fingerprint(), made.fingerprint());
+    for file in std::fs::read_dir(&path).unwrap() {
+        assert_eq!(file.unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    }
+    assert!(made.identity("../up").is_err());
+}
