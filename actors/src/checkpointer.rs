@@ -68,7 +68,8 @@ impl Actor for CheckpointerActor {
 
 impl CheckpointerState {
     fn on_open(&mut self, step: Step, epoch: Epoch, shards: Vec<ShardId>) {
-        self.pending = Some(Arc::new(self.args.checkpoints.begin(step, epoch, self.args.config_hash, shards)));
+        self.pending =
+            Some(Arc::new(self.args.checkpoints.begin(step, epoch, self.args.config_hash, shards)));
     }
 
     fn on_drop(&mut self, step: Step) {

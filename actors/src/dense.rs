@@ -62,7 +62,9 @@ impl<B: Compute> Actor for DenseActor<B> {
         match message {
             DenseMsg::Embed { tokens, reply } => state.on_embed(tokens, reply),
             DenseMsg::Loss { at, x, tokens, train, reply } => state.on_loss(at, x, tokens, train, reply),
-            DenseMsg::EmbedBackward { at, dx, tokens, reply } => state.on_embed_backward(at, dx, tokens, reply),
+            DenseMsg::EmbedBackward { at, dx, tokens, reply } => {
+                state.on_embed_backward(at, dx, tokens, reply)
+            }
             DenseMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
             DenseMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
             DenseMsg::Shard(message) => state.on_shard(message),

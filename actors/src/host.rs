@@ -93,8 +93,8 @@ pub async fn run_node<B: Compute>(
     let Some(Down::Welcome(run)) = receiver.recv().await? else {
         return Err(Error::Start("the supervisor did not say what the run is; its log says why".into()));
     };
-    let run: RunInfo =
-        serde_json::from_str(&run).map_err(|error| Error::Start(format!("the supervisor's words about the run: {error}")))?;
+    let run: RunInfo = serde_json::from_str(&run)
+        .map_err(|error| Error::Start(format!("the supervisor's words about the run: {error}")))?;
     tracing::info!(node = %name, run = run.run, device = options.device, "joined");
     let executor = Executor::start(make(&run)?, options.threads, options.prepare_thread)
         .map_err(|error| Error::Start(format!("the device's threads do not start: {error}")))?;

@@ -7,8 +7,8 @@ use crate::reducer::{ReducerMsg, with_norm};
 use crate::router::call_experts;
 use crate::wire::{self, Batch, ShardAt, SumOf};
 use std::sync::Arc;
-use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::NodeId;
+use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_transport::{Endpoint, Frame, InboundFrame, Kind, Link};
 
 /// Accepts links from other nodes for as long as the endpoint is open.

@@ -97,7 +97,13 @@ impl<B: Compute> Keeper<B> {
         }
     }
 
-    fn on_apply(&self, gradient: Option<B::Gradient>, step: Step, update: Update, reply: RpcReplyPort<Computed<()>>) {
+    fn on_apply(
+        &self,
+        gradient: Option<B::Gradient>,
+        step: Step,
+        update: Update,
+        reply: RpcReplyPort<Computed<()>>,
+    ) {
         let (id, state) = (self.id, Arc::clone(&self.state));
         self.node.executor.submit(Priority::Urgent, move |backend| {
             let mut held = lock(&state);

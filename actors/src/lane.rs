@@ -61,7 +61,11 @@ impl<B: Compute> Actor for LaneActor<B> {
         Ok(())
     }
 
-    async fn post_stop(&self, _: ActorRef<Self::Msg>, state: &mut Self::State) -> Result<(), ActorProcessingErr> {
+    async fn post_stop(
+        &self,
+        _: ActorRef<Self::Msg>,
+        state: &mut Self::State,
+    ) -> Result<(), ActorProcessingErr> {
         state.on_drop();
         Ok(())
     }
@@ -87,7 +91,12 @@ impl<B: Compute> LaneState<B> {
     }
 }
 
-async fn run<B: Compute>(node: &NodeContext<B>, at: At, pass: Pass, tokens: Arc<Vec<u32>>) -> Computed<LaneReport> {
+async fn run<B: Compute>(
+    node: &NodeContext<B>,
+    at: At,
+    pass: Pass,
+    tokens: Arc<Vec<u32>>,
+) -> Computed<LaneReport> {
     let train = pass == Pass::Train;
     let mut report = LaneReport::default();
     let x = forward(node, at, train, &tokens, &mut report).await?;
@@ -118,7 +127,8 @@ async fn forward<B: Compute>(
     for layer in 0..node.architecture.layers as u16 {
         x = ask(&directory.dense(layer)?, |reply| DenseMsg::Forward { at, x, train, reply }).await?;
         if node.architecture.is_moe(layer.into()) {
-            let routed = ask(&directory.router(layer)?, |reply| RouterMsg::Forward { at, x, train, reply }).await?;
+            let routed =
+                ask(&directory.router(layer)?, |reply| RouterMsg::Forward { at, x, train, reply }).await?;
             x = routed.y;
             report.aux_loss += routed.aux_loss / moe_layers;
             report.load.push(routed.load);

@@ -351,17 +351,20 @@ impl<B: Compute> NodeState<B> {
 
 async fn spawn_owner<B: Compute>(keeper: Keeper<B>, agent: ActorCell) -> Computed<Owner<B>> {
     let shard = keeper.id;
-    let failed = |error: ractor::SpawnErr| ComputeError(format!("the actor of {shard} does not start: {error}"));
+    let failed =
+        |error: ractor::SpawnErr| ComputeError(format!("the actor of {shard} does not start: {error}"));
     Ok(match shard {
-        ShardId::Embedding | ShardId::Dense { .. } => {
-            Owner::Dense(Actor::spawn_linked(None, DenseActor(PhantomData), keeper, agent).await.map_err(failed)?.0)
-        }
+        ShardId::Embedding | ShardId::Dense { .. } => Owner::Dense(
+            Actor::spawn_linked(None, DenseActor(PhantomData), keeper, agent).await.map_err(failed)?.0,
+        ),
         ShardId::Router { layer } => {
             let start = (layer, keeper);
-            Owner::Router(Actor::spawn_linked(None, RouterActor(PhantomData), start, agent).await.map_err(failed)?.0)
+            Owner::Router(
+                Actor::spawn_linked(None, RouterActor(PhantomData), start, agent).await.map_err(failed)?.0,
+            )
         }
-        ShardId::Expert { .. } => {
-            Owner::Expert(Actor::spawn_linked(None, ExpertActor(PhantomData), keeper, agent).await.map_err(failed)?.0)
-        }
+        ShardId::Expert { .. } => Owner::Expert(
+            Actor::spawn_linked(None, ExpertActor(PhantomData), keeper, agent).await.map_err(failed)?.0,
+        ),
     })
 }

@@ -87,7 +87,9 @@ impl<B: Compute> NodeContext<B> {
                 "stale: epoch {epoch}, step {step} came when epoch {}, step {} had begun",
                 now.0, now.1
             ))),
-            _ => Err(ComputeError(format!("epoch {epoch}, step {step} did not begin here within {EARLY_MAX:?}"))),
+            _ => Err(ComputeError(format!(
+                "epoch {epoch}, step {step} did not begin here within {EARLY_MAX:?}"
+            ))),
         }
     }
 }

@@ -39,7 +39,8 @@ impl Peers {
         if let Some(link) = state.links.get(node) {
             return Ok(link.clone());
         }
-        let address = state.addresses.get(node).ok_or_else(|| ComputeError(format!("{node} is no member")))?;
+        let address =
+            state.addresses.get(node).ok_or_else(|| ComputeError(format!("{node} is no member")))?;
         let socket: SocketAddr =
             address.parse().map_err(|_| ComputeError(format!("{node} has no usable address: {address}")))?;
         let link = self.endpoint.connect(socket, &node.0).await.map_err(|e| unreachable_peer(node, &e))?;

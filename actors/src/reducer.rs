@@ -99,7 +99,9 @@ impl<B: Compute> Actor for ReducerActor<B> {
             }
             ReducerMsg::Root { epoch, step, shard, gradient } => state.on_root(epoch, step, shard, gradient),
             ReducerMsg::Take { epoch, step, reply } => state.on_take(epoch, step, reply),
-            ReducerMsg::Forget { epoch } => state.current.take_if(|current| current.epoch < epoch).map_or((), drop),
+            ReducerMsg::Forget { epoch } => {
+                state.current.take_if(|current| current.epoch < epoch).map_or((), drop)
+            }
         }
         Ok(())
     }
@@ -130,7 +132,14 @@ impl<B: Compute> ReducerState<B> {
         drop(self.agent.cast(NodeMsg::Failed { epoch, reason }));
     }
 
-    fn on_summed(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, gradient: Computed<Sum<B>>) {
+    fn on_summed(
+        &mut self,
+        epoch: Epoch,
+        step: Step,
+        shard: ShardId,
+        span: Span,
+        gradient: Computed<Sum<B>>,
+    ) {
         let gradient = match gradient {
             Ok(gradient) => gradient,
             Err(error) => return self.failed(epoch, format!("the gradient of {shard}: {error}")),
@@ -169,7 +178,8 @@ impl<B: Compute> ReducerState<B> {
         let (me, node, agent) = (self.me.clone(), Arc::clone(&self.node), self.agent.clone());
         let handle = tokio::runtime::Handle::current();
         self.node.executor.submit(Priority::Deferred, move |backend| {
-            let frame = (!targets.is_empty()).then(|| to_frame(backend, kind, epoch, step, shard, span, value.as_ref()));
+            let frame = (!targets.is_empty())
+                .then(|| to_frame(backend, kind, epoch, step, shard, span, value.as_ref()));
             if let Some(frame) = frame {
                 handle.spawn(deliver(node, agent, targets, epoch, frame));
             }

@@ -201,11 +201,19 @@ impl Plan {
     }
 
     /// Cuts rows in expert order into what each node gets.
-    fn cut<B: Compute>(&self, backend: &B, dispatch: &Dispatch, rows: &B::Tensor) -> Computed<Vec<Outgoing<B>>> {
+    fn cut<B: Compute>(
+        &self,
+        backend: &B,
+        dispatch: &Dispatch,
+        rows: &B::Tensor,
+    ) -> Computed<Vec<Outgoing<B>>> {
         let offsets = dispatch.offsets();
-        let rows_of = |expert: u16| backend.rows(rows, offsets[usize::from(expert)], dispatch.counts[usize::from(expert)]);
+        let rows_of = |expert: u16| {
+            backend.rows(rows, offsets[usize::from(expert)], dispatch.counts[usize::from(expert)])
+        };
         let batch = |(server, experts): (&NodeId, &Vec<u16>)| {
-            let parts = experts.iter().map(|&expert| Ok((expert, rows_of(expert)?))).collect::<Computed<Vec<_>>>()?;
+            let parts =
+                experts.iter().map(|&expert| Ok((expert, rows_of(expert)?))).collect::<Computed<Vec<_>>>()?;
             if *server == self.local {
                 return Ok(Outgoing::Local(parts));
             }
@@ -226,7 +234,9 @@ impl Plan {
     ) -> Computed<Vec<Returned<B>>> {
         let send = |out: Outgoing<B>| async move {
             match out {
-                Outgoing::Local(parts) => Ok(Returned::Local(self.call_experts(node, kind, train, parts).await?)),
+                Outgoing::Local(parts) => {
+                    Ok(Returned::Local(self.call_experts(node, kind, train, parts).await?))
+                }
                 Outgoing::Remote(server, rows) => {
                     let experts = self.servers[&server].iter();
                     let batch = Batch {

@@ -18,8 +18,8 @@ use volary_core::machine::{Event, Settings};
 use volary_data::Dataset;
 use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, Table, journal};
 use volary_transport::{
-    Accepted, Admit, Authority, ControlReceiver, ControlSender, Endpoint, Frame, InboundFrame, Kind, Link, Role,
-    SUPERVISOR, Token, TokenError, TokenRecord, TokenRole, TransportOptions, check_name, write_secret,
+    Accepted, Admit, Authority, ControlReceiver, ControlSender, Endpoint, Frame, InboundFrame, Kind, Link,
+    Role, SUPERVISOR, Token, TokenError, TokenRecord, TokenRole, TransportOptions, check_name, write_secret,
 };
 
 /// How long the last words may take to reach the nodes.
@@ -57,7 +57,12 @@ impl Supervisor {
     pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
         let SupervisorOptions { run, settings, dir, config_hash, listen, log_every } = options;
         let store = Store::open(&dir)?;
-        store.identify(&RunIdentity { name: run.run.clone(), seed: run.seed, config_hash, format: journal::FORMAT })?;
+        store.identify(&RunIdentity {
+            name: run.run.clone(),
+            seed: run.seed,
+            config_hash,
+            format: journal::FORMAT,
+        })?;
         let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
         let authority = Authority::load_or_create(&dir.identity())?;
         let identity = authority.identity(SUPERVISOR)?;
@@ -96,9 +101,15 @@ impl Supervisor {
     /// Waits until the run has ended and its nodes have heard so.
     pub async fn ended(self) -> RunEnd {
         let Self { ended, endpoint, .. } = self;
-        let end = ended.await.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
+        let end =
+            ended.await.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
         // The writers are sending what was queued; nodes close their links when they have read it.
-        tokio::time::sleep(if matches!(end, RunEnd::Done { .. }) { FAREWELL_MAX / 8 } else { FAREWELL_MAX / 4 }).await;
+        tokio::time::sleep(if matches!(end, RunEnd::Done { .. }) {
+            FAREWELL_MAX / 8
+        } else {
+            FAREWELL_MAX / 4
+        })
+        .await;
         drop(endpoint);
         end
     }
@@ -109,7 +120,13 @@ fn now_unix_s() -> u64 {
 }
 
 /// Leaves a token in the run's directory, unless a good one lies there already.
-fn hand_out_token(authority: &Authority, store: &Store, dir: &RunDir, role: TokenRole, file: &str) -> Result<()> {
+fn hand_out_token(
+    authority: &Authority,
+    store: &Store,
+    dir: &RunDir,
+    role: TokenRole,
+    file: &str,
+) -> Result<()> {
     let path = dir.identity().join(file);
     let there = std::fs::read_to_string(&path).ok().and_then(|text| text.parse::<Token>().ok());
     if let Some(token) = there
@@ -148,7 +165,8 @@ async fn accept(door: Arc<Door>, endpoint: Endpoint) {
 impl Door {
     fn check(&self, text: &str, role: TokenRole) -> std::result::Result<(), String> {
         let token: Token = text.parse().map_err(|error: TokenError| error.to_string())?;
-        let record = self.store.get::<TokenRecord>(Table::Tokens, token.id()).map_err(|error| error.to_string())?;
+        let record =
+            self.store.get::<TokenRecord>(Table::Tokens, token.id()).map_err(|error| error.to_string())?;
         let record = record.ok_or_else(|| TokenError::Unknown.to_string())?;
         record.verify(&token, role, now_unix_s()).map_err(|error| error.to_string())
     }
@@ -265,13 +283,18 @@ async fn serve_shards(door: Arc<Door>, link: Link) {
             Kind::Blob => {
                 let step = frame.step;
                 match wire::decode::<ShardAt>(&frame).and_then(|at| Ok((at, wire::only_blob(frame)?))) {
-                    Ok((at, bytes)) => drop(door.actor.cast(SupervisorMsg::Shard { step, shard: at.shard, bytes })),
-                    Err(error) => tracing::warn!(peer = link.peer(), %error, "a checkpoint's shard is malformed"),
+                    Ok((at, bytes)) => {
+                        drop(door.actor.cast(SupervisorMsg::Shard { step, shard: at.shard, bytes }))
+                    }
+                    Err(error) => {
+                        tracing::warn!(peer = link.peer(), %error, "a checkpoint's shard is malformed")
+                    }
                 }
             }
             Kind::ShardRequest => {
                 let answer = door.stored_shard(&frame).await;
-                let answer = answer.unwrap_or_else(|error| wire::refusal(frame.epoch, frame.step, &error.to_string()));
+                let answer =
+                    answer.unwrap_or_else(|error| wire::refusal(frame.epoch, frame.step, &error.to_string()));
                 if let Some(reply) = reply
                     && let Err(error) = reply.reply(answer).await
                 {

@@ -25,7 +25,8 @@ impl Uplink {
         let supervisor = NodeId::new("the supervisor");
         let meta = ShardAt { shard, version };
         let frame = wire::frame(Kind::ShardRequest, 0, version, &meta, Vec::new())?;
-        let reply = self.link.request(frame).await.map_err(|e| ComputeError(format!("the supervisor: {e}")))?;
+        let reply =
+            self.link.request(frame).await.map_err(|e| ComputeError(format!("the supervisor: {e}")))?;
         wire::only_blob(refused(&supervisor, reply)?)
     }
 
@@ -51,7 +52,8 @@ pub(crate) async fn fetch_all<B: Compute>(
     uplink: &Uplink,
     assignment: &Assignment,
 ) -> Result<Vec<(ShardId, B::Shard)>, (ComputeError, bool)> {
-    let wanted: Vec<_> = assignment.shards.iter().filter(|(_, source)| *source != Source::Held).cloned().collect();
+    let wanted: Vec<_> =
+        assignment.shards.iter().filter(|(_, source)| *source != Source::Held).cloned().collect();
     for (shard, _) in assignment.shards.iter().filter(|(_, source)| *source == Source::Held) {
         node.directory().get(*shard).map_err(|error| (error, true))?;
     }
@@ -71,7 +73,8 @@ async fn fetch<B: Compute>(
     let bytes = match source {
         Source::Peer(peer) => {
             let meta = ShardAt { shard, version };
-            let frame = wire::frame(Kind::ShardRequest, epoch, version, &meta, Vec::new()).map_err(|e| (e, true))?;
+            let frame =
+                wire::frame(Kind::ShardRequest, epoch, version, &meta, Vec::new()).map_err(|e| (e, true))?;
             // A peer that died meanwhile is another placement's business.
             let reply = node.peers.request(&peer, frame).await.map_err(|error| (error, false))?;
             wire::only_blob(reply).map_err(|error| (error, false))?

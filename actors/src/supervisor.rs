@@ -106,7 +106,18 @@ impl Actor for SupervisorActor {
         me: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let SupervisorArgs { run, settings, dir, store, checkpoints, config_hash, dataset, address, log_every, end } = args;
+        let SupervisorArgs {
+            run,
+            settings,
+            dir,
+            store,
+            checkpoints,
+            config_hash,
+            dataset,
+            address,
+            log_every,
+            end,
+        } = args;
         let durable = checkpoints.latest_intact()?.map(|record| record.step);
         let back = durable.unwrap_or(0);
         // Nothing after the last durable checkpoint has its weights any more: these steps are done again.
@@ -151,7 +162,9 @@ impl Actor for SupervisorActor {
     ) -> Result<(), ActorProcessingErr> {
         let done = match message {
             SupervisorMsg::Event(event) => state.on_event(event).await,
-            SupervisorMsg::Joined { node, info, session, down } => state.on_joined(node, info, session, down).await,
+            SupervisorMsg::Joined { node, info, session, down } => {
+                state.on_joined(node, info, session, down).await
+            }
             SupervisorMsg::Lost { node, session, reason } => state.on_lost(node, session, reason).await,
             SupervisorMsg::Shard { step, shard, bytes } => {
                 drop(state.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes }));
@@ -331,7 +344,9 @@ impl SupervisorState {
                 // Before anybody hears of it: an epoch's number is never used twice.
                 blocking(move || store.put(Table::Facts, "epoch", &epoch)).await?;
             }
-            Notice::Checkpoint { step } => self.answer(OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step }),
+            Notice::Checkpoint { step } => {
+                self.answer(OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step })
+            }
             Notice::CheckpointFailed { reason, .. } => {
                 self.answer(OperatorRequest::Checkpoint, &OperatorReply::Failed { reason: reason.clone() });
             }
@@ -382,7 +397,13 @@ impl SupervisorState {
             state: if placement.members.contains(node) { "member".into() } else { "joined".into() },
             device: session.info.device.clone(),
             capacity: session.info.capacity,
-            shards: self.settings.architecture.shards().into_iter().filter(|&s| placement.holds(node, s)).count(),
+            shards: self
+                .settings
+                .architecture
+                .shards()
+                .into_iter()
+                .filter(|&s| placement.holds(node, s))
+                .count(),
             lanes: placement.lanes_of(node),
         };
         let shard = |shard: ShardId| ShardStatus {

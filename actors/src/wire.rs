@@ -95,7 +95,13 @@ pub(crate) fn frame(
 }
 
 /// A frame around stored bytes.
-pub(crate) fn blob(kind: Kind, epoch: Epoch, step: Step, meta: &impl Serialize, data: Vec<u8>) -> Computed<Frame> {
+pub(crate) fn blob(
+    kind: Kind,
+    epoch: Epoch,
+    step: Step,
+    meta: &impl Serialize,
+    data: Vec<u8>,
+) -> Computed<Frame> {
     let part = Part { dtype: Dtype::U8, shape: vec![data.len() as u64], data: data.into() };
     Ok(Frame { kind, epoch, step, trace: TraceContext::default(), meta: encode(meta)?, parts: vec![part] })
 }
@@ -106,7 +112,9 @@ pub(crate) fn refusal(epoch: Epoch, step: Step, reason: &str) -> Frame {
 }
 
 fn encode(meta: &impl Serialize) -> Computed<Bytes> {
-    postcard::to_stdvec(meta).map(Bytes::from).map_err(|error| ComputeError(format!("words for the wire: {error}")))
+    postcard::to_stdvec(meta)
+        .map(Bytes::from)
+        .map_err(|error| ComputeError(format!("words for the wire: {error}")))
 }
 
 pub(crate) fn decode<T: DeserializeOwned>(frame: &Frame) -> Computed<T> {
@@ -135,7 +143,11 @@ pub(crate) fn floats(part: &Part) -> Computed<(HostDtype, Vec<usize>, &[u8])> {
 /// The only tensor of a frame.
 pub(crate) fn import_one<B: Compute>(backend: &B, frame: &Frame) -> Computed<B::Tensor> {
     let [part] = frame.parts.as_slice() else {
-        return Err(ComputeError(format!("a {:?} frame came with {} tensors, not 1", frame.kind, frame.parts.len())));
+        return Err(ComputeError(format!(
+            "a {:?} frame came with {} tensors, not 1",
+            frame.kind,
+            frame.parts.len()
+        )));
     };
     let (dtype, shape, data) = floats(part)?;
     backend.import(dtype, &shape, data)

@@ -53,7 +53,10 @@ fn main() {
             speed / speeds[0]
         );
     }
-    println!("replication 2 against 1 on 2 nodes: {:.1} % of a step more", (speeds[1] / speeds[2] - 1.0) * 100.0);
+    println!(
+        "replication 2 against 1 on 2 nodes: {:.1} % of a step more",
+        (speeds[1] / speeds[2] - 1.0) * 100.0
+    );
     println!("start to first committed step on prepared data: {:.2} s (median)", median(starts));
     println!("peak memory: largest node {} MB, supervisor {} MB", memory.0 / 1000, memory.1 / 1000);
 }
@@ -66,13 +69,14 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// Seconds of one step of the plain loop over the reference model on two libtorch threads.
 fn reference_seconds(config: &Config, data: &Path, whole: bool) -> f64 {
     let t = &config.training;
-    let dataset =
-        Dataset::open(data, t.sequence_length, t.sequences_per_lane, t.lanes, config.run.seed).expect("the data");
+    let dataset = Dataset::open(data, t.sequence_length, t.sequences_per_lane, t.lanes, config.run.seed)
+        .expect("the data");
     device::set_threads(2);
     let mut model = Reference::initial(&config.model, t, config.run.seed, Device::Cpu).expect("a model");
     let mut seconds = Vec::new();
     for step in 1..=6 {
-        let mut lanes: Vec<Vec<u32>> = (0..t.lanes).map(|lane| dataset.lane(step, lane).expect("tokens")).collect();
+        let mut lanes: Vec<Vec<u32>> =
+            (0..t.lanes).map(|lane| dataset.lane(step, lane).expect("tokens")).collect();
         if whole {
             lanes = vec![lanes.concat()];
         }
@@ -110,7 +114,8 @@ fn run(config: &Path, folder: &Path, name: &str, args: &[&str]) -> Outcome {
         (node_kib, supervisor_kib) = (node_kib.max(node), supervisor_kib.max(supervisor));
         std::thread::sleep(Duration::from_millis(50));
     }
-    let seconds: Vec<f64> = lines(&metrics).iter().map(|line| line["seconds"].as_f64().expect("seconds")).collect();
+    let seconds: Vec<f64> =
+        lines(&metrics).iter().map(|line| line["seconds"].as_f64().expect("seconds")).collect();
     assert_eq!(seconds.len(), STEPS as usize, "the run was cut short");
     Outcome { step_seconds: median(seconds[WARM..].to_vec()), start_seconds, node_kib, supervisor_kib }
 }
@@ -129,7 +134,9 @@ fn peak_memory(parent: &Child) -> (u64, u64) {
         let path = PathBuf::from("/proc").join(child);
         let command = std::fs::read_to_string(path.join("cmdline")).unwrap_or_default();
         let status = std::fs::read_to_string(path.join("status")).unwrap_or_default();
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
         let peak: u64 = peak.unwrap_or(0);
         if command.split('\0').any(|word| word == "supervisor") {
             supervisor = supervisor.max(peak);

@@ -179,7 +179,8 @@ fn explain(name: &str, text: &str, error: &toml::de::Error) -> String {
         let number = before.matches('\n').count() + 1;
         // Writing to a string cannot fail.
         let _ = write!(line, ", line {number}");
-        let section = before.lines().rev().find_map(|l| l.trim().strip_prefix('[').map(|s| s.trim_matches(['[', ']'])));
+        let section =
+            before.lines().rev().find_map(|l| l.trim().strip_prefix('[').map(|s| s.trim_matches(['[', ']'])));
         let key = text.lines().nth(number - 1).and_then(|l| l.split_once('=')).map(|(key, _)| key.trim());
         match (section, key) {
             (Some(section), Some(key)) => drop(write!(line, ", key {section}.{key}")),
@@ -195,10 +196,15 @@ fn explain(name: &str, text: &str, error: &toml::de::Error) -> String {
 fn nearest(message: &str) -> String {
     let message = message.lines().collect::<Vec<_>>().join(" ");
     let mut quoted = message.split('`').skip(1).step_by(2);
-    let Some(unknown) = message.starts_with("unknown").then(|| quoted.next()).flatten() else { return message };
-    let best = quoted.max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)));
+    let Some(unknown) = message.starts_with("unknown").then(|| quoted.next()).flatten() else {
+        return message;
+    };
+    let best =
+        quoted.max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)));
     match best {
-        Some(best) if strsim::jaro_winkler(best, unknown) > 0.6 => format!("{message}; did you mean `{best}`?"),
+        Some(best) if strsim::jaro_winkler(best, unknown) > 0.6 => {
+            format!("{message}; did you mean `{best}`?")
+        }
         _ => message,
     }
 }
@@ -233,7 +239,10 @@ steps = 5
     #[test]
     fn an_unknown_key_names_its_line_and_the_nearest_known_one() {
         let message = error(&GOOD.replace("steps = 5", "steps = 5\nlanez = 3"), &[]);
-        assert!(message.starts_with("c.toml, line 17, key training.lanez: unknown field `lanez`"), "{message}");
+        assert!(
+            message.starts_with("c.toml, line 17, key training.lanez: unknown field `lanez`"),
+            "{message}"
+        );
         assert!(message.ends_with("did you mean `lanes`?"), "{message}");
         assert_eq!(message.lines().count(), 1);
     }
@@ -241,7 +250,10 @@ steps = 5
     #[test]
     fn a_wrong_type_names_line_key_and_what_was_expected() {
         let message = error(&GOOD.replace("steps = 5", "steps = \"many\""), &[]);
-        assert!(message.contains("line 16, key training.steps") && message.contains("expected u64"), "{message}");
+        assert!(
+            message.contains("line 16, key training.steps") && message.contains("expected u64"),
+            "{message}"
+        );
     }
 
     #[test]
@@ -252,7 +264,11 @@ steps = 5
 
     #[test]
     fn set_takes_a_toml_value_or_a_plain_string_for_any_key() {
-        let set = ["training.steps=9".to_owned(), "run.name=other".to_owned(), "model.capacity={ factor = 1.5 }".to_owned()];
+        let set = [
+            "training.steps=9".to_owned(),
+            "run.name=other".to_owned(),
+            "model.capacity={ factor = 1.5 }".to_owned(),
+        ];
         let config = Config::parse(GOOD, "c.toml", &set).expect("a config");
         assert_eq!((config.training.steps, config.run.name.as_str()), (9, "other"));
         assert_eq!(config.model.capacity, volary_core::dispatch::Capacity::Factor(1.5));

@@ -20,10 +20,17 @@ pub fn prepare() -> anyhow::Result<()> {
         return Ok(());
     }
     let mut again = Command::new(std::env::current_exe().context("this program's own path")?);
-    again.args(std::env::args_os().skip(1)).env(MARK, "1").envs(missing.iter().map(|(name, value)| (name, value)));
+    again
+        .args(std::env::args_os().skip(1))
+        .env(MARK, "1")
+        .envs(missing.iter().map(|(name, value)| (name, value)));
     if let Some(root) = torch {
         let before = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
-        let path = if before.is_empty() { format!("{root}/lib:{root}") } else { format!("{root}/lib:{root}:{before}") };
+        let path = if before.is_empty() {
+            format!("{root}/lib:{root}")
+        } else {
+            format!("{root}/lib:{root}:{before}")
+        };
         again.env("LD_LIBRARY_PATH", path);
     }
     // The process keeps its number; this returns only when it fails.

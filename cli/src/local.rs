@@ -29,7 +29,11 @@ impl Process {
     /// When it does not start or its log cannot be written.
     pub fn start(name: &str, logs: &Path, args: &[String]) -> anyhow::Result<Self> {
         let log = logs.join(format!("{name}.log"));
-        let file = File::options().create(true).append(true).open(&log).with_context(|| log.display().to_string())?;
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(&log)
+            .with_context(|| log.display().to_string())?;
         let program = std::env::current_exe().context("this program's own path")?;
         let child = Command::new(program)
             .args(args)

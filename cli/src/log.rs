@@ -1,6 +1,7 @@
 //! The log on standard error.
 
 use clap::ValueEnum;
+use std::io::IsTerminal;
 use tracing_subscriber::EnvFilter;
 
 /// How the log is written.
@@ -24,7 +25,7 @@ pub fn start(verbose: u8, format: Format) {
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     // A second start, in a test process, keeps the first.
     let _ = match format {
-        Format::Text => builder.with_target(false).try_init(),
+        Format::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
         Format::Json => builder.json().try_init(),
     };
 }

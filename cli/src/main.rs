@@ -6,11 +6,17 @@ use volary_cli::{commands, environment, log};
 
 /// Elastic training of mixture-of-experts language models.
 #[derive(Parser)]
-#[command(name = "volary", version, about, max_term_width = 110, after_help = "\
+#[command(
+    name = "volary",
+    version,
+    about,
+    max_term_width = 110,
+    after_help = "\
 Examples:
   volary train examples/quickstart.toml --nodes 3      a whole run on this machine
   volary plan --preset 64b-64e                         what a model costs, before anything starts
-  volary doctor                                        what this machine has, and what to mend")]
+  volary doctor                                        what this machine has, and what to mend"
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

@@ -53,7 +53,13 @@ pub fn fresh(name: &str) -> anyhow::Result<RunDir> {
 pub fn contact(dir: &RunDir) -> Option<Contact> {
     let text = std::fs::read_to_string(dir.supervisor()).ok()?;
     let contact: Contact = serde_json::from_str(&text).ok()?;
-    Path::new("/proc").join(contact.pid.to_string()).exists().then_some(contact)
+    is_alive(contact.pid).then_some(contact)
+}
+
+/// Whether a process runs; one that has ended and that nobody has waited for does not.
+fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Writes the contact so that a reader never sees half of it.
@@ -62,7 +68,8 @@ pub fn contact(dir: &RunDir) -> Option<Contact> {
 /// When the directory cannot be written.
 pub fn write_contact(dir: &RunDir, contact: &Contact) -> anyhow::Result<()> {
     let (path, temporary) = (dir.supervisor(), dir.supervisor().with_extension("json.new"));
-    std::fs::write(&temporary, serde_json::to_string(contact)?).with_context(|| temporary.display().to_string())?;
+    std::fs::write(&temporary, serde_json::to_string(contact)?)
+        .with_context(|| temporary.display().to_string())?;
     std::fs::rename(&temporary, &path).with_context(|| path.display().to_string())?;
     Ok(())
 }
@@ -110,7 +117,8 @@ pub fn target(
         (Some(dir), address) => {
             let dir = RunDir::find(dir)?;
             let found = address.map(str::to_owned).or_else(|| contact(&dir).map(|contact| contact.address));
-            let address = found.with_context(|| format!("no supervisor is running for {}", dir.root().display()))?;
+            let address =
+                found.with_context(|| format!("no supervisor is running for {}", dir.root().display()))?;
             (Some(dir), address)
         }
         (None, Some(address)) => {
@@ -120,10 +128,13 @@ pub fn target(
         (None, None) => {
             let mut found = living();
             match found.len() {
-                0 => bail!("no supervisor is running under {RUNS}/; name one with --dir RUN_DIR or --supervisor ADDR"),
+                0 => bail!(
+                    "no supervisor is running under {RUNS}/; name one with --dir RUN_DIR or --supervisor ADDR"
+                ),
                 1 => found.pop().map(|(dir, contact)| (Some(dir), contact.address)).unwrap_or_default(),
                 _ => {
-                    let names: Vec<_> = found.iter().map(|(dir, _)| dir.root().display().to_string()).collect();
+                    let names: Vec<_> =
+                        found.iter().map(|(dir, _)| dir.root().display().to_string()).collect();
                     bail!("several runs are going on: name one with --dir ({})", names.join(", "));
                 }
             }
@@ -152,7 +163,8 @@ fn own_token(dir: Option<&RunDir>, role: Role, address: &str) -> anyhow::Result<
 /// # Errors
 /// When it names none.
 pub fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
-    let mut found = address.to_socket_addrs().with_context(|| format!("address {address}: expected HOST:PORT"))?;
+    let mut found =
+        address.to_socket_addrs().with_context(|| format!("address {address}: expected HOST:PORT"))?;
     found.next().with_context(|| format!("address {address} names no host"))
 }
 

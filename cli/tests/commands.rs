@@ -28,12 +28,29 @@ fn a_run_by_hand_is_the_same_as_train_and_answers_status_checkpoint_and_stop() {
     let world = World::new();
     let set = ["--set", "training.steps=100000", "--set", "checkpoint.every=0"];
     let mut supervisor = volary();
-    supervisor.current_dir(world.dir.path()).args(["supervisor", "tiny.toml", "--listen", "127.0.0.1:0", "--dir", "runs/hand"]);
+    supervisor.current_dir(world.dir.path()).args([
+        "supervisor",
+        "tiny.toml",
+        "--listen",
+        "127.0.0.1:0",
+        "--dir",
+        "runs/hand",
+    ]);
     let mut supervisor = Guard::start(supervisor.args(set));
     let address = address(&world, "runs/hand");
     let node = |name: &str| {
         let mut node = volary();
-        node.current_dir(world.dir.path()).args(["node", "--join", &address, "--name", name, "--threads", "1", "--device", "cpu"]);
+        node.current_dir(world.dir.path()).args([
+            "node",
+            "--join",
+            &address,
+            "--name",
+            name,
+            "--threads",
+            "1",
+            "--device",
+            "cpu",
+        ]);
         Guard::start(&mut node)
     };
     let mut nodes = [node("left"), node("right")];
@@ -69,11 +86,13 @@ fn a_run_by_hand_is_the_same_as_train_and_answers_status_checkpoint_and_stop() {
 fn train_prints_what_it_came_to_and_generate_continues_a_prompt() {
     let world = World::new();
     let output = text(&world.run_train(&["--nodes", "2"]).stdout);
-    for expected in ["done: step 6, loss", "validation loss", "checkpoint: step 6", "a sample:", "try next:"] {
+    for expected in ["done: step 6, loss", "validation loss", "checkpoint: step 6", "a sample:", "try next:"]
+    {
         assert!(output.contains(expected), "{output}");
     }
     let generate = |seed: &str| {
-        let args = ["generate", "--run", "runs/tiny", "--prompt", "the lane", "--max-tokens", "8", "--seed", seed];
+        let args =
+            ["generate", "--run", "runs/tiny", "--prompt", "the lane", "--max-tokens", "8", "--seed", seed];
         let output = here(&world, &args);
         assert!(output.status.success(), "{}", text(&output.stderr));
         text(&output.stdout)
@@ -85,7 +104,19 @@ fn train_prints_what_it_came_to_and_generate_continues_a_prompt() {
     world.run_train(&["--nodes", "1", "--quiet"]);
     assert!(world.path("runs/tiny-2/metrics.jsonl").exists());
     let first = &world.metrics("tiny")[0];
-    for key in ["step", "epoch", "loss", "aux_loss", "grad_norm", "lr", "tokens", "seconds", "tokens_per_second", "nodes", "skipped"] {
+    for key in [
+        "step",
+        "epoch",
+        "loss",
+        "aux_loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+        "nodes",
+        "skipped",
+    ] {
         assert!(!first[key].is_null(), "metrics.jsonl has {key}");
     }
 }
@@ -121,7 +152,14 @@ fn bad_input_is_one_clear_line() {
     let broken = source("broken.jsonl");
     assert!(broken.contains("broken.jsonl") && broken.contains('2'), "{broken}");
     std::fs::write(world.path("latin.txt"), b"caf\xe9 ".repeat(4000)).unwrap();
-    let strict = world.fails(&["train", "tiny.toml", "--quiet", "--strict", "--set", "data.sources=[{ name = \"s\", path = \"latin.txt\" }]"]);
+    let strict = world.fails(&[
+        "train",
+        "tiny.toml",
+        "--quiet",
+        "--strict",
+        "--set",
+        "data.sources=[{ name = \"s\", path = \"latin.txt\" }]",
+    ]);
     assert!(strict.contains("latin.txt") && strict.contains("UTF-8"), "{strict}");
     assert!(world.fails(&["train", "tiny.toml", "--quiet", "--dir", "/proc/none"]).contains("/proc/none"));
     assert!(world.fails(&["train", "tiny.toml", "--quiet", "--device", "cuda:7"]).contains("cuda:7"));
@@ -135,7 +173,14 @@ fn bad_input_is_one_clear_line() {
 fn a_model_that_does_not_fit_is_refused_with_the_numbers_before_anything_starts() {
     let world = World::new();
     let error = world.fails(&[
-        "train", "tiny.toml", "--quiet", "--set", "model.hidden=16384", "--set", "model.feed_forward=65536", "--set",
+        "train",
+        "tiny.toml",
+        "--quiet",
+        "--set",
+        "model.hidden=16384",
+        "--set",
+        "model.feed_forward=65536",
+        "--set",
         "model.experts=512",
     ]);
     assert!(error.contains("does not fit") && error.contains("GiB"), "{error}");
@@ -144,9 +189,11 @@ fn a_model_that_does_not_fit_is_refused_with_the_numbers_before_anything_starts(
 #[test]
 fn a_held_directory_a_port_in_use_and_a_wrong_token_are_refused() {
     let world = World::new();
-    let mut train = Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
+    let mut train =
+        Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
     let address = address(&world, "runs/r");
-    let held = world.fails(&["supervisor", "runs/r/config.toml", "--listen", "127.0.0.1:0", "--dir", "runs/r"]);
+    let held =
+        world.fails(&["supervisor", "runs/r/config.toml", "--listen", "127.0.0.1:0", "--dir", "runs/r"]);
     assert!(held.contains("held") && held.contains("process"), "{held}");
     let resumed = world.fails(&["train", "tiny.toml", "--dir", "runs/r", "--resume"]);
     assert!(resumed.contains("held by a living supervisor"), "{resumed}");
@@ -156,10 +203,12 @@ fn a_held_directory_a_port_in_use_and_a_wrong_token_are_refused() {
     let (start, secret) = token.trim().rsplit_once('.').unwrap();
     let wrong: String = secret.chars().rev().collect();
     std::fs::write(world.path("wrong.token"), format!("{start}.{wrong}")).unwrap();
-    let refused = world.fails(&["node", "--join", &address, "--token-file", "wrong.token", "--device", "cpu"]);
+    let refused =
+        world.fails(&["node", "--join", &address, "--token-file", "wrong.token", "--device", "cpu"]);
     assert!(refused.contains("token"), "{refused}");
     std::fs::write(world.path("rubbish.token"), "hello").unwrap();
-    let rubbish = world.fails(&["node", "--join", &address, "--token-file", "rubbish.token", "--device", "cpu"]);
+    let rubbish =
+        world.fails(&["node", "--join", &address, "--token-file", "rubbish.token", "--device", "cpu"]);
     assert!(rubbish.contains("token"), "{rubbish}");
     // None of this disturbed the run.
     let before = lines(&world.path("runs/r/metrics.jsonl"));

@@ -22,7 +22,17 @@ fn one_two_three_and_five_nodes_give_the_same_losses_and_weights_to_the_bit() {
         assert_eq!(world.metrics(&format!("n{nodes}"))[0]["nodes"].to_string(), nodes);
     }
     // Replication and threads do not show either.
-    world.run_train(&["--nodes", "3", "--dir", "runs/other", "--quiet", "--threads", "2", "--set", "cluster.replication=1"]);
+    world.run_train(&[
+        "--nodes",
+        "3",
+        "--dir",
+        "runs/other",
+        "--quiet",
+        "--threads",
+        "2",
+        "--set",
+        "cluster.replication=1",
+    ]);
     assert_eq!((world.curve("other"), world.digest("other")), (curve, digest));
 }
 
@@ -54,17 +64,19 @@ fn adamw_and_dropped_tokens_are_as_invisible_as_the_default() {
 #[test]
 fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed() {
     let world = World::new();
-    let long = ["--set", "training.steps=12", "--set", "checkpoint.every=4", "--quiet"];
+    let long = ["--set", "training.steps=60", "--set", "checkpoint.every=8", "--quiet"];
     let args = |dir| [&["--nodes", "2", "--dir", dir], long.as_slice()].concat();
     world.run_train(&args("runs/quiet"));
     let mut train = Guard::start(&mut world.train(&args("runs/killed")));
     let metrics = world.path("runs/killed/metrics.jsonl");
-    until("six steps", LONG, || lines(&metrics) >= 6);
+    until("a step", LONG, || lines(&metrics) >= 1);
     let pids = status_pids(&world, "runs/killed");
+    until("a checkpoint and some steps more", LONG, || lines(&metrics) >= 11);
     let all = [pids, vec![u64::from(train.0.id())]].concat();
     all.iter().for_each(|&pid| signal(pid as u32, "-9"));
     drop(train.wait(LONG));
     until("all are dead", LONG, || !all.iter().any(|&pid| alive(pid)));
+    assert!(lines(&metrics) < 60, "it was killed in the middle");
     world.run_train(&[args("runs/killed"), vec!["--resume"]].concat());
     assert_eq!(world.curve("killed"), world.curve("quiet"));
     assert_eq!(world.digest("killed"), world.digest("quiet"));
@@ -72,7 +84,11 @@ fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed
 
 /// The supervisor's and the nodes' processes.
 fn status_pids(world: &World, dir: &str) -> Vec<u64> {
-    let output = volary().current_dir(world.dir.path()).args(["status", "--dir", dir, "--json"]).output().expect("status");
+    let output = volary()
+        .current_dir(world.dir.path())
+        .args(["status", "--dir", dir, "--json"])
+        .output()
+        .expect("status");
     assert!(output.status.success(), "{}", text(&output.stderr));
     let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let nodes = status["nodes"].as_array().unwrap().iter().map(|node| node["pid"].as_u64().unwrap());
@@ -82,12 +98,12 @@ fn status_pids(world: &World, dir: &str) -> Vec<u64> {
 #[test]
 fn a_node_killed_in_the_middle_costs_no_committed_step_and_does_not_show() {
     let world = World::new();
-    let long = ["--set", "training.steps=12", "--set", "checkpoint.every=100", "--quiet"];
+    let long = ["--set", "training.steps=60", "--set", "checkpoint.every=100", "--quiet"];
     let args = |dir| [&["--nodes", "3", "--dir", dir], long.as_slice()].concat();
     world.run_train(&args("runs/quiet"));
     let mut train = Guard::start(&mut world.train(&args("runs/killed")));
     let metrics = world.path("runs/killed/metrics.jsonl");
-    until("four steps", LONG, || lines(&metrics) >= 4);
+    until("a step", LONG, || lines(&metrics) >= 1);
     let victim = status_pids(&world, "runs/killed")[2];
     signal(victim as u32, "-9");
     assert!(train.wait(LONG).success(), "{}", world.logs());
@@ -100,7 +116,8 @@ fn a_node_killed_in_the_middle_costs_no_committed_step_and_does_not_show() {
 #[test]
 fn an_interrupt_writes_a_checkpoint_and_leaves_no_process_behind() {
     let world = World::new();
-    let mut train = Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
+    let mut train =
+        Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
     let metrics = world.path("runs/r/metrics.jsonl");
     until("two steps", LONG, || lines(&metrics) >= 2);
     let pids = status_pids(&world, "runs/r");
@@ -108,13 +125,17 @@ fn an_interrupt_writes_a_checkpoint_and_leaves_no_process_behind() {
     assert!(train.wait(LONG).success(), "{}", world.logs());
     until("all have ended", LONG, || !pids.iter().any(|&pid| alive(pid)));
     let last = world.curve("r").last().unwrap().0;
-    assert!(world.digest("r").ends_with(&format!("step {last}")), "the checkpoint is of the last committed step");
+    assert!(
+        world.digest("r").ends_with(&format!("step {last}")),
+        "the checkpoint is of the last committed step"
+    );
 }
 
 #[test]
 fn no_process_outlives_a_killed_parent() {
     let world = World::new();
-    let mut train = Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
+    let mut train =
+        Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));
     let metrics = world.path("runs/r/metrics.jsonl");
     until("a step", LONG, || lines(&metrics) >= 1);
     let pids = status_pids(&world, "runs/r");

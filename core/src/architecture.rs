@@ -120,26 +120,38 @@ pub fn presets() -> Vec<Preset> {
         ("64b-64e", "1.2T", "96.6B", 64, 8_192, 32_768, 128, 128, 64),
     ];
     ROWS.iter()
-        .map(|&(name, paper_parameters, paper_activated, layers, hidden, feed_forward, heads, head_dim, experts)| {
-            let vocabulary = if name == "64b-64e" { 256_000 } else { 32_000 };
-            let architecture = Architecture {
-                vocabulary,
-                hidden,
+        .map(
+            |&(
+                name,
+                paper_parameters,
+                paper_activated,
                 layers,
+                hidden,
+                feed_forward,
                 heads,
                 head_dim,
-                feed_forward,
                 experts,
-                expert_hidden: None,
-                moe_first: true,
-                activation: Activation::Gelu,
-                capacity: Capacity::Factor(2.0),
-                second_expert: SecondExpert::All,
-                position_buckets: 32,
-                position_distance: 128,
-            };
-            Preset { name, paper_parameters, paper_activated, architecture }
-        })
+            )| {
+                let vocabulary = if name == "64b-64e" { 256_000 } else { 32_000 };
+                let architecture = Architecture {
+                    vocabulary,
+                    hidden,
+                    layers,
+                    heads,
+                    head_dim,
+                    feed_forward,
+                    experts,
+                    expert_hidden: None,
+                    moe_first: true,
+                    activation: Activation::Gelu,
+                    capacity: Capacity::Factor(2.0),
+                    second_expert: SecondExpert::All,
+                    position_buckets: 32,
+                    position_distance: 128,
+                };
+                Preset { name, paper_parameters, paper_activated, architecture }
+            },
+        )
         .collect()
 }
 
@@ -169,7 +181,8 @@ impl Architecture {
             shards.push(ShardId::Dense { layer: layer as u16 });
             if self.is_moe(layer) {
                 shards.push(ShardId::Router { layer: layer as u16 });
-                let experts = (0..self.experts).map(|e| ShardId::Expert { layer: layer as u16, expert: e as u16 });
+                let experts =
+                    (0..self.experts).map(|e| ShardId::Expert { layer: layer as u16, expert: e as u16 });
                 shards.extend(experts);
             }
         }
@@ -185,8 +198,11 @@ impl Architecture {
             ShardId::Embedding => self.vocabulary as u64 * hidden + hidden,
             ShardId::Dense { layer } => {
                 let attention = 4 * hidden * width + hidden + (self.position_buckets * self.heads) as u64;
-                let feed_forward =
-                    if self.is_moe(layer.into()) { 0 } else { 3 * hidden * self.feed_forward as u64 + hidden };
+                let feed_forward = if self.is_moe(layer.into()) {
+                    0
+                } else {
+                    3 * hidden * self.feed_forward as u64 + hidden
+                };
                 attention + feed_forward
             }
             ShardId::Router { .. } => hidden * self.experts as u64 + hidden,

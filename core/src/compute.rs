@@ -87,13 +87,27 @@ pub trait Compute: Send + Sync + Sized + 'static {
         train: bool,
     ) -> Computed<(f64, Option<(Self::Tensor, Self::Gradient)>)>;
     /// Adds the gradient of the embedded input to that of the output.
-    fn embed_backward(&self, gradient: Self::Gradient, dx: Self::Tensor, tokens: &[u32]) -> Computed<Self::Gradient>;
+    fn embed_backward(
+        &self,
+        gradient: Self::Gradient,
+        dx: Self::Tensor,
+        tokens: &[u32],
+    ) -> Computed<Self::Gradient>;
 
     /// Attention and, in a layer without experts, the gated feed-forward.
-    fn dense(&self, layer: u16, params: Self::Params, x: Self::Tensor, train: bool)
-    -> Computed<(Self::Tensor, Self::Saved)>;
+    fn dense(
+        &self,
+        layer: u16,
+        params: Self::Params,
+        x: Self::Tensor,
+        train: bool,
+    ) -> Computed<(Self::Tensor, Self::Saved)>;
     /// The way back through [`Compute::dense`].
-    fn dense_backward(&self, saved: Self::Saved, dy: Self::Tensor) -> Computed<(Self::Tensor, Self::Gradient)>;
+    fn dense_backward(
+        &self,
+        saved: Self::Saved,
+        dy: Self::Tensor,
+    ) -> Computed<(Self::Tensor, Self::Gradient)>;
 
     /// Norm and gate: chooses each token's experts. `step` and `lane` key the random second-expert policy.
     fn gate(
@@ -127,7 +141,12 @@ pub trait Compute: Send + Sync + Sized + 'static {
     ) -> Computed<(Self::Tensor, Self::Gradient)>;
 
     /// One expert on its rows `[tokens, hidden]`, which may be none.
-    fn expert(&self, params: Self::Params, x: Self::Tensor, train: bool) -> Computed<(Self::Tensor, Self::Saved)>;
+    fn expert(
+        &self,
+        params: Self::Params,
+        x: Self::Tensor,
+        train: bool,
+    ) -> Computed<(Self::Tensor, Self::Saved)>;
     /// The gradient of an expert's input; the weights' comes later.
     fn expert_backward(
         &self,
@@ -163,5 +182,9 @@ pub trait Compute: Send + Sync + Sized + 'static {
     /// A gradient's tensors, for the wire.
     fn export_gradient(&self, gradient: &Self::Gradient) -> Computed<Vec<HostTensor>>;
     /// A gradient from the wire.
-    fn import_gradient(&self, shard: ShardId, parts: &[(HostDtype, Vec<usize>, &[u8])]) -> Computed<Self::Gradient>;
+    fn import_gradient(
+        &self,
+        shard: ShardId,
+        parts: &[(HostDtype, Vec<usize>, &[u8])],
+    ) -> Computed<Self::Gradient>;
 }

@@ -55,7 +55,8 @@ impl Dispatch {
         let mut dropped = 0;
         for (choice, chosen) in choices.iter().enumerate() {
             for (token, &expert) in chosen.iter().enumerate() {
-                let Some(batch) = usize::try_from(expert).ok().and_then(|expert| batches.get_mut(expert)) else {
+                let Some(batch) = usize::try_from(expert).ok().and_then(|expert| batches.get_mut(expert))
+                else {
                     continue;
                 };
                 if batch.len() < limit {

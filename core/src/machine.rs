@@ -311,8 +311,12 @@ impl Machine {
             FromNode::Prepared { epoch, step, norms, lanes } if epoch == current => {
                 self.on_prepared(node, step, norms, lanes);
             }
-            FromNode::Validated { epoch, round, lanes } if epoch == current => self.on_validated(node, round, lanes),
-            FromNode::Failed { epoch, reason, fatal } if epoch == current => self.on_failed(&node, &reason, fatal),
+            FromNode::Validated { epoch, round, lanes } if epoch == current => {
+                self.on_validated(node, round, lanes)
+            }
+            FromNode::Failed { epoch, reason, fatal } if epoch == current => {
+                self.on_failed(&node, &reason, fatal)
+            }
             // M-3: another epoch's word changes nothing. `Applied` is told by the order of the control stream.
             _ => {}
         }
@@ -349,7 +353,9 @@ impl Machine {
 
     /// M-1, M-2: everybody holds the whole gradient; the step becomes part of the run.
     fn commit(&mut self) {
-        let Phase::Training { prepared, lanes } = std::mem::replace(&mut self.phase, Phase::Finishing) else { return };
+        let Phase::Training { prepared, lanes } = std::mem::replace(&mut self.phase, Phase::Finishing) else {
+            return;
+        };
         let step = self.committed + 1;
         let norms = self.fold_norms(step, &prepared);
         let squared: Vec<f64> = norms.values().map(|norm| norm.squared).collect();
@@ -359,7 +365,8 @@ impl Machine {
         let (update, grad_norm) =
             Update::decide(fold_numbers(&squared), finite, training.lanes, rate, training.clip_norm);
         let count = f64::from(training.lanes);
-        let mean = |of: fn(&LaneReport) -> f64| fold_numbers(&lanes.values().map(of).collect::<Vec<_>>()) / count;
+        let mean =
+            |of: fn(&LaneReport) -> f64| fold_numbers(&lanes.values().map(of).collect::<Vec<_>>()) / count;
         let committed = Committed {
             step,
             epoch: self.placement.epoch,
@@ -380,7 +387,11 @@ impl Machine {
     }
 
     /// The norm of every shard in the fixed order; holders of one shard must agree to the bit.
-    fn fold_norms(&mut self, step: Step, prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>) -> BTreeMap<ShardId, Norm> {
+    fn fold_norms(
+        &mut self,
+        step: Step,
+        prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>,
+    ) -> BTreeMap<ShardId, Norm> {
         let mut folded: BTreeMap<ShardId, Norm> = BTreeMap::new();
         let mut unlike = Vec::new();
         for (shard, norm) in prepared.values().flatten() {
@@ -400,7 +411,11 @@ impl Machine {
         let over = self.stopping || self.committed >= self.settings.training.steps;
         let every = self.settings.validation.every;
         let due = self.committed == 0 || over || (every > 0 && self.committed.is_multiple_of(every));
-        if due && self.settings.validation.rounds > 0 && !self.stopping && self.validated != Some(self.committed) {
+        if due
+            && self.settings.validation.rounds > 0
+            && !self.stopping
+            && self.validated != Some(self.committed)
+        {
             self.phase = Phase::Validating { round: 0, done: BTreeSet::new(), lanes: BTreeMap::new() };
             return self.begin(Pass::Validate { round: 0 });
         }
@@ -483,7 +498,10 @@ impl Machine {
 
     fn on_checkpoint_failed(&mut self, step: Step, reason: String) {
         self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
-        if matches!(self.phase, Phase::Finishing) && self.checkpointing == Some(step) && step == self.committed {
+        if matches!(self.phase, Phase::Finishing)
+            && self.checkpointing == Some(step)
+            && step == self.committed
+        {
             let reason = format!("the last checkpoint (step {step}) could not be written: {reason}");
             self.phase = Phase::Done;
             return self.effects.push(Effect::Fatal { reason });
@@ -529,8 +547,7 @@ impl Machine {
 
     fn on_gather_timeout(&mut self) {
         if matches!(self.phase, Phase::Gathering) {
-            let reason =
-                format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
+            let reason = format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
             self.phase = Phase::Done;
             self.effects.push(Effect::Fatal { reason });
         }
@@ -581,7 +598,8 @@ impl Machine {
         self.placement = placement;
         let waiting: BTreeSet<NodeId> = self.nodes.keys().cloned().collect();
         let assignments: Vec<_> = waiting.iter().map(|node| (node.clone(), self.assignment(node))).collect();
-        let fetched = |(_, source): &&(ShardId, Source)| matches!(source, Source::Peer(_) | Source::Checkpoint(_));
+        let fetched =
+            |(_, source): &&(ShardId, Source)| matches!(source, Source::Peer(_) | Source::Checkpoint(_));
         let moved = assignments.iter().map(|(_, a)| a.shards.iter().filter(fetched).count()).sum();
         let (epoch, step) = (self.placement.epoch, self.committed);
         self.notice(Notice::Placed { epoch, step, nodes: self.placement.members.clone(), moved });

@@ -177,7 +177,10 @@ impl Cluster {
                     here.extend(shards);
                     if here == wanted {
                         self.checkpoint = None;
-                        self.inbox.entry(NodeId::new("disk")).or_default().push_back(FromNode::Applied { epoch: 0, step });
+                        self.inbox
+                            .entry(NodeId::new("disk"))
+                            .or_default()
+                            .push_back(FromNode::Applied { epoch: 0, step });
                     }
                 }
                 None
@@ -197,7 +200,9 @@ impl Cluster {
             return false;
         }
         let node = waiting[(pick % waiting.len() as u64) as usize].clone();
-        let Some(message) = self.inbox.get_mut(&node).and_then(std::collections::VecDeque::pop_front) else { return false };
+        let Some(message) = self.inbox.get_mut(&node).and_then(std::collections::VecDeque::pop_front) else {
+            return false;
+        };
         if let (true, FromNode::Applied { step, .. }) = (node.0 == "disk", &message) {
             self.event(Event::CheckpointStored { step: *step });
             self.durable = self.machine.durable().unwrap_or(0);
@@ -262,7 +267,10 @@ fn a_commit_is_journalled_before_anybody_hears_of_it() {
     let message = FromNode::Prepared { epoch: 1, step: 1, norms: vec![], lanes: vec![] };
     let effects = machine.handle(Event::Said { node, message });
     let journal = effects.iter().position(|e| matches!(e, Effect::Journal(_))).unwrap();
-    let told = effects.iter().position(|e| matches!(e, Effect::Send { message: ToNode::Commit { .. }, .. })).unwrap();
+    let told = effects
+        .iter()
+        .position(|e| matches!(e, Effect::Send { message: ToNode::Commit { .. }, .. }))
+        .unwrap();
     assert!(journal < told);
 }
 

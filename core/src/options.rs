@@ -145,7 +145,11 @@ impl TrainingOptions {
                 return Err(format!("training.{key} = {value}: expected a number from 1 to {most}"));
             }
         }
-        let finite = [("aux_loss", self.aux_loss), ("z_loss", self.z_loss), ("clip_norm", self.clip_norm.unwrap_or(1.0))];
+        let finite = [
+            ("aux_loss", self.aux_loss),
+            ("z_loss", self.z_loss),
+            ("clip_norm", self.clip_norm.unwrap_or(1.0)),
+        ];
         for (key, value) in finite {
             if !(value.is_finite() && value >= 0.0) {
                 return Err(format!("training.{key} = {value}: expected a number that is not negative"));

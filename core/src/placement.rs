@@ -77,7 +77,9 @@ impl Placement {
         // Shards that all nodes hold take turns at their owners, so that no node adds up everything.
         let ordinal = match shard {
             ShardId::Embedding => 0,
-            ShardId::Dense { layer } | ShardId::Router { layer } | ShardId::Expert { layer, .. } => 1 + layer as usize,
+            ShardId::Dense { layer } | ShardId::Router { layer } | ShardId::Expert { layer, .. } => {
+                1 + layer as usize
+            }
         };
         let mut holders = self.members.clone();
         let count = holders.len().max(1);
@@ -215,7 +217,9 @@ fn spread_experts(members: &[Member], request: &Request<'_>) -> BTreeMap<ShardId
 /// Moves replicas from the fullest node to the lightest until a move would no longer help.
 fn level(experts: &[ShardId], placed: &mut BTreeMap<ShardId, Vec<NodeId>>, loads: &mut Loads<'_>) {
     for _ in 0..experts.len() * loads.members.len() {
-        let Some(full) = loads.members.iter().max_by(|a, b| loads.of(a, 0).total_cmp(&loads.of(b, 0))) else { return };
+        let Some(full) = loads.members.iter().max_by(|a, b| loads.of(a, 0).total_cmp(&loads.of(b, 0))) else {
+            return;
+        };
         let Some(light) = loads.lightest(std::slice::from_ref(&full.node)) else { return };
         if loads.of(light, 1) >= loads.of(full, 0) {
             return;
@@ -259,13 +263,27 @@ mod tests {
     }
 
     fn members(capacities: &[f64]) -> Vec<Member> {
-        let member = |(i, &capacity): (usize, &f64)| Member { node: NodeId::new(format!("node-{i}")), capacity };
+        let member =
+            |(i, &capacity): (usize, &f64)| Member { node: NodeId::new(format!("node-{i}")), capacity };
         capacities.iter().enumerate().map(member).collect()
     }
 
-    fn plan(members: &[Member], experts: usize, replication: usize, previous: Option<&Placement>) -> Placement {
+    fn plan(
+        members: &[Member],
+        experts: usize,
+        replication: usize,
+        previous: Option<&Placement>,
+    ) -> Placement {
         let architecture = &small(experts);
-        Placement::plan(&Request { epoch: 1, members, architecture, lanes: 12, lane_group: 4, replication, previous })
+        Placement::plan(&Request {
+            epoch: 1,
+            members,
+            architecture,
+            lanes: 12,
+            lane_group: 4,
+            replication,
+            previous,
+        })
     }
 
     proptest! {

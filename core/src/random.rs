@@ -41,7 +41,8 @@ impl Stream {
     pub fn new(seed: u64, purpose: Purpose, path: &[u64]) -> Self {
         let mut key = mix(seed ^ 0x9e37_79b9_7f4a_7c15);
         for part in std::iter::once(purpose as u64).chain(path.iter().copied()) {
-            key = mix(key.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ mix(part.wrapping_add(0x632b_e59b_d9b4_e019)));
+            key =
+                mix(key.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ mix(part.wrapping_add(0x632b_e59b_d9b4_e019)));
         }
         Self { key, counter: 0 }
     }

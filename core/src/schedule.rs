@@ -86,7 +86,13 @@ impl Update {
     /// Decides from the squared norm of the *summed* gradient and whether all of it is finite.
     /// Returns the update and the norm of the mean gradient before clipping.
     #[must_use]
-    pub fn decide(norm_squared: f64, finite: bool, lanes: u32, rate: f64, clip_norm: Option<f64>) -> (Self, f64) {
+    pub fn decide(
+        norm_squared: f64,
+        finite: bool,
+        lanes: u32,
+        rate: f64,
+        clip_norm: Option<f64>,
+    ) -> (Self, f64) {
         let mean = 1.0 / f64::from(lanes);
         let norm = norm_squared.sqrt() * mean;
         let apply = finite && norm.is_finite();

@@ -19,7 +19,11 @@ pub fn parse(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
         "auto" => {
-            return Ok(if load_cuda().is_ok() && Cuda::is_available() { Device::Cuda(0) } else { Device::Cpu });
+            return Ok(if load_cuda().is_ok() && Cuda::is_available() {
+                Device::Cuda(0)
+            } else {
+                Device::Cpu
+            });
         }
         "cuda" => 0,
         _ => name

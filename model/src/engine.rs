@@ -108,7 +108,12 @@ impl Glam {
     ///
     /// # Errors
     /// When the device cannot hold even the position tables.
-    pub fn new(architecture: &Architecture, training: &TrainingOptions, seed: u64, device: Device) -> Result<Self> {
+    pub fn new(
+        architecture: &Architecture,
+        training: &TrainingOptions,
+        seed: u64,
+        device: Device,
+    ) -> Result<Self> {
         let kind = if device.is_cuda() { Kind::BFloat16 } else { Kind::Float };
         Self::with_kind(architecture, training, seed, device, kind)
     }
@@ -125,7 +130,14 @@ impl Glam {
         kind: Kind,
     ) -> Result<Self> {
         let positions = Mutex::new(Positions::new(architecture, training.sequence_length, device)?);
-        Ok(Self { architecture: architecture.clone(), training: training.clone(), seed, device, kind, positions })
+        Ok(Self {
+            architecture: architecture.clone(),
+            training: training.clone(),
+            seed,
+            device,
+            kind,
+            positions,
+        })
     }
 
     fn positions(&self) -> Positions {
@@ -140,10 +152,14 @@ impl Glam {
         }
         if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.architecture.vocabulary) {
             let vocabulary = self.architecture.vocabulary;
-            return Err(Error::Input(format!("token {id} is outside the model's vocabulary of {vocabulary}")));
+            return Err(Error::Input(format!(
+                "token {id} is outside the model's vocabulary of {vocabulary}"
+            )));
         }
-        let ids: Vec<i64> =
-            tokens.chunks_exact(length + 1).flat_map(|row| row[shift..shift + length].iter().map(|&t| t.into())).collect();
+        let ids: Vec<i64> = tokens
+            .chunks_exact(length + 1)
+            .flat_map(|row| row[shift..shift + length].iter().map(|&t| t.into()))
+            .collect();
         Ok(Tensor::f_from_slice(&ids)?.f_to_device(self.device)?)
     }
 
@@ -174,7 +190,8 @@ impl Glam {
 
     fn dense_forward(&self, layer: u16, p: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [norm, qkv, output, position, rest @ ..] = p else { return Err(misuse("dense")) };
-        let attended = Attention { norm, qkv, output, position }.forward(&self.architecture, &self.positions(), x)?;
+        let attended =
+            Attention { norm, qkv, output, position }.forward(&self.architecture, &self.positions(), x)?;
         match rest {
             [norm, gate, up, down] => FeedForward { norm, gate, up, down }.forward(&attended),
             _ if self.architecture.is_moe(layer.into()) => Ok(attended),
@@ -182,7 +199,13 @@ impl Glam {
         }
     }
 
-    fn loss_inner(&self, p: &Params, x: &Tensor, tokens: &[u32], train: bool) -> Result<(f64, Option<(Tensor, Gradient)>)> {
+    fn loss_inner(
+        &self,
+        p: &Params,
+        x: &Tensor,
+        tokens: &[u32],
+        train: bool,
+    ) -> Result<(f64, Option<(Tensor, Gradient)>)> {
         let x = self.leaf(x, train)?;
         let leaves = p.leaves(train)?;
         let logits = layers::logits(&x, &leaves[0], &leaves[1])?;
@@ -196,12 +219,20 @@ impl Glam {
         Ok((value, Some((dx, Gradient(all)))))
     }
 
-    fn gate_inner(&self, layer: u16, p: &Params, x: &Tensor, at: (Step, Lane), train: bool) -> Result<Gated<Self>> {
+    fn gate_inner(
+        &self,
+        layer: u16,
+        p: &Params,
+        x: &Tensor,
+        at: (Step, Lane),
+        train: bool,
+    ) -> Result<Gated<Self>> {
         let x = self.leaf(x, train)?;
         let leaves = p.leaves(train)?;
         let gate = Gate::forward(&x, &leaves[0], &leaves[1])?;
         let tokens = x.size()[0] as usize;
-        let column = |k: i64| -> Result<Vec<i64>> { Ok(Vec::try_from(gate.experts.f_select(1, k)?.f_contiguous()?)?) };
+        let column =
+            |k: i64| -> Result<Vec<i64>> { Ok(Vec::try_from(gate.experts.f_select(1, k)?.f_contiguous()?)?) };
         let (first, mut second) = (column(0)?, column(1)?);
         if self.architecture.second_expert == SecondExpert::Random {
             let weights: Vec<f32> = Vec::try_from(gate.weights.f_detach()?.f_select(1, 1)?.f_contiguous()?)?;
@@ -214,7 +245,8 @@ impl Glam {
             }
         }
         debug_assert_eq!(first.len(), tokens);
-        let dispatch = Dispatch::new([&first, &second], self.architecture.experts, self.architecture.capacity);
+        let dispatch =
+            Dispatch::new([&first, &second], self.architecture.experts, self.architecture.capacity);
         let rows = gate.normed.f_detach()?.f_index_select(0, &self.index(&dispatch.tokens)?)?;
         let aux_loss = gate.aux_loss.f_double_value(&[])?;
         let penalty = gate
@@ -272,12 +304,18 @@ impl Glam {
         Ok((rows, Saved::Gate(gate)))
     }
 
-    fn gate_backward_inner(&self, d: &Dispatch, saved: Saved, inputs: &[Tensor]) -> Result<(Tensor, Gradient)> {
+    fn gate_backward_inner(
+        &self,
+        d: &Dispatch,
+        saved: Saved,
+        inputs: &[Tensor],
+    ) -> Result<(Tensor, Gradient)> {
         let Saved::Gate(gate) = saved else { return Err(misuse("gate_backward")) };
         let (Some(d_weights), Some(residual)) = (gate.d_weights, gate.residual) else {
             return Err(misuse("gate_backward"));
         };
-        let [first, second] = self.by_token(d, Tensor::f_cat(inputs, 0)?)?.try_into().map_err(|_| misuse("gate_backward"))?;
+        let [first, second] =
+            self.by_token(d, Tensor::f_cat(inputs, 0)?)?.try_into().map_err(|_| misuse("gate_backward"))?;
         let scalar = gate
             .normed
             .f_mul(&first.f_add(&second)?)?
@@ -425,7 +463,14 @@ impl Compute for Glam {
         Ok(inner()?)
     }
 
-    fn gate(&self, layer: u16, params: Params, x: Tensor, at: (Step, Lane), train: bool) -> Computed<Gated<Self>> {
+    fn gate(
+        &self,
+        layer: u16,
+        params: Params,
+        x: Tensor,
+        at: (Step, Lane),
+        train: bool,
+    ) -> Computed<Gated<Self>> {
         Ok(self.gate_inner(layer, &params, &x, at, train)?)
     }
 
@@ -437,7 +482,12 @@ impl Compute for Glam {
         Ok(tch::no_grad(|| self.combine_backward_inner(dispatch, saved, dy))?)
     }
 
-    fn gate_backward(&self, dispatch: &Dispatch, saved: Saved, inputs: Vec<Tensor>) -> Computed<(Tensor, Gradient)> {
+    fn gate_backward(
+        &self,
+        dispatch: &Dispatch,
+        saved: Saved,
+        inputs: Vec<Tensor>,
+    ) -> Computed<(Tensor, Gradient)> {
         Ok(self.gate_backward_inner(dispatch, saved, &inputs)?)
     }
 
@@ -464,7 +514,8 @@ impl Compute for Glam {
     fn norm(&self, gradient: &Gradient) -> Computed<Norm> {
         let mut squared = 0.0;
         for tensor in &gradient.0 {
-            let square = || -> Result<f64> { Ok(tensor.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?) };
+            let square =
+                || -> Result<f64> { Ok(tensor.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?) };
             squared += tch::no_grad(square)?;
         }
         Ok(Norm { squared, finite: f64::is_finite(squared) })
@@ -501,16 +552,27 @@ impl Compute for Glam {
         gradient.0.iter().map(|tensor| self.export(tensor)).collect()
     }
 
-    fn import_gradient(&self, shard: ShardId, parts: &[(HostDtype, Vec<usize>, &[u8])]) -> Computed<Gradient> {
+    fn import_gradient(
+        &self,
+        shard: ShardId,
+        parts: &[(HostDtype, Vec<usize>, &[u8])],
+    ) -> Computed<Gradient> {
         let expected = parameters(&self.architecture, shard);
         if expected.len() != parts.len() {
-            return Err(Error::Input(format!("a gradient of {shard} came with {} tensors", parts.len())).into());
+            return Err(
+                Error::Input(format!("a gradient of {shard} came with {} tensors", parts.len())).into()
+            );
         }
-        let convert = |(parameter, (dtype, shape, data)): (&crate::weights::Parameter, &(HostDtype, Vec<usize>, &[u8]))| {
+        let convert = |(parameter, (dtype, shape, data)): (
+            &crate::weights::Parameter,
+            &(HostDtype, Vec<usize>, &[u8]),
+        )| {
             let same = parameter.shape.iter().map(|&n| n as usize).eq(shape.iter().copied());
             if !same || *dtype != HostDtype::F32 {
                 let (name, wanted) = (parameter.name, &parameter.shape);
-                return Err(Error::Input(format!("a gradient of {shard} came with {name} as {shape:?}, not {wanted:?}")));
+                return Err(Error::Input(format!(
+                    "a gradient of {shard} came with {name} as {shape:?}, not {wanted:?}"
+                )));
             }
             crate::host::import(*dtype, shape, data, self.device)
         };

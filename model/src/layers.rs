@@ -91,7 +91,8 @@ impl Attention<'_> {
         let (q, k, v) = (qkv.f_select(0, 0)?, qkv.f_select(0, 1)?, qkv.f_select(0, 2)?);
         let q = q.f_mul_scalar((dim as f64).powf(-0.5))?;
         let scores = q.f_matmul(&k.f_transpose(-2, -1)?)?.f_to_kind(Kind::Float)?;
-        let weights = scores.f_add(&self.bias(positions)?)?.f_softmax(-1, Kind::Float)?.f_to_kind(x.f_kind()?)?;
+        let weights =
+            scores.f_add(&self.bias(positions)?)?.f_softmax(-1, Kind::Float)?.f_to_kind(x.f_kind()?)?;
         let mixed = weights.f_matmul(&v)?.f_transpose(1, 2)?.f_reshape([sequences * length, heads * dim])?;
         Ok(x.f_add(&project(&mixed, self.output)?)?)
     }
@@ -159,7 +160,8 @@ impl Gate {
         let total = top.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?.f_add_scalar(1e-9)?;
         let first = experts.f_select(1, 0)?;
         let tokens = x.size()[0].max(1) as f64;
-        let share = first.f_bincount::<Tensor>(None, experts_count)?.f_to_kind(Kind::Float)?.f_div_scalar(tokens)?;
+        let share =
+            first.f_bincount::<Tensor>(None, experts_count)?.f_to_kind(Kind::Float)?.f_div_scalar(tokens)?;
         let mean = probabilities.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
         let aux_loss = share.f_mul(&mean)?.f_sum(Kind::Float)?.f_mul_scalar(experts_count as f64)?;
         let z_loss = logits.f_logsumexp([-1i64].as_slice(), false)?.f_square()?.f_mean(Kind::Float)?;

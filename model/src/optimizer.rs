@@ -12,7 +12,13 @@ const ADAFACTOR_EPSILON: f64 = 1e-30;
 const ADAFACTOR_SCALE_MIN: f64 = 1e-3;
 
 /// Updates `slot` with `gradient`, which is consumed and already scaled to the mean over lanes and clipped.
-pub(crate) fn update(optimizer: &Optimizer, slot: &mut Slot, gradient: Tensor, step: Step, rate: f64) -> Result<()> {
+pub(crate) fn update(
+    optimizer: &Optimizer,
+    slot: &mut Slot,
+    gradient: Tensor,
+    step: Step,
+    rate: f64,
+) -> Result<()> {
     match *optimizer {
         Optimizer::Adafactor { beta2, clip_threshold, scale_by_parameter } => {
             adafactor(slot, &gradient, decay(beta2, step), clip_threshold, scale_by_parameter, rate)
@@ -38,7 +44,14 @@ fn root_mean_square(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Adafactor without a first moment (Shazeer and Stern, algorithms 4 and 5).
-fn adafactor(slot: &mut Slot, gradient: &Tensor, decay: f64, clip: f64, scale: bool, rate: f64) -> Result<()> {
+fn adafactor(
+    slot: &mut Slot,
+    gradient: &Tensor,
+    decay: f64,
+    clip: f64,
+    scale: bool,
+    rate: f64,
+) -> Result<()> {
     let squared = gradient.f_square()?.f_add_scalar(ADAFACTOR_EPSILON)?;
     let blend = |old: &mut Tensor, new: Tensor| -> Result<()> {
         let _ = old.f_mul_scalar_(decay)?.f_add_(&new.f_mul_scalar(1.0 - decay)?)?;
@@ -68,7 +81,13 @@ fn adafactor(slot: &mut Slot, gradient: &Tensor, decay: f64, clip: f64, scale: b
 }
 
 /// AdamW with bias correction; matrices decay, norms do not.
-fn adamw(slot: &mut Slot, gradient: &Tensor, step: Step, rate: f64, constants: (f64, f64, f64, f64)) -> Result<()> {
+fn adamw(
+    slot: &mut Slot,
+    gradient: &Tensor,
+    step: Step,
+    rate: f64,
+    constants: (f64, f64, f64, f64),
+) -> Result<()> {
     let (beta1, beta2, epsilon, weight_decay) = constants;
     let [(_, first), (_, second)] = slot.state.as_mut_slice() else {
         unreachable!("a slot of AdamW has two states");

@@ -19,7 +19,8 @@ fn tensor(values: &[f64], shape: &[i64]) -> Tensor {
 }
 
 fn slot(optimizer: &Optimizer, weights: &[f64], shape: &[i64]) -> Slot {
-    let zeros = |(name, shape): (&'static str, Vec<i64>)| (name, Tensor::zeros(&shape, (Kind::Float, Device::Cpu)));
+    let zeros =
+        |(name, shape): (&'static str, Vec<i64>)| (name, Tensor::zeros(&shape, (Kind::Float, Device::Cpu)));
     let state = state_shapes(optimizer, shape).into_iter().map(zeros).collect();
     Slot { name: "w", weight: tensor(weights, shape), state }
 }
@@ -32,7 +33,10 @@ fn assert_near(slot: &Slot, expected: &[f64], step: Step) {
     let ours: Vec<f32> = Vec::try_from(slot.weight.flatten(0, -1)).expect("floats");
     for (index, (ours, theirs)) in ours.iter().zip(expected).enumerate() {
         // f32 against f64 over a few dozen operations and ten steps.
-        assert!((f64::from(*ours) - theirs).abs() < 2e-6, "step {step}, number {index}: {ours} against {theirs}");
+        assert!(
+            (f64::from(*ours) - theirs).abs() < 2e-6,
+            "step {step}, number {index}: {ours} against {theirs}"
+        );
     }
 }
 
@@ -46,7 +50,8 @@ fn adafactor_on_a_matrix_equals_the_papers_algorithm() {
     let (mut row, mut column) = ([0.0; ROWS], [0.0; COLUMNS]);
     for step in 1..=10 {
         let gradient = draws(&mut stream, ROWS * COLUMNS);
-        update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.01).expect("a step");
+        update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.01)
+            .expect("a step");
         let t = step as i32;
         let beta = 0.99 * (1.0 - 0.99f64.powi(t - 1)) / (1.0 - 0.99f64.powi(t));
         for i in 0..ROWS {
@@ -96,7 +101,8 @@ fn adamw_equals_the_papers_algorithm() {
     let (mut first, mut second) = ([0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
     for step in 1..=10 {
         let gradient = draws(&mut stream, ROWS * COLUMNS);
-        update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.003).expect("a step");
+        update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.003)
+            .expect("a step");
         for n in 0..ROWS * COLUMNS {
             first[n] = 0.9 * first[n] + 0.1 * gradient[n];
             second[n] = 0.95 * second[n] + 0.05 * gradient[n] * gradient[n];

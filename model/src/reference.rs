@@ -42,7 +42,12 @@ impl Reference {
     ///
     /// # Errors
     /// When it does not fit the device, or asks for what only the actors' engine does: dropped tokens.
-    pub fn initial(architecture: &Architecture, training: &TrainingOptions, seed: u64, device: Device) -> Result<Self> {
+    pub fn initial(
+        architecture: &Architecture,
+        training: &TrainingOptions,
+        seed: u64,
+        device: Device,
+    ) -> Result<Self> {
         let shard = |id| Ok((id, Shard::initial(architecture, &training.optimizer, seed, id, device)?));
         let shards = architecture.shards().into_iter().map(shard).collect::<Result<_>>()?;
         Ok(Self { architecture: architecture.clone(), training: training.clone(), device, shards })
@@ -68,7 +73,8 @@ impl Reference {
 
     fn leaves(&self, train: bool) -> Result<Leaves> {
         let leaf = |t: &Tensor| -> Result<Tensor> { Ok(t.f_detach()?.f_set_requires_grad(train)?) };
-        let of = |shard: &Shard| shard.slots.iter().map(|slot| leaf(&slot.weight)).collect::<Result<Vec<_>>>();
+        let of =
+            |shard: &Shard| shard.slots.iter().map(|slot| leaf(&slot.weight)).collect::<Result<Vec<_>>>();
         self.shards.iter().map(|(&id, shard)| Ok((id, of(shard)?))).collect()
     }
 
@@ -97,7 +103,9 @@ impl Reference {
     fn mixture(&self, leaves: &Leaves, layer: u16, x: &Tensor) -> Result<(Tensor, Gate)> {
         let a = &self.architecture;
         if a.capacity != Capacity::Dropless || a.second_expert != SecondExpert::All {
-            return Err(Error::Input("the reference model knows only dropless gating that keeps both experts".into()));
+            return Err(Error::Input(
+                "the reference model knows only dropless gating that keeps both experts".into(),
+            ));
         }
         let router = &leaves[&ShardId::Router { layer }];
         let gate = Gate::forward(x, &router[0], &router[1])?;
@@ -110,7 +118,8 @@ impl Reference {
                 continue;
             }
             let weight = gate.weights.f_mul(&chosen.f_to_kind(Kind::Float)?)?;
-            let weight = weight.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Float)?.f_index_select(0, &tokens)?;
+            let weight =
+                weight.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Float)?.f_index_select(0, &tokens)?;
             let rows = gate.normed.f_index_select(0, &tokens)?;
             let inner = layers::activate(a.activation, &layers::project(&rows, &p[0])?)?;
             y = y.f_index_add(0, &tokens, &layers::project(&inner, &p[1])?.f_mul(&weight)?)?;
@@ -127,12 +136,14 @@ impl Reference {
         let leaves = self.leaves(train)?;
         let ids = |shift: usize| -> Result<Tensor> {
             let rows = tokens.chunks_exact(length + 1);
-            let ids: Vec<i64> = rows.flat_map(|row| row[shift..shift + length].iter().map(|&t| t.into())).collect();
+            let ids: Vec<i64> =
+                rows.flat_map(|row| row[shift..shift + length].iter().map(|&t| t.into())).collect();
             Ok(Tensor::f_from_slice(&ids)?.f_to_device(self.device)?)
         };
         let (x, gates) = self.forward(&leaves, &ids(0)?, length)?;
         let embedding = &leaves[&ShardId::Embedding];
-        let cross_entropy = layers::cross_entropy(&layers::logits(&x, &embedding[0], &embedding[1])?, &ids(1)?)?;
+        let cross_entropy =
+            layers::cross_entropy(&layers::logits(&x, &embedding[0], &embedding[1])?, &ids(1)?)?;
         let mut total = cross_entropy.shallow_clone();
         let mut aux_loss = 0.0;
         for gate in &gates {
@@ -225,16 +236,24 @@ impl Reference {
         Ok(tokens.split_off(prompt.len()))
     }
 
-    fn next_token(&self, leaves: &Leaves, window: &[u32], temperature: f64, stream: &mut Stream) -> Result<u32> {
+    fn next_token(
+        &self,
+        leaves: &Leaves,
+        window: &[u32],
+        temperature: f64,
+        stream: &mut Stream,
+    ) -> Result<u32> {
         let ids: Vec<i64> = window.iter().map(|&t| t.into()).collect();
-        let (x, _) = self.forward(leaves, &Tensor::f_from_slice(&ids)?.f_to_device(self.device)?, ids.len())?;
+        let (x, _) =
+            self.forward(leaves, &Tensor::f_from_slice(&ids)?.f_to_device(self.device)?, ids.len())?;
         let last = x.f_narrow(0, ids.len() as i64 - 1, 1)?;
         let embedding = &leaves[&ShardId::Embedding];
         let logits = layers::logits(&last, &embedding[0], &embedding[1])?.f_squeeze_dim(0)?;
         if temperature <= 0.0 {
             return Ok(logits.f_argmax(0, false)?.f_int64_value(&[])? as u32);
         }
-        let probabilities = logits.f_div_scalar(temperature)?.f_softmax(0, Kind::Double)?.f_to_device(Device::Cpu)?;
+        let probabilities =
+            logits.f_div_scalar(temperature)?.f_softmax(0, Kind::Double)?.f_to_device(Device::Cpu)?;
         let probabilities: Vec<f64> = Vec::try_from(probabilities)?;
         let mut left = stream.next_f64() * probabilities.iter().sum::<f64>();
         let drawn = probabilities.iter().position(|p| {

@@ -43,7 +43,10 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
     match shard {
         ShardId::Embedding => {
             let initial = Initial::Uniform(1.0 / (hidden as f64).sqrt());
-            vec![Parameter { name: "tokens", shape: vec![a.vocabulary as i64, hidden], initial }, norm("norm")]
+            vec![
+                Parameter { name: "tokens", shape: vec![a.vocabulary as i64, hidden], initial },
+                norm("norm"),
+            ]
         }
         ShardId::Dense { layer } => {
             let shape = vec![a.position_buckets as i64, a.heads as i64];
@@ -73,7 +76,9 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
 /// The names and shapes of the optimizer's state for one parameter.
 pub(crate) fn state_shapes(optimizer: &Optimizer, shape: &[i64]) -> Vec<(&'static str, Vec<i64>)> {
     match (optimizer, shape) {
-        (Optimizer::Adafactor { .. }, [rows, columns]) => vec![("row", vec![*rows]), ("column", vec![*columns])],
+        (Optimizer::Adafactor { .. }, [rows, columns]) => {
+            vec![("row", vec![*rows]), ("column", vec![*columns])]
+        }
         (Optimizer::Adafactor { .. }, _) => vec![("second", shape.to_vec())],
         (Optimizer::Adamw { .. }, _) => vec![("first", shape.to_vec()), ("second", shape.to_vec())],
     }
@@ -134,7 +139,8 @@ impl Shard {
         };
         let slots = parameters(a, shard).into_iter().enumerate().map(|(index, parameter)| {
             let path = [kind, layer.into(), expert.into(), index as u64];
-            let weight = first_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?.f_to_device(device)?;
+            let weight =
+                first_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?.f_to_device(device)?;
             let state = state_shapes(optimizer, &parameter.shape)
                 .into_iter()
                 .map(|(name, shape)| Ok((name, Tensor::f_zeros(&shape, (Kind::Float, device))?)))
@@ -184,7 +190,9 @@ impl Shard {
             return Err(Error::Stored { shard, reason });
         }
         let tensors = SafeTensors::deserialize(bytes)?;
-        let fetch = |name: &str, shape: &[i64]| read(&tensors, shard, name, shape)?.f_to_device(device).map_err(Error::from);
+        let fetch = |name: &str, shape: &[i64]| {
+            read(&tensors, shard, name, shape)?.f_to_device(device).map_err(Error::from)
+        };
         let slots = parameters(a, shard).into_iter().map(|parameter| {
             let weight = fetch(parameter.name, &parameter.shape)?;
             let state = state_shapes(optimizer, &parameter.shape)
@@ -198,7 +206,9 @@ impl Shard {
 }
 
 fn read(tensors: &SafeTensors<'_>, shard: ShardId, name: &str, shape: &[i64]) -> Result<Tensor> {
-    let view = tensors.tensor(name).map_err(|_| Error::Stored { shard, reason: format!("it has no tensor {name}") })?;
+    let view = tensors
+        .tensor(name)
+        .map_err(|_| Error::Stored { shard, reason: format!("it has no tensor {name}") })?;
     let found: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
     if view.dtype() != Dtype::F32 || found != shape {
         let reason = format!("{name} is {:?} {found:?}, and this model expects F32 {shape:?}", view.dtype());

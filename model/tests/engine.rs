@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
+use volary_core::ShardId;
 use volary_core::architecture::{Activation, Architecture, SecondExpert};
 use volary_core::compute::Compute;
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Update;
-use volary_core::ShardId;
+use volary_model::Glam;
 use volary_model::engine::{Gradient, Shard};
 use volary_model::reference::Reference;
-use volary_model::Glam;
 
 fn architecture() -> Architecture {
     Architecture {
@@ -163,10 +163,14 @@ fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
         assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
         for (id, theirs) in &reference.gradients {
             let Some(ours) = grads.get(id) else {
-                assert!(theirs.iter().all(|g| g.abs().sum(Kind::Float).double_value(&[]) == 0.0), "{id} has no gradient");
+                assert!(
+                    theirs.iter().all(|g| g.abs().sum(Kind::Float).double_value(&[]) == 0.0),
+                    "{id} has no gradient"
+                );
                 continue;
             };
-            for (index, (ours, theirs)) in Glam::gradient_bytes(ours).unwrap().iter().zip(theirs).enumerate() {
+            for (index, (ours, theirs)) in Glam::gradient_bytes(ours).unwrap().iter().zip(theirs).enumerate()
+            {
                 let error = relative_error(&floats(ours), &tensor_floats(theirs));
                 assert!(error < 2e-5, "seed {seed}, {id}, parameter {index}: relative error {error}");
             }
@@ -219,7 +223,8 @@ fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     // With no room for anybody the layer is the identity.
     let g = &hand.glam;
     let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, test_device()));
-    let gated = g.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
+    let gated =
+        g.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
     let none = [-1i64; 6];
     let empty = Dispatch::new([&none, &none], a.experts, Capacity::Dropless);
     let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
@@ -233,7 +238,10 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
     let (a, t) = (architecture(), training());
     let hand = Hand::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, test_device()));
-    let gated = hand.glam.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
+    let gated = hand
+        .glam
+        .gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true)
+        .unwrap();
     let outputs = vec![gated.rows.shallow_clone()];
     let dispatch = gated.dispatch.clone();
     let (y, _) = hand.glam.combine(&dispatch, gated.saved, outputs).unwrap();
@@ -337,7 +345,11 @@ fn products_are_the_same_bits_at_any_alignment_row_count_and_order() {
                 view
             };
             let bits = |v: &[f32]| v.iter().map(|f| f.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&tensor_floats(&shifted(&x).matmul(&shifted(&w)))), bits(&expected), "offset {offset}");
+            assert_eq!(
+                bits(&tensor_floats(&shifted(&x).matmul(&shifted(&w)))),
+                bits(&expected),
+                "offset {offset}"
+            );
         }
     }
 }

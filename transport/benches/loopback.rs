@@ -25,7 +25,10 @@ fn main() {
         values[values.len() / 2]
     };
     let (ours, bare) = (median(&mut ours), median(&mut bare));
-    println!("median: frames {ours:.2} GB/s, bare quinn {bare:.2} GB/s, ratio {:.2} (at least 0.8)", ours / bare);
+    println!(
+        "median: frames {ours:.2} GB/s, bare quinn {bare:.2} GB/s, ratio {:.2} (at least 0.8)",
+        ours / bare
+    );
 }
 
 /// One uni-stream per MiB between two endpoints on threads of their own, nothing but quinn.
@@ -74,7 +77,8 @@ fn bare_quinn() -> f64 {
     let start = Instant::now();
     block_on(async {
         let endpoint = endpoint(None);
-        let connection = endpoint.connect_with(client, address, "bare.volary").expect("an address").await.expect("a peer");
+        let connection =
+            endpoint.connect_with(client, address, "bare.volary").expect("an address").await.expect("a peer");
         let data = Bytes::from(vec![7; FRAME]);
         for _ in 0..TOTAL / FRAME {
             let mut stream = connection.open_uni().await.expect("a stream");

@@ -6,7 +6,11 @@ use quinn::{RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub(crate) async fn write_message<T: Serialize>(send: &mut SendStream, message: &T, most: usize) -> Result<()> {
+pub(crate) async fn write_message<T: Serialize>(
+    send: &mut SendStream,
+    message: &T,
+    most: usize,
+) -> Result<()> {
     let body = postcard::to_stdvec(message).map_err(|e| Error::malformed("message", e.to_string()))?;
     if body.len() > most {
         return Err(Error::malformed("message", format!("{} bytes, at most {most}", body.len())));
@@ -17,7 +21,10 @@ pub(crate) async fn write_message<T: Serialize>(send: &mut SendStream, message: 
 }
 
 /// The next message, or `None` when the peer has ended the stream between two.
-pub(crate) async fn read_message<T: DeserializeOwned>(receive: &mut RecvStream, most: usize) -> Result<Option<T>> {
+pub(crate) async fn read_message<T: DeserializeOwned>(
+    receive: &mut RecvStream,
+    most: usize,
+) -> Result<Option<T>> {
     let mut length = [0; 4];
     match receive.read_exact(&mut length).await {
         Ok(()) => {}

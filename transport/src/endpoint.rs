@@ -59,7 +59,8 @@ pub struct Accepted {
 impl Accepted {
     /// Says no.
     pub async fn refuse(mut self, reason: &str) {
-        let told = write_message(&mut self.control.0.stream, &Answer::Refused(reason.into()), HELLO_BYTES_MAX).await;
+        let told =
+            write_message(&mut self.control.0.stream, &Answer::Refused(reason.into()), HELLO_BYTES_MAX).await;
         if told.is_ok() {
             // The reason must arrive before the connection is gone.
             drop(tokio::time::timeout(HANDSHAKE_MAX, self.control.0.finish()).await);
@@ -98,7 +99,12 @@ impl Endpoint {
     ///
     /// # Errors
     /// When the address is in use or not this machine's, or the identity is damaged.
-    pub fn bind(address: SocketAddr, identity: Identity, admit: Admit, options: &TransportOptions) -> Result<Self> {
+    pub fn bind(
+        address: SocketAddr,
+        identity: Identity,
+        admit: Admit,
+        options: &TransportOptions,
+    ) -> Result<Self> {
         let server = tls::server(&identity, admit)?;
         Self::open(address, Some((identity, server)), options)
     }
@@ -158,7 +164,15 @@ impl Endpoint {
         let started: std::result::Result<_, std::io::Error> =
             wait.recv().map_err(|_| failed(&"its thread did not start"))?;
         let (quinn, runtime) = started.map_err(|e| failed(&e))?;
-        let shared = Shared { quinn, runtime, identity, transport, local, incoming: Mutex::new(incoming), _alive: alive };
+        let shared = Shared {
+            quinn,
+            runtime,
+            identity,
+            transport,
+            local,
+            incoming: Mutex::new(incoming),
+            _alive: alive,
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -203,10 +217,14 @@ impl Endpoint {
     ///
     /// # Errors
     /// As [`Endpoint::connect`].
-    pub async fn connect_supervisor(&self, address: SocketAddr) -> Result<(Link, ControlSender, ControlReceiver)> {
+    pub async fn connect_supervisor(
+        &self,
+        address: SocketAddr,
+    ) -> Result<(Link, ControlSender, ControlReceiver)> {
         let own = self.own_name()?;
         let config = tls::client(self.identity()?)?;
-        let (connection, _, control) = self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
+        let (connection, _, control) =
+            self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
         Ok((Link::new(connection, SUPERVISOR.into()), control.0, control.1))
     }
 
@@ -214,7 +232,11 @@ impl Endpoint {
     ///
     /// # Errors
     /// When it is not there, or the token is no good.
-    pub async fn operate(&self, address: SocketAddr, token: &Token) -> Result<(Link, ControlSender, ControlReceiver)> {
+    pub async fn operate(
+        &self,
+        address: SocketAddr,
+        token: &Token,
+    ) -> Result<(Link, ControlSender, ControlReceiver)> {
         let config = tls::pinned(token.fingerprint())?;
         let role = Role::Operator { token: token.reveal() };
         let (connection, _, control) = self.dial(address, SUPERVISOR, config, role).await?;
@@ -271,13 +293,20 @@ impl Endpoint {
 ///
 /// # Errors
 /// When the supervisor is not there, is another cluster's, or refuses.
-pub async fn join(address: SocketAddr, token: &Token, name: Option<String>, options: &TransportOptions) -> Result<Identity> {
+pub async fn join(
+    address: SocketAddr,
+    token: &Token,
+    name: Option<String>,
+    options: &TransportOptions,
+) -> Result<Identity> {
     let endpoint = Endpoint::dial_only(address, options)?;
     let request = KeyRequest::new()?;
     let role = Role::Join { token: token.reveal(), request: request.der().to_vec(), name };
     let config = tls::pinned(token.fingerprint())?;
     match endpoint.dial(address, SUPERVISOR, config, role).await? {
-        (_, Answer::Certificate { name, certificate, ca }, _) => Ok(request.into_identity(&name, certificate, ca)),
+        (_, Answer::Certificate { name, certificate, ca }, _) => {
+            Ok(request.into_identity(&name, certificate, ca))
+        }
         _ => Err(Error::malformed("handshake", "the supervisor gave no certificate")),
     }
 }
@@ -318,7 +347,8 @@ pub(crate) fn udp_socket(address: SocketAddr, loopback: bool) -> Result<UdpSocke
 
 pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Result<quinn::TransportConfig> {
     let mut config = quinn::TransportConfig::default();
-    let idle = quinn::IdleTimeout::try_from(Duration::from_millis(options.idle_timeout_ms)).map_err(Error::identity)?;
+    let idle = quinn::IdleTimeout::try_from(Duration::from_millis(options.idle_timeout_ms))
+        .map_err(Error::identity)?;
     let mut cubic = quinn::congestion::CubicConfig::default();
     cubic.initial_window(INITIAL_WINDOW);
     config
@@ -372,7 +402,14 @@ async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
     let (role, verdict) = match heard {
         Ok(role) => {
             let proven = proves_its_name(&connection, &role);
-            (role, if proven { Ok(()) } else { Err(Error::Refused("the certificate does not prove the name".into())) })
+            (
+                role,
+                if proven {
+                    Ok(())
+                } else {
+                    Err(Error::Refused("the certificate does not prove the name".into()))
+                },
+            )
         }
         Err(error) => (Role::Operator { token: String::new() }, Err(error)),
     };
@@ -394,7 +431,8 @@ async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
 fn proves_its_name(connection: &Connection, role: &Role) -> bool {
     let (Role::Node { name } | Role::Peer { name }) = role else { return true };
     let identity = connection.peer_identity();
-    let chain = identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
+    let chain =
+        identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
     chain.and_then(|chain| chain.first().map(|certificate| tls::is_named(certificate, name))).unwrap_or(false)
 }
 

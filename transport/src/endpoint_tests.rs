@@ -18,7 +18,8 @@ async fn another_version_is_refused_with_both_versions_named() {
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
     let config = tls::client(left.identity().unwrap()).unwrap();
     let role = Role::Peer { name: "left".into() };
-    let error = left.dial_as(right.local_addr(), "right", config, role, PROTOCOL + 1).await.unwrap_err().to_string();
+    let error =
+        left.dial_as(right.local_addr(), "right", config, role, PROTOCOL + 1).await.unwrap_err().to_string();
     assert!(error.contains("protocol 1)") && error.contains("protocol 2)"), "{error}");
 }
 
@@ -28,7 +29,8 @@ async fn a_name_that_the_certificate_does_not_prove_is_refused() {
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
     let config = tls::client(left.identity().unwrap()).unwrap();
     let role = Role::Peer { name: "somebody-else".into() };
-    let error = left.dial_as(right.local_addr(), "right", config, role, PROTOCOL).await.unwrap_err().to_string();
+    let error =
+        left.dial_as(right.local_addr(), "right", config, role, PROTOCOL).await.unwrap_err().to_string();
     assert!(error.contains("does not prove the name"), "{error}");
 }
 

@@ -156,7 +156,10 @@ pub struct Frame {
 
 /// The number of bytes that a shape takes, if it is within the bounds.
 fn shape_bytes(dtype: Dtype, shape: &[u64]) -> Option<u64> {
-    shape.iter().try_fold(dtype.size(), |bytes, &n| bytes.checked_mul(n)).filter(|&bytes| bytes <= PART_BYTES_MAX)
+    shape
+        .iter()
+        .try_fold(dtype.size(), |bytes, &n| bytes.checked_mul(n))
+        .filter(|&bytes| bytes <= PART_BYTES_MAX)
 }
 
 impl Frame {
@@ -167,9 +170,14 @@ impl Frame {
     pub fn encode(&self) -> Result<Vec<Bytes>> {
         let too_much = |what: String| Error::malformed("frame", what);
         if self.meta.len() > META_BYTES_MAX || self.parts.len() > PARTS_MAX {
-            return Err(too_much(format!("{} bytes of words, {} tensors", self.meta.len(), self.parts.len())));
+            return Err(too_much(format!(
+                "{} bytes of words, {} tensors",
+                self.meta.len(),
+                self.parts.len()
+            )));
         }
-        let mut head = BytesMut::with_capacity(FIXED + self.meta.len() + self.parts.len() * (10 + 8 * RANK_MAX));
+        let mut head =
+            BytesMut::with_capacity(FIXED + self.meta.len() + self.parts.len() * (10 + 8 * RANK_MAX));
         head.put_slice(MAGIC);
         head.put_u8(VERSION);
         head.put_u8(self.kind as u8);
@@ -186,7 +194,11 @@ impl Frame {
         for part in &self.parts {
             let bytes = shape_bytes(part.dtype, &part.shape).filter(|&bytes| bytes == part.data.len() as u64);
             if bytes.is_none() || part.shape.len() > RANK_MAX {
-                return Err(too_much(format!("{} bytes for a tensor of shape {:?}", part.data.len(), part.shape)));
+                return Err(too_much(format!(
+                    "{} bytes for a tensor of shape {:?}",
+                    part.data.len(),
+                    part.shape
+                )));
             }
             total += part.data.len() as u64;
             head.put_u8(part.dtype as u8);

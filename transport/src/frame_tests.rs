@@ -8,8 +8,11 @@ fn part() -> impl Strategy<Value = Part> {
     let dtype = proptest::sample::select(Dtype::ALL.to_vec());
     (dtype, proptest::collection::vec(0u64..5, 0..4)).prop_flat_map(|(dtype, shape)| {
         let bytes = shape_bytes(dtype, &shape).unwrap() as usize;
-        proptest::collection::vec(any::<u8>(), bytes)
-            .prop_map(move |data| Part { dtype, shape: shape.clone(), data: data.into() })
+        proptest::collection::vec(any::<u8>(), bytes).prop_map(move |data| Part {
+            dtype,
+            shape: shape.clone(),
+            data: data.into(),
+        })
     })
 }
 
@@ -58,9 +61,20 @@ proptest! {
 }
 
 fn small() -> Frame {
-    let part = Part { dtype: Dtype::F32, shape: vec![1, 2], data: Bytes::from_static(&[0, 0, 128, 63, 0, 0, 0, 64]) };
+    let part = Part {
+        dtype: Dtype::F32,
+        shape: vec![1, 2],
+        data: Bytes::from_static(&[0, 0, 128, 63, 0, 0, 0, 64]),
+    };
     let trace = TraceContext { trace_id: [1; 16], span_id: [2; 8], flags: 1 };
-    Frame { kind: Kind::Forward, epoch: 3, step: 4, trace, meta: Bytes::from_static(b"hi"), parts: vec![part] }
+    Frame {
+        kind: Kind::Forward,
+        epoch: 3,
+        step: 4,
+        trace,
+        meta: Bytes::from_static(b"hi"),
+        parts: vec![part],
+    }
 }
 
 /// The layout is a contract between versions: a change here needs a new layout version.

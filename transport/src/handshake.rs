@@ -68,7 +68,12 @@ pub enum Answer {
 }
 
 /// Says hello and reads the answer; a refusal is an error.
-pub(crate) async fn greet(send: &mut SendStream, receive: &mut RecvStream, role: &Role, protocol: u16) -> Result<Answer> {
+pub(crate) async fn greet(
+    send: &mut SendStream,
+    receive: &mut RecvStream,
+    role: &Role,
+    protocol: u16,
+) -> Result<Answer> {
     let role = postcard::to_stdvec(role).map_err(|e| Error::malformed("handshake", e.to_string()))?;
     let hello = Hello { protocol, version: env!("CARGO_PKG_VERSION").into(), role };
     write_message(send, &hello, HELLO_BYTES_MAX).await?;

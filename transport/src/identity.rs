@@ -6,8 +6,8 @@
 use crate::error::{Error, Result};
 use crate::limits::NAME_MAX;
 use rcgen::{
-    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose,
+    BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
+    IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::fmt;
@@ -60,7 +60,9 @@ impl Authority {
     /// When the folder cannot be written, or holds a damaged authority.
     pub fn load_or_create(folder: &Path) -> Result<Self> {
         let (certificate, key) = (folder.join("ca.der"), folder.join("ca.key"));
-        let read = |path: &Path| std::fs::read(path).map_err(|e| Error::identity(format!("{}: {e}", path.display())));
+        let read = |path: &Path| {
+            std::fs::read(path).map_err(|e| Error::identity(format!("{}: {e}", path.display())))
+        };
         if certificate.exists() && key.exists() {
             let pem = String::from_utf8(read(&key)?).map_err(Error::identity)?;
             let key = KeyPair::from_pem(&pem).map_err(Error::identity)?;
@@ -94,7 +96,8 @@ impl Authority {
     /// When the request is malformed or the name cannot stand in a certificate.
     pub fn issue(&self, request: &[u8], name: &str) -> Result<Vec<u8>> {
         check_name(name)?;
-        let csr = CertificateSigningRequestParams::from_der(&request.to_vec().into()).map_err(Error::identity)?;
+        let csr =
+            CertificateSigningRequestParams::from_der(&request.to_vec().into()).map_err(Error::identity)?;
         // Only the key is taken from the request: what it asks for beside that is not its to choose.
         let issuer = Issuer::new(authority_params()?, &self.key);
         let issued = node_params(name)?.signed_by(&csr.public_key, &issuer).map_err(Error::identity)?;
@@ -130,7 +133,8 @@ fn authority_params() -> Result<CertificateParams> {
 fn node_params(name: &str) -> Result<CertificateParams> {
     let mut params = CertificateParams::new(vec![dns_name(name)]).map_err(Error::identity)?;
     params.distinguished_name.push(DnType::CommonName, name);
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+    params.extended_key_usages =
+        vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
     lifetime(&mut params, 1);
     Ok(params)
 }
@@ -156,7 +160,8 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
     }
     let temporary = path.with_extension("new");
     let mut options = std::fs::OpenOptions::new();
-    let mut file = options.create(true).truncate(true).write(true).mode(0o600).open(&temporary).map_err(failed)?;
+    let mut file =
+        options.create(true).truncate(true).write(true).mode(0o600).open(&temporary).map_err(failed)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     std::fs::rename(&temporary, path).map_err(failed)
 }
@@ -188,7 +193,12 @@ impl KeyRequest {
     /// The identity that the key makes with its certificate.
     #[must_use]
     pub fn into_identity(self, name: &str, certificate: Vec<u8>, ca: Vec<u8>) -> Identity {
-        Identity { name: name.to_owned(), certificate: certificate.into(), key: self.key.serialize_der(), ca: ca.into() }
+        Identity {
+            name: name.to_owned(),
+            certificate: certificate.into(),
+            key: self.key.serialize_der(),
+            ca: ca.into(),
+        }
     }
 }
 

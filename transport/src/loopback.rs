@@ -22,7 +22,14 @@ pub struct LoopbackReport {
 #[must_use]
 pub fn probe_frame(bytes: usize) -> Frame {
     let part = Part { dtype: Dtype::U8, shape: vec![bytes as u64], data: Bytes::from(vec![7; bytes]) };
-    Frame { kind: Kind::Probe, epoch: 0, step: 0, trace: TraceContext::default(), meta: Bytes::new(), parts: vec![part] }
+    Frame {
+        kind: Kind::Probe,
+        epoch: 0,
+        step: 0,
+        trace: TraceContext::default(),
+        meta: Bytes::new(),
+        parts: vec![part],
+    }
 }
 
 /// Sends about `total_bytes` in frames of `frame_bytes` between two endpoints of this process.
@@ -32,12 +39,15 @@ pub fn probe_frame(bytes: usize) -> Frame {
 pub async fn measure_loopback(total_bytes: usize, frame_bytes: usize) -> Result<LoopbackReport> {
     let authority = Authority::create()?;
     let options = TransportOptions { idle_timeout_ms: 10_000, ..TransportOptions::default() };
-    let end = |name: &str| Endpoint::bind(([127, 0, 0, 1], 0).into(), authority.identity(name)?, Admit::Certified, &options);
+    let end = |name: &str| {
+        Endpoint::bind(([127, 0, 0, 1], 0).into(), authority.identity(name)?, Admit::Certified, &options)
+    };
     let (left, right) = (end("left")?, end("right")?);
     let accept = right.clone();
     let accepting = tokio::spawn(async move { accept.accept_peer().await });
     let link = left.connect(right.local_addr(), "right").await?;
-    let other = accepting.await.ok().flatten().ok_or_else(|| Error::connection("right", "it did not accept"))?;
+    let other =
+        accepting.await.ok().flatten().ok_or_else(|| Error::connection("right", "it did not accept"))?;
     let frames = total_bytes.div_ceil(frame_bytes);
     let mut inbound = other.serve();
     let receiver = tokio::spawn(async move {

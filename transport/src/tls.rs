@@ -79,7 +79,9 @@ fn finish(mut config: rustls::ClientConfig) -> Result<quinn::ClientConfig> {
 
 /// Whether a certificate is `name`'s.
 pub(crate) fn is_named(certificate: &CertificateDer<'_>, name: &str) -> bool {
-    let (Ok(parsed), Ok(server)) = (ParsedCertificate::try_from(certificate), ServerName::try_from(dns_name(name))) else {
+    let (Ok(parsed), Ok(server)) =
+        (ParsedCertificate::try_from(certificate), ServerName::try_from(dns_name(name)))
+    else {
         return false;
     };
     rustls::client::verify_server_name(&parsed, &server).is_ok()
@@ -102,7 +104,9 @@ impl ServerCertVerifier for Pinned {
     ) -> std::result::Result<ServerCertVerified, rustls::Error> {
         let authority = intermediates.iter().find(|certificate| fingerprint(certificate) == self.authority);
         let authority = authority.ok_or_else(|| {
-            rustls::Error::General("the token is for another cluster: its authority is not this supervisor's".into())
+            rustls::Error::General(
+                "the token is for another cluster: its authority is not this supervisor's".into(),
+            )
         })?;
         let mut roots = RootCertStore::empty();
         roots.add(authority.clone().into_owned())?;

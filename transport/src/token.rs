@@ -82,7 +82,10 @@ impl Token {
     ) -> crate::Result<(Self, TokenRecord)> {
         let mut random = [0; 40];
         let provider = rustls::crypto::ring::default_provider();
-        provider.secure_random.fill(&mut random).map_err(|_| crate::Error::identity("this machine has no randomness"))?;
+        provider
+            .secure_random
+            .fill(&mut random)
+            .map_err(|_| crate::Error::identity("this machine has no randomness"))?;
         let mut secret = [0; 32];
         secret.copy_from_slice(&random[8..]);
         let id = hex(&random[..8]);

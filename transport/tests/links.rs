@@ -6,8 +6,8 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 use volary_transport::loopback::probe_frame;
 use volary_transport::{
-    Admit, Authority, Dtype, Endpoint, Frame, Kind, Link, Part, Role, Token, TokenRole, TraceContext, TransportOptions,
-    join,
+    Admit, Authority, Dtype, Endpoint, Frame, Kind, Link, Part, Role, Token, TokenRole, TraceContext,
+    TransportOptions, join,
 };
 
 const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
@@ -29,15 +29,22 @@ async fn pair(authority: &Authority) -> (Link, Link, Endpoint, Endpoint) {
 }
 
 /// A supervisor that lets in whoever holds `token`.
-fn supervisor(authority: &Authority, record: volary_transport::TokenRecord, now: u64) -> (Endpoint, SocketAddr) {
-    let endpoint = Endpoint::bind(ANY.into(), authority.identity("supervisor").unwrap(), Admit::Anybody, &options()).unwrap();
+fn supervisor(
+    authority: &Authority,
+    record: volary_transport::TokenRecord,
+    now: u64,
+) -> (Endpoint, SocketAddr) {
+    let endpoint =
+        Endpoint::bind(ANY.into(), authority.identity("supervisor").unwrap(), Admit::Anybody, &options())
+            .unwrap();
     let (door, address) = (endpoint.clone(), endpoint.local_addr());
     let ca = authority.certificate().to_vec();
     tokio::spawn(async move {
         while let Some(accepted) = door.accept().await {
             match accepted.role.clone() {
                 Role::Join { token, .. } => {
-                    let verdict = token.parse::<Token>().and_then(|token| record.verify(&token, TokenRole::Node, now));
+                    let verdict =
+                        token.parse::<Token>().and_then(|token| record.verify(&token, TokenRole::Node, now));
                     match verdict {
                         Ok(()) => accepted.certify("node-1".into(), vec![1, 2, 3], ca.clone()).await.unwrap(),
                         Err(error) => accepted.refuse(&error.to_string()).await,
@@ -90,7 +97,13 @@ async fn nodes_need_a_certificate_of_the_same_authority_and_their_own_name() {
     let (authority, other) = (Authority::create().unwrap(), Authority::create().unwrap());
     let right = node(&authority, "right");
     let accepting = right.clone();
-    tokio::spawn(async move { while accepting.accept_peer().await.is_some() {} });
+    tokio::spawn(async move {
+        // Kept, since a link ends with its last handle.
+        let mut links = Vec::new();
+        while let Some(link) = accepting.accept_peer().await {
+            links.push(link);
+        }
+    });
     assert!(node(&other, "left").connect(right.local_addr(), "right").await.is_err(), "another authority");
     assert!(node(&authority, "left").connect(right.local_addr(), "middle").await.is_err(), "another name");
     let (token, _) = Token::mint(authority.fingerprint(), TokenRole::Operator, 0, None).unwrap();
@@ -104,7 +117,8 @@ async fn the_supervisor_hears_only_nodes_that_prove_their_names() {
     let authority = Authority::create().unwrap();
     let (_, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
     let (_endpoint, address) = supervisor(&authority, record, 0);
-    let (_link, mut sender, mut receiver) = node(&authority, "a").connect_supervisor(address).await.unwrap();
+    let endpoint = node(&authority, "a");
+    let (_link, mut sender, mut receiver) = endpoint.connect_supervisor(address).await.unwrap();
     sender.send(&"hello".to_owned()).await.unwrap();
     assert_eq!(receiver.recv::<String>().await.unwrap().as_deref(), Some("hello"));
 }
@@ -175,7 +189,8 @@ async fn a_peer_that_is_gone_is_noticed() {
 async fn an_address_in_use_is_named() {
     let authority = Authority::create().unwrap();
     let first = node(&authority, "first");
-    let again = Endpoint::bind(first.local_addr(), authority.identity("b").unwrap(), Admit::Certified, &options());
+    let again =
+        Endpoint::bind(first.local_addr(), authority.identity("b").unwrap(), Admit::Certified, &options());
     let error = again.unwrap_err().to_string();
     assert!(error.contains(&first.local_addr().to_string()) && error.contains("in use"), "{error}");
 }

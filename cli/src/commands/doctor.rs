@@ -79,14 +79,18 @@ fn devices() {
 
 /// Name and memory of a GPU, from the driver's own tool.
 fn gpu(index: usize) -> String {
-    let query = ["--query-gpu=name,memory.total", "--format=csv,noheader", "-i", &index.to_string()].map(str::to_owned);
+    let query = ["--query-gpu=name,memory.total", "--format=csv,noheader", "-i", &index.to_string()]
+        .map(str::to_owned);
     let output = std::process::Command::new("nvidia-smi").args(query).output();
-    output.map_or_else(|_| "present".into(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    output
+        .map_or_else(|_| "present".into(), |output| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn udp(mend: &mut Vec<String>) {
-    let read = |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
-    for (name, path) in [("receive", "/proc/sys/net/core/rmem_max"), ("send", "/proc/sys/net/core/wmem_max")] {
+    let read =
+        |path: &str| std::fs::read_to_string(path).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    for (name, path) in [("receive", "/proc/sys/net/core/rmem_max"), ("send", "/proc/sys/net/core/wmem_max")]
+    {
         let Some(limit) = read(path) else { continue };
         println!("UDP {name:<11} buffers up to {}", bytes(limit));
         if limit < UDP_BUFFER {
@@ -98,7 +102,9 @@ fn udp(mend: &mut Vec<String>) {
         Some(mtu) => {
             println!("loopback MTU    {mtu}");
             if mtu < 65_536 {
-                mend.push(format!("the loopback MTU is {mtu}: ip link set lo mtu 65536 makes local links three times faster"));
+                mend.push(format!(
+                    "the loopback MTU is {mtu}: ip link set lo mtu 65536 makes local links three times faster"
+                ));
             }
         }
         None => println!("loopback MTU    unknown"),

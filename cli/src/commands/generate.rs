@@ -50,7 +50,15 @@ fn temperature(text: &str) -> Result<f64, String> {
 /// # Errors
 /// When there is no such run or checkpoint, or the tokenizer does not fit it.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let text = continue_prompt(&args.run, args.step, &args.prompt, args.max_tokens, args.temperature, args.seed, &args.device)?;
+    let text = continue_prompt(
+        &args.run,
+        args.step,
+        &args.prompt,
+        args.max_tokens,
+        args.temperature,
+        args.seed,
+        &args.device,
+    )?;
     println!("{}{text}", args.prompt);
     Ok(())
 }

@@ -40,7 +40,8 @@ pub struct StatusArgs {
 /// Asks a supervisor.
 fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<OperatorReply> {
     let token = rundir::read_token(args.token_file.as_deref())?;
-    let target = rundir::target(args.dir.as_deref(), args.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
+    let target =
+        rundir::target(args.dir.as_deref(), args.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(volary_actors::operate(target.address, &target.token, request))?)
 }
@@ -97,14 +98,22 @@ pub fn status(args: StatusArgs) -> anyhow::Result<()> {
 /// The status as JSON, with events as objects.
 fn json(status: &Status) -> anyhow::Result<String> {
     let mut value = serde_json::to_value(status)?;
-    let events: Vec<serde_json::Value> = status.events.iter().filter_map(|e| serde_json::from_str(e).ok()).collect();
+    let events: Vec<serde_json::Value> =
+        status.events.iter().filter_map(|e| serde_json::from_str(e).ok()).collect();
     value["events"] = events.into();
     Ok(serde_json::to_string_pretty(&value)?)
 }
 
 fn print(status: &Status) {
     let activity = serde_json::to_value(status.activity).map(|v| v.as_str().unwrap_or_default().to_owned());
-    println!("{}: {}, step {} of {}, epoch {}", status.run, activity.unwrap_or_default(), status.step, status.steps, status.epoch);
+    println!(
+        "{}: {}, step {} of {}, epoch {}",
+        status.run,
+        activity.unwrap_or_default(),
+        status.step,
+        status.steps,
+        status.epoch
+    );
     if let (Some(loss), Some(speed)) = (status.loss, status.tokens_per_second) {
         println!("  loss {loss:.4}, {speed:.0} tokens/s");
     }

@@ -73,7 +73,12 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let plan = match (&args.config, &args.preset) {
         (Some(path), _) => {
             let config = Config::load(path, &args.set)?;
-            Plan::new(&config.run.name, &config.model, &config.training.optimizer, config.training.sequence_length)
+            Plan::new(
+                &config.run.name,
+                &config.model,
+                &config.training.optimizer,
+                config.training.sequence_length,
+            )
         }
         (None, name) => of_preset(name.as_deref().unwrap_or_default())?,
     };
@@ -88,7 +93,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 fn of_preset(name: &str) -> anyhow::Result<Plan> {
     let all = presets();
     let names: Vec<&str> = all.iter().map(|preset| preset.name).collect();
-    let Some(Preset { architecture, paper_parameters, paper_activated, .. }) = all.iter().find(|p| p.name == name) else {
+    let Some(Preset { architecture, paper_parameters, paper_activated, .. }) =
+        all.iter().find(|p| p.name == name)
+    else {
         anyhow::bail!("--preset {name}: expected one of {}", names.join(", "));
     };
     let mut plan = Plan::new(name, architecture, &Optimizer::default(), 1024);
@@ -133,13 +140,26 @@ impl Plan {
 
     fn print(&self) {
         let paper = |of: fn(&Paper) -> &'static str| {
-            self.paper.as_ref().map_or_else(String::new, |paper| format!("   (the paper prints {})", of(paper)))
+            self.paper
+                .as_ref()
+                .map_or_else(String::new, |paper| format!("   (the paper prints {})", of(paper)))
         };
         println!("{}", self.name);
         println!("  parameters            {:>10}{}", short(self.parameters), paper(|p| p.parameters));
-        println!("  activated per token   {:>10}{}", short(self.activated_parameters), paper(|p| p.activated_parameters));
-        println!("  FLOPs per token       {:>10}   forward, sequences of {}", short(self.flops_per_token), self.sequence_length);
-        println!("                        {:>10}   forward and backward", short(self.training_flops_per_token));
+        println!(
+            "  activated per token   {:>10}{}",
+            short(self.activated_parameters),
+            paper(|p| p.activated_parameters)
+        );
+        println!(
+            "  FLOPs per token       {:>10}   forward, sequences of {}",
+            short(self.flops_per_token),
+            self.sequence_length
+        );
+        println!(
+            "                        {:>10}   forward and backward",
+            short(self.training_flops_per_token)
+        );
         println!("  state, one copy       {:>10}", bytes(self.state_bytes));
         println!("  shards");
         for kind in &self.shards {

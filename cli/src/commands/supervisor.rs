@@ -104,7 +104,10 @@ fn serve(config: &Config, dir: &RunDir, listen: std::net::SocketAddr) -> anyhow:
         let supervisor = Supervisor::start(options, dataset).await?;
         let address = supervisor.address().to_string();
         eprintln!("listening on {address}");
-        rundir::write_contact(dir, &Contact { run: config.run.name.clone(), pid: std::process::id(), address })?;
+        rundir::write_contact(
+            dir,
+            &Contact { run: config.run.name.clone(), pid: std::process::id(), address },
+        )?;
         Ok(supervisor.ended().await)
     })
 }

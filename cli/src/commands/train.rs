@@ -7,8 +7,8 @@ use crate::progress::{Display, Seen, Tail, validations};
 use crate::rundir;
 use anyhow::{Context, bail};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use volary_data::Stage;
 use volary_storage::RunDir;
@@ -92,7 +92,10 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir)> {
             dir
         }
         Some(path) if path.join("config.toml").exists() => {
-            bail!("{} holds a run already: add --resume to go on with it, or choose another --dir", path.display());
+            bail!(
+                "{} holds a run already: add --resume to go on with it, or choose another --dir",
+                path.display()
+            );
         }
         Some(path) => RunDir::create(path)?,
         None => rundir::fresh(&config.run.name)?,
@@ -107,7 +110,8 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir)> {
             );
         }
     }
-    std::fs::write(dir.config(), toml::to_string(&config)?).with_context(|| dir.config().display().to_string())?;
+    std::fs::write(dir.config(), toml::to_string(&config)?)
+        .with_context(|| dir.config().display().to_string())?;
     Ok((config, dir))
 }
 
@@ -152,7 +156,13 @@ impl Cluster {
         let node = |number: usize| {
             let name = format!("node-{number}");
             let mut words = list(&["-v", "node", "--tethered", "--join", &address, "--name", &name]);
-            words.extend(list(&["--device", &args.device, "--threads", &threads.to_string(), "--token-file"]));
+            words.extend(list(&[
+                "--device",
+                &args.device,
+                "--threads",
+                &threads.to_string(),
+                "--token-file",
+            ]));
             words.push(path(rundir::node_token(dir)));
             Process::start(&name, &logs, &words)
         };
@@ -178,7 +188,11 @@ fn wait_for_address(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<St
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-    bail!("the supervisor did not listen within {} s; its log is {}", LISTEN_MAX.as_secs(), supervisor.log.display())
+    bail!(
+        "the supervisor did not listen within {} s; its log is {}",
+        LISTEN_MAX.as_secs(),
+        supervisor.log.display()
+    )
 }
 
 /// What a process said last, without the program's name in front.
@@ -229,7 +243,10 @@ fn follow(cluster: &mut Cluster, dir: &RunDir, mut display: Display) -> anyhow::
         if dead.iter().all(|dead| *dead) && cluster.supervisor.ended().is_none() {
             std::thread::sleep(Duration::from_secs(1));
             if cluster.supervisor.ended().is_none() {
-                bail!("all nodes are gone; the run can go on with --resume. The last words: {}", reason(&cluster.nodes[0]));
+                bail!(
+                    "all nodes are gone; the run can go on with --resume. The last words: {}",
+                    reason(&cluster.nodes[0])
+                );
             }
         }
         std::thread::sleep(LOOK_EVERY);

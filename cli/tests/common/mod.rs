@@ -1,5 +1,10 @@
 //! A small world for tests of the real binary: a corpus, a configuration, and processes that do not outlive the test.
-#![allow(dead_code, clippy::expect_used, clippy::unwrap_used, reason = "tests; not every file uses everything")]
+#![allow(
+    dead_code,
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "tests; not every file uses everything"
+)]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -19,8 +24,8 @@ pub struct World {
 }
 
 const WORDS: [&str; 24] = [
-    "the", "lane", "runs", "a", "step", "and", "every", "expert", "adds", "its", "share", "of", "tokens", "to", "shard",
-    "node", "router", "sends", "them", "over", "quick", "links", "while", "training",
+    "the", "lane", "runs", "a", "step", "and", "every", "expert", "adds", "its", "share", "of", "tokens",
+    "to", "shard", "node", "router", "sends", "them", "over", "quick", "links", "while", "training",
 ];
 
 impl World {
@@ -110,7 +115,8 @@ rounds = 1
     }
 
     pub fn metrics(&self, run: &str) -> Vec<serde_json::Value> {
-        let text = std::fs::read_to_string(self.path("runs").join(run).join("metrics.jsonl")).expect("metrics");
+        let text =
+            std::fs::read_to_string(self.path("runs").join(run).join("metrics.jsonl")).expect("metrics");
         text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect()
     }
 
@@ -120,7 +126,9 @@ rounds = 1
         let lines = self.metrics(run);
         lines
             .iter()
-            .map(|l| (l["step"].as_u64().unwrap(), bits(l, "loss"), bits(l, "aux_loss"), bits(l, "grad_norm")))
+            .map(|l| {
+                (l["step"].as_u64().unwrap(), bits(l, "loss"), bits(l, "aux_loss"), bits(l, "grad_norm"))
+            })
             .collect()
     }
 
