@@ -47,6 +47,7 @@ pub struct Supervisor {
     address: SocketAddr,
     ended: oneshot::Receiver<RunEnd>,
     endpoint: Endpoint,
+    actor: ActorRef<SupervisorMsg>,
 }
 
 impl Supervisor {
@@ -87,9 +88,10 @@ impl Supervisor {
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
             .await
             .map_err(|error| Error::Start(format!("the supervisor does not start: {error}")))?;
-        let door = Arc::new(Door { authority, store, checkpoints, actor, sessions: AtomicU64::new(0) });
+        let sessions = AtomicU64::new(0);
+        let door = Arc::new(Door { authority, store, checkpoints, actor: actor.clone(), sessions });
         tokio::spawn(accept(door, endpoint.clone()));
-        Ok(Self { address, ended, endpoint })
+        Ok(Self { address, ended, endpoint, actor })
     }
 
     /// Where it listens.
@@ -98,11 +100,22 @@ impl Supervisor {
         self.address
     }
 
-    /// Waits until the run has ended and its nodes have heard so.
-    pub async fn ended(self) -> RunEnd {
-        let Self { ended, endpoint, .. } = self;
-        let end =
-            ended.await.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
+    /// Waits until the run has ended and its nodes have heard so. When `interrupted` comes first, the run is asked
+    /// to write a checkpoint and end.
+    pub async fn ended(self, interrupted: impl Future<Output = ()>) -> RunEnd {
+        let Self { mut ended, endpoint, actor, .. } = self;
+        let first = tokio::select! {
+            end = &mut ended => Some(end),
+            () = interrupted => None,
+        };
+        let end = match first {
+            Some(end) => end,
+            None => {
+                drop(actor.cast(SupervisorMsg::Event(Event::StopRequested)));
+                ended.await
+            }
+        };
+        let end = end.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
         // The writers are sending what was queued; nodes close their links when they have read it.
         tokio::time::sleep(if matches!(end, RunEnd::Done { .. }) {
             FAREWELL_MAX / 8

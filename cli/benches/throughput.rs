@@ -21,7 +21,7 @@ fn main() {
     let config = Config::load(&config_path, &[]).expect("the quickstart");
     let tokens = config.training.tokens_per_step() as f64;
     println!("preparing data, then {ROUNDS} rounds of {STEPS} steps of {tokens} tokens");
-    drop(run(&config_path, folder.path(), "warm", &["--nodes", "1", "--threads", "2"]));
+    run(&config_path, folder.path(), "warm", &["--nodes", "1", "--threads", "2"]);
     let data = folder.path().join("warm/data");
     let arms: [(&str, &[&str]); 4] = [
         ("--nodes 1 --threads 2", &["--nodes", "1", "--threads", "2"]),

@@ -74,7 +74,7 @@ fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed
     until("a checkpoint and some steps more", LONG, || lines(&metrics) >= 11);
     let all = [pids, vec![u64::from(train.0.id())]].concat();
     all.iter().for_each(|&pid| signal(pid as u32, "-9"));
-    drop(train.wait(LONG));
+    let _ = train.wait(LONG);
     until("all are dead", LONG, || !all.iter().any(|&pid| alive(pid)));
     assert!(lines(&metrics) < 60, "it was killed in the middle");
     world.run_train(&[args("runs/killed"), vec!["--resume"]].concat());
@@ -141,6 +141,6 @@ fn no_process_outlives_a_killed_parent() {
     let pids = status_pids(&world, "runs/r");
     assert_eq!(pids.len(), 3);
     signal(train.0.id(), "-9");
-    drop(train.wait(LONG));
+    let _ = train.wait(LONG);
     until("all have ended", LONG, || !pids.iter().any(|&pid| alive(pid)));
 }

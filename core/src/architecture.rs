@@ -159,7 +159,7 @@ impl Architecture {
     /// Whether layer `layer` has experts.
     #[must_use]
     pub fn is_moe(&self, layer: usize) -> bool {
-        self.experts > 0 && (layer % 2 == 0) == self.moe_first
+        self.experts > 0 && layer.is_multiple_of(2) == self.moe_first
     }
 
     /// The layers that have experts.

@@ -40,7 +40,7 @@ pub enum HostDtype {
 
 /// What the gate of one MoE layer found for one lane.
 #[derive(Debug)]
-pub struct Gated<B: Compute + ?Sized> {
+pub struct Gated<B: Compute> {
     /// Where each token goes.
     pub dispatch: Dispatch,
     /// The tokens' rows in the order of `dispatch.tokens`: `[assignments, hidden]`.
@@ -50,6 +50,9 @@ pub struct Gated<B: Compute + ?Sized> {
     /// The load-balancing loss of this lane and layer.
     pub aux_loss: f64,
 }
+
+/// A lane's loss and, for training, the gradients of the residual stream and of the embedding shard.
+pub type LossAndGradients<B> = (f64, Option<(<B as Compute>::Tensor, <B as Compute>::Gradient)>);
 
 /// The computations of one model on one device.
 pub trait Compute: Send + Sync + Sized + 'static {
@@ -85,7 +88,7 @@ pub trait Compute: Send + Sync + Sized + 'static {
         x: Self::Tensor,
         tokens: &[u32],
         train: bool,
-    ) -> Computed<(f64, Option<(Self::Tensor, Self::Gradient)>)>;
+    ) -> Computed<LossAndGradients<Self>>;
     /// Adds the gradient of the embedded input to that of the output.
     fn embed_backward(
         &self,

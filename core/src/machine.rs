@@ -533,12 +533,10 @@ impl Machine {
     fn on_stop_requested(&mut self) {
         self.stopping = true;
         match self.phase {
-            Phase::Gathering | Phase::Placing { .. } => {
-                // Nothing is in flight, and what was committed may be in memory only where a placement was.
-                if self.durable.unwrap_or(0) == self.committed {
-                    self.checkpointing = None;
-                    self.finish_when_durable();
-                }
+            // Nothing is in flight. What is committed and not durable is in the nodes' memory, and waits for a placement.
+            Phase::Gathering | Phase::Placing { .. } if self.durable.unwrap_or(0) == self.committed => {
+                self.checkpointing = None;
+                self.finish_when_durable();
             }
             Phase::Validating { .. } => self.advance(),
             _ => {}

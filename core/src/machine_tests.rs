@@ -4,7 +4,6 @@
 //! schedules); journalling after telling (`a_commit_is_journalled...`); accepting another epoch's word (`another_epochs...`);
 //! keeping a dead node among the holders (schedules: a shard is fetched from a dead peer); not going back when the
 //! last copy is gone (schedules: the wait for a shard never ends).
-#![expect(clippy::expect_used, clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use super::*;
 use crate::architecture::presets;
@@ -45,7 +44,6 @@ struct Replica {
 /// A cluster without a network: nodes answer at once or when the schedule says so, in the order of each link.
 struct Cluster {
     machine: Machine,
-    settings: Settings,
     alive: BTreeMap<NodeId, Replica>,
     /// Words on their way to the supervisor, in the order of each node's stream.
     inbox: BTreeMap<NodeId, std::collections::VecDeque<FromNode>>,
@@ -65,8 +63,7 @@ fn lane_loss(step: Step, lane: Lane) -> f64 {
 impl Cluster {
     fn new(settings: Settings) -> Self {
         Self {
-            machine: Machine::new(settings.clone(), None, 0),
-            settings,
+            machine: Machine::new(settings, None, 0),
             alive: BTreeMap::new(),
             inbox: BTreeMap::new(),
             journal: Vec::new(),

@@ -57,20 +57,20 @@ fn adafactor(
         let _ = old.f_mul_scalar_(decay)?.f_add_(&new.f_mul_scalar(1.0 - decay)?)?;
         Ok(())
     };
-    let second = match slot.state.as_mut_slice() {
+    let mut update = match slot.state.as_mut_slice() {
         [(_, row), (_, column)] => {
             blend(row, squared.f_mean_dim([1i64].as_slice(), false, Kind::Float)?)?;
             blend(column, squared.f_mean_dim([0i64].as_slice(), false, Kind::Float)?)?;
-            let row = row.f_div(&row.f_mean(Kind::Float)?)?;
-            row.f_unsqueeze(1)?.f_mul(&column.f_unsqueeze(0)?)?
+            // The root of an outer product is the outer product of the roots: two cheap passes over the matrix.
+            let row = row.f_div(&row.f_mean(Kind::Float)?)?.f_rsqrt()?;
+            gradient.f_mul(&row.f_unsqueeze(1)?)?.f_mul_(&column.f_rsqrt()?.f_unsqueeze(0)?)?
         }
         [(_, second)] => {
             blend(second, squared)?;
-            second.shallow_clone()
+            gradient.f_mul(&second.f_rsqrt()?)?
         }
         _ => unreachable!("a slot of Adafactor has one or two states"),
     };
-    let mut update = gradient.f_mul(&second.f_rsqrt()?)?;
     let excess = root_mean_square(&update)?.f_div_scalar(clip)?.f_clamp_min(1.0)?;
     let mut factor = excess.f_reciprocal()?.f_mul_scalar(-rate)?;
     if scale {

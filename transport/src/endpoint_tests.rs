@@ -1,6 +1,4 @@
 //! What only the inside of an endpoint can try: another version, and a peer that speaks rubbish.
-#![expect(clippy::unwrap_used, reason = "tests")]
-
 use super::*;
 use crate::identity::Authority;
 use crate::loopback::probe_frame;

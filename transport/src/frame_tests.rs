@@ -1,6 +1,4 @@
 //! The frame codec: round trips, truncation at every byte, hostile lengths.
-#![expect(clippy::unwrap_used, reason = "tests")]
-
 use super::*;
 use proptest::prelude::*;
 

@@ -4,6 +4,7 @@ use crate::config::Config;
 use crate::rundir::{self, Contact};
 use anyhow::{Context, bail};
 use std::path::PathBuf;
+use tokio::signal::unix::{SignalKind, signal};
 use volary_actors::{RunEnd, RunInfo, Supervisor, SupervisorOptions};
 use volary_data::Dataset;
 use volary_storage::{Digest, RunDir, RunLock};
@@ -11,7 +12,7 @@ use volary_storage::{Digest, RunDir, RunLock};
 /// Run the supervisor of a run by hand.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Nodes join with the token in RUN_DIR/identity/node.token. Started again on the same directory, it goes on from the
+Nodes join with the token in RUN_DIR/identity/node.token. Ctrl-C writes a checkpoint and ends the run. Started again on the same directory, it goes on from the
 last checkpoint.
 
 Examples:
@@ -108,7 +109,14 @@ fn serve(config: &Config, dir: &RunDir, listen: std::net::SocketAddr) -> anyhow:
             dir,
             &Contact { run: config.run.name.clone(), pid: std::process::id(), address },
         )?;
-        Ok(supervisor.ended().await)
+        let mut interrupts = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let interrupted = async move {
+            tokio::select! {
+                _ = interrupts.0.recv() => {}
+                _ = interrupts.1.recv() => {}
+            }
+        };
+        Ok(supervisor.ended(interrupted).await)
     })
 }
 

@@ -80,7 +80,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 /// The configuration as this run uses it, and the directory that holds it from now on.
 fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir)> {
     let mut config = Config::load(&args.config, &args.set)?;
-    config.cluster.nodes = args.nodes.map_or(config.cluster.nodes.max(1), usize::from);
+    config.cluster.nodes = args.nodes.map_or_else(|| config.cluster.nodes.max(1), usize::from);
     config.data.strict |= args.strict;
     let dir = match &args.dir {
         _ if args.resume => {
@@ -152,7 +152,7 @@ impl Cluster {
         let mut supervisor = Process::start("supervisor", &logs, &words)?;
         let address = wait_for_address(&mut supervisor, dir)?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = args.threads.map_or((cores / config.cluster.nodes).max(1), usize::from);
+        let threads = args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from);
         let node = |number: usize| {
             let name = format!("node-{number}");
             let mut words = list(&["-v", "node", "--tethered", "--join", &address, "--name", &name]);

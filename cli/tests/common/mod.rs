@@ -1,6 +1,7 @@
 //! A small world for tests of the real binary: a corpus, a configuration, and processes that do not outlive the test.
 #![allow(
     dead_code,
+    unreachable_pub,
     clippy::expect_used,
     clippy::unwrap_used,
     reason = "tests; not every file uses everything"
