@@ -2,7 +2,7 @@
 
 use crate::executor::Executor;
 use crate::inbound;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE};
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, IDLE_MS};
 use crate::node::{NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
 use crate::peers::Peers;
@@ -72,7 +72,8 @@ pub async fn run_node<B: Compute>(
     options: NodeOptions,
     make: impl FnOnce(&RunInfo) -> Computed<B>,
 ) -> Result<NodeEnd> {
-    let transport = TransportOptions::default();
+    // The shorter of both ends' timeouts counts, and the supervisor's is the run's `cluster.node_timeout_ms`.
+    let transport = TransportOptions { idle_timeout_ms: IDLE_MS, ..TransportOptions::default() };
     let identity = dial(&options, &transport).await?;
     let name = NodeId::new(identity.name());
     let listen = match options.listen {

@@ -14,7 +14,9 @@ pub(crate) const JOBS_MAX: usize = 1 << 16;
 pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
 /// Events that `status` shows.
 pub(crate) const STATUS_EVENTS: usize = 20;
-/// Seconds between two attempts of a node to reach its supervisor at first.
+/// Milliseconds without a sign of life after which a node gives a link up, where the other end does not ask for less.
+pub(crate) const IDLE_MS: u64 = 10_000;
+/// Time between two attempts of a node to reach its supervisor at first.
 pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
 /// How long a node tries to reach its supervisor at first.
 pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);

@@ -338,14 +338,18 @@ impl<B: Compute> NodeState<B> {
                 Ok::<_, ComputeError>((shard, stored))
             }
         };
-        let uplink = self.uplink.clone();
-        match try_join_all(shards.into_iter().map(store)).await {
-            Ok(stored) => {
-                tokio::spawn(async move { uplink.send_checkpoint(epoch, step, stored).await });
+        let (uplink, up) = (self.uplink.clone(), self.up.clone());
+        let stored = try_join_all(shards.into_iter().map(store)).await;
+        tokio::spawn(async move {
+            let sent = match stored {
+                Ok(stored) => uplink.send_checkpoint(epoch, step, stored).await,
+                Err(error) => Err(error),
+            };
+            if let Err(error) = sent {
+                let reason = error.to_string();
+                drop(up.send(Up::Say(FromNode::CheckpointFailed { step, reason })).await);
             }
-            // The supervisor gives the checkpoint up when it takes too long; training is not disturbed.
-            Err(error) => tracing::error!(step, %error, "a checkpoint's shard cannot be stored"),
-        }
+        });
     }
 }
 

@@ -28,9 +28,10 @@ impl Peers {
     /// The members of a new placement and where they are; links to others are closed.
     pub(crate) async fn set_members(&self, addresses: &[(NodeId, String)]) {
         let mut state = self.state.lock().await;
-        state.addresses = addresses.iter().cloned().collect();
+        let before = std::mem::replace(&mut state.addresses, addresses.iter().cloned().collect());
         let State { addresses, links } = &mut *state;
-        links.retain(|node, _| addresses.contains_key(node));
+        // A node of the same name at another address is another process.
+        links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
     }
 
     async fn link(&self, node: &NodeId) -> Computed<Link> {

@@ -87,6 +87,8 @@ pub(crate) struct RunFiles {
     metrics: JsonLines,
     validation: JsonLines,
     events: JsonLines,
+    /// The last step whose held-out loss is written: a run that goes on measures it again, and it stands there once.
+    validated: Option<Step>,
 }
 
 impl RunFiles {
@@ -96,14 +98,17 @@ impl RunFiles {
             metrics: JsonLines::open(dir.metrics())?,
             validation: JsonLines::open(dir.validation())?,
             events: JsonLines::open(dir.events())?,
+            validated: None,
         };
         files.go_back(step)?;
+        files.validated = last_validated(dir);
         Ok(files)
     }
 
     pub(crate) fn go_back(&mut self, step: Step) -> Result<()> {
         self.metrics.truncate_after(step)?;
         self.validation.truncate_after(step)?;
+        self.validated = self.validated.filter(|&validated| validated <= step);
         Ok(())
     }
 
@@ -112,12 +117,22 @@ impl RunFiles {
     }
 
     pub(crate) fn validation(&mut self, line: &ValidationLine) -> Result<()> {
+        if self.validated >= Some(line.step) {
+            return Ok(());
+        }
+        self.validated = Some(line.step);
         self.validation.append(line)
     }
 
     pub(crate) fn event(&mut self, line: &EventLine) -> Result<()> {
         self.events.append(line)
     }
+}
+
+fn last_validated(dir: &RunDir) -> Option<Step> {
+    let text = std::fs::read_to_string(dir.validation()).ok()?;
+    let line: serde_json::Value = serde_json::from_str(text.lines().last()?).ok()?;
+    line["step"].as_u64()
 }
 
 /// Now, in milliseconds since 1970.

@@ -67,7 +67,10 @@ impl Supervisor {
         let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
         let authority = Authority::load_or_create(&dir.identity())?;
         let identity = authority.identity(SUPERVISOR)?;
-        let endpoint = Endpoint::bind(listen, identity, Admit::Anybody, &TransportOptions::default())?;
+        let idle_timeout_ms = settings.cluster.node_timeout_ms.max(100);
+        let keep_alive_ms = (idle_timeout_ms / 6).min(TransportOptions::default().keep_alive_ms);
+        let transport = TransportOptions { keep_alive_ms, idle_timeout_ms };
+        let endpoint = Endpoint::bind(listen, identity, Admit::Anybody, &transport)?;
         let address = endpoint.local_addr();
         for (role, file) in [(TokenRole::Node, "node.token"), (TokenRole::Operator, "operator.token")] {
             hand_out_token(&authority, &store, &dir, role, file)?;

@@ -31,17 +31,19 @@ impl Uplink {
     }
 
     /// Sends stored shards one after the other.
-    pub(crate) async fn send_checkpoint(&self, epoch: Epoch, step: Step, stored: Vec<(ShardId, Vec<u8>)>) {
+    pub(crate) async fn send_checkpoint(
+        &self,
+        epoch: Epoch,
+        step: Step,
+        stored: Vec<(ShardId, Vec<u8>)>,
+    ) -> Computed<()> {
         for (shard, bytes) in stored {
             let meta = ShardAt { shard, version: step };
-            let sent = match wire::blob(Kind::Blob, epoch, step, &meta, bytes) {
-                Ok(frame) => self.link.send(frame).await.map_err(|error| error.to_string()),
-                Err(error) => Err(error.to_string()),
-            };
-            if let Err(error) = sent {
-                return tracing::error!(step, %shard, error, "a checkpoint's shard did not get through");
-            }
+            let frame = wire::blob(Kind::Blob, epoch, step, &meta, bytes)?;
+            let sent = self.link.send(frame).await;
+            sent.map_err(|error| ComputeError(format!("{shard} did not reach the supervisor: {error}")))?;
         }
+        Ok(())
     }
 }
 

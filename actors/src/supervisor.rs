@@ -204,7 +204,15 @@ impl SupervisorState {
             drop(before);
             self.on_event(Event::Lost { node: node.clone(), reason: "it joined anew".into() }).await?;
         }
-        self.check_memory(&node, &info)?;
+        if let Err(reason) = self.check_memory(&node, &info) {
+            if self.machine.activity() == Activity::Gathering {
+                return Err(reason);
+            }
+            // A run that is going on does not end for a newcomer that is too small for it.
+            tracing::warn!(reason, "a node was sent away");
+            drop(down.send(Down::Say(ToNode::Leave { reason })).await);
+            return Ok(());
+        }
         let (capacity, address) = (info.capacity, info.address.clone());
         let run = serde_json::to_string(&self.run).map_err(|error| error.to_string())?;
         drop(down.send(Down::Welcome(run)).await);

@@ -123,6 +123,10 @@ impl Config {
         if self.cluster.replication == 0 {
             return Err("cluster.replication = 0: expected at least 1".into());
         }
+        let timeout = self.cluster.node_timeout_ms;
+        if !(100..=10_000).contains(&timeout) {
+            return Err(format!("cluster.node_timeout_ms = {timeout}: expected 100 to 10000"));
+        }
         Ok(())
     }
 

@@ -317,6 +317,11 @@ impl Machine {
             FromNode::Failed { epoch, reason, fatal } if epoch == current => {
                 self.on_failed(&node, &reason, fatal)
             }
+            // A checkpoint's shards may still be on their way when the epoch is over.
+            FromNode::CheckpointFailed { step, reason } if self.checkpointing == Some(step) => {
+                self.effects.push(Effect::DropCheckpoint { step });
+                self.on_checkpoint_failed(step, format!("{node}: {reason}"));
+            }
             // M-3: another epoch's word changes nothing. `Applied` is told by the order of the control stream.
             _ => {}
         }

@@ -300,6 +300,24 @@ fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_goes_on() {
 }
 
 #[test]
+fn a_checkpoint_that_fails_is_told_and_the_next_one_is_written_all_the_same() {
+    let mut cluster = Cluster::new(settings(9, 1, 1));
+    cluster.join("a");
+    let mut pick = 0;
+    while cluster.journal.len() < 3 {
+        assert!(cluster.turn(pick));
+        pick += 1;
+    }
+    let message = FromNode::CheckpointFailed { step: 3, reason: "no space left".into() };
+    cluster.event(Event::Said { node: NodeId::new("a"), message });
+    cluster.run_out();
+    assert!(cluster.notices.iter().any(|n| matches!(n, Notice::CheckpointFailed { step: 3, .. })));
+    assert!(!cluster.notices.contains(&Notice::Checkpoint { step: 3 }));
+    assert!(cluster.notices.contains(&Notice::Checkpoint { step: 6 }));
+    assert_eq!((cluster.done, cluster.durable), (true, 9));
+}
+
+#[test]
 fn replicas_that_differ_are_a_loud_event() {
     let mut machine = Machine::new(settings(2, 2, 2), None, 0);
     let nodes = [NodeId::new("a"), NodeId::new("b")];

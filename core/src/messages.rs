@@ -146,6 +146,13 @@ pub enum FromNode {
         /// The step.
         step: Step,
     },
+    /// A shard for a checkpoint cannot be stored or sent.
+    CheckpointFailed {
+        /// The checkpoint's step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
     /// The node could not do its part of an epoch.
     Failed {
         /// The placement's number.

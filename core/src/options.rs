@@ -167,7 +167,7 @@ pub struct ClusterOptions {
     pub replication: usize,
     /// Nodes to wait for before the first step.
     pub nodes: usize,
-    /// How long a silent node is believed alive, in milliseconds.
+    /// How long a silent node is believed alive, in milliseconds; at most 10,000.
     pub node_timeout_ms: u64,
     /// How long the run waits for `nodes` nodes, in milliseconds, at its start and after a loss.
     pub gather_timeout_ms: u64,
