@@ -54,6 +54,7 @@ pub struct Accepted {
     pub role: Role,
     connection: Connection,
     control: (ControlSender, ControlReceiver),
+    runtime: Handle,
 }
 
 impl Accepted {
@@ -90,7 +91,8 @@ impl Accepted {
             Role::Node { name } | Role::Peer { name } => name,
             Role::Operator { .. } | Role::Join { .. } => "operator".into(),
         };
-        Ok((Link::new(self.connection, peer), self.control.0, self.control.1))
+        let runtime = self.runtime;
+        Ok((Link::new(self.connection, peer, runtime), self.control.0, self.control.1))
     }
 }
 
@@ -210,7 +212,7 @@ impl Endpoint {
         let own = self.own_name()?;
         let config = tls::client(self.identity()?)?;
         let (connection, ..) = self.dial(address, name, config, Role::Peer { name: own }).await?;
-        Ok(Link::new(connection, name.to_owned()))
+        Ok(Link::new(connection, name.to_owned(), self.shared.runtime.clone()))
     }
 
     /// Links to the supervisor as a node; its certificate must prove that it is one.
@@ -225,7 +227,7 @@ impl Endpoint {
         let config = tls::client(self.identity()?)?;
         let (connection, _, control) =
             self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
-        Ok((Link::new(connection, SUPERVISOR.into()), control.0, control.1))
+        Ok((Link::new(connection, SUPERVISOR.into(), self.shared.runtime.clone()), control.0, control.1))
     }
 
     /// A control stream to the supervisor as an operator.
@@ -240,7 +242,7 @@ impl Endpoint {
         let config = tls::pinned(token.fingerprint())?;
         let role = Role::Operator { token: token.reveal() };
         let (connection, _, control) = self.dial(address, SUPERVISOR, config, role).await?;
-        Ok((Link::new(connection, SUPERVISOR.into()), control.0, control.1))
+        Ok((Link::new(connection, SUPERVISOR.into(), self.shared.runtime.clone()), control.0, control.1))
     }
 
     fn identity(&self) -> Result<&Identity> {
@@ -413,7 +415,7 @@ async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
         }
         Err(error) => (Role::Operator { token: String::new() }, Err(error)),
     };
-    let accepted = Accepted { role, connection, control };
+    let accepted = Accepted { role, connection, control, runtime: Handle::current() };
     match verdict {
         Ok(()) => Ok(accepted),
         Err(error) => {

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use std::net::SocketAddr;
 use std::time::Duration;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 /// The control stream goes before everything else.
@@ -18,6 +19,17 @@ pub(crate) const CONTROL_PRIORITY: i32 = 1;
 pub struct Link {
     connection: Connection,
     peer: String,
+    /// The endpoint's: whole frames are written and read there, beside the connection's driver, so that a frame costs
+    /// one change of threads and not one for every window of data.
+    runtime: Handle,
+}
+
+struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Drop for AbortOnDrop<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 /// What a link has carried.
@@ -32,8 +44,8 @@ pub struct LinkStats {
 }
 
 impl Link {
-    pub(crate) fn new(connection: Connection, peer: String) -> Self {
-        Self { connection, peer }
+    pub(crate) fn new(connection: Connection, peer: String, runtime: Handle) -> Self {
+        Self { connection, peer, runtime }
     }
 
     /// The peer's proven name.
@@ -58,9 +70,22 @@ impl Link {
     /// When the frame is over a bound, the connection breaks, or the answer is malformed.
     pub async fn request(&self, frame: Frame) -> Result<Frame> {
         let pieces = frame.encode()?;
-        let (mut send, mut receive) = self.connection.open_bi().await.map_err(|e| self.broken(e))?;
-        self.write(&mut send, pieces).await?;
-        read_frame(&mut receive).await
+        let link = self.clone();
+        self.beside_the_driver(async move {
+            let (mut send, mut receive) = link.connection.open_bi().await.map_err(|e| link.broken(e))?;
+            link.write(&mut send, pieces).await?;
+            read_frame(&mut receive).await
+        })
+        .await
+    }
+
+    async fn beside_the_driver<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        // Whoever gives up waiting gives up the stream too.
+        let mut task = AbortOnDrop(self.runtime.spawn(work));
+        (&mut task.0).await.unwrap_or_else(|error| Err(self.broken(error)))
     }
 
     /// Sends a frame that has no answer; returns when all of it is on its way.
@@ -69,8 +94,12 @@ impl Link {
     /// As [`Link::request`].
     pub async fn send(&self, frame: Frame) -> Result<()> {
         let pieces = frame.encode()?;
-        let mut send = self.connection.open_uni().await.map_err(|e| self.broken(e))?;
-        self.write(&mut send, pieces).await
+        let link = self.clone();
+        self.beside_the_driver(async move {
+            let mut send = link.connection.open_uni().await.map_err(|e| link.broken(e))?;
+            link.write(&mut send, pieces).await
+        })
+        .await
     }
 
     async fn write(&self, send: &mut SendStream, mut pieces: Vec<Bytes>) -> Result<()> {
@@ -82,7 +111,7 @@ impl Link {
     #[must_use]
     pub fn serve(&self) -> Inbound {
         let (sender, frames) = mpsc::channel(INBOUND_MAX);
-        tokio::spawn(take_up(self.clone(), sender));
+        self.runtime.spawn(take_up(self.clone(), sender));
         Inbound { frames }
     }
 
@@ -129,9 +158,11 @@ impl Replier {
     ///
     /// # Errors
     /// As [`Link::send`].
-    pub async fn reply(mut self, frame: Frame) -> Result<()> {
+    pub async fn reply(self, frame: Frame) -> Result<()> {
         let pieces = frame.encode()?;
-        self.link.write(&mut self.stream, pieces).await
+        let Self { link, mut stream } = self;
+        let own = link.clone();
+        link.beside_the_driver(async move { own.write(&mut stream, pieces).await }).await
     }
 }
 
