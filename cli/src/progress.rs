@@ -82,6 +82,8 @@ pub struct Display {
     steps: u64,
     quiet: bool,
     last_plain: Instant,
+    /// The first step that was seen, and when.
+    first: Option<(u64, Instant)>,
     last: Option<Seen>,
 }
 
@@ -97,7 +99,7 @@ impl Display {
             );
             bar
         });
-        Self { bar, steps, quiet, last_plain: Instant::now(), last: None }
+        Self { bar, steps, quiet, last_plain: Instant::now(), first: None, last: None }
     }
 
     /// A line that stays.
@@ -114,6 +116,8 @@ impl Display {
         if let Some(bar) = &self.bar {
             bar.set_message(what.to_owned());
             bar.tick();
+        } else if !self.quiet {
+            eprintln!("{what}");
         }
     }
 
@@ -122,6 +126,7 @@ impl Display {
         let first = self.last.is_none();
         self.last = Some(seen);
         let Seen { step, loss, tokens_per_second, nodes } = seen;
+        self.first.get_or_insert((step, Instant::now()));
         let message = format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  {nodes} nodes");
         if let Some(bar) = &self.bar {
             if first {
@@ -133,8 +138,17 @@ impl Display {
             bar.set_message(message);
         } else if !self.quiet && (first || step == self.steps || self.last_plain.elapsed() >= PLAIN_EVERY) {
             self.last_plain = Instant::now();
-            eprintln!("step {step}/{}  {message}", self.steps);
+            eprintln!("step {step}/{}  {message}{}", self.steps, self.time_left(step));
         }
+    }
+
+    /// Guessed from the steps that this process has seen.
+    fn time_left(&self, step: u64) -> String {
+        let Some((first, since)) = self.first.filter(|(first, _)| step > *first && step < self.steps) else {
+            return String::new();
+        };
+        let seconds = since.elapsed().as_secs_f64() / (step - first) as f64 * (self.steps - step) as f64;
+        format!("  {} left", indicatif::HumanDuration(Duration::from_secs_f64(seconds)))
     }
 
     /// The last step that was seen.

@@ -8,169 +8,21 @@
 //! - **M-3** what carries another epoch than the current one changes nothing;
 //! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint, as a whole.
 
-use crate::architecture::Architecture;
+mod checkpoints;
+mod recovery;
+mod types;
+
+pub use types::{Activity, Committed, Effect, Event, Notice, Settings};
+
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
-use crate::messages::{Assignment, FromNode, LaneReport, Norm, Pass, Source, ToNode};
-use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
-use crate::placement::{Member, Placement, Request};
+use crate::messages::{FromNode, LaneReport, Norm, Pass, ToNode};
+use crate::placement::Placement;
 use crate::schedule::Update;
 use crate::tree::fold_numbers;
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How often one step is tried again before the run gives up.
 pub const ATTEMPTS_MAX: u32 = 16;
-
-/// What a run is told.
-#[derive(Clone, Debug)]
-pub struct Settings {
-    /// The model's shape.
-    pub architecture: Architecture,
-    /// How it trains.
-    pub training: TrainingOptions,
-    /// How it uses its cluster.
-    pub cluster: ClusterOptions,
-    /// When it writes checkpoints.
-    pub checkpoint: CheckpointOptions,
-    /// When it measures the held-out loss.
-    pub validation: ValidationOptions,
-}
-
-/// What happens to the supervisor.
-#[derive(Clone, Debug)]
-pub enum Event {
-    /// A node joined and can be given work.
-    Joined {
-        /// The node.
-        node: NodeId,
-        /// How much it does in a second, relative to the others.
-        capacity: f64,
-        /// Where its peers reach it.
-        address: String,
-    },
-    /// A node is gone.
-    Lost {
-        /// The node.
-        node: NodeId,
-        /// How that was noticed.
-        reason: String,
-    },
-    /// A node said something.
-    Said {
-        /// The node.
-        node: NodeId,
-        /// What.
-        message: FromNode,
-    },
-    /// A checkpoint is durable and catalogued.
-    CheckpointStored {
-        /// Its step.
-        step: Step,
-    },
-    /// A checkpoint could not be written.
-    CheckpointFailed {
-        /// Its step.
-        step: Step,
-        /// Why.
-        reason: String,
-    },
-    /// Somebody asks for a checkpoint at the next boundary between steps.
-    CheckpointRequested,
-    /// Somebody asks the run to write a checkpoint and end.
-    StopRequested,
-    /// The time to gather nodes is over.
-    GatherTimeout,
-}
-
-/// One committed step, as it is journalled and written to the metrics.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Committed {
-    /// The step.
-    pub step: Step,
-    /// The placement under which it ran.
-    pub epoch: Epoch,
-    /// Mean cross-entropy over the batch, in nats per token.
-    pub loss: f64,
-    /// Mean load-balancing loss.
-    pub aux_loss: f64,
-    /// Norm of the mean gradient before clipping.
-    pub grad_norm: f64,
-    /// What the replicas do with it.
-    pub update: Update,
-    /// Tokens in the step.
-    pub tokens: u64,
-    /// Nodes that took part.
-    pub nodes: u32,
-    /// Kept assignments per MoE layer and expert, over all lanes.
-    pub load: Vec<Vec<u64>>,
-    /// Assignments dropped for want of capacity.
-    pub dropped: u64,
-}
-
-#[expect(missing_docs, reason = "the fields are what their names say")]
-/// Something worth telling people.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-#[serde(tag = "event", rename_all = "snake_case")]
-pub enum Notice {
-    /// A node joined.
-    Joined { node: NodeId, capacity: f64, address: String },
-    /// A node is gone.
-    Lost { node: NodeId, reason: String },
-    /// A new placement was made.
-    Placed { epoch: Epoch, step: Step, nodes: Vec<NodeId>, moved: usize },
-    /// A step in flight was dropped and will run again.
-    Aborted { epoch: Epoch, step: Step, reason: String },
-    /// The last copy of a shard is gone: the run went back to a checkpoint.
-    WentBack { from: Step, to: Step, shard: ShardId },
-    /// A checkpoint is durable.
-    Checkpoint { step: Step },
-    /// A checkpoint could not be written.
-    CheckpointFailed { step: Step, reason: String },
-    /// Two replicas of a shard hold unlike gradients.
-    ReplicasDiffer { step: Step, shard: ShardId },
-}
-
-#[expect(missing_docs, reason = "the fields are what their names say")]
-/// What the supervisor does next, in order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Effect {
-    /// Send a message; the shell fills in a `Begin`'s tokens.
-    Send { node: NodeId, message: ToNode },
-    /// Make this step durable before the next effect.
-    Journal(Box<Committed>),
-    /// Open a checkpoint of `step` that is complete when all of `shards` have come.
-    OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
-    /// Give up a checkpoint that cannot be completed.
-    DropCheckpoint { step: Step },
-    /// Forget all committed steps after `step`.
-    GoBack { step: Step },
-    /// The held-out loss after `step`.
-    Validated { step: Step, loss: f64, tokens: u64 },
-    /// Tell people.
-    Notice(Notice),
-    /// The run is complete (or stopped as asked), with everything durable.
-    Done,
-    /// The run cannot go on.
-    Fatal { reason: String },
-}
-
-/// What the supervisor is doing, for `status`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Activity {
-    /// Waiting for nodes.
-    Gathering,
-    /// Nodes fetch the shards of a new placement.
-    Placing,
-    /// A step is in flight.
-    Training,
-    /// The held-out loss is being measured.
-    Validating,
-    /// The last checkpoint is being written.
-    Finishing,
-    /// The run is over.
-    Done,
-}
 
 #[derive(Debug)]
 enum Phase {
@@ -468,73 +320,6 @@ impl Machine {
         self.advance();
     }
 
-    fn checkpoint_if_due(&mut self, over: bool) {
-        let every = self.settings.checkpoint.every;
-        let due = self.checkpoint_wanted || over || (every > 0 && self.committed.is_multiple_of(every));
-        let there = self.durable == Some(self.committed) || self.committed == 0;
-        if !due || there || self.checkpointing.is_some() {
-            return;
-        }
-        self.checkpoint_wanted = false;
-        let (epoch, step) = (self.placement.epoch, self.committed);
-        self.checkpointing = Some(step);
-        let shards = self.settings.architecture.shards();
-        let mut senders: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
-        for &shard in &shards {
-            if let Some(owner) = self.placement.owner(shard) {
-                senders.entry(owner).or_default().push(shard);
-            }
-        }
-        self.effects.push(Effect::OpenCheckpoint { step, epoch, shards });
-        for (node, shards) in senders {
-            self.effects.push(Effect::Send { node, message: ToNode::Checkpoint { epoch, step, shards } });
-        }
-    }
-
-    fn on_checkpoint_stored(&mut self, step: Step) {
-        // One that was given up and made it all the same may be gone again by now, if the run went back meanwhile.
-        if self.checkpointing != Some(step) {
-            return;
-        }
-        self.durable = self.durable.max(Some(step));
-        self.notice(Notice::Checkpoint { step });
-        self.checkpoint_ended(step);
-    }
-
-    fn on_checkpoint_failed(&mut self, step: Step, reason: String) {
-        self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
-        if matches!(self.phase, Phase::Finishing)
-            && self.checkpointing == Some(step)
-            && step == self.committed
-        {
-            let reason = format!("the last checkpoint (step {step}) could not be written: {reason}");
-            self.phase = Phase::Done;
-            return self.effects.push(Effect::Fatal { reason });
-        }
-        self.checkpoint_ended(step);
-    }
-
-    fn checkpoint_ended(&mut self, step: Step) {
-        if self.checkpointing == Some(step) {
-            self.checkpointing = None;
-        }
-        if matches!(self.phase, Phase::Finishing) {
-            self.checkpoint_if_due(true);
-            self.finish_when_durable();
-        }
-    }
-
-    fn finish_when_durable(&mut self) {
-        if self.checkpointing.is_none() && (self.committed == 0 || self.durable == Some(self.committed)) {
-            for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
-                let reason = "the run is over".into();
-                self.effects.push(Effect::Send { node, message: ToNode::Leave { reason } });
-            }
-            self.phase = Phase::Done;
-            self.effects.push(Effect::Done);
-        }
-    }
-
     fn on_stop_requested(&mut self) {
         self.stopping = true;
         match self.phase {
@@ -563,95 +348,6 @@ impl Machine {
             return self.effects.push(Effect::Fatal { reason: format!("{node}: {reason}") });
         }
         self.abort(&format!("{node}: {reason}"));
-    }
-
-    /// Drops the step in flight and places anew; the same step runs again.
-    fn abort(&mut self, reason: &str) {
-        let (epoch, step) = (self.placement.epoch, self.committed + 1);
-        self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
-        for node in self.placement.members.clone() {
-            if self.nodes.contains_key(&node) {
-                self.effects.push(Effect::Send { node, message: ToNode::Abort { epoch } });
-            }
-        }
-        self.place();
-    }
-
-    /// Makes the next placement of all nodes at hand, and tells each where its shards come from.
-    fn place(&mut self) {
-        if self.nodes.is_empty() {
-            self.wanted_nodes = 1;
-            self.phase = Phase::Gathering;
-            return;
-        }
-        self.go_back_if_a_shard_is_lost();
-        let members: Vec<Member> =
-            self.nodes.iter().map(|(node, n)| Member { node: node.clone(), capacity: n.capacity }).collect();
-        let previous = (!self.placement.members.is_empty()).then_some(&self.placement);
-        let training = &self.settings.training;
-        let placement = Placement::plan(&Request {
-            epoch: self.placement.epoch + 1,
-            members: &members,
-            architecture: &self.settings.architecture,
-            lanes: training.lanes,
-            lane_group: training.lane_group,
-            replication: self.settings.cluster.replication,
-            previous,
-        });
-        self.placement = placement;
-        let waiting: BTreeSet<NodeId> = self.nodes.keys().cloned().collect();
-        let assignments: Vec<_> = waiting.iter().map(|node| (node.clone(), self.assignment(node))).collect();
-        let fetched =
-            |(_, source): &&(ShardId, Source)| matches!(source, Source::Peer(_) | Source::Checkpoint(_));
-        let moved = assignments.iter().map(|(_, a)| a.shards.iter().filter(fetched).count()).sum();
-        let (epoch, step) = (self.placement.epoch, self.committed);
-        self.notice(Notice::Placed { epoch, step, nodes: self.placement.members.clone(), moved });
-        for (node, assignment) in assignments {
-            self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
-        }
-        self.phase = Phase::Placing { waiting };
-    }
-
-    fn assignment(&self, node: &NodeId) -> Assignment {
-        let shards = self.settings.architecture.shards();
-        let held = shards.into_iter().filter(|&shard| self.placement.holds(node, shard));
-        Assignment {
-            placement: self.placement.clone(),
-            version: self.committed,
-            shards: held.map(|shard| (shard, self.source(node, shard))).collect(),
-            addresses: self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect(),
-        }
-    }
-
-    fn source(&self, node: &NodeId, shard: ShardId) -> Source {
-        match self.holders.get(&shard) {
-            Some(holders) if holders.contains(node) => Source::Held,
-            // Unlike shards ask unlike peers first, so that one survivor does not serve them all.
-            Some(holders) if !holders.is_empty() => {
-                let turn = match shard {
-                    ShardId::Expert { expert, .. } => usize::from(expert),
-                    ShardId::Dense { layer } | ShardId::Router { layer } => usize::from(layer),
-                    ShardId::Embedding => 0,
-                };
-                let peer = holders.iter().nth(turn % holders.len());
-                peer.map_or(Source::Initial, |peer| Source::Peer(peer.clone()))
-            }
-            _ if self.committed == 0 => Source::Initial,
-            _ => Source::Checkpoint(self.committed),
-        }
-    }
-
-    /// M-4.
-    fn go_back_if_a_shard_is_lost(&mut self) {
-        let back = self.durable.unwrap_or(0);
-        let lost = self.holders.iter().find(|(_, nodes)| nodes.is_empty()).map(|(&shard, _)| shard);
-        if let Some(shard) = lost {
-            self.notice(Notice::WentBack { from: self.committed, to: back, shard });
-            self.effects.push(Effect::GoBack { step: back });
-            self.committed = back;
-            self.validated = self.validated.filter(|&step| step <= back);
-            self.holders.clear();
-        }
     }
 
     fn broadcast(&mut self, message: &ToNode) {

@@ -7,6 +7,8 @@
 
 use super::*;
 use crate::architecture::presets;
+use crate::messages::Source;
+use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::random::{Purpose, Stream};
 use crate::schedule::Schedule;
 

@@ -1,0 +1,159 @@
+//! What the machine is told, what it answers, and what it remembers of a step.
+
+use crate::architecture::Architecture;
+use crate::ids::{Epoch, NodeId, ShardId, Step};
+use crate::messages::{FromNode, ToNode};
+use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use crate::schedule::Update;
+use serde::{Deserialize, Serialize};
+
+/// What a run is told.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The model's shape.
+    pub architecture: Architecture,
+    /// How it trains.
+    pub training: TrainingOptions,
+    /// How it uses its cluster.
+    pub cluster: ClusterOptions,
+    /// When it writes checkpoints.
+    pub checkpoint: CheckpointOptions,
+    /// When it measures the held-out loss.
+    pub validation: ValidationOptions,
+}
+
+/// What happens to the supervisor.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A node joined and can be given work.
+    Joined {
+        /// The node.
+        node: NodeId,
+        /// How much it does in a second, relative to the others.
+        capacity: f64,
+        /// Where its peers reach it.
+        address: String,
+    },
+    /// A node is gone.
+    Lost {
+        /// The node.
+        node: NodeId,
+        /// How that was noticed.
+        reason: String,
+    },
+    /// A node said something.
+    Said {
+        /// The node.
+        node: NodeId,
+        /// What.
+        message: FromNode,
+    },
+    /// A checkpoint is durable and catalogued.
+    CheckpointStored {
+        /// Its step.
+        step: Step,
+    },
+    /// A checkpoint could not be written.
+    CheckpointFailed {
+        /// Its step.
+        step: Step,
+        /// Why.
+        reason: String,
+    },
+    /// Somebody asks for a checkpoint at the next boundary between steps.
+    CheckpointRequested,
+    /// Somebody asks the run to write a checkpoint and end.
+    StopRequested,
+    /// The time to gather nodes is over.
+    GatherTimeout,
+}
+
+/// One committed step, as it is journalled and written to the metrics.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Committed {
+    /// The step.
+    pub step: Step,
+    /// The placement under which it ran.
+    pub epoch: Epoch,
+    /// Mean cross-entropy over the batch, in nats per token.
+    pub loss: f64,
+    /// Mean load-balancing loss.
+    pub aux_loss: f64,
+    /// Norm of the mean gradient before clipping.
+    pub grad_norm: f64,
+    /// What the replicas do with it.
+    pub update: Update,
+    /// Tokens in the step.
+    pub tokens: u64,
+    /// Nodes that took part.
+    pub nodes: u32,
+    /// Kept assignments per MoE layer and expert, over all lanes.
+    pub load: Vec<Vec<u64>>,
+    /// Assignments dropped for want of capacity.
+    pub dropped: u64,
+}
+
+#[expect(missing_docs, reason = "the fields are what their names say")]
+/// Something worth telling people.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Notice {
+    /// A node joined.
+    Joined { node: NodeId, capacity: f64, address: String },
+    /// A node is gone.
+    Lost { node: NodeId, reason: String },
+    /// A new placement was made.
+    Placed { epoch: Epoch, step: Step, nodes: Vec<NodeId>, moved: usize },
+    /// A step in flight was dropped and will run again.
+    Aborted { epoch: Epoch, step: Step, reason: String },
+    /// The last copy of a shard is gone: the run went back to a checkpoint.
+    WentBack { from: Step, to: Step, shard: ShardId },
+    /// A checkpoint is durable.
+    Checkpoint { step: Step },
+    /// A checkpoint could not be written.
+    CheckpointFailed { step: Step, reason: String },
+    /// Two replicas of a shard hold unlike gradients.
+    ReplicasDiffer { step: Step, shard: ShardId },
+}
+
+#[expect(missing_docs, reason = "the fields are what their names say")]
+/// What the supervisor does next, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Send a message; the shell fills in a `Begin`'s tokens.
+    Send { node: NodeId, message: ToNode },
+    /// Make this step durable before the next effect.
+    Journal(Box<Committed>),
+    /// Open a checkpoint of `step` that is complete when all of `shards` have come.
+    OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
+    /// Give up a checkpoint that cannot be completed.
+    DropCheckpoint { step: Step },
+    /// Forget all committed steps after `step`.
+    GoBack { step: Step },
+    /// The held-out loss after `step`.
+    Validated { step: Step, loss: f64, tokens: u64 },
+    /// Tell people.
+    Notice(Notice),
+    /// The run is complete (or stopped as asked), with everything durable.
+    Done,
+    /// The run cannot go on.
+    Fatal { reason: String },
+}
+
+/// What the supervisor is doing, for `status`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activity {
+    /// Waiting for nodes.
+    Gathering,
+    /// Nodes fetch the shards of a new placement.
+    Placing,
+    /// A step is in flight.
+    Training,
+    /// The held-out loss is being measured.
+    Validating,
+    /// The last checkpoint is being written.
+    Finishing,
+    /// The run is over.
+    Done,
+}

@@ -1,0 +1,201 @@
+//! [`Glam`] behind the seam that the actors know.
+
+use super::{Glam, Gradient, Params, Saved, gradients, misuse};
+use crate::error::{Error, Result};
+use crate::layers;
+use crate::weights::{Parameter, Shard, parameters};
+use tch::{Kind, Tensor};
+use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor};
+use volary_core::dispatch::Dispatch;
+use volary_core::messages::Norm;
+use volary_core::schedule::Update;
+use volary_core::{Lane, ShardId, Step};
+
+impl Compute for Glam {
+    type Tensor = Tensor;
+    type Shard = Shard;
+    type Params = Params;
+    type Saved = Saved;
+    type Gradient = Gradient;
+
+    fn initial(&self, shard: ShardId) -> Computed<Shard> {
+        Ok(Shard::initial(&self.architecture, &self.training.optimizer, self.seed, shard, self.device)?)
+    }
+
+    fn load(&self, shard: ShardId, bytes: &[u8]) -> Computed<Shard> {
+        Ok(Shard::load(&self.architecture, &self.training.optimizer, shard, bytes, self.device)?)
+    }
+
+    fn store(&self, shard: ShardId, version: Step, state: &Shard) -> Computed<Vec<u8>> {
+        Ok(state.store(shard, version)?)
+    }
+
+    fn params(&self, state: &Shard) -> Params {
+        Params(state.slots.iter().map(|slot| slot.weight.shallow_clone()).collect())
+    }
+
+    fn embed(&self, params: Params, tokens: &[u32]) -> Computed<Tensor> {
+        Ok(layers::embed(&params.0[0], &self.ids(tokens, 0)?, self.kind)?)
+    }
+
+    fn loss(
+        &self,
+        params: Params,
+        x: Tensor,
+        tokens: &[u32],
+        train: bool,
+    ) -> Computed<(f64, Option<(Tensor, Gradient)>)> {
+        Ok(self.loss_inner(&params, &x, tokens, train)?)
+    }
+
+    fn embed_backward(&self, gradient: Gradient, dx: Tensor, tokens: &[u32]) -> Computed<Gradient> {
+        let inner = || -> Result<Gradient> {
+            let scale = (self.architecture.hidden as f64).sqrt();
+            let dx = dx.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?;
+            let vocabulary = self.architecture.vocabulary as i64;
+            let ids = self.ids(tokens, 0)?;
+            let input = Tensor::f_embedding_dense_backward(&dx, &ids, vocabulary, -1, false)?;
+            let mut parts: Vec<Tensor> = gradient.0.iter().map(Tensor::shallow_clone).collect();
+            let _ = parts[0].f_add_(&input)?;
+            Ok(Gradient(parts))
+        };
+        Ok(inner()?)
+    }
+
+    fn dense(&self, layer: u16, params: Params, x: Tensor, train: bool) -> Computed<(Tensor, Saved)> {
+        let inner = || -> Result<_> {
+            if !train {
+                return Ok((tch::no_grad(|| self.dense_forward(layer, &params.0, &x))?, Saved::None));
+            }
+            let x = self.leaf(&x, true)?;
+            let leaves = params.leaves(true)?;
+            let y = self.dense_forward(layer, &leaves, &x)?;
+            Ok((y.f_detach()?, Saved::Segment { x, leaves, y }))
+        };
+        Ok(inner()?)
+    }
+
+    fn dense_backward(&self, saved: Saved, dy: Tensor) -> Computed<(Tensor, Gradient)> {
+        let inner = || -> Result<_> {
+            let Saved::Segment { x, leaves, y } = saved else { return Err(misuse("dense_backward")) };
+            let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&leaves).collect();
+            let mut all = gradients(&y.f_mul(&dy)?.f_sum(Kind::Float)?, &inputs)?;
+            let dx = all.remove(0);
+            Ok((dx, Gradient(all)))
+        };
+        Ok(inner()?)
+    }
+
+    fn gate(
+        &self,
+        layer: u16,
+        params: Params,
+        x: Tensor,
+        at: (Step, Lane),
+        train: bool,
+    ) -> Computed<Gated<Self>> {
+        Ok(self.gate_inner(layer, &params, &x, at, train)?)
+    }
+
+    fn combine(&self, dispatch: &Dispatch, saved: Saved, outputs: Vec<Tensor>) -> Computed<(Tensor, Saved)> {
+        Ok(tch::no_grad(|| self.combine_inner(dispatch, saved, &outputs))?)
+    }
+
+    fn combine_backward(&self, dispatch: &Dispatch, saved: Saved, dy: Tensor) -> Computed<(Tensor, Saved)> {
+        Ok(tch::no_grad(|| self.combine_backward_inner(dispatch, saved, dy))?)
+    }
+
+    fn gate_backward(
+        &self,
+        dispatch: &Dispatch,
+        saved: Saved,
+        inputs: Vec<Tensor>,
+    ) -> Computed<(Tensor, Gradient)> {
+        Ok(self.gate_backward_inner(dispatch, saved, &inputs)?)
+    }
+
+    fn expert(&self, params: Params, x: Tensor, train: bool) -> Computed<(Tensor, Saved)> {
+        Ok(tch::no_grad(|| self.expert_inner(&params, x, train))?)
+    }
+
+    fn expert_backward(&self, params: Params, saved: Saved, dy: Tensor) -> Computed<(Tensor, Saved)> {
+        Ok(tch::no_grad(|| self.expert_backward_inner(&params, saved, dy))?)
+    }
+
+    fn expert_gradient(&self, lanes: Vec<Saved>) -> Computed<Option<Gradient>> {
+        Ok(tch::no_grad(|| Self::expert_gradient_inner(lanes))?)
+    }
+
+    fn add(&self, left: Gradient, right: Gradient) -> Computed<Gradient> {
+        let add = |(mut l, r): (Tensor, Tensor)| -> Result<Tensor> { Ok(l.f_add_(&r)?) };
+        if left.0.len() != right.0.len() {
+            return Err(Error::Input("two gradients of unlike shards were added".into()).into());
+        }
+        Ok(tch::no_grad(|| left.0.into_iter().zip(right.0).map(add).collect::<Result<_>>().map(Gradient))?)
+    }
+
+    fn norm(&self, gradient: &Gradient) -> Computed<Norm> {
+        let mut squared = 0.0;
+        for tensor in &gradient.0 {
+            let square =
+                || -> Result<f64> { Ok(tensor.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?) };
+            squared += tch::no_grad(square)?;
+        }
+        Ok(Norm { squared, finite: f64::is_finite(squared) })
+    }
+
+    fn apply(
+        &self,
+        _shard: ShardId,
+        state: &mut Shard,
+        gradient: Option<Gradient>,
+        step: Step,
+        update: Update,
+    ) -> Computed<()> {
+        Ok(tch::no_grad(|| self.apply_inner(state, gradient, step, update))?)
+    }
+
+    fn rows(&self, x: &Tensor, start: usize, length: usize) -> Computed<Tensor> {
+        Ok(x.f_narrow(0, start as i64, length as i64).map_err(Error::from)?)
+    }
+
+    fn concatenate(&self, parts: Vec<Tensor>) -> Computed<Tensor> {
+        Ok(Tensor::f_cat(&parts, 0).map_err(Error::from)?)
+    }
+
+    fn export(&self, x: &Tensor) -> Computed<HostTensor> {
+        Ok(crate::host::export(x)?)
+    }
+
+    fn import(&self, dtype: HostDtype, shape: &[usize], data: &[u8]) -> Computed<Tensor> {
+        Ok(crate::host::import(dtype, shape, data, self.device)?)
+    }
+
+    fn export_gradient(&self, gradient: &Gradient) -> Computed<Vec<HostTensor>> {
+        gradient.0.iter().map(|tensor| self.export(tensor)).collect()
+    }
+
+    fn import_gradient(
+        &self,
+        shard: ShardId,
+        parts: &[(HostDtype, Vec<usize>, &[u8])],
+    ) -> Computed<Gradient> {
+        let expected = parameters(&self.architecture, shard);
+        if expected.len() != parts.len() {
+            return Err(
+                Error::Input(format!("a gradient of {shard} came with {} tensors", parts.len())).into()
+            );
+        }
+        let convert = |(parameter, (dtype, shape, data)): (&Parameter, &(HostDtype, Vec<usize>, &[u8]))| {
+            let same = parameter.shape.iter().map(|&n| n as usize).eq(shape.iter().copied());
+            if !same || *dtype != HostDtype::F32 {
+                let (name, wanted) = (parameter.name, &parameter.shape);
+                return Err(Error::Input(format!(
+                    "a gradient of {shard} came with {name} as {shape:?}, not {wanted:?}"
+                )));
+            }
+            crate::host::import(*dtype, shape, data, self.device)
+        };
+        Ok(Gradient(expected.iter().zip(parts).map(convert).collect::<Result<_>>()?))
+    }
+}

@@ -1,0 +1,190 @@
+//! The gate and the experts, forward and back.
+
+use super::{Glam, Gradient, Params, Saved, SavedGate, gradients, misuse};
+use crate::error::Result;
+use crate::layers::{self, Gate};
+use tch::{Kind, Tensor};
+use volary_core::architecture::SecondExpert;
+use volary_core::compute::Gated;
+use volary_core::dispatch::Dispatch;
+use volary_core::random::{Purpose, Stream};
+use volary_core::{Lane, Step};
+
+impl Glam {
+    /// For each choice the rows of `stacked` (in expert order) back in the order of tokens; zero where dropped.
+    pub(super) fn by_token(&self, dispatch: &Dispatch, stacked: Tensor) -> Result<Vec<Tensor>> {
+        let kept = stacked.size()[0];
+        let complete = dispatch.rows.iter().flatten().all(|&row| row >= 0);
+        let source = if complete {
+            stacked
+        } else {
+            let zero = stacked.f_new_zeros([1, stacked.size()[1]], (stacked.f_kind()?, self.device))?;
+            Tensor::f_cat(&[stacked, zero], 0)?
+        };
+        let select = |rows: &Vec<i64>| {
+            let rows: Vec<i64> = rows.iter().map(|&row| if row < 0 { kept } else { row }).collect();
+            Ok(source.f_index_select(0, &self.index(&rows)?)?)
+        };
+        dispatch.rows.iter().map(select).collect()
+    }
+
+    pub(super) fn gate_inner(
+        &self,
+        layer: u16,
+        p: &Params,
+        x: &Tensor,
+        at: (Step, Lane),
+        train: bool,
+    ) -> Result<Gated<Self>> {
+        let x = self.leaf(x, train)?;
+        let leaves = p.leaves(train)?;
+        let gate = Gate::forward(&x, &leaves[0], &leaves[1])?;
+        let tokens = x.size()[0] as usize;
+        let column =
+            |k: i64| -> Result<Vec<i64>> { Ok(Vec::try_from(gate.experts.f_select(1, k)?.f_contiguous()?)?) };
+        let (first, mut second) = (column(0)?, column(1)?);
+        if self.architecture.second_expert == SecondExpert::Random {
+            let weights: Vec<f32> = Vec::try_from(gate.weights.f_detach()?.f_select(1, 1)?.f_contiguous()?)?;
+            let path = [at.0, at.1.into(), layer.into()];
+            let mut stream = Stream::new(self.seed, Purpose::SecondExpert, &path);
+            for (choice, weight) in second.iter_mut().zip(weights) {
+                if stream.next_f64() >= 2.0 * f64::from(weight) {
+                    *choice = -1;
+                }
+            }
+        }
+        debug_assert_eq!(first.len(), tokens);
+        let dispatch =
+            Dispatch::new([&first, &second], self.architecture.experts, self.architecture.capacity);
+        let rows = gate.normed.f_detach()?.f_index_select(0, &self.index(&dispatch.tokens)?)?;
+        let aux_loss = gate.aux_loss.f_double_value(&[])?;
+        let penalty = gate
+            .aux_loss
+            .f_mul_scalar(self.training.aux_loss)?
+            .f_add(&gate.z_loss.f_mul_scalar(self.training.z_loss)?)?;
+        let saved = SavedGate {
+            x,
+            leaves,
+            normed: gate.normed,
+            weights: gate.weights,
+            penalty,
+            outputs: Vec::new(),
+            d_weights: None,
+            residual: None,
+            train,
+        };
+        Ok(Gated { dispatch, rows, saved: Saved::Gate(Box::new(saved)), aux_loss })
+    }
+
+    pub(super) fn combine_inner(
+        &self,
+        d: &Dispatch,
+        saved: Saved,
+        outputs: &[Tensor],
+    ) -> Result<(Tensor, Saved)> {
+        let Saved::Gate(mut gate) = saved else { return Err(misuse("combine")) };
+        let chosen = self.by_token(d, Tensor::f_cat(outputs, 0)?)?;
+        let weights = gate.weights.f_detach()?.f_to_kind(self.kind)?;
+        let mut y = gate.x.f_detach()?;
+        for (k, output) in chosen.iter().enumerate() {
+            y = y.f_add(&output.f_mul(&weights.f_narrow(1, k as i64, 1)?)?)?;
+        }
+        if gate.train {
+            gate.outputs = chosen;
+            return Ok((y, Saved::Gate(gate)));
+        }
+        Ok((y, Saved::None))
+    }
+
+    pub(super) fn combine_backward_inner(
+        &self,
+        d: &Dispatch,
+        saved: Saved,
+        dy: Tensor,
+    ) -> Result<(Tensor, Saved)> {
+        let Saved::Gate(mut gate) = saved else { return Err(misuse("combine_backward")) };
+        let weights = gate.weights.f_detach()?.f_to_kind(self.kind)?;
+        let (mut by_choice, mut d_weights) = (Vec::new(), Vec::new());
+        for (k, output) in std::mem::take(&mut gate.outputs).iter().enumerate() {
+            by_choice.push(dy.f_mul(&weights.f_narrow(1, k as i64, 1)?)?);
+            let product = dy.f_mul(output)?.f_to_kind(Kind::Float)?;
+            d_weights.push(product.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?);
+        }
+        let tokens = d.rows[0].len();
+        let mut order = vec![0i64; d.tokens.len()];
+        for (k, rows) in d.rows.iter().enumerate() {
+            for (token, &row) in rows.iter().enumerate().filter(|(_, row)| **row >= 0) {
+                order[row as usize] = (k * tokens + token) as i64;
+            }
+        }
+        let rows = Tensor::f_cat(&by_choice, 0)?.f_index_select(0, &self.index(&order)?)?;
+        gate.d_weights = Some(Tensor::f_cat(&d_weights, 1)?);
+        gate.residual = Some(dy);
+        Ok((rows, Saved::Gate(gate)))
+    }
+
+    pub(super) fn gate_backward_inner(
+        &self,
+        d: &Dispatch,
+        saved: Saved,
+        inputs: &[Tensor],
+    ) -> Result<(Tensor, Gradient)> {
+        let Saved::Gate(gate) = saved else { return Err(misuse("gate_backward")) };
+        let (Some(d_weights), Some(residual)) = (gate.d_weights, gate.residual) else {
+            return Err(misuse("gate_backward"));
+        };
+        let [first, second] =
+            self.by_token(d, Tensor::f_cat(inputs, 0)?)?.try_into().map_err(|_| misuse("gate_backward"))?;
+        let scalar = gate
+            .normed
+            .f_mul(&first.f_add(&second)?)?
+            .f_sum(Kind::Float)?
+            .f_add(&gate.weights.f_mul(&d_weights)?.f_sum(Kind::Float)?)?
+            .f_add(&gate.penalty)?;
+        let mut all = gradients(&scalar, &[&gate.x, &gate.leaves[0], &gate.leaves[1]])?;
+        let dx = all.remove(0).f_add(&residual)?;
+        Ok((dx, Gradient(all)))
+    }
+
+    pub(super) fn expert_inner(&self, p: &Params, x: Tensor, train: bool) -> Result<(Tensor, Saved)> {
+        let h = layers::project(&x, &p.0[0])?;
+        let a = layers::activate(self.architecture.activation, &h)?;
+        let y = layers::project(&a, &p.0[1])?;
+        Ok((y, if train { Saved::Expert { x, h, a, dy: None } } else { Saved::None }))
+    }
+
+    pub(super) fn expert_backward_inner(
+        &self,
+        p: &Params,
+        saved: Saved,
+        dy: Tensor,
+    ) -> Result<(Tensor, Saved)> {
+        let Saved::Expert { x, h, a, .. } = saved else { return Err(misuse("expert_backward")) };
+        let transposed = |m: &Tensor| -> Result<Tensor> { Ok(m.f_to_kind(self.kind)?.f_transpose(0, 1)?) };
+        let da = dy.f_matmul(&transposed(&p.0[1])?)?;
+        let dh = layers::activate_backward(self.architecture.activation, &h, &da)?;
+        let dx = dh.f_matmul(&transposed(&p.0[0])?)?;
+        Ok((dx, Saved::Expert { x, h: dh, a, dy: Some(dy) }))
+    }
+
+    pub(super) fn expert_gradient_inner(lanes: Vec<Saved>) -> Result<Option<Gradient>> {
+        let (mut xs, mut hs, mut activated, mut ys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for lane in lanes {
+            let Saved::Expert { x, h, a, dy: Some(dy) } = lane else { return Err(misuse("expert_gradient")) };
+            if x.size()[0] > 0 {
+                xs.push(x);
+                hs.push(h);
+                activated.push(a);
+                ys.push(dy);
+            }
+        }
+        if xs.is_empty() {
+            return Ok(None);
+        }
+        let product = |left: &[Tensor], right: &[Tensor]| -> Result<Tensor> {
+            let left = Tensor::f_cat(left, 0)?.f_transpose(0, 1)?;
+            Ok(left.f_matmul(&Tensor::f_cat(right, 0)?)?.f_to_kind(Kind::Float)?)
+        };
+        Ok(Some(Gradient(vec![product(&xs, &hs)?, product(&activated, &ys)?])))
+    }
+}
