@@ -86,7 +86,7 @@ impl CheckpointerState {
         match added.await {
             Ok(false) => {}
             Ok(true) => self.complete(step).await,
-            Err(reason) => self.failed(step, reason),
+            Err(reason) => self.failed(step, reason).await,
         }
     }
 
@@ -103,12 +103,17 @@ impl CheckpointerState {
         });
         match completed.await {
             Ok(()) => self.tell(Event::CheckpointStored { step }),
-            Err(reason) => self.failed(step, reason),
+            Err(reason) => self.failed(step, reason).await,
         }
     }
 
-    fn failed(&mut self, step: Step, reason: String) {
+    async fn failed(&mut self, step: Step, reason: String) {
         self.pending = None;
+        // What it had written already must not keep the next one from finding room.
+        let (checkpoints, keep) = (self.args.checkpoints.clone(), self.args.keep);
+        if let Err(error) = blocking(move || checkpoints.retain(keep)).await {
+            tracing::warn!(error, "what a failed checkpoint left behind cannot be removed");
+        }
         self.tell(Event::CheckpointFailed { step, reason });
     }
 

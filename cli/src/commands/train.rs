@@ -300,7 +300,7 @@ fn summary(config: &Config, dir: &RunDir, finished: bool, last: Option<Seen>) ->
     println!("checkpoint: step {} in {run}", checkpoint.step);
     let prompt = &config.run.sample_prompt;
     let text = generate::continue_prompt(dir.root(), None, prompt, 60, 0.7, config.run.seed, "cpu")?;
-    println!("\na sample:\n  {}\n", format!("{prompt}{text}").replace('\n', "\n  "));
+    println!("\na sample:\n  {}\n", format!("{prompt}{text}").trim_end().replace('\n', "\n  "));
     println!("try next:");
     println!("  volary generate --run {run} --prompt '{prompt}'");
     println!("  volary digest {run}");
