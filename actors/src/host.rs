@@ -139,7 +139,7 @@ async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<Up>) {
     sender.finish().await;
 }
 
-async fn read_down<B: Compute>(mut receiver: ControlReceiver, link: Link, agent: ActorRef<NodeMsg<B>>) {
+async fn read_down(mut receiver: ControlReceiver, link: Link, agent: ActorRef<NodeMsg>) {
     let reason = loop {
         match receiver.recv::<Down>().await {
             Ok(Some(Down::Say(message))) => {

@@ -2,7 +2,7 @@
 
 use crate::executor::Priority;
 use crate::keeper::{At, ShardMsg};
-use crate::node_context::NodeContext;
+use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerMsg, with_norm};
 use crate::router::call_experts;
 use crate::wire::{self, Batch, ShardAt, SumOf};
@@ -50,8 +50,8 @@ async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: In
 /// A batch of a lane's rows for experts here; the answer has as many rows in the same order.
 async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Computed<Frame> {
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
-    node.until_begun(epoch, step).await?;
     let batch: Batch = wire::decode(&frame)?;
+    node.until_begun(Begun { epoch, step, train: batch.train }).await?;
     let wanted = batch.experts.clone();
     let split = move |backend: &B| {
         let whole = wire::import_one(backend, &frame)?;
@@ -77,7 +77,7 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Comput
 /// A part of a gradient for its owner, or the root from its owner.
 async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Computed<()> {
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
-    node.until_begun(epoch, step).await?;
+    node.until_begun(Begun { epoch, step, train: true }).await?;
     let SumOf { shard, span } = wire::decode(&frame)?;
     let reducer = node.reducer();
     node.executor.submit(Priority::Deferred, move |backend| {

@@ -28,7 +28,7 @@ pub(crate) enum LaneMsg {
 /// The lane's state.
 pub(crate) struct LaneState<B: Compute> {
     node: Arc<NodeContext<B>>,
-    agent: ActorRef<NodeMsg<B>>,
+    agent: ActorRef<NodeMsg>,
     running: Option<JoinHandle<()>>,
 }
 
@@ -38,7 +38,7 @@ pub(crate) struct LaneActor<B>(pub(crate) PhantomData<B>);
 impl<B: Compute> Actor for LaneActor<B> {
     type Msg = LaneMsg;
     type State = LaneState<B>;
-    type Arguments = (Arc<NodeContext<B>>, ActorRef<NodeMsg<B>>);
+    type Arguments = (Arc<NodeContext<B>>, ActorRef<NodeMsg>);
 
     async fn pre_start(
         &self,

@@ -19,7 +19,7 @@ use crate::directory::{Directory, Owner};
 use crate::expert::ExpertActor;
 use crate::keeper::{At, Keeper, ShardMsg};
 use crate::lane::{LaneActor, LaneMsg};
-use crate::node_context::NodeContext;
+use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerActor, ReducerMsg};
 use crate::router::RouterActor;
 use crate::shards::{self, Uplink};
@@ -45,7 +45,7 @@ pub enum NodeEnd {
 }
 
 /// What the agent is told.
-pub(crate) enum NodeMsg<B: Compute> {
+pub(crate) enum NodeMsg {
     /// By the supervisor.
     Down(ToNode),
     /// By a lane that is done.
@@ -56,8 +56,6 @@ pub(crate) enum NodeMsg<B: Compute> {
     Failed { epoch: Epoch, reason: String },
     /// By the control stream's end.
     SupervisorGone { reason: String },
-    #[doc(hidden)]
-    _Backend(PhantomData<fn() -> B>),
 }
 
 /// What this node is doing of the current step.
@@ -80,7 +78,7 @@ pub(crate) struct NodeArgs<B: Compute> {
 
 /// The agent's state.
 pub(crate) struct NodeState<B: Compute> {
-    me: ActorRef<NodeMsg<B>>,
+    me: ActorRef<NodeMsg>,
     node: Arc<NodeContext<B>>,
     up: mpsc::Sender<Up>,
     uplink: Uplink,
@@ -94,7 +92,7 @@ pub(crate) struct NodeState<B: Compute> {
 pub(crate) struct NodeActor<B>(pub(crate) PhantomData<B>);
 
 impl<B: Compute> Actor for NodeActor<B> {
-    type Msg = NodeMsg<B>;
+    type Msg = NodeMsg;
     type State = NodeState<B>;
     type Arguments = NodeArgs<B>;
 
@@ -122,7 +120,6 @@ impl<B: Compute> Actor for NodeActor<B> {
             NodeMsg::Reduced { epoch, step, norms } => state.on_reduced(epoch, step, norms).await,
             NodeMsg::Failed { epoch, reason } => state.on_failed(epoch, reason, false).await,
             NodeMsg::SupervisorGone { reason } => state.on_end(NodeEnd::SupervisorGone(reason)),
-            NodeMsg::_Backend(_) => {}
         }
         Ok(())
     }
@@ -242,7 +239,7 @@ impl<B: Compute> NodeState<B> {
             drop(self.node.reducer().cast(ReducerMsg::Begin { epoch, step, placement }));
         }
         // Only now, when the reducer has begun, may frames of this step come in.
-        self.node.set_begun(epoch, step);
+        self.node.set_begun(Begun { epoch, step, train: pass == Pass::Train });
         for (lane, tokens) in lanes {
             match self.lane(lane).await {
                 Ok(actor) => drop(actor.cast(LaneMsg::Run { at: At { epoch, step, lane }, pass, tokens })),

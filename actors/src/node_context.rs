@@ -23,8 +23,15 @@ pub(crate) struct NodeContext<B: Compute> {
     reducer: OnceLock<ActorRef<ReducerMsg<B>>>,
     placement: RwLock<Arc<Placement>>,
     directory: RwLock<Arc<Directory<B>>>,
-    /// The step that this node has begun.
-    begun: watch::Sender<(Epoch, Step)>,
+    begun: watch::Sender<Begun>,
+}
+
+/// What this node has begun. Within a step validation comes before training, whose frames need a reducer that has begun.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Begun {
+    pub(crate) epoch: Epoch,
+    pub(crate) step: Step,
+    pub(crate) train: bool,
 }
 
 impl<B: Compute> NodeContext<B> {
@@ -39,7 +46,7 @@ impl<B: Compute> NodeContext<B> {
             reducer: OnceLock::new(),
             placement: RwLock::default(),
             directory: RwLock::default(),
-            begun: watch::Sender::new((0, 0)),
+            begun: watch::Sender::new(Begun::default()),
         }
     }
 
@@ -73,23 +80,19 @@ impl<B: Compute> NodeContext<B> {
         *self.directory.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(directory);
     }
 
-    pub(crate) fn set_begun(&self, epoch: Epoch, step: Step) {
-        self.begun.send_replace((epoch, step));
+    pub(crate) fn set_begun(&self, begun: Begun) {
+        self.begun.send_replace(begun);
     }
 
-    /// Waits until this node has begun (`epoch`, `step`): a peer may be a little ahead of it. What is stale is refused.
-    pub(crate) async fn until_begun(&self, epoch: Epoch, step: Step) -> Computed<()> {
+    /// Waits until this node has begun what a frame belongs to: a peer may be a little ahead of it. What is stale is
+    /// refused.
+    pub(crate) async fn until_begun(&self, wanted: Begun) -> Computed<()> {
         let mut begun = self.begun.subscribe();
-        let reached = tokio::time::timeout(EARLY_MAX, begun.wait_for(|now| *now >= (epoch, step))).await;
+        let reached = tokio::time::timeout(EARLY_MAX, begun.wait_for(|now| *now >= wanted)).await;
         match reached {
-            Ok(Ok(now)) if *now == (epoch, step) => Ok(()),
-            Ok(Ok(now)) => Err(ComputeError(format!(
-                "stale: epoch {epoch}, step {step} came when epoch {}, step {} had begun",
-                now.0, now.1
-            ))),
-            _ => Err(ComputeError(format!(
-                "epoch {epoch}, step {step} did not begin here within {EARLY_MAX:?}"
-            ))),
+            Ok(Ok(now)) if *now == wanted => Ok(()),
+            Ok(Ok(now)) => Err(ComputeError(format!("stale: {wanted:?} came after {:?}", *now))),
+            _ => Err(ComputeError(format!("{wanted:?} was not begun here within {EARLY_MAX:?}"))),
         }
     }
 }

@@ -62,7 +62,7 @@ struct Current<B: Compute> {
 pub(crate) struct ReducerState<B: Compute> {
     me: ActorRef<ReducerMsg<B>>,
     node: Arc<NodeContext<B>>,
-    agent: ActorRef<NodeMsg<B>>,
+    agent: ActorRef<NodeMsg>,
     current: Option<Current<B>>,
 }
 
@@ -72,7 +72,7 @@ pub(crate) struct ReducerActor<B>(pub(crate) PhantomData<B>);
 impl<B: Compute> Actor for ReducerActor<B> {
     type Msg = ReducerMsg<B>;
     type State = ReducerState<B>;
-    type Arguments = (Arc<NodeContext<B>>, ActorRef<NodeMsg<B>>);
+    type Arguments = (Arc<NodeContext<B>>, ActorRef<NodeMsg>);
 
     async fn pre_start(
         &self,
@@ -232,7 +232,7 @@ fn to_frame<B: Compute>(
 
 async fn deliver<B: Compute>(
     node: Arc<NodeContext<B>>,
-    agent: ActorRef<NodeMsg<B>>,
+    agent: ActorRef<NodeMsg>,
     targets: Vec<NodeId>,
     epoch: Epoch,
     frame: Computed<Frame>,

@@ -5,7 +5,7 @@
 //! It supervises the checkpointer actor. When it fails, the process ends; nothing that was committed is lost.
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg, blocking};
-use crate::limits::STATUS_EVENTS;
+use crate::limits::{STATUS_EVENTS, WATCH_EVERY};
 use crate::operator::{NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus};
 use crate::run_files::{EventLine, MetricsLine, RunFiles, ValidationLine, unix_ms};
 use crate::wire::{Down, NodeInfo, RunInfo};
@@ -13,7 +13,7 @@ use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use volary_core::machine::{Activity, Committed, Effect, Event, Machine, Notice, Settings};
 use volary_core::messages::{Pass, ToNode};
@@ -34,6 +34,8 @@ pub(crate) enum SupervisorMsg {
     Lost { node: NodeId, session: u64, reason: String },
     /// A shard for the checkpoint.
     Shard { step: Step, shard: ShardId, bytes: Bytes },
+    /// It is time to look whether anything has come of what is under way.
+    Watch,
     /// Somebody asks.
     Operator { request: OperatorRequest, reply: RpcReplyPort<OperatorReply> },
 }
@@ -87,6 +89,7 @@ pub(crate) struct SupervisorState {
     address: String,
     log_every: u64,
     last_commit: Instant,
+    last_progress: Instant,
     last_metrics: Option<MetricsLine>,
     events: VecDeque<String>,
     waiting: Vec<(OperatorRequest, RpcReplyPort<OperatorReply>)>,
@@ -134,6 +137,7 @@ impl Actor for SupervisorActor {
         let (checkpointer, _) = Actor::spawn_linked(None, CheckpointerActor, start, me.get_cell()).await?;
         let timeout = std::time::Duration::from_millis(settings.cluster.gather_timeout_ms);
         me.send_after(timeout, || SupervisorMsg::Event(Event::GatherTimeout));
+        me.send_interval(WATCH_EVERY, || SupervisorMsg::Watch);
         Ok(SupervisorState {
             machine: Machine::new(settings.clone(), durable, epoch),
             run,
@@ -147,6 +151,7 @@ impl Actor for SupervisorActor {
             address,
             log_every,
             last_commit: Instant::now(),
+            last_progress: Instant::now(),
             last_metrics: None,
             events: VecDeque::new(),
             waiting: Vec::new(),
@@ -170,6 +175,7 @@ impl Actor for SupervisorActor {
                 drop(state.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes }));
                 Ok(())
             }
+            SupervisorMsg::Watch => state.on_watch().await,
             SupervisorMsg::Operator { request, reply } => state.on_operator(request, reply).await,
         };
         if let Err(reason) = done {
@@ -191,6 +197,16 @@ impl SupervisorState {
             self.carry_out(effect).await?;
         }
         Ok(())
+    }
+
+    /// A step that hangs, for whatever reason, is dropped and tried again.
+    async fn on_watch(&mut self) -> Outcome {
+        let limit = Duration::from_millis(self.settings.cluster.step_timeout_ms);
+        if self.last_progress.elapsed() < limit {
+            return Ok(());
+        }
+        self.last_progress = Instant::now();
+        self.on_event(Event::Stalled).await
     }
 
     async fn on_joined(
@@ -304,6 +320,7 @@ impl SupervisorState {
     }
 
     async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
+        self.last_progress = Instant::now();
         if let ToNode::Begin { step, pass, lanes, .. } = &mut message {
             for (lane, tokens) in lanes {
                 let read = match pass {

@@ -126,7 +126,7 @@ impl Display {
         let first = self.last.is_none();
         self.last = Some(seen);
         let Seen { step, loss, tokens_per_second, nodes } = seen;
-        self.first.get_or_insert((step, Instant::now()));
+        self.first.get_or_insert_with(|| (step, Instant::now()));
         let message = format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  {nodes} nodes");
         if let Some(bar) = &self.bar {
             if first {

@@ -125,6 +125,7 @@ impl Machine {
                 Event::CheckpointFailed { step, reason } => self.on_checkpoint_failed(step, reason),
                 Event::CheckpointRequested => self.checkpoint_wanted = true,
                 Event::StopRequested => self.on_stop_requested(),
+                Event::Stalled => self.on_stalled(),
                 Event::GatherTimeout => self.on_gather_timeout(),
             }
         }
@@ -342,12 +343,24 @@ impl Machine {
     }
 
     fn on_failed(&mut self, node: &NodeId, reason: &str, fatal: bool) {
+        self.try_again(&format!("{node}: {reason}"), fatal);
+    }
+
+    fn on_stalled(&mut self) {
+        if !matches!(self.phase, Phase::Gathering | Phase::Finishing | Phase::Done) {
+            let limit = self.settings.cluster.step_timeout_ms;
+            self.try_again(&format!("nothing came of step {} within {limit} ms", self.committed + 1), false);
+        }
+    }
+
+    /// The same step again, unless that cannot help or has been tried too often.
+    fn try_again(&mut self, reason: &str, fatal: bool) {
         self.attempts += 1;
         if fatal || self.attempts > ATTEMPTS_MAX {
             self.phase = Phase::Done;
-            return self.effects.push(Effect::Fatal { reason: format!("{node}: {reason}") });
+            return self.effects.push(Effect::Fatal { reason: reason.into() });
         }
-        self.abort(&format!("{node}: {reason}"));
+        self.abort(reason);
     }
 
     fn broadcast(&mut self, message: &ToNode) {

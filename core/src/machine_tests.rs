@@ -320,6 +320,26 @@ fn a_checkpoint_that_fails_is_told_and_the_next_one_is_written_all_the_same() {
 }
 
 #[test]
+fn a_step_that_nothing_comes_of_is_tried_again_a_bounded_number_of_times() {
+    let mut cluster = Cluster::new(settings(5, 2, 2));
+    ["a", "b"].into_iter().for_each(|name| cluster.join(name));
+    // Both are ready; then one says nothing any more.
+    cluster.turn(0);
+    cluster.turn(1);
+    cluster.event(Event::Stalled);
+    assert!(cluster.notices.iter().any(|n| matches!(n, Notice::Aborted { epoch: 1, step: 1, .. })));
+    cluster.run_out();
+    assert_eq!(cluster.journal, quiet(5), "a second try is enough");
+
+    let mut dead = Cluster::new(settings(5, 1, 1));
+    dead.join("a");
+    for _ in 0..=ATTEMPTS_MAX {
+        dead.event(Event::Stalled);
+    }
+    assert!(dead.fatal.expect("an end").contains("nothing came of step 1"));
+}
+
+#[test]
 fn replicas_that_differ_are_a_loud_event() {
     let mut machine = Machine::new(settings(2, 2, 2), None, 0);
     let nodes = [NodeId::new("a"), NodeId::new("b")];

@@ -169,13 +169,21 @@ pub struct ClusterOptions {
     pub nodes: usize,
     /// How long a silent node is believed alive, in milliseconds; at most 10,000.
     pub node_timeout_ms: u64,
+    /// How long a step, or the move to a new placement, may take, in milliseconds, before it is tried again.
+    pub step_timeout_ms: u64,
     /// How long the run waits for `nodes` nodes, in milliseconds, at its start and after a loss.
     pub gather_timeout_ms: u64,
 }
 
 impl Default for ClusterOptions {
     fn default() -> Self {
-        Self { replication: 2, nodes: 1, node_timeout_ms: 2_000, gather_timeout_ms: 120_000 }
+        Self {
+            replication: 2,
+            nodes: 1,
+            node_timeout_ms: 2_000,
+            step_timeout_ms: 600_000,
+            gather_timeout_ms: 120_000,
+        }
     }
 }
 

@@ -64,6 +64,8 @@ pub enum Event {
     CheckpointRequested,
     /// Somebody asks the run to write a checkpoint and end.
     StopRequested,
+    /// Nothing has come of what is under way for `cluster.step_timeout_ms`.
+    Stalled,
     /// The time to gather nodes is over.
     GatherTimeout,
 }
