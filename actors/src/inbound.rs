@@ -2,11 +2,13 @@
 
 use crate::executor::Priority;
 use crate::keeper::{At, ShardMsg};
+use crate::limits::ANSWERS_MAX;
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerMsg, with_norm};
 use crate::router::call_experts;
 use crate::wire::{self, Batch, ShardAt, SumOf};
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 use volary_core::NodeId;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_transport::{Endpoint, Frame, InboundFrame, Kind, Link};
@@ -21,9 +23,16 @@ pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endp
 /// Answers the frames of one link until it closes.
 async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
     let mut inbound = link.serve();
+    let room = Arc::new(Semaphore::new(ANSWERS_MAX));
     while let Some(frame) = inbound.next().await {
-        // A task each: one that waits for its step must not hold up the others. The link bounds how many there are.
-        tokio::spawn(answer(Arc::clone(&node), NodeId::new(link.peer()), frame));
+        // A task each: one that waits for its step must not hold up the others. What they wait for comes on the
+        // supervisor's link, so that a full room empties itself.
+        let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+        let (node, peer) = (Arc::clone(&node), NodeId::new(link.peer()));
+        tokio::spawn(async move {
+            answer(node, peer, frame).await;
+            drop(place);
+        });
     }
 }
 

@@ -14,6 +14,8 @@ pub(crate) const JOBS_MAX: usize = 1 << 16;
 pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
 /// Events that `status` shows.
 pub(crate) const STATUS_EVENTS: usize = 20;
+/// Frames of one peer that are being answered, or wait for their step, at a time.
+pub(crate) const ANSWERS_MAX: usize = 1024;
 /// How often the supervisor looks whether anything has come of what is under way.
 pub(crate) const WATCH_EVERY: Duration = Duration::from_secs(1);
 /// Milliseconds without a sign of life after which a node gives a link up, where the other end does not ask for less.

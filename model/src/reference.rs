@@ -35,6 +35,22 @@ pub struct Outcome {
     pub gradients: BTreeMap<ShardId, Vec<Tensor>>,
 }
 
+impl Outcome {
+    /// The gradients' numbers, row by row.
+    ///
+    /// # Errors
+    /// When they cannot be copied to the host.
+    pub fn gradient_values(&self) -> Result<BTreeMap<ShardId, Vec<Vec<f32>>>> {
+        let values = |t: &Tensor| -> Result<Vec<f32>> {
+            Ok(Vec::try_from(t.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?)
+        };
+        self.gradients
+            .iter()
+            .map(|(&id, list)| Ok((id, list.iter().map(values).collect::<Result<_>>()?)))
+            .collect()
+    }
+}
+
 type Leaves = BTreeMap<ShardId, Vec<Tensor>>;
 
 impl Reference {

@@ -2,20 +2,38 @@
 
 use crate::error::{Error, Result};
 use crate::limits::CONTROL_BYTES_MAX;
+use crate::memory::{WordReceiver, WordSender};
 use quinn::{RecvStream, SendStream};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+fn encode<T: Serialize>(message: &T, most: usize) -> Result<Vec<u8>> {
+    let body = postcard::to_stdvec(message).map_err(|e| Error::malformed("message", e.to_string()))?;
+    check_length(body.len(), most)?;
+    Ok(body)
+}
+
+fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T> {
+    postcard::from_bytes(body).map_err(|error| Error::malformed("message", error.to_string()))
+}
+
+fn check_length(length: usize, most: usize) -> Result<()> {
+    if length > most {
+        return Err(Error::malformed("message", format!("{length} bytes, at most {most}")));
+    }
+    Ok(())
+}
+
+fn broken(error: impl ToString) -> Error {
+    Error::connection("the control stream", error)
+}
 
 pub(crate) async fn write_message<T: Serialize>(
     send: &mut SendStream,
     message: &T,
     most: usize,
 ) -> Result<()> {
-    let body = postcard::to_stdvec(message).map_err(|e| Error::malformed("message", e.to_string()))?;
-    if body.len() > most {
-        return Err(Error::malformed("message", format!("{} bytes, at most {most}", body.len())));
-    }
-    let broken = |error: quinn::WriteError| Error::connection("the control stream", error);
+    let body = encode(message, most)?;
     send.write_all(&(body.len() as u32).to_le_bytes()).await.map_err(broken)?;
     send.write_all(&body).await.map_err(broken)
 }
@@ -29,52 +47,88 @@ pub(crate) async fn read_message<T: DeserializeOwned>(
     match receive.read_exact(&mut length).await {
         Ok(()) => {}
         Err(quinn::ReadExactError::FinishedEarly(0)) => return Ok(None),
-        Err(error) => return Err(Error::connection("the control stream", error)),
+        Err(error) => return Err(broken(error)),
     }
     let length = u32::from_le_bytes(length) as usize;
-    if length > most {
-        return Err(Error::malformed("message", format!("{length} bytes, at most {most}")));
-    }
+    check_length(length, most)?;
     let mut body = vec![0; length];
-    receive.read_exact(&mut body).await.map_err(|error| Error::connection("the control stream", error))?;
-    postcard::from_bytes(&body).map(Some).map_err(|error| Error::malformed("message", error.to_string()))
+    receive.read_exact(&mut body).await.map_err(broken)?;
+    decode(&body).map(Some)
+}
+
+/// Ends a stream and waits until the peer has everything, or is gone.
+pub(crate) async fn finish(mut stream: SendStream) {
+    if stream.finish().is_ok() {
+        drop(stream.stopped().await);
+    }
 }
 
 /// The sending half.
 #[derive(Debug)]
-pub struct ControlSender {
-    pub(crate) stream: SendStream,
+pub struct ControlSender(Sending);
+
+#[derive(Debug)]
+enum Sending {
+    Quic(SendStream),
+    Memory(WordSender),
 }
 
 impl ControlSender {
+    pub(crate) fn new(stream: SendStream) -> Self {
+        Self(Sending::Quic(stream))
+    }
+
+    pub(crate) fn in_memory(words: WordSender) -> Self {
+        Self(Sending::Memory(words))
+    }
+
     /// Sends a message.
     ///
     /// # Errors
     /// When it is over the bound or the connection is gone.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<()> {
-        write_message(&mut self.stream, message, CONTROL_BYTES_MAX).await
+        match &mut self.0 {
+            Sending::Quic(stream) => write_message(stream, message, CONTROL_BYTES_MAX).await,
+            Sending::Memory(words) => words.send(encode(message, CONTROL_BYTES_MAX)?).await,
+        }
     }
 
     /// Ends the stream and waits until the peer has everything.
-    pub async fn finish(mut self) {
-        if self.stream.finish().is_ok() {
-            drop(self.stream.stopped().await);
+    pub async fn finish(self) {
+        match self.0 {
+            Sending::Quic(stream) => finish(stream).await,
+            Sending::Memory(words) => drop(words),
         }
     }
 }
 
 /// The receiving half.
 #[derive(Debug)]
-pub struct ControlReceiver {
-    pub(crate) stream: RecvStream,
+pub struct ControlReceiver(Receiving);
+
+#[derive(Debug)]
+enum Receiving {
+    Quic(RecvStream),
+    Memory(WordReceiver),
 }
 
 impl ControlReceiver {
+    pub(crate) fn new(stream: RecvStream) -> Self {
+        Self(Receiving::Quic(stream))
+    }
+
+    pub(crate) fn in_memory(words: WordReceiver) -> Self {
+        Self(Receiving::Memory(words))
+    }
+
     /// The next message, or `None` at the stream's end.
     ///
     /// # Errors
     /// When what comes is no message, or the connection is gone.
     pub async fn recv<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
-        read_message(&mut self.stream, CONTROL_BYTES_MAX).await
+        match &mut self.0 {
+            Receiving::Quic(stream) => read_message(stream, CONTROL_BYTES_MAX).await,
+            Receiving::Memory(words) => words.recv().await?.as_deref().map(decode).transpose(),
+        }
     }
 }

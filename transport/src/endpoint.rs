@@ -4,11 +4,12 @@
 //! the links' methods may be awaited from any runtime. Settings follow the path (measured; see `docs/performance.md`):
 //! on loopback 65,487-byte datagrams without segmentation offload, elsewhere MTU 1,452 with it.
 
-use crate::control::{ControlReceiver, ControlSender, write_message};
+use crate::accept::{Accepted, accept_all};
+use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
-use crate::handshake::{Answer, PROTOCOL, Role, greet, hear};
+use crate::handshake::{Answer, PROTOCOL, Role, greet};
 use crate::identity::{Identity, KeyRequest, SUPERVISOR, dns_name};
-use crate::limits::{HANDSHAKE_MAX, HELLO_BYTES_MAX, INCOMING_MAX, STREAMS_MAX};
+use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX, STREAMS_MAX};
 use crate::link::{CONTROL_PRIORITY, Link};
 use crate::options::TransportOptions;
 use crate::tls::{self, Admit};
@@ -45,55 +46,6 @@ struct Shared {
     incoming: Mutex<mpsc::Receiver<Accepted>>,
     /// Ends the endpoint's thread when the last clone is gone.
     _alive: oneshot::Sender<()>,
-}
-
-/// Somebody who has said who it is and waits to be let in.
-#[derive(Debug)]
-pub struct Accepted {
-    /// Who, and what it wants. Names are proven; tokens are not checked yet.
-    pub role: Role,
-    connection: Connection,
-    control: (ControlSender, ControlReceiver),
-    runtime: Handle,
-}
-
-impl Accepted {
-    /// Says no.
-    pub async fn refuse(mut self, reason: &str) {
-        let told =
-            write_message(&mut self.control.0.stream, &Answer::Refused(reason.into()), HELLO_BYTES_MAX).await;
-        if told.is_ok() {
-            // The reason must arrive before the connection is gone.
-            drop(tokio::time::timeout(HANDSHAKE_MAX, self.control.0.finish()).await);
-        }
-        self.connection.close(VarInt::from_u32(1), b"refused");
-    }
-
-    /// Hands out a certificate; the connection has no other use.
-    ///
-    /// # Errors
-    /// When the connection is gone.
-    pub async fn certify(mut self, name: String, certificate: Vec<u8>, ca: Vec<u8>) -> Result<()> {
-        let answer = Answer::Certificate { name, certificate, ca };
-        write_message(&mut self.control.0.stream, &answer, HELLO_BYTES_MAX).await?;
-        drop(tokio::time::timeout(HANDSHAKE_MAX, self.control.0.finish()).await);
-        self.connection.close(VarInt::from_u32(0), b"certified");
-        Ok(())
-    }
-
-    /// Lets it in.
-    ///
-    /// # Errors
-    /// When the connection is gone.
-    pub async fn welcome(mut self) -> Result<(Link, ControlSender, ControlReceiver)> {
-        write_message(&mut self.control.0.stream, &Answer::Welcome, HELLO_BYTES_MAX).await?;
-        let peer = match self.role {
-            Role::Node { name } | Role::Peer { name } => name,
-            Role::Operator { .. } | Role::Join { .. } => "operator".into(),
-        };
-        let runtime = self.runtime;
-        Ok((Link::new(self.connection, peer, runtime), self.control.0, self.control.1))
-    }
 }
 
 impl Endpoint {
@@ -198,10 +150,15 @@ impl Endpoint {
                 continue;
             }
             match accepted.welcome().await {
-                Ok((link, ..)) => return Some(link),
+                Ok((link, sender, receiver)) => return Some(link.with_control(sender, receiver)),
                 Err(error) => tracing::debug!(%error, "a peer went away"),
             }
         }
+    }
+
+    /// Closes all links and takes up no more; what waited to be taken up still is.
+    pub fn close(&self, reason: &str) {
+        self.shared.quinn.close(VarInt::from_u32(0), reason.as_bytes());
     }
 
     /// Links to the node `name` at `address`, which must prove the name.
@@ -211,8 +168,9 @@ impl Endpoint {
     pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link> {
         let own = self.own_name()?;
         let config = tls::client(self.identity()?)?;
-        let (connection, ..) = self.dial(address, name, config, Role::Peer { name: own }).await?;
-        Ok(Link::new(connection, name.to_owned(), self.shared.runtime.clone()))
+        let (connection, _, control) = self.dial(address, name, config, Role::Peer { name: own }).await?;
+        let link = Link::new(connection, name.to_owned(), self.shared.runtime.clone());
+        Ok(link.with_control(control.0, control.1))
     }
 
     /// Links to the supervisor as a node; its certificate must prove that it is one.
@@ -285,7 +243,7 @@ impl Endpoint {
             // The stream is young; a closed one shows at the first write.
             let _ = send.set_priority(CONTROL_PRIORITY);
             let answer = greet(&mut send, &mut receive, &role, protocol).await?;
-            Ok((connection, answer, (ControlSender { stream: send }, ControlReceiver { stream: receive })))
+            Ok((connection, answer, (ControlSender::new(send), ControlReceiver::new(receive))))
         });
         work.await.unwrap_or_else(|error| Err(Error::connection(name, error)))
     }
@@ -377,65 +335,6 @@ pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Re
         }));
     }
     Ok(config)
-}
-
-/// Takes up connections for as long as somebody wants them; each has a bounded time to say who it is.
-async fn accept_all(endpoint: quinn::Endpoint, accepted: mpsc::Sender<Accepted>) {
-    while let Some(incoming) = endpoint.accept().await {
-        let accepted = accepted.clone();
-        tokio::spawn(async move {
-            let from = incoming.remote_address();
-            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduce(incoming)).await {
-                Ok(Ok(somebody)) => drop(accepted.send(somebody).await),
-                Ok(Err(error)) => tracing::warn!(%from, %error, "a connection was turned away"),
-                Err(_) => tracing::warn!(%from, "a connection did not say who it is in time"),
-            }
-        });
-    }
-}
-
-async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
-    let from = incoming.remote_address().to_string();
-    let connection = incoming.await.map_err(|error| Error::connection(from.clone(), error))?;
-    let (send, mut receive) = connection.accept_bi().await.map_err(|error| Error::connection(from, error))?;
-    let _ = send.set_priority(CONTROL_PRIORITY);
-    let heard = hear(&mut receive).await;
-    let control = (ControlSender { stream: send }, ControlReceiver { stream: receive });
-    let (role, verdict) = match heard {
-        Ok(role) => {
-            let proven = proves_its_name(&connection, &role);
-            (
-                role,
-                if proven {
-                    Ok(())
-                } else {
-                    Err(Error::Refused("the certificate does not prove the name".into()))
-                },
-            )
-        }
-        Err(error) => (Role::Operator { token: String::new() }, Err(error)),
-    };
-    let accepted = Accepted { role, connection, control, runtime: Handle::current() };
-    match verdict {
-        Ok(()) => Ok(accepted),
-        Err(error) => {
-            let reason = match &error {
-                Error::Refused(reason) => reason.clone(),
-                other => other.to_string(),
-            };
-            accepted.refuse(&reason).await;
-            Err(error)
-        }
-    }
-}
-
-/// Roles with a name need a certificate of the cluster's authority with that name in it.
-fn proves_its_name(connection: &Connection, role: &Role) -> bool {
-    let (Role::Node { name } | Role::Peer { name }) = role else { return true };
-    let identity = connection.peer_identity();
-    let chain =
-        identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
-    chain.and_then(|chain| chain.first().map(|certificate| tls::is_named(certificate, name))).unwrap_or(false)
 }
 
 #[cfg(test)]

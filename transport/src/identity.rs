@@ -63,7 +63,9 @@ impl Authority {
         let read = |path: &Path| {
             std::fs::read(path).map_err(|e| Error::identity(format!("{}: {e}", path.display())))
         };
-        if certificate.exists() && key.exists() {
+        // The certificate is written last: with it and without the key something was lost, and a new authority would
+        // shut out every node of the old one.
+        if certificate.exists() {
             let pem = String::from_utf8(read(&key)?).map_err(Error::identity)?;
             let key = KeyPair::from_pem(&pem).map_err(Error::identity)?;
             return Ok(Self { certificate: read(&certificate)?.into(), key });
@@ -95,12 +97,21 @@ impl Authority {
     /// # Errors
     /// When the request is malformed or the name cannot stand in a certificate.
     pub fn issue(&self, request: &[u8], name: &str) -> Result<Vec<u8>> {
+        self.issue_for(request, name, LIFETIME.unsigned_abs())
+    }
+
+    /// [`Authority::issue`] with a lifetime of the caller's choice, counted from now.
+    ///
+    /// # Errors
+    /// As [`Authority::issue`], and when the lifetime goes beyond what a calendar holds.
+    pub fn issue_for(&self, request: &[u8], name: &str, lifetime: std::time::Duration) -> Result<Vec<u8>> {
         check_name(name)?;
         let csr =
             CertificateSigningRequestParams::from_der(&request.to_vec().into()).map_err(Error::identity)?;
         // Only the key is taken from the request: what it asks for beside that is not its to choose.
         let issuer = Issuer::new(authority_params()?, &self.key);
-        let issued = node_params(name)?.signed_by(&csr.public_key, &issuer).map_err(Error::identity)?;
+        let issued =
+            node_params(name, lifetime)?.signed_by(&csr.public_key, &issuer).map_err(Error::identity)?;
         Ok(issued.der().to_vec())
     }
 
@@ -126,23 +137,25 @@ fn authority_params() -> Result<CertificateParams> {
     params.distinguished_name.push(DnType::CommonName, "Volary cluster authority");
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-    lifetime(&mut params, 10);
+    set_lifetime(&mut params, LIFETIME * 10)?;
     Ok(params)
 }
 
-fn node_params(name: &str) -> Result<CertificateParams> {
+fn node_params(name: &str, lifetime: std::time::Duration) -> Result<CertificateParams> {
     let mut params = CertificateParams::new(vec![dns_name(name)]).map_err(Error::identity)?;
     params.distinguished_name.push(DnType::CommonName, name);
     params.extended_key_usages =
         vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
-    lifetime(&mut params, 1);
+    set_lifetime(&mut params, Duration::try_from(lifetime).map_err(Error::identity)?)?;
     Ok(params)
 }
 
-fn lifetime(params: &mut CertificateParams, times: i32) {
+fn set_lifetime(params: &mut CertificateParams, lifetime: Duration) -> Result<()> {
     let now = OffsetDateTime::now_utc();
     params.not_before = now - CLOCK_SLACK;
-    params.not_after = now + LIFETIME * times;
+    let end = now.checked_add(lifetime);
+    params.not_after = end.ok_or_else(|| Error::identity("a lifetime beyond the calendar"))?;
+    Ok(())
 }
 
 pub(crate) fn fingerprint(certificate: &[u8]) -> [u8; 32] {
@@ -159,11 +172,20 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
     }
     let temporary = path.with_extension("new");
+    // A file that lies there already would keep its own, maybe wider, permissions.
+    match std::fs::remove_file(&temporary) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
+        _ => {}
+    }
     let mut options = std::fs::OpenOptions::new();
-    let mut file =
-        options.create(true).truncate(true).write(true).mode(0o600).open(&temporary).map_err(failed)?;
+    let mut file = options.create_new(true).write(true).mode(0o600).open(&temporary).map_err(failed)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-    std::fs::rename(&temporary, path).map_err(failed)
+    std::fs::rename(&temporary, path).map_err(failed)?;
+    match path.parent() {
+        // The new name is safe once the folder is.
+        Some(folder) => std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed),
+        None => Ok(()),
+    }
 }
 
 /// A key made on this machine, and the request for its certificate.

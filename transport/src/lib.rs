@@ -4,14 +4,18 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | [`endpoint`] | the UDP socket, dialling, accepting, joining |
-//! | [`link`] | one peer: requests, frames, streams |
+//! | [`endpoint`] | the UDP socket, dialling, joining |
+//! | `accept` | who dials in, and what it is told |
+//! | [`link`] | one peer: requests, frames, answers |
+//! | `stream` | one frame on one stream |
+//! | [`memory`] | links without a network, with faults, for tests |
 //! | [`control`] | small typed messages |
 //! | [`frame`] | the layout of tensors on the wire |
 //! | [`handshake`] | who is there, in which version |
 //! | [`identity`], [`token`], `tls` | the cluster's authority, certificates, tokens |
 //! | [`limits`] | every bound |
 
+mod accept;
 pub mod control;
 pub mod endpoint;
 mod error;
@@ -21,12 +25,15 @@ pub mod identity;
 pub mod limits;
 pub mod link;
 pub mod loopback;
+pub mod memory;
 mod options;
+mod stream;
 mod tls;
 pub mod token;
 
+pub use accept::Accepted;
 pub use control::{ControlReceiver, ControlSender};
-pub use endpoint::{Accepted, Endpoint, join, local_ip};
+pub use endpoint::{Endpoint, join, local_ip};
 pub use error::{Error, Result};
 pub use frame::{Dtype, Frame, Kind, Part, TraceContext};
 pub use handshake::{PROTOCOL, Role};

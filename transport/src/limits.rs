@@ -14,17 +14,21 @@ pub const PART_BYTES_MAX: u64 = 2 << 30;
 pub const FRAME_BYTES_MAX: u64 = 4 << 30;
 /// Dimensions of a tensor.
 pub const RANK_MAX: usize = 6;
-/// Bytes that are reserved on a peer's word; what is longer grows as it comes.
+/// Bytes that are reserved on a peer's word; room for more is made once so much has come.
 pub const RESERVE_BYTES_MAX: usize = 64 << 20;
+/// What a tensor off the wire is aligned to, in bytes: the device's libraries compute the same wherever it lies.
+pub const ALIGNMENT_BYTES: usize = 64;
 /// Streams that a peer may have open at a time, each way.
 pub const STREAMS_MAX: u32 = 1024;
 /// Bytes of a first message.
 pub const HELLO_BYTES_MAX: usize = 16 << 10;
 /// How long a handshake may take.
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
-/// Connections that wait to be taken up.
+/// Connections that say who they are or wait to be taken up; more are turned away.
 pub const INCOMING_MAX: usize = 256;
 /// Frames of one link that wait to be taken up.
 pub const INBOUND_MAX: usize = 64;
+/// Control messages of one in-memory link that wait to be taken up.
+pub const CONTROL_AHEAD_MAX: usize = 1024;
 /// Characters of a node's name.
 pub const NAME_MAX: usize = 100;

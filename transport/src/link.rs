@@ -1,12 +1,17 @@
 //! A link to one authenticated peer: requests with answers, frames without, each on a stream of its own, so that a big
 //! one never holds up a small one.
+//!
+//! Two wires carry links: QUIC, and [`crate::memory`] for tests. Their promises are the same.
 
+use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
-use crate::frame::{FIXED, Fixed, Frame, Part, PartHead, check_total};
-use crate::limits::{INBOUND_MAX, RESERVE_BYTES_MAX};
-use bytes::Bytes;
-use quinn::{Connection, RecvStream, SendStream, VarInt};
-use std::net::SocketAddr;
+use crate::frame::Frame;
+use crate::limits::INBOUND_MAX;
+use crate::memory;
+use crate::stream;
+use quinn::{Connection, SendStream, VarInt};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -14,22 +19,20 @@ use tokio::sync::mpsc;
 /// The control stream goes before everything else.
 pub(crate) const CONTROL_PRIORITY: i32 = 1;
 
-/// A link to one peer; clones are the same link.
+type Control = (ControlSender, ControlReceiver);
+
+/// A link to one peer; clones are the same link, which ends with the last of them.
 #[derive(Clone, Debug)]
 pub struct Link {
-    connection: Connection,
+    wire: Wire,
     peer: String,
-    /// The endpoint's: whole frames are written and read there, beside the connection's driver, so that a frame costs
-    /// one change of threads and not one for every window of data.
-    runtime: Handle,
+    control: Arc<Mutex<Option<Control>>>,
 }
 
-struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
-
-impl<T> Drop for AbortOnDrop<T> {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
+#[derive(Clone, Debug)]
+enum Wire {
+    Quic(stream::Wire),
+    Memory(memory::End),
 }
 
 /// What a link has carried.
@@ -45,7 +48,22 @@ pub struct LinkStats {
 
 impl Link {
     pub(crate) fn new(connection: Connection, peer: String, runtime: Handle) -> Self {
-        Self { connection, peer, runtime }
+        let wire = stream::Wire { connection, peer: peer.clone(), runtime };
+        Self { wire: Wire::Quic(wire), peer, control: Arc::default() }
+    }
+
+    pub(crate) fn in_memory(end: memory::End, peer: String) -> Self {
+        Self { wire: Wire::Memory(end), peer, control: Arc::default() }
+    }
+
+    pub(crate) fn with_control(self, sender: ControlSender, receiver: ControlReceiver) -> Self {
+        Self { control: Arc::new(Mutex::new(Some((sender, receiver)))), ..self }
+    }
+
+    /// The control stream between two nodes; `None` once it is taken, and where it was handed out with the link.
+    #[must_use]
+    pub fn control(&self) -> Option<Control> {
+        self.control.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// The peer's proven name.
@@ -54,14 +72,13 @@ impl Link {
         &self.peer
     }
 
-    /// Where the peer is.
+    /// Where the peer is; port 0 of localhost in memory.
     #[must_use]
     pub fn remote_address(&self) -> SocketAddr {
-        self.connection.remote_address()
-    }
-
-    fn broken(&self, error: impl ToString) -> Error {
-        Error::connection(self.peer.clone(), error)
+        match &self.wire {
+            Wire::Quic(wire) => wire.connection.remote_address(),
+            Wire::Memory(_) => (Ipv4Addr::LOCALHOST, 0).into(),
+        }
     }
 
     /// Sends a frame and awaits the answer on the same stream.
@@ -70,22 +87,21 @@ impl Link {
     /// When the frame is over a bound, the connection breaks, or the answer is malformed.
     pub async fn request(&self, frame: Frame) -> Result<Frame> {
         let pieces = frame.encode()?;
-        let link = self.clone();
-        self.beside_the_driver(async move {
-            let (mut send, mut receive) = link.connection.open_bi().await.map_err(|e| link.broken(e))?;
-            link.write(&mut send, pieces).await?;
-            read_frame(&mut receive).await
-        })
-        .await
+        match &self.wire {
+            Wire::Quic(wire) => wire.request(pieces).await,
+            Wire::Memory(end) => end.request(frame, &pieces).await,
+        }
     }
 
-    async fn beside_the_driver<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = Result<T>> + Send + 'static,
-    ) -> Result<T> {
-        // Whoever gives up waiting gives up the stream too.
-        let mut task = AbortOnDrop(self.runtime.spawn(work));
-        (&mut task.0).await.unwrap_or_else(|error| Err(self.broken(error)))
+    /// [`Link::request`], given up when there is no answer within `limit`; the peer may have acted on it all the same.
+    ///
+    /// # Errors
+    /// As [`Link::request`], and when the time is over.
+    pub async fn request_within(&self, frame: Frame, limit: Duration) -> Result<Frame> {
+        let answer = tokio::time::timeout(limit, self.request(frame)).await;
+        answer.unwrap_or_else(|_| {
+            Err(Error::connection(self.peer.clone(), format!("no answer within {limit:?}")))
+        })
     }
 
     /// Sends a frame that has no answer; returns when all of it is on its way.
@@ -94,45 +110,57 @@ impl Link {
     /// As [`Link::request`].
     pub async fn send(&self, frame: Frame) -> Result<()> {
         let pieces = frame.encode()?;
-        let link = self.clone();
-        self.beside_the_driver(async move {
-            let mut send = link.connection.open_uni().await.map_err(|e| link.broken(e))?;
-            link.write(&mut send, pieces).await
-        })
-        .await
-    }
-
-    async fn write(&self, send: &mut SendStream, mut pieces: Vec<Bytes>) -> Result<()> {
-        send.write_all_chunks(&mut pieces).await.map_err(|e| self.broken(e))?;
-        send.finish().map_err(|e| self.broken(e))
+        match &self.wire {
+            Wire::Quic(wire) => wire.send(pieces).await,
+            Wire::Memory(end) => end.send(frame, &pieces).await,
+        }
     }
 
     /// Takes up the frames that the peer sends. To be called once.
     #[must_use]
     pub fn serve(&self) -> Inbound {
         let (sender, frames) = mpsc::channel(INBOUND_MAX);
-        self.runtime.spawn(take_up(self.clone(), sender));
+        match &self.wire {
+            Wire::Quic(wire) => drop(wire.runtime.spawn(wire.clone().take_up(sender))),
+            Wire::Memory(end) => drop(tokio::spawn(end.clone().take_up(sender))),
+        }
         Inbound { frames }
     }
 
     /// Waits until the link is closed, and says why.
     pub async fn closed(&self) -> String {
-        self.connection.closed().await.to_string()
+        match &self.wire {
+            Wire::Quic(wire) => wire.connection.closed().await.to_string(),
+            Wire::Memory(end) => end.closed().await,
+        }
     }
 
     /// Closes the link.
     pub fn close(&self, reason: &str) {
-        self.connection.close(VarInt::from_u32(0), reason.as_bytes());
+        self.close_with(0, reason);
+    }
+
+    /// Closes the link with a number for the peer's program and a reason for its log.
+    pub fn close_with(&self, code: u32, reason: &str) {
+        match &self.wire {
+            Wire::Quic(wire) => wire.connection.close(VarInt::from_u32(code), reason.as_bytes()),
+            Wire::Memory(end) => end.close(code, reason),
+        }
     }
 
     /// What the link has carried.
     #[must_use]
     pub fn stats(&self) -> LinkStats {
-        let stats = self.connection.stats();
-        LinkStats {
-            bytes_sent: stats.udp_tx.bytes,
-            bytes_received: stats.udp_rx.bytes,
-            round_trip: self.connection.rtt(),
+        match &self.wire {
+            Wire::Quic(wire) => {
+                let stats = wire.connection.stats();
+                LinkStats {
+                    bytes_sent: stats.udp_tx.bytes,
+                    bytes_received: stats.udp_rx.bytes,
+                    round_trip: wire.connection.rtt(),
+                }
+            }
+            Wire::Memory(end) => end.stats(),
         }
     }
 }
@@ -146,23 +174,35 @@ pub struct InboundFrame {
     pub reply: Option<Replier>,
 }
 
-/// Answers one request.
+/// Answers one request; dropped without an answer, the request fails.
 #[derive(Debug)]
-pub struct Replier {
-    link: Link,
-    stream: SendStream,
+pub struct Replier(Answering);
+
+#[derive(Debug)]
+enum Answering {
+    Quic { wire: stream::Wire, stream: SendStream },
+    Memory(memory::Answer),
 }
 
 impl Replier {
+    pub(crate) fn over_quic(wire: stream::Wire, stream: SendStream) -> Self {
+        Self(Answering::Quic { wire, stream })
+    }
+
+    pub(crate) fn in_memory(answer: memory::Answer) -> Self {
+        Self(Answering::Memory(answer))
+    }
+
     /// Sends the answer.
     ///
     /// # Errors
     /// As [`Link::send`].
     pub async fn reply(self, frame: Frame) -> Result<()> {
         let pieces = frame.encode()?;
-        let Self { link, mut stream } = self;
-        let own = link.clone();
-        link.beside_the_driver(async move { own.write(&mut stream, pieces).await }).await
+        match self.0 {
+            Answering::Quic { wire, stream } => wire.answer(stream, pieces).await,
+            Answering::Memory(answer) => answer.give(frame, &pieces).await,
+        }
     }
 }
 
@@ -177,86 +217,4 @@ impl Inbound {
     pub async fn next(&mut self) -> Option<InboundFrame> {
         self.frames.recv().await
     }
-}
-
-/// Accepts streams until the link closes. The number of streams is bounded by the connection's own limits.
-async fn take_up(link: Link, sender: mpsc::Sender<InboundFrame>) {
-    loop {
-        let (receive, answer) = tokio::select! {
-            stream = link.connection.accept_bi() => match stream {
-                Ok((send, receive)) => (receive, Some(send)),
-                Err(_) => return,
-            },
-            stream = link.connection.accept_uni() => match stream {
-                Ok(receive) => (receive, None),
-                Err(_) => return,
-            },
-        };
-        tokio::spawn(read_one(link.clone(), sender.clone(), receive, answer));
-    }
-}
-
-async fn read_one(
-    link: Link,
-    sender: mpsc::Sender<InboundFrame>,
-    mut receive: RecvStream,
-    answer: Option<SendStream>,
-) {
-    match read_frame(&mut receive).await {
-        Ok(frame) => {
-            let reply = answer.map(|stream| Replier { link, stream });
-            drop(sender.send(InboundFrame { frame, reply }).await);
-        }
-        Err(error @ Error::Malformed { .. }) => {
-            // A peer that does not speak our language is not listened to any longer.
-            tracing::error!(peer = link.peer, %error, "link closed");
-            link.close("malformed frame");
-        }
-        // It gave the stream up, or is gone.
-        Err(_) => {}
-    }
-}
-
-/// Reads one frame. Memory is reserved only after every length has been checked, and no more than the bound at once.
-async fn read_frame(stream: &mut RecvStream) -> Result<Frame> {
-    let mut fixed = [0; FIXED];
-    exact(stream, &mut fixed).await?;
-    let fixed = Fixed::decode(&fixed)?;
-    let mut meta = vec![0; fixed.meta];
-    exact(stream, &mut meta).await?;
-    let mut heads = Vec::new();
-    for _ in 0..fixed.parts {
-        let mut start = [0; 2];
-        exact(stream, &mut start).await?;
-        let mut rest = vec![0; PartHead::rest(start[1])?];
-        exact(stream, &mut rest).await?;
-        heads.push(PartHead::decode(start[0], start[1], &rest)?);
-    }
-    check_total(&heads)?;
-    let mut parts = Vec::with_capacity(heads.len());
-    for head in heads {
-        let data = read_part(stream, head.bytes as usize).await?;
-        parts.push(Part { dtype: head.dtype, shape: head.shape, data });
-    }
-    Ok(fixed.frame(meta.into(), parts))
-}
-
-async fn read_part(stream: &mut RecvStream, bytes: usize) -> Result<Bytes> {
-    let mut data = Vec::with_capacity(bytes.min(RESERVE_BYTES_MAX));
-    while data.len() < bytes {
-        match stream.read_chunk(bytes - data.len(), true).await {
-            Ok(Some(chunk)) if data.is_empty() && chunk.bytes.len() == bytes => return Ok(chunk.bytes),
-            Ok(Some(chunk)) => data.extend_from_slice(&chunk.bytes),
-            Ok(None) => return Err(Error::malformed("frame", "it is cut short")),
-            Err(error) => return Err(Error::connection("a stream", error)),
-        }
-    }
-    Ok(data.into())
-}
-
-async fn exact(stream: &mut RecvStream, buffer: &mut [u8]) -> Result<()> {
-    stream.read_exact(buffer).await.map_err(|error| match error {
-        quinn::ReadExactError::FinishedEarly(_) => Error::malformed("frame", "it is cut short"),
-        quinn::ReadExactError::ReadError(error) => Error::connection("a stream", error),
-    })
 }

@@ -3,6 +3,7 @@
 
 use bytes::Bytes;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use volary_transport::loopback::probe_frame;
 use volary_transport::{
@@ -175,6 +176,75 @@ async fn a_big_frame_does_not_hold_up_a_small_one() {
 }
 
 #[tokio::test]
+async fn a_control_message_overtakes_bulk() {
+    let authority = Authority::create().unwrap();
+    let (link, other, _left, _right) = pair(&authority).await;
+    echo(&other);
+    let (mut near, mut far) = (link.control().unwrap(), other.control().unwrap());
+    tokio::spawn(async move {
+        while let Ok(Some(number)) = far.1.recv::<u32>().await {
+            far.0.send(&number).await.unwrap();
+        }
+    });
+    let bulk = link.clone();
+    let bulk = tokio::spawn(async move { bulk.request(probe_frame(128 << 20)).await });
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    let start = Instant::now();
+    near.0.send(&5u32).await.unwrap();
+    assert_eq!(near.1.recv::<u32>().await.unwrap(), Some(5));
+    let trip = start.elapsed();
+    assert!(!bulk.is_finished(), "the big one was meant to be under way");
+    assert!(trip < Duration::from_millis(500), "{trip:?}");
+    bulk.await.unwrap().unwrap();
+}
+
+/// From a token to a link between nodes, as a cluster does it.
+#[tokio::test]
+async fn the_certificate_that_a_token_buys_opens_links_between_nodes() {
+    let authority = Arc::new(Authority::create().unwrap());
+    let (token, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let door =
+        Endpoint::bind(ANY.into(), authority.identity("supervisor").unwrap(), Admit::Anybody, &options())
+            .unwrap();
+    let address = door.local_addr();
+    let issuing = Arc::clone(&authority);
+    tokio::spawn(async move {
+        while let Some(accepted) = door.accept().await {
+            let Role::Join { token, request, name } = accepted.role.clone() else {
+                continue;
+            };
+            record.verify(&token.parse().unwrap(), TokenRole::Node, 0).unwrap();
+            let name = name.expect("a name");
+            let certificate = issuing.issue_for(&request, &name, Duration::from_secs(3_600)).unwrap();
+            accepted.certify(name, certificate, issuing.certificate().to_vec()).await.unwrap();
+        }
+    });
+    let enter = async |name: &str| {
+        let identity = join(address, &token, Some(name.into()), &options()).await.unwrap();
+        assert_eq!(identity.name(), name);
+        Endpoint::bind(ANY.into(), identity, Admit::Certified, &options()).unwrap()
+    };
+    let (left, right) = (enter("left").await, enter("right").await);
+    let accepting = right.clone();
+    let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+    let link = left.connect(right.local_addr(), "right").await.unwrap();
+    let other = accepted.await.unwrap();
+    assert_eq!((link.peer(), other.peer()), ("right", "left"));
+    echo(&other);
+    assert_eq!(link.request(patterned(1_000, 1)).await.unwrap(), patterned(1_000, 1));
+}
+
+#[tokio::test]
+async fn a_closed_endpoint_closes_its_links_and_takes_up_no_more() {
+    let authority = Authority::create().unwrap();
+    let (link, _other, _left, right) = pair(&authority).await;
+    right.close("the node leaves");
+    let reason = tokio::time::timeout(Duration::from_secs(10), link.closed()).await.expect("noticed");
+    assert_eq!(reason, "closed by peer: the node leaves (code 0)");
+    assert!(right.accept().await.is_none());
+}
+
+#[tokio::test]
 async fn a_peer_that_is_gone_is_noticed() {
     let authority = Authority::create().unwrap();
     let (link, other, left, right) = pair(&authority).await;
@@ -206,4 +276,21 @@ fn an_authority_is_kept_for_its_owner_only_and_comes_back() {
         assert_eq!(file.unwrap().metadata().unwrap().permissions().mode() & 0o777, 0o600);
     }
     assert!(made.identity("../up").is_err());
+    std::fs::remove_file(path.join("ca.key")).unwrap();
+    let error = Authority::load_or_create(&path).unwrap_err().to_string();
+    assert!(error.contains("ca.key"), "a lost key is not replaced by another authority: {error}");
+}
+
+#[test]
+fn a_secret_is_private_even_where_a_readable_leftover_lies() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().unwrap();
+    let leftover = folder.path().join("node.new");
+    std::fs::write(&leftover, "old").unwrap();
+    std::fs::set_permissions(&leftover, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let path = folder.path().join("node.token");
+    volary_transport::write_secret(&path, b"secret").unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"secret");
+    assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(!leftover.exists());
 }

@@ -1,0 +1,122 @@
+//! The accepting side of a handshake: who is there is proven here, who may come in is the caller's to say.
+
+use crate::control::{ControlReceiver, ControlSender, finish, write_message};
+use crate::error::{Error, Result};
+use crate::handshake::{Answer, Role, hear};
+use crate::limits::{HANDSHAKE_MAX, HELLO_BYTES_MAX, INCOMING_MAX};
+use crate::link::{CONTROL_PRIORITY, Link};
+use crate::tls;
+use quinn::{Connection, RecvStream, SendStream, VarInt};
+use std::sync::Arc;
+use tokio::runtime::Handle;
+use tokio::sync::{Semaphore, mpsc};
+
+/// Somebody who has said who it is and waits to be let in.
+#[derive(Debug)]
+pub struct Accepted {
+    /// Who, and what it wants. Names are proven; tokens are not checked yet.
+    pub role: Role,
+    connection: Connection,
+    streams: (SendStream, RecvStream),
+    runtime: Handle,
+}
+
+impl Accepted {
+    /// Says no.
+    pub async fn refuse(mut self, reason: &str) {
+        let answer = Answer::Refused(reason.into());
+        let told = write_message(&mut self.streams.0, &answer, HELLO_BYTES_MAX).await;
+        if told.is_ok() {
+            // The reason must arrive before the connection is gone.
+            drop(tokio::time::timeout(HANDSHAKE_MAX, finish(self.streams.0)).await);
+        }
+        self.connection.close(VarInt::from_u32(1), b"refused");
+    }
+
+    /// Hands out a certificate; the connection has no other use.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub async fn certify(mut self, name: String, certificate: Vec<u8>, ca: Vec<u8>) -> Result<()> {
+        let answer = Answer::Certificate { name, certificate, ca };
+        write_message(&mut self.streams.0, &answer, HELLO_BYTES_MAX).await?;
+        drop(tokio::time::timeout(HANDSHAKE_MAX, finish(self.streams.0)).await);
+        self.connection.close(VarInt::from_u32(0), b"certified");
+        Ok(())
+    }
+
+    /// Lets it in.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub async fn welcome(mut self) -> Result<(Link, ControlSender, ControlReceiver)> {
+        write_message(&mut self.streams.0, &Answer::Welcome, HELLO_BYTES_MAX).await?;
+        let peer = match self.role {
+            Role::Node { name } | Role::Peer { name } => name,
+            Role::Operator { .. } | Role::Join { .. } => "operator".into(),
+        };
+        let (send, receive) = self.streams;
+        let link = Link::new(self.connection, peer, self.runtime);
+        Ok((link, ControlSender::new(send), ControlReceiver::new(receive)))
+    }
+}
+
+/// Takes up connections for as long as somebody wants them; each has a bounded time to say who it is.
+pub(crate) async fn accept_all(endpoint: quinn::Endpoint, accepted: mpsc::Sender<Accepted>) {
+    // Strangers may dial the supervisor: how many of them take memory at a time is bounded.
+    let places = Arc::new(Semaphore::new(INCOMING_MAX));
+    while let Some(incoming) = endpoint.accept().await {
+        let from = incoming.remote_address();
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            tracing::warn!(%from, "a connection was turned away: {INCOMING_MAX} others are saying who they are");
+            incoming.refuse();
+            continue;
+        };
+        let accepted = accepted.clone();
+        tokio::spawn(async move {
+            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduce(incoming)).await {
+                Ok(Ok(somebody)) => drop(accepted.send(somebody).await),
+                Ok(Err(error)) => tracing::warn!(%from, %error, "a connection was turned away"),
+                Err(_) => tracing::warn!(%from, "a connection did not say who it is in time"),
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
+    let from = incoming.remote_address().to_string();
+    let connection = incoming.await.map_err(|error| Error::connection(from.clone(), error))?;
+    let (send, mut receive) = connection.accept_bi().await.map_err(|error| Error::connection(from, error))?;
+    let _ = send.set_priority(CONTROL_PRIORITY);
+    let heard = hear(&mut receive).await;
+    let (role, verdict) = match heard {
+        Ok(role) if proves_its_name(&connection, &role) => (role, Ok(())),
+        Ok(role) => (role, Err(Error::Refused("the certificate does not prove the name".into()))),
+        Err(error) => (Role::Operator { token: String::new() }, Err(error)),
+    };
+    // It runs on the endpoint's runtime, as the connection's driver does.
+    let accepted = Accepted { role, connection, streams: (send, receive), runtime: Handle::current() };
+    match verdict {
+        Ok(()) => Ok(accepted),
+        Err(error) => {
+            let reason = match &error {
+                Error::Refused(reason) => reason.clone(),
+                other => other.to_string(),
+            };
+            accepted.refuse(&reason).await;
+            Err(error)
+        }
+    }
+}
+
+/// Roles with a name need a certificate of the cluster's authority with that name in it.
+fn proves_its_name(connection: &Connection, role: &Role) -> bool {
+    let (Role::Node { name } | Role::Peer { name }) = role else {
+        return true;
+    };
+    let identity = connection.peer_identity();
+    let chain =
+        identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
+    chain.and_then(|chain| chain.first().map(|certificate| tls::is_named(certificate, name))).unwrap_or(false)
+}
