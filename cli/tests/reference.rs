@@ -1,5 +1,5 @@
 //! The actor system, as processes over QUIC, against the whole model in one process and one autograd graph.
-#![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+#![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
