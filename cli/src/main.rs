@@ -52,7 +52,19 @@ enum Command {
     Doctor(commands::doctor::Args),
 }
 
+/// A reader that has seen enough, as `head` has, is no error: the rest is not printed, without a word.
+fn end_quietly_on_broken_pipes() {
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        if info.payload_as_str().is_some_and(|text| text.contains("Broken pipe")) {
+            std::process::exit(0);
+        }
+        before(info);
+    }));
+}
+
 fn main() -> ExitCode {
+    end_quietly_on_broken_pipes();
     let cli = Cli::parse();
     if let Err(error) = environment::prepare() {
         eprintln!("volary: {error:#}");

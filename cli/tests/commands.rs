@@ -137,6 +137,19 @@ fn plan_gives_the_papers_figures_as_text_and_json() {
 }
 
 #[test]
+fn a_reader_that_closes_early_is_no_error() {
+    let mut child = volary()
+        .args(["plan", "--preset", "64b-64e", "--json"])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(!text(&output.stderr).contains("panicked"), "{}", text(&output.stderr));
+}
+
+#[test]
 fn bad_input_is_one_clear_line() {
     let world = World::new();
     let set = |assignment: &str| world.fails(&["train", "tiny.toml", "--quiet", "--set", assignment]);
