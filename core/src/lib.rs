@@ -12,9 +12,12 @@
 //! | [`dispatch`] | top-2 choices to batches per expert |
 //! | [`tree`] | the fixed order in which gradients are summed |
 //! | [`placement`] | who holds what and runs what |
-//! | [`messages`], [`machine`] | the step and recovery protocol |
+//! | [`messages`] | what the supervisor and the nodes say |
+//! | [`machine`] | the step and recovery protocol, as the supervisor sees it |
+//! | [`agent`] | the same, as a node sees it |
 //! | [`compute`] | the seam to the tensor library |
 
+pub mod agent;
 pub mod architecture;
 pub mod compute;
 pub mod dispatch;

@@ -1,24 +1,36 @@
 //! The supervisor's state machine: membership, the steps of a run, commits, checkpoints and recovery.
 //!
 //! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It knows no clock and
-//! does no I/O. Its invariants, which its tests cite:
+//! does no I/O; its counterpart on a node is [`crate::agent`]. Its invariants, which its tests cite:
 //!
-//! - **M-1** a step is committed once, and only when every member of the placement holds its whole gradient;
+//! - **M-1** a step is committed once, and only when every member and learner of the placement holds its whole gradient;
 //! - **M-2** a commit is journalled before any node hears of it, and never undone while a copy of every shard lives;
 //! - **M-3** what carries another epoch than the current one changes nothing;
-//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint, as a whole.
+//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint, as a whole;
+//! - **M-5** nobody becomes a holder of a shard but by a placement's `Ready`, its own `Learned`, or what it had in memory
+//!   when the supervisor came back.
+//!
+//! | file | what |
+//! | --- | --- |
+//! | `steps` | between two boundaries: begin, prepared, commit; validation |
+//! | `placing` | new placements, forced or not; background copies; going back |
+//! | `suspicion` | nodes that cannot be reached, are behind, or fail: retried, then shut out |
+//! | `balance` | measured speeds and expert loads |
+//! | `checkpoints` | when they are written, and the end of a run |
+//! | `types` | events, effects, notices |
 
+mod balance;
 mod checkpoints;
-mod recovery;
+mod placing;
+mod steps;
+mod suspicion;
 mod types;
 
-pub use types::{Activity, Committed, Effect, Event, Notice, Settings};
+pub use types::{Activity, Committed, Effect, Event, Notice, Remembered, Restored, Settings};
 
-use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
-use crate::messages::{FromNode, LaneReport, Norm, Pass, ToNode};
+use crate::ids::{Lane, NodeId, ShardId, Step};
+use crate::messages::{FromNode, Held, LaneReport, LastCommit, Norm, ToNode};
 use crate::placement::Placement;
-use crate::schedule::Update;
-use crate::tree::fold_numbers;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How often one step is tried again before the run gives up.
@@ -26,18 +38,34 @@ pub const ATTEMPTS_MAX: u32 = 16;
 
 #[derive(Debug)]
 enum Phase {
+    /// Waiting for nodes, new ones or such that come back.
     Gathering,
-    Placing { waiting: BTreeSet<NodeId> },
-    Training { prepared: BTreeMap<NodeId, Vec<(ShardId, Norm)>>, lanes: BTreeMap<Lane, LaneReport> },
-    Validating { round: u64, done: BTreeSet<NodeId>, lanes: BTreeMap<(u64, Lane), LaneReport> },
+    Placing {
+        waiting: BTreeSet<NodeId>,
+    },
+    Training {
+        prepared: BTreeMap<NodeId, Vec<(ShardId, Norm)>>,
+        lanes: BTreeMap<Lane, LaneReport>,
+    },
+    Validating {
+        round: u64,
+        done: BTreeSet<NodeId>,
+        lanes: BTreeMap<(u64, Lane), LaneReport>,
+    },
     Finishing,
     Done,
 }
 
 #[derive(Clone, Debug)]
 struct Node {
+    /// As the node declared it.
+    declared: f64,
+    /// As the planner takes it: declared at first, then as measured.
     capacity: f64,
+    /// Lanes per second of computing, a moving average.
+    speed: Option<f64>,
     address: String,
+    draining: bool,
 }
 
 /// The state of a run as the supervisor sees it.
@@ -46,39 +74,63 @@ pub struct Machine {
     settings: Settings,
     nodes: BTreeMap<NodeId, Node>,
     placement: Placement,
+    timeline: u64,
     committed: Step,
+    last: Option<LastCommit>,
     durable: Option<Step>,
-    /// The nodes that hold each shard at version `committed`.
+    /// The nodes that hold each shard at version `committed`; empty when nobody holds anything yet.
     holders: BTreeMap<ShardId, BTreeSet<NodeId>>,
     phase: Phase,
     attempts: u32,
     validated: Option<Step>,
     checkpointing: Option<Step>,
+    /// Milliseconds since it was begun.
+    checkpoint_ms: u64,
     checkpoint_wanted: bool,
     stopping: bool,
     wanted_nodes: usize,
+    /// Nodes that may come back with what they hold.
+    awaited: BTreeSet<NodeId>,
+    /// Whether the next boundary between steps should look for a better placement.
+    unsettled: bool,
+    suspicion: suspicion::Suspicion,
+    balance: balance::Balance,
+    /// Milliseconds since anything came of what is under way.
+    quiet_ms: u64,
     effects: Vec<Effect>,
 }
 
 impl Machine {
-    /// The machine of a run whose last durable checkpoint is `durable` and whose last placement had number `epoch`.
+    /// The machine of a run, new or going on from what was restored.
     #[must_use]
-    pub fn new(settings: Settings, durable: Option<Step>, epoch: Epoch) -> Self {
-        let wanted_nodes = settings.cluster.nodes.max(1);
+    pub fn new(settings: Settings, restored: Restored) -> Self {
+        let Restored { durable, last, remembered } = restored;
+        let committed = last.map_or(0, |last| last.step).max(durable.unwrap_or(0));
+        let awaited: BTreeSet<NodeId> = remembered.members.into_iter().collect();
+        // A cluster that was whole goes on with those that come back; a new one waits for what was asked for.
+        let wanted_nodes = if awaited.is_empty() { settings.cluster.nodes.max(1) } else { 1 };
         Self {
             settings,
             nodes: BTreeMap::new(),
-            placement: Placement { epoch, ..Placement::default() },
-            committed: durable.unwrap_or(0),
+            placement: Placement { epoch: remembered.epoch, ..Placement::default() },
+            timeline: remembered.timeline,
+            committed,
+            last,
             durable,
             holders: BTreeMap::new(),
             phase: Phase::Gathering,
             attempts: 0,
             validated: None,
             checkpointing: None,
+            checkpoint_ms: 0,
             checkpoint_wanted: false,
             stopping: false,
             wanted_nodes,
+            awaited,
+            unsettled: false,
+            suspicion: suspicion::Suspicion::default(),
+            balance: balance::Balance::default(),
+            quiet_ms: 0,
             effects: Vec::new(),
         }
     }
@@ -89,7 +141,7 @@ impl Machine {
         self.committed
     }
 
-    /// The current placement; its epoch is 0 before the first.
+    /// The current placement; its members are empty before the first.
     #[must_use]
     pub fn placement(&self) -> &Placement {
         &self.placement
@@ -114,30 +166,73 @@ impl Machine {
         self.durable
     }
 
+    /// What a node is, for `status`: `member`, `learning`, `draining`, `suspended` or `joined`.
+    #[must_use]
+    pub fn standing(&self, node: &NodeId) -> &'static str {
+        let draining = self.nodes.get(node).is_some_and(|n| n.draining);
+        match () {
+            () if draining => "draining",
+            () if self.placement.members.contains(node) => "member",
+            () if self.placement.learning_nodes().contains(node) => "learning",
+            () if self.suspicion.is_suspended(node) => "suspended",
+            () => "joined",
+        }
+    }
+
+    /// What a node does in a second relative to the others, as the planner takes it.
+    #[must_use]
+    pub fn capacity(&self, node: &NodeId) -> Option<f64> {
+        self.nodes.get(node).map(|n| n.capacity)
+    }
+
+    /// Whether a node that comes back with state may keep it. Otherwise it is to start anew.
+    #[must_use]
+    pub fn takes_back(&self, held: &Held) -> bool {
+        matches!(self.phase, Phase::Gathering) && !held.shards.is_empty() && self.is_current(held)
+    }
+
+    /// Whether state is that of the last commit, or becomes so by applying that commit.
+    fn is_current(&self, held: &Held) -> bool {
+        let missed = self.last.filter(|last| last.step == held.version + 1);
+        let prepared = missed.is_some_and(|last| held.prepared == Some((last.epoch, last.step)));
+        held.timeline == self.timeline && (held.version == self.committed || prepared)
+    }
+
     /// Takes one event and returns what to do, in order.
     pub fn handle(&mut self, event: Event) -> Vec<Effect> {
         if !matches!(self.phase, Phase::Done) {
             match event {
-                Event::Joined { node, capacity, address } => self.on_joined(node, capacity, address),
+                Event::Joined { node, capacity, address, held } => {
+                    self.on_joined(node, capacity, address, &held)
+                }
                 Event::Lost { node, reason } => self.on_lost(&node, &reason),
                 Event::Said { node, message } => self.on_said(node, message),
                 Event::CheckpointStored { step } => self.on_checkpoint_stored(step),
                 Event::CheckpointFailed { step, reason } => self.on_checkpoint_failed(step, reason),
                 Event::CheckpointRequested => self.checkpoint_wanted = true,
+                Event::DrainRequested { node } => self.on_drain(node),
                 Event::StopRequested => self.on_stop_requested(),
-                Event::Stalled => self.on_stalled(),
-                Event::GatherTimeout => self.on_gather_timeout(),
+                Event::Tick { ms } => self.on_tick(ms),
             }
         }
         std::mem::take(&mut self.effects)
     }
 
-    fn on_joined(&mut self, node: NodeId, capacity: f64, address: String) {
-        self.notice(Notice::Joined { node: node.clone(), capacity, address: address.clone() });
-        self.nodes.insert(node, Node { capacity, address });
-        if matches!(self.phase, Phase::Gathering) && self.nodes.len() >= self.wanted_nodes {
-            self.place();
+    fn on_joined(&mut self, node: NodeId, declared: f64, address: String, held: &Held) {
+        self.awaited.remove(&node);
+        if self.takes_back(held) {
+            let (version, shards) = (held.version, held.shards.len());
+            self.notice(Notice::Returned { node: node.clone(), version, shards });
+            for &shard in &held.shards {
+                self.holders.entry(shard).or_default().insert(node.clone());
+            }
+        } else {
+            self.notice(Notice::Joined { node: node.clone(), capacity: declared, address: address.clone() });
         }
+        let capacity = declared * self.balance.scale(self.nodes.values());
+        self.nodes.insert(node, Node { declared, capacity, speed: None, address, draining: false });
+        self.unsettled = true;
+        self.gather();
     }
 
     fn on_lost(&mut self, node: &NodeId, reason: &str) {
@@ -145,180 +240,92 @@ impl Machine {
             return;
         }
         self.notice(Notice::Lost { node: node.clone(), reason: reason.into() });
+        self.without(node, reason);
+    }
+
+    /// What follows when a node is gone, however it went.
+    fn without(&mut self, node: &NodeId, reason: &str) {
         self.holders.values_mut().for_each(|nodes| {
             nodes.remove(node);
         });
-        if let (Some(step), true) = (self.checkpointing, self.placement.members.contains(node)) {
+        let (member, learner) =
+            (self.placement.members.contains(node), self.placement.learning_nodes().contains(node));
+        if let (Some(step), true) = (self.checkpointing, member) {
             self.checkpointing = None;
             self.effects.push(Effect::DropCheckpoint { step });
         }
-        if self.placement.members.contains(node) && !matches!(self.phase, Phase::Gathering) {
-            self.abort(&format!("{node} is gone: {reason}"));
+        if matches!(self.phase, Phase::Gathering) {
+            return;
         }
+        self.unsettled = true;
+        if member {
+            self.abort(&format!("{node} is gone: {reason}"));
+        } else if learner {
+            self.without_learner(node);
+        }
+    }
+
+    /// A learner held nothing that anybody needs: the others go on as if it had not been there.
+    fn without_learner(&mut self, node: &NodeId) {
+        match &mut self.phase {
+            Phase::Placing { waiting } => {
+                waiting.remove(node);
+                self.when_placed();
+            }
+            Phase::Training { prepared, .. } => {
+                prepared.remove(node);
+                self.when_prepared();
+            }
+            _ => {}
+        }
+    }
+
+    fn on_drain(&mut self, node: NodeId) {
+        let others = self.nodes.iter().any(|(name, n)| name != &node && !n.draining);
+        let Some(known) = self.nodes.get_mut(&node) else { return };
+        if known.draining {
+            return;
+        }
+        if !others {
+            let reason = format!("{node} is the last node: stop the run instead of draining it");
+            return self.notice(Notice::MigrationFailed { node, reason });
+        }
+        known.draining = true;
+        self.unsettled = true;
+        self.notice(Notice::Draining { node });
     }
 
     fn on_said(&mut self, node: NodeId, message: FromNode) {
         let current = self.placement.epoch;
         match message {
+            FromNode::WantsToLeave => self.on_drain(node),
             FromNode::Ready { epoch } if epoch == current => self.on_ready(&node),
-            FromNode::Prepared { epoch, step, norms, lanes } if epoch == current => {
+            FromNode::Prepared { epoch, step, norms, lanes, speed } if epoch == current => {
+                self.measured(&node, speed);
                 self.on_prepared(node, step, norms, lanes);
             }
             FromNode::Validated { epoch, round, lanes } if epoch == current => {
                 self.on_validated(node, round, lanes)
             }
-            FromNode::Failed { epoch, reason, fatal } if epoch == current => {
-                self.on_failed(&node, &reason, fatal)
+            FromNode::Learned { epoch, shards } if epoch == current => self.on_learned(&node, &shards),
+            FromNode::CannotLearn { epoch, reason } if epoch == current => {
+                self.on_cannot_learn(&node, reason)
+            }
+            FromNode::Behind { epoch, version } if epoch == current => {
+                let reason = format!("it is at step {version}, and the run at {}", self.committed);
+                self.fence(&node, &reason);
+            }
+            FromNode::Failed { epoch, reason, fatal, suspect } if epoch == current => {
+                self.on_failed(&node, &reason, fatal, suspect)
             }
             // A checkpoint's shards may still be on their way when the epoch is over.
             FromNode::CheckpointFailed { step, reason } if self.checkpointing == Some(step) => {
                 self.effects.push(Effect::DropCheckpoint { step });
                 self.on_checkpoint_failed(step, format!("{node}: {reason}"));
             }
-            // M-3: another epoch's word changes nothing. `Applied` is told by the order of the control stream.
+            // M-3: another epoch's word changes nothing.
             _ => {}
         }
-    }
-
-    fn on_ready(&mut self, node: &NodeId) {
-        let Phase::Placing { waiting } = &mut self.phase else { return };
-        waiting.remove(node);
-        if waiting.is_empty() {
-            let shards = self.settings.architecture.shards();
-            let holders = |shard| (shard, self.placement.holders(shard).into_iter().collect());
-            self.holders = shards.into_iter().map(holders).collect();
-            self.advance();
-        }
-    }
-
-    fn on_prepared(
-        &mut self,
-        node: NodeId,
-        step: Step,
-        norms: Vec<(ShardId, Norm)>,
-        reports: Vec<(Lane, LaneReport)>,
-    ) {
-        let Phase::Training { prepared, lanes } = &mut self.phase else { return };
-        if step != self.committed + 1 || !self.placement.members.contains(&node) {
-            return;
-        }
-        lanes.extend(reports);
-        prepared.insert(node, norms);
-        if prepared.len() == self.placement.members.len() {
-            self.commit();
-        }
-    }
-
-    /// M-1, M-2: everybody holds the whole gradient; the step becomes part of the run.
-    fn commit(&mut self) {
-        let Phase::Training { prepared, lanes } = std::mem::replace(&mut self.phase, Phase::Finishing) else {
-            return;
-        };
-        let step = self.committed + 1;
-        let norms = self.fold_norms(step, &prepared);
-        let squared: Vec<f64> = norms.values().map(|norm| norm.squared).collect();
-        let finite = norms.values().all(|norm| norm.finite);
-        let training = &self.settings.training;
-        let rate = training.schedule.rate(step, training.steps);
-        let (update, grad_norm) =
-            Update::decide(fold_numbers(&squared), finite, training.lanes, rate, training.clip_norm);
-        let count = f64::from(training.lanes);
-        let mean =
-            |of: fn(&LaneReport) -> f64| fold_numbers(&lanes.values().map(of).collect::<Vec<_>>()) / count;
-        let committed = Committed {
-            step,
-            epoch: self.placement.epoch,
-            loss: mean(|lane| lane.loss),
-            aux_loss: mean(|lane| lane.aux_loss),
-            grad_norm,
-            update,
-            tokens: training.tokens_per_step(),
-            nodes: self.placement.members.len() as u32,
-            load: sum_load(lanes.values()),
-            dropped: lanes.values().map(|lane| u64::from(lane.dropped)).sum(),
-        };
-        self.effects.push(Effect::Journal(Box::new(committed)));
-        self.committed = step;
-        self.attempts = 0;
-        self.broadcast(&ToNode::Commit { epoch: self.placement.epoch, step, update });
-        self.advance();
-    }
-
-    /// The norm of every shard in the fixed order; holders of one shard must agree to the bit.
-    fn fold_norms(
-        &mut self,
-        step: Step,
-        prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>,
-    ) -> BTreeMap<ShardId, Norm> {
-        let mut folded: BTreeMap<ShardId, Norm> = BTreeMap::new();
-        let mut unlike = Vec::new();
-        for (shard, norm) in prepared.values().flatten() {
-            match folded.insert(*shard, *norm) {
-                Some(other) if other.squared.to_bits() != norm.squared.to_bits() => unlike.push(*shard),
-                _ => {}
-            }
-        }
-        for shard in unlike {
-            self.notice(Notice::ReplicasDiffer { step, shard });
-        }
-        folded
-    }
-
-    /// Between two steps: whatever is due, then the next step.
-    fn advance(&mut self) {
-        let over = self.stopping || self.committed >= self.settings.training.steps;
-        let every = self.settings.validation.every;
-        let due = self.committed == 0 || over || (every > 0 && self.committed.is_multiple_of(every));
-        if due
-            && self.settings.validation.rounds > 0
-            && !self.stopping
-            && self.validated != Some(self.committed)
-        {
-            self.phase = Phase::Validating { round: 0, done: BTreeSet::new(), lanes: BTreeMap::new() };
-            return self.begin(Pass::Validate { round: 0 });
-        }
-        self.checkpoint_if_due(over);
-        if over {
-            self.phase = Phase::Finishing;
-            return self.finish_when_durable();
-        }
-        if self.nodes.len() != self.placement.members.len() {
-            return self.place();
-        }
-        self.phase = Phase::Training { prepared: BTreeMap::new(), lanes: BTreeMap::new() };
-        self.begin(Pass::Train);
-    }
-
-    fn begin(&mut self, pass: Pass) {
-        let (epoch, step) = (self.placement.epoch, self.committed + 1);
-        for node in self.placement.members.clone() {
-            let lanes = self.placement.lanes_of(&node).into_iter().map(|lane| (lane, Vec::new())).collect();
-            self.effects.push(Effect::Send { node, message: ToNode::Begin { epoch, step, pass, lanes } });
-        }
-    }
-
-    fn on_validated(&mut self, node: NodeId, at: u64, reports: Vec<(Lane, LaneReport)>) {
-        let Phase::Validating { round, done, lanes } = &mut self.phase else { return };
-        if at != *round {
-            return;
-        }
-        lanes.extend(reports.into_iter().map(|(lane, report)| ((at, lane), report)));
-        done.insert(node);
-        if done.len() < self.placement.members.len() {
-            return;
-        }
-        *round += 1;
-        done.clear();
-        if *round < self.settings.validation.rounds {
-            let pass = Pass::Validate { round: *round };
-            return self.begin(pass);
-        }
-        let losses: Vec<f64> = lanes.values().map(|lane| lane.loss).collect();
-        let tokens = losses.len() as u64 * self.settings.training.tokens_per_lane() as u64;
-        let loss = fold_numbers(&losses) / losses.len().max(1) as f64;
-        self.validated = Some(self.committed);
-        self.effects.push(Effect::Validated { step: self.committed, loss, tokens });
-        self.advance();
     }
 
     fn on_stop_requested(&mut self) {
@@ -334,58 +341,60 @@ impl Machine {
         }
     }
 
-    fn on_gather_timeout(&mut self) {
-        if matches!(self.phase, Phase::Gathering) {
+    fn on_tick(&mut self, ms: u64) {
+        self.quiet_ms = self.quiet_ms.saturating_add(ms);
+        self.unsettled |= self.suspicion.pass(ms);
+        self.watch_checkpoint(ms);
+        match self.phase {
+            Phase::Gathering => self.gather(),
+            Phase::Finishing | Phase::Done => {}
+            _ if self.quiet_ms >= self.settings.cluster.step_timeout_ms => {
+                let limit = self.settings.cluster.step_timeout_ms;
+                let reason = format!("nothing came of step {} within {limit} ms", self.committed + 1);
+                self.try_again(&reason, false);
+            }
+            _ => {}
+        }
+    }
+
+    /// Begins when those who are wanted or awaited are here, and does not wait for ever.
+    fn gather(&mut self) {
+        if !matches!(self.phase, Phase::Gathering) {
+            return;
+        }
+        if self.committed >= self.settings.training.steps && self.durable == Some(self.committed) {
+            // The supervisor died after its last word.
+            return self.end(Effect::Done);
+        }
+        let cluster = &self.settings.cluster;
+        let whole = self.nodes.len() >= self.wanted_nodes && self.awaited.is_empty();
+        let goes_on = !self.nodes.is_empty() && self.wanted_nodes == 1;
+        let enough = self.quiet_ms >= cluster.node_timeout_ms && self.lost_shard().is_none();
+        let over = self.quiet_ms >= cluster.return_timeout_ms;
+        if whole || (goes_on && (enough || over)) {
+            self.awaited.clear();
+            return self.place("the nodes are here");
+        }
+        if self.quiet_ms >= cluster.gather_timeout_ms {
             let reason = format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
-            self.phase = Phase::Done;
-            self.effects.push(Effect::Fatal { reason });
+            self.end(Effect::Fatal { reason });
         }
     }
 
-    fn on_failed(&mut self, node: &NodeId, reason: &str, fatal: bool) {
-        self.try_again(&format!("{node}: {reason}"), fatal);
-    }
-
-    fn on_stalled(&mut self) {
-        if !matches!(self.phase, Phase::Gathering | Phase::Finishing | Phase::Done) {
-            let limit = self.settings.cluster.step_timeout_ms;
-            self.try_again(&format!("nothing came of step {} within {limit} ms", self.committed + 1), false);
+    /// The last effect of a run; nodes hear of it.
+    fn end(&mut self, end: Effect) {
+        let reason = match &end {
+            Effect::Fatal { reason } => format!("the run cannot go on: {reason}"),
+            _ => "the run is over".into(),
+        };
+        for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
+            self.effects.push(Effect::Send { node, message: ToNode::Leave { reason: reason.clone() } });
         }
-    }
-
-    /// The same step again, unless that cannot help or has been tried too often.
-    fn try_again(&mut self, reason: &str, fatal: bool) {
-        self.attempts += 1;
-        if fatal || self.attempts > ATTEMPTS_MAX {
-            self.phase = Phase::Done;
-            return self.effects.push(Effect::Fatal { reason: reason.into() });
-        }
-        self.abort(reason);
-    }
-
-    fn broadcast(&mut self, message: &ToNode) {
-        for node in self.placement.members.clone() {
-            self.effects.push(Effect::Send { node, message: message.clone() });
-        }
+        self.phase = Phase::Done;
+        self.effects.push(end);
     }
 
     fn notice(&mut self, notice: Notice) {
         self.effects.push(Effect::Notice(notice));
     }
 }
-
-fn sum_load<'a>(lanes: impl Iterator<Item = &'a LaneReport>) -> Vec<Vec<u64>> {
-    let mut total: Vec<Vec<u64>> = Vec::new();
-    for lane in lanes {
-        total.resize(total.len().max(lane.load.len()), Vec::new());
-        for (sums, counts) in total.iter_mut().zip(&lane.load) {
-            sums.resize(sums.len().max(counts.len()), 0);
-            sums.iter_mut().zip(counts).for_each(|(sum, &count)| *sum += u64::from(count));
-        }
-    }
-    total
-}
-
-#[cfg(test)]
-#[path = "machine_tests.rs"]
-mod tests;

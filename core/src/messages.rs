@@ -18,17 +18,47 @@ pub enum Source {
     Checkpoint(Step),
 }
 
+/// A journalled commit, as a node that missed it needs it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LastCommit {
+    /// The placement under which the step ran.
+    pub epoch: Epoch,
+    /// The step.
+    pub step: Step,
+    /// What to do with the gradients.
+    pub update: Update,
+}
+
 /// Everything that a node needs to take part in an epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Assignment {
     /// The placement.
     pub placement: Placement,
+    /// How often the run has gone back to a checkpoint: state from another timeline is no state of this run.
+    pub timeline: u64,
     /// The last committed step: the version of every shard.
     pub version: Step,
+    /// The commit that made this version: a node that prepared it and did not hear of it applies it first.
+    pub last: Option<LastCommit>,
     /// The shards that this node holds, and where each comes from.
     pub shards: Vec<(ShardId, Source)>,
+    /// The shards that this node copies while training goes on, each with the nodes to ask.
+    pub learn: Vec<(ShardId, Vec<NodeId>)>,
     /// The QUIC address of every member.
     pub addresses: Vec<(NodeId, String)>,
+}
+
+/// What a node has in memory when it comes back to a supervisor.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The timeline that its state belongs to.
+    pub timeline: u64,
+    /// The last step that it applied.
+    pub version: Step,
+    /// The shards that it holds at that version.
+    pub shards: Vec<ShardId>,
+    /// The step whose whole gradient it has, under which placement.
+    pub prepared: Option<(Epoch, Step)>,
 }
 
 /// What the lanes do with their tokens.
@@ -129,6 +159,8 @@ pub enum FromNode {
         norms: Vec<(ShardId, Norm)>,
         /// What the lanes found.
         lanes: Vec<(Lane, LaneReport)>,
+        /// Lanes that its device would do in a second of computing, as measured in this step; `None` without lanes.
+        speed: Option<f64>,
     },
     /// The lanes of a validation round are done.
     Validated {
@@ -139,13 +171,29 @@ pub enum FromNode {
         /// What the lanes found.
         lanes: Vec<(Lane, LaneReport)>,
     },
-    /// A commit was applied: every held shard is at `step`.
-    Applied {
+    /// Shards that it was to copy are here, and keep up with the commits.
+    Learned {
         /// The placement's number.
         epoch: Epoch,
-        /// The step.
-        step: Step,
+        /// The shards.
+        shards: Vec<ShardId>,
     },
+    /// The shards that it was to copy do not come.
+    CannotLearn {
+        /// The placement's number.
+        epoch: Epoch,
+        /// Why.
+        reason: String,
+    },
+    /// It is not at the version that the others are at, and cannot get there by itself.
+    Behind {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The last step that it applied.
+        version: Step,
+    },
+    /// Somebody wants this node to leave: it waits until it is let go.
+    WantsToLeave,
     /// A shard for a checkpoint cannot be stored or sent.
     CheckpointFailed {
         /// The checkpoint's step.
@@ -161,5 +209,7 @@ pub enum FromNode {
         reason: String,
         /// Whether trying again cannot help: a checkpoint that does not fit, memory that is not there.
         fatal: bool,
+        /// The node that it could not reach, if that is why.
+        suspect: Option<NodeId>,
     },
 }

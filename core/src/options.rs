@@ -173,6 +173,14 @@ pub struct ClusterOptions {
     pub step_timeout_ms: u64,
     /// How long the run waits for `nodes` nodes, in milliseconds, at its start and after a loss.
     pub gather_timeout_ms: u64,
+    /// How long nodes keep their state and wait for a supervisor that is gone, in milliseconds.
+    pub supervisor_timeout_ms: u64,
+    /// How long a supervisor that came back waits for nodes with the last copies of its shards, in milliseconds.
+    pub return_timeout_ms: u64,
+    /// Whether measured speeds and the experts' loads may change the placement.
+    pub rebalance: bool,
+    /// Bytes that one placement may move to even out the nodes, beside what must move.
+    pub rebalance_bytes: u64,
 }
 
 impl Default for ClusterOptions {
@@ -183,6 +191,10 @@ impl Default for ClusterOptions {
             node_timeout_ms: 2_000,
             step_timeout_ms: 600_000,
             gather_timeout_ms: 120_000,
+            supervisor_timeout_ms: 120_000,
+            return_timeout_ms: 20_000,
+            rebalance: true,
+            rebalance_bytes: 1 << 30,
         }
     }
 }

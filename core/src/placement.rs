@@ -32,6 +32,8 @@ pub struct Placement {
     pub lane_group: u32,
     /// The holders of each expert, its owner first.
     pub experts: BTreeMap<ShardId, Vec<NodeId>>,
+    /// Nodes that copy a shard in the background to hold it in a later placement: they get its summed gradients already.
+    pub learners: BTreeMap<ShardId, BTreeSet<NodeId>>,
 }
 
 /// What a placement is made from.
@@ -49,6 +51,10 @@ pub struct Request<'a> {
     pub lane_group: u32,
     /// Copies of every expert.
     pub replication: usize,
+    /// Experts with more copies than that, because many tokens go to them.
+    pub hot: &'a BTreeMap<ShardId, usize>,
+    /// Experts that may move, beyond those that must, so that nodes are evenly full.
+    pub moves_max: usize,
     /// The placement before this one: what it holds is moved as little as possible.
     pub previous: Option<&'a Placement>,
 }
@@ -65,7 +71,86 @@ impl Placement {
             lanes: share_lanes(&members, request.lanes),
             lane_group: request.lane_group,
             experts: spread_experts(&members, request),
+            learners: BTreeMap::new(),
         }
+    }
+
+    /// The placement that goes on at once when others are gone: `members` share the lanes, and every expert stays where
+    /// it is. One that no member holds goes to the member with the fewest, who must fetch it.
+    #[must_use]
+    pub fn of_survivors(
+        request: &Request<'_>,
+        holders: &BTreeMap<ShardId, BTreeSet<NodeId>>,
+        before: &Self,
+    ) -> Self {
+        let mut members = request.members.to_vec();
+        members.sort_by(|a, b| a.node.cmp(&b.node));
+        let names: Vec<NodeId> = members.iter().map(|m| m.node.clone()).collect();
+        let mut loads = Loads { members: &members, held: BTreeMap::new() };
+        let mut experts = BTreeMap::new();
+        let all: Vec<ShardId> =
+            request.architecture.shards().into_iter().filter(|s| s.is_expert()).collect();
+        for &shard in &all {
+            let alive = |node: &&NodeId| {
+                names.contains(node) && holders.get(&shard).is_some_and(|nodes| nodes.contains(*node))
+            };
+            let mut kept: Vec<NodeId> =
+                before.experts.get(&shard).into_iter().flatten().filter(alive).cloned().collect();
+            for node in holders.get(&shard).into_iter().flatten().filter(alive) {
+                if !kept.contains(node) {
+                    kept.push(node.clone());
+                }
+            }
+            if kept.is_empty()
+                && let Some(member) = loads.lightest(&[])
+            {
+                kept.push(member.node.clone());
+            }
+            for node in &kept {
+                if let Some(member) = members.iter().find(|m| &m.node == node) {
+                    *loads.held.entry(&member.node).or_default() += 1;
+                }
+            }
+            experts.insert(shard, kept);
+        }
+        take_turns(&all, &mut experts);
+        let lanes = if before.members == names && before.lanes.len() == request.lanes as usize {
+            before.lanes.clone()
+        } else {
+            share_lanes(&members, request.lanes)
+        };
+        Self {
+            epoch: request.epoch,
+            members: names,
+            lanes,
+            lane_group: request.lane_group,
+            experts,
+            learners: BTreeMap::new(),
+        }
+    }
+
+    /// Whether two placements differ in nothing but their numbers and learners.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        self.members == other.members && self.lanes == other.lanes && self.experts == other.experts
+    }
+
+    /// Whether `node` holds `shard` or is copying it.
+    #[must_use]
+    pub fn keeps(&self, node: &NodeId, shard: ShardId) -> bool {
+        self.holds(node, shard) || self.learners.get(&shard).is_some_and(|nodes| nodes.contains(node))
+    }
+
+    /// The nodes that are copying shards.
+    #[must_use]
+    pub fn learning_nodes(&self) -> BTreeSet<NodeId> {
+        self.learners.values().flatten().cloned().collect()
+    }
+
+    /// Everybody who must have a step's whole gradient before it is committed: members and learners.
+    #[must_use]
+    pub fn voters(&self) -> BTreeSet<NodeId> {
+        self.members.iter().cloned().chain(self.learning_nodes()).collect()
     }
 
     /// The holders of a shard, its owner first.
@@ -151,16 +236,16 @@ impl Placement {
     }
 }
 
-/// Contiguous runs of lanes in proportion to capacity (largest remainder), so that nodes run whole subtrees.
-fn share_lanes(members: &[Member], lanes: u32) -> Vec<NodeId> {
-    let total: f64 = members.iter().map(|m| m.capacity).sum();
-    let exact: Vec<f64> = members.iter().map(|m| m.capacity / total * f64::from(lanes)).collect();
-    let mut counts: Vec<u32> = exact.iter().map(|share| share.floor() as u32).collect();
-    let mut order: Vec<usize> = (0..members.len()).collect();
-    order.sort_by(|&a, &b| exact[b].fract().total_cmp(&exact[a].fract()).then(a.cmp(&b)));
-    let given: u32 = counts.iter().sum();
-    for &index in order.iter().cycle().take(lanes.saturating_sub(given) as usize) {
-        counts[index] += 1;
+/// Contiguous runs of lanes, so that nodes run whole subtrees; as many for each node as make the slowest end soonest.
+pub(crate) fn share_lanes(members: &[Member], lanes: u32) -> Vec<NodeId> {
+    let mut counts = vec![0u32; members.len()];
+    let seconds = |index: usize, count: u32| f64::from(count) / members[index].capacity;
+    for _ in 0..lanes {
+        let soonest = (0..members.len())
+            .min_by(|&a, &b| seconds(a, counts[a] + 1).total_cmp(&seconds(b, counts[b] + 1)));
+        if let Some(index) = soonest {
+            counts[index] += 1;
+        }
     }
     members.iter().zip(counts).flat_map(|(m, n)| std::iter::repeat_n(m.node.clone(), n as usize)).collect()
 }
@@ -185,13 +270,17 @@ impl<'a> Loads<'a> {
 }
 
 fn spread_experts(members: &[Member], request: &Request<'_>) -> BTreeMap<ShardId, Vec<NodeId>> {
-    let copies = request.replication.clamp(1, members.len());
+    let copies_of = |shard: &ShardId| {
+        let wanted = request.hot.get(shard).copied().unwrap_or(0).max(request.replication);
+        wanted.clamp(1, members.len())
+    };
     let alive: BTreeSet<&NodeId> = members.iter().map(|m| &m.node).collect();
     let experts: Vec<ShardId> = request.architecture.shards().into_iter().filter(|s| s.is_expert()).collect();
     let mut placed: BTreeMap<ShardId, Vec<NodeId>> = BTreeMap::new();
     let mut loads = Loads { members, held: BTreeMap::new() };
     for &shard in &experts {
         let before = request.previous.and_then(|p| p.experts.get(&shard));
+        let copies = copies_of(&shard);
         let kept: Vec<NodeId> =
             before.into_iter().flatten().filter(|n| alive.contains(n)).take(copies).cloned().collect();
         for node in &kept {
@@ -202,6 +291,7 @@ fn spread_experts(members: &[Member], request: &Request<'_>) -> BTreeMap<ShardId
         placed.insert(shard, kept);
     }
     for &shard in &experts {
+        let copies = copies_of(&shard);
         let holders = placed.entry(shard).or_default();
         while holders.len() < copies {
             let Some(member) = loads.lightest(holders) else { break };
@@ -209,14 +299,19 @@ fn spread_experts(members: &[Member], request: &Request<'_>) -> BTreeMap<ShardId
             *loads.held.entry(&member.node).or_default() += 1;
         }
     }
-    level(&experts, &mut placed, &mut loads);
+    level(&experts, &mut placed, &mut loads, request.moves_max);
     take_turns(&experts, &mut placed);
     placed
 }
 
-/// Moves replicas from the fullest node to the lightest until a move would no longer help.
-fn level(experts: &[ShardId], placed: &mut BTreeMap<ShardId, Vec<NodeId>>, loads: &mut Loads<'_>) {
-    for _ in 0..experts.len() * loads.members.len() {
+/// Moves replicas from the fullest node to the lightest until a move would no longer help, or enough have moved.
+fn level(
+    experts: &[ShardId],
+    placed: &mut BTreeMap<ShardId, Vec<NodeId>>,
+    loads: &mut Loads<'_>,
+    moves_max: usize,
+) {
+    for _ in 0..moves_max.min(experts.len() * loads.members.len()) {
         let Some(full) = loads.members.iter().max_by(|a, b| loads.of(a, 0).total_cmp(&loads.of(b, 0))) else {
             return;
         };
@@ -282,6 +377,8 @@ mod tests {
             lanes: 12,
             lane_group: 4,
             replication,
+            hot: &BTreeMap::new(),
+            moves_max: usize::MAX,
             previous,
         })
     }

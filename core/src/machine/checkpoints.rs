@@ -1,6 +1,6 @@
 //! When checkpoints are written, and the end of a run, which waits for its last one.
 
-use super::{Effect, Machine, Notice, Phase};
+use super::{ATTEMPTS_MAX, Effect, Machine, Notice, Phase};
 use crate::ids::{NodeId, ShardId, Step};
 use crate::messages::ToNode;
 use std::collections::BTreeMap;
@@ -16,6 +16,7 @@ impl Machine {
         self.checkpoint_wanted = false;
         let (epoch, step) = (self.placement.epoch, self.committed);
         self.checkpointing = Some(step);
+        self.checkpoint_ms = 0;
         let shards = self.settings.architecture.shards();
         let mut senders: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
         for &shard in &shards {
@@ -46,10 +47,31 @@ impl Machine {
             && step == self.committed
         {
             let reason = format!("the last checkpoint (step {step}) could not be written: {reason}");
-            self.phase = Phase::Done;
-            return self.effects.push(Effect::Fatal { reason });
+            return self.end(Effect::Fatal { reason });
         }
         self.checkpoint_ended(step);
+    }
+
+    /// A checkpoint that does not come, for whatever reason, is given up; the last one of a run is begun again.
+    pub(super) fn watch_checkpoint(&mut self, ms: u64) {
+        let Some(step) = self.checkpointing else { return };
+        self.checkpoint_ms = self.checkpoint_ms.saturating_add(ms);
+        let limit = self.settings.cluster.step_timeout_ms;
+        if self.checkpoint_ms < limit {
+            return;
+        }
+        let reason = format!("its shards did not come within {limit} ms");
+        self.effects.push(Effect::DropCheckpoint { step });
+        self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
+        self.attempts += 1;
+        if self.attempts > ATTEMPTS_MAX {
+            return self.end(Effect::Fatal { reason: format!("the checkpoint of step {step}: {reason}") });
+        }
+        self.checkpointing = None;
+        if matches!(self.phase, Phase::Finishing) {
+            // Somebody may not have heard of the last commit: a new epoch brings it.
+            self.abort(&format!("the checkpoint of step {step}: {reason}"));
+        }
     }
 
     pub(super) fn checkpoint_ended(&mut self, step: Step) {
@@ -64,12 +86,7 @@ impl Machine {
 
     pub(super) fn finish_when_durable(&mut self) {
         if self.checkpointing.is_none() && (self.committed == 0 || self.durable == Some(self.committed)) {
-            for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
-                let reason = "the run is over".into();
-                self.effects.push(Effect::Send { node, message: ToNode::Leave { reason } });
-            }
-            self.phase = Phase::Done;
-            self.effects.push(Effect::Done);
+            self.end(Effect::Done);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::architecture::Architecture;
 use crate::ids::{Epoch, NodeId, ShardId, Step};
-use crate::messages::{FromNode, ToNode};
+use crate::messages::{FromNode, Held, LastCommit, ToNode};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
@@ -22,17 +22,41 @@ pub struct Settings {
     pub validation: ValidationOptions,
 }
 
+/// What a supervisor finds when it starts: nothing in a new run, and what it remembered in one that goes on.
+#[derive(Clone, Debug, Default)]
+pub struct Restored {
+    /// The last durable checkpoint.
+    pub durable: Option<Step>,
+    /// The last journalled commit.
+    pub last: Option<LastCommit>,
+    /// What [`Effect::Remember`] said last.
+    pub remembered: Remembered,
+}
+
+/// What a supervisor must not forget about its cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remembered {
+    /// The number of the last placement: it is never used twice.
+    pub epoch: Epoch,
+    /// How often the run went back.
+    pub timeline: u64,
+    /// The members of the last placement, who may still hold their state when the supervisor comes back.
+    pub members: Vec<NodeId>,
+}
+
 /// What happens to the supervisor.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A node joined and can be given work.
+    /// A node joined, or came back with what it holds.
     Joined {
         /// The node.
         node: NodeId,
-        /// How much it does in a second, relative to the others.
+        /// How much it does in a second, relative to the others, as far as it knows.
         capacity: f64,
         /// Where its peers reach it.
         address: String,
+        /// What it has in memory; nothing, when it is new.
+        held: Held,
     },
     /// A node is gone.
     Lost {
@@ -62,12 +86,18 @@ pub enum Event {
     },
     /// Somebody asks for a checkpoint at the next boundary between steps.
     CheckpointRequested,
+    /// Somebody asks a node to hand over what it has and leave.
+    DrainRequested {
+        /// The node.
+        node: NodeId,
+    },
     /// Somebody asks the run to write a checkpoint and end.
     StopRequested,
-    /// Nothing has come of what is under way for `cluster.step_timeout_ms`.
-    Stalled,
-    /// The time to gather nodes is over.
-    GatherTimeout,
+    /// Time has passed.
+    Tick {
+        /// Milliseconds since the tick before.
+        ms: u64,
+    },
 }
 
 /// One committed step, as it is journalled and written to the metrics.
@@ -102,10 +132,24 @@ pub struct Committed {
 pub enum Notice {
     /// A node joined.
     Joined { node: NodeId, capacity: f64, address: String },
+    /// A node came back to a supervisor that had been away, with its state.
+    Returned { node: NodeId, version: Step, shards: usize },
     /// A node is gone.
     Lost { node: NodeId, reason: String },
-    /// A new placement was made.
-    Placed { epoch: Epoch, step: Step, nodes: Vec<NodeId>, moved: usize },
+    /// A node was shut out; it may join anew.
+    Fenced { node: NodeId, reason: String },
+    /// A node is to leave.
+    Draining { node: NodeId },
+    /// A node has handed everything over and left.
+    Left { node: NodeId },
+    /// A new placement was made, in which so many shards are fetched before the next step and so many beside it.
+    Placed { epoch: Epoch, step: Step, cause: String, nodes: Vec<NodeId>, fetched: usize, learning: usize },
+    /// What was copied beside the training is there, and the next placement uses it.
+    Migrated { epoch: Epoch, step: Step, shards: usize },
+    /// Shards could not be copied to a node.
+    MigrationFailed { node: NodeId, reason: String },
+    /// Measured speeds or the experts' loads ask for another placement.
+    Rebalancing { step: Step, reason: String },
     /// A step in flight was dropped and will run again.
     Aborted { epoch: Epoch, step: Step, reason: String },
     /// The last copy of a shard is gone: the run went back to a checkpoint.
@@ -124,8 +168,12 @@ pub enum Notice {
 pub enum Effect {
     /// Send a message; the shell fills in a `Begin`'s tokens.
     Send { node: NodeId, message: ToNode },
+    /// End a node's link: what it still sends is not heard any more.
+    Fence { node: NodeId, reason: String },
     /// Make this step durable before the next effect.
     Journal(Box<Committed>),
+    /// Make this durable before the next effect.
+    Remember(Remembered),
     /// Open a checkpoint of `step` that is complete when all of `shards` have come.
     OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
     /// Give up a checkpoint that cannot be completed.

@@ -1,0 +1,460 @@
+//! A node's state machine: which placement it is in, which version its shards have, and what it may do next.
+//!
+//! [`Agent::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It is the counterpart of
+//! [`crate::machine`], and as pure: tensors are shards' names and versions here. Invariants:
+//!
+//! - **A-1** a step is applied once, in order, and only after its commit;
+//! - **A-2** what belongs to another epoch changes nothing; what belongs to another timeline is dropped;
+//! - **A-3** the gradients of a prepared step stay until the next assignment says whether it was committed, so that a
+//!   commit that was journalled and not heard of can be applied;
+//! - **A-4** a shard counts as held only at the version that every other held shard has.
+
+use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
+use crate::messages::{Assignment, FromNode, Held, Pass, Source, ToNode};
+use crate::placement::Placement;
+use crate::schedule::Update;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+/// Shards that are copied at a time beside the training: enough to hide round trips, few enough to bound memory.
+pub const LEARN_AHEAD: usize = 4;
+/// Summed gradients that are kept of a shard whose state is on its way; when more steps pass, it is asked for again.
+pub const STASH_MAX: usize = 4;
+/// How often one shard is asked for before the node gives up.
+pub const ASKS_MAX: u32 = 8;
+
+/// Why something was not done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trouble {
+    /// In words.
+    pub reason: String,
+    /// Whether trying again cannot help.
+    pub fatal: bool,
+    /// The node that could not be reached, if that is why.
+    pub suspect: Option<NodeId>,
+}
+
+/// What happens to a node.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// The supervisor said something.
+    Told(ToNode),
+    /// The shards that an assignment wanted before its first step are here, or not.
+    Fetched {
+        /// The placement's number.
+        epoch: Epoch,
+        /// Whether all came.
+        outcome: Result<(), Trouble>,
+    },
+    /// A shard that is copied beside the training came, at this version, or not.
+    Copied {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The shard.
+        shard: ShardId,
+        /// Its version.
+        outcome: Result<Step, Trouble>,
+    },
+    /// This node's part of a step is done: every lane and, in training, the whole gradient of every shard.
+    Done(FromNode),
+    /// Something else failed.
+    Failed {
+        /// The placement's number.
+        epoch: Epoch,
+        /// Why.
+        trouble: Trouble,
+    },
+    /// The supervisor is gone; it may come back.
+    SupervisorGone,
+}
+
+/// What a node does next, in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Say something to the supervisor.
+    Say(FromNode),
+    /// Apply a prepared step to these shards, and keep the gradients of those that are on their way.
+    Apply {
+        /// The placement under which it was prepared.
+        epoch: Epoch,
+        /// The step.
+        step: Step,
+        /// What to do with the gradients.
+        update: Update,
+        /// Shards at the version before it.
+        shards: Vec<ShardId>,
+        /// Shards whose gradients wait for their state.
+        stash: Vec<ShardId>,
+    },
+    /// Drop all work under way; of what is prepared only when `all`.
+    Forget {
+        /// The placement that the work belonged to, at most.
+        epoch: Epoch,
+        /// Whether the gradients of a prepared step go too.
+        all: bool,
+    },
+    /// From now on this placement and these addresses count.
+    Enter(Box<Assignment>),
+    /// Get these shards before the first step, then say [`Event::Fetched`].
+    Fetch {
+        /// The placement's number.
+        epoch: Epoch,
+        /// Their version.
+        version: Step,
+        /// The shards.
+        shards: Vec<(ShardId, Source)>,
+    },
+    /// Ask one of these nodes for a shard at whatever version it has, then say [`Event::Copied`].
+    Copy {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The shard.
+        shard: ShardId,
+        /// Whom to ask.
+        from: Vec<NodeId>,
+    },
+    /// Use a copied shard, after applying to it the stashed gradients of these steps.
+    Install {
+        /// The shard.
+        shard: ShardId,
+        /// The version at which it came.
+        version: Step,
+        /// Steps to apply.
+        replay: Vec<Step>,
+    },
+    /// Let these shards go.
+    LetGo(Vec<ShardId>),
+    /// Run a step.
+    Run {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The step.
+        step: Step,
+        /// Training or validation.
+        pass: Pass,
+        /// The lanes and their tokens.
+        lanes: Vec<(Lane, Vec<u32>)>,
+    },
+    /// Store these shards as they are now, and send them to the checkpoint.
+    Store {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The version.
+        step: Step,
+        /// The shards.
+        shards: Vec<ShardId>,
+    },
+    /// The supervisor lets this node go.
+    Leave {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// A shard on its way.
+#[derive(Clone, Debug, Default)]
+struct Coming {
+    from: Vec<NodeId>,
+    asked: bool,
+    asks: u32,
+    /// Steps whose gradients are kept for it, in order.
+    stash: VecDeque<Step>,
+}
+
+/// The state of a node as far as the protocol goes.
+#[derive(Debug)]
+pub struct Agent {
+    id: NodeId,
+    epoch: Epoch,
+    timeline: u64,
+    /// The last step that was applied.
+    version: Step,
+    placement: Placement,
+    /// The shards of the assignment, for the epoch's whole time.
+    assigned: Vec<ShardId>,
+    /// Whether they are all here.
+    ready: bool,
+    /// Shards in memory, each with its version.
+    shards: BTreeMap<ShardId, Step>,
+    coming: BTreeMap<ShardId, Coming>,
+    /// Shards to copy that an earlier placement brought already.
+    here: Vec<ShardId>,
+    prepared: Option<(Epoch, Step)>,
+    effects: Vec<Effect>,
+}
+
+impl Agent {
+    /// A node that holds nothing.
+    #[must_use]
+    pub fn new(id: NodeId) -> Self {
+        Self {
+            id,
+            epoch: 0,
+            timeline: 0,
+            version: 0,
+            placement: Placement::default(),
+            assigned: Vec::new(),
+            ready: false,
+            shards: BTreeMap::new(),
+            coming: BTreeMap::new(),
+            here: Vec::new(),
+            prepared: None,
+            effects: Vec::new(),
+        }
+    }
+
+    /// Its name.
+    #[must_use]
+    pub fn id(&self) -> &NodeId {
+        &self.id
+    }
+
+    /// The number of the placement that it is in.
+    #[must_use]
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The shards in memory, each with its version.
+    #[must_use]
+    pub fn shards(&self) -> &BTreeMap<ShardId, Step> {
+        &self.shards
+    }
+
+    /// What it tells a supervisor that came back. A-4.
+    #[must_use]
+    pub fn held(&self) -> Held {
+        let shards = self.shards.iter().filter(|(_, at)| **at == self.version).map(|(shard, _)| *shard);
+        Held {
+            timeline: self.timeline,
+            version: self.version,
+            shards: shards.collect(),
+            prepared: self.prepared,
+        }
+    }
+
+    /// Takes one event and returns what to do, in order.
+    pub fn handle(&mut self, event: Event) -> Vec<Effect> {
+        match event {
+            Event::Told(message) => self.on_told(message),
+            Event::Fetched { epoch, outcome } if epoch == self.epoch => self.on_fetched(outcome),
+            Event::Copied { epoch, shard, outcome } if epoch == self.epoch && self.ready => {
+                self.on_copied(shard, outcome)
+            }
+            Event::Done(message) => self.on_done(message),
+            Event::Failed { epoch, trouble } if epoch == self.epoch => self.failed(trouble),
+            Event::SupervisorGone => self.stop_working(),
+            //
+            Event::Fetched { .. } | Event::Copied { .. } | Event::Failed { .. } => {}
+        }
+        std::mem::take(&mut self.effects)
+    }
+
+    fn on_told(&mut self, message: ToNode) {
+        match message {
+            ToNode::Assign(assignment) => self.on_assign(*assignment),
+            ToNode::Begin { epoch, step, pass, lanes } if epoch == self.epoch => {
+                self.on_begin(epoch, step, pass, lanes)
+            }
+            ToNode::Commit { epoch, step, update } if epoch == self.epoch => {
+                self.on_commit(epoch, step, update)
+            }
+            ToNode::Abort { epoch } if epoch == self.epoch => self.stop_working(),
+            ToNode::Checkpoint { epoch, step, shards } => {
+                self.do_next(Effect::Store { epoch, step, shards })
+            }
+            ToNode::Leave { reason } => self.do_next(Effect::Leave { reason }),
+            //
+            ToNode::Begin { .. } | ToNode::Commit { .. } | ToNode::Abort { .. } => {}
+        }
+    }
+
+    fn do_next(&mut self, effect: Effect) {
+        self.effects.push(effect);
+    }
+
+    fn failed(&mut self, trouble: Trouble) {
+        let Trouble { reason, fatal, suspect } = trouble;
+        let epoch = self.epoch;
+        self.do_next(Effect::Say(FromNode::Failed { epoch, reason, fatal, suspect }));
+    }
+
+    /// The work of this epoch is over, committed or not; what is prepared stays. A-3.
+    fn stop_working(&mut self) {
+        self.ready = false;
+        self.do_next(Effect::Forget { epoch: self.epoch, all: self.prepared.is_none() });
+    }
+
+    fn on_assign(&mut self, assignment: Assignment) {
+        if assignment.placement.epoch <= self.epoch {
+            return;
+        }
+        self.roll_forward(&assignment);
+        let same = assignment.timeline == self.timeline && assignment.version == self.version;
+        let version = self.version;
+        let stale: Vec<ShardId> =
+            self.shards.iter().filter(|(_, at)| !same || **at != version).map(|(s, _)| *s).collect();
+        if !stale.is_empty() {
+            self.shards.retain(|shard, _| !stale.contains(shard));
+            self.do_next(Effect::LetGo(stale));
+        }
+        self.epoch = assignment.placement.epoch;
+        self.do_next(Effect::Forget { epoch: self.epoch - 1, all: true });
+        (self.timeline, self.version) = (assignment.timeline, assignment.version);
+        (self.ready, self.prepared) = (false, None);
+        self.assigned = assignment.shards.iter().map(|(shard, _)| *shard).collect();
+        self.placement = assignment.placement.clone();
+        let (here, coming): (Vec<_>, Vec<_>) =
+            assignment.learn.iter().partition(|(shard, _)| self.shards.contains_key(shard));
+        self.here = here.into_iter().map(|(shard, _)| *shard).collect();
+        let coming = coming.into_iter();
+        self.coming =
+            coming.map(|(shard, from)| (*shard, Coming { from: from.clone(), ..Coming::default() })).collect();
+        let (epoch, version) = (self.epoch, self.version);
+        let absent = |(shard, source): &&(ShardId, Source)| {
+            *source == Source::Held && !self.shards.contains_key(shard)
+        };
+        if assignment.shards.iter().any(|entry| absent(&entry)) {
+            return self.do_next(Effect::Say(FromNode::Behind { epoch, version }));
+        }
+        let wanted: Vec<_> = assignment
+            .shards
+            .iter()
+            .filter(|(shard, source)| *source != Source::Held && !self.shards.contains_key(shard))
+            .cloned()
+            .collect();
+        self.do_next(Effect::Enter(Box::new(assignment)));
+        if wanted.is_empty() {
+            return self.on_fetched(Ok(()));
+        }
+        self.do_next(Effect::Fetch { epoch, version, shards: wanted });
+    }
+
+    /// A step that was prepared here and journalled there, and whose commit was never heard. A-3.
+    fn roll_forward(&mut self, assignment: &Assignment) {
+        let Some(last) = assignment.last else { return };
+        let missed = last.step == assignment.version && last.step == self.version + 1;
+        if missed && assignment.timeline == self.timeline && self.prepared == Some((last.epoch, last.step)) {
+            self.apply(last.epoch, last.step, last.update);
+        }
+    }
+
+    fn on_fetched(&mut self, outcome: Result<(), Trouble>) {
+        if let Err(trouble) = outcome {
+            return self.failed(trouble);
+        }
+        for shard in &self.assigned {
+            self.shards.entry(*shard).or_insert(self.version);
+        }
+        self.ready = true;
+        let epoch = self.epoch;
+        self.do_next(Effect::Say(FromNode::Ready { epoch }));
+        let shards = std::mem::take(&mut self.here);
+        if !shards.is_empty() {
+            self.do_next(Effect::Say(FromNode::Learned { epoch, shards }));
+        }
+        self.copy_more();
+    }
+
+    fn on_begin(&mut self, epoch: Epoch, step: Step, pass: Pass, lanes: Vec<(Lane, Vec<u32>)>) {
+        if !self.ready {
+            return;
+        }
+        if step != self.version + 1 {
+            // Its commit was lost on the way: the next assignment brings it again.
+            let reason = format!("step {step} begins, and this node is at step {}", self.version);
+            return self.failed(Trouble { reason, fatal: false, suspect: None });
+        }
+        let kept: BTreeSet<ShardId> =
+            self.shards.keys().copied().filter(|&shard| self.placement.keeps(&self.id, shard)).collect();
+        let gone: Vec<ShardId> = self.shards.keys().copied().filter(|shard| !kept.contains(shard)).collect();
+        if !gone.is_empty() {
+            self.shards.retain(|shard, _| kept.contains(shard));
+            self.do_next(Effect::LetGo(gone));
+        }
+        self.prepared = None;
+        self.do_next(Effect::Run { epoch, step, pass, lanes });
+    }
+
+    fn on_done(&mut self, message: FromNode) {
+        match &message {
+            FromNode::Prepared { epoch, step, .. }
+                if *epoch == self.epoch && *step == self.version + 1 && self.ready =>
+            {
+                self.prepared = Some((*epoch, *step));
+            }
+            FromNode::Validated { epoch, .. } if *epoch == self.epoch => {}
+            _ => return,
+        }
+        self.do_next(Effect::Say(message));
+    }
+
+    fn on_commit(&mut self, epoch: Epoch, step: Step, update: Update) {
+        // A commit that was heard before changes nothing.
+        if self.prepared == Some((epoch, step)) && step == self.version + 1 {
+            self.apply(epoch, step, update);
+        }
+    }
+
+    fn apply(&mut self, epoch: Epoch, step: Step, update: Update) {
+        let behind = self.shards.iter().filter(|(_, at)| **at + 1 == step);
+        let shards: Vec<ShardId> = behind.map(|(shard, _)| *shard).collect();
+        for shard in &shards {
+            self.shards.insert(*shard, step);
+        }
+        let mut stash = Vec::new();
+        for (shard, coming) in self.coming.iter_mut().filter(|(_, coming)| coming.asked) {
+            stash.push(*shard);
+            coming.stash.push_back(step);
+            if coming.stash.len() > STASH_MAX {
+                coming.stash.pop_front();
+            }
+        }
+        self.version = step;
+        self.prepared = None;
+        self.do_next(Effect::Apply { epoch, step, update, shards, stash });
+    }
+
+    fn copy_more(&mut self) {
+        let epoch = self.epoch;
+        let mut room = LEARN_AHEAD.saturating_sub(self.coming.values().filter(|c| c.asked).count());
+        let mut wishes = Vec::new();
+        for (shard, coming) in self.coming.iter_mut().filter(|(_, coming)| !coming.asked) {
+            if room == 0 {
+                break;
+            }
+            room -= 1;
+            coming.asked = true;
+            coming.asks += 1;
+            wishes.push(Effect::Copy { epoch, shard: *shard, from: coming.from.clone() });
+        }
+        self.effects.extend(wishes);
+    }
+
+    fn on_copied(&mut self, shard: ShardId, outcome: Result<Step, Trouble>) {
+        let Some(coming) = self.coming.get_mut(&shard) else { return };
+        let (asks, epoch) = (coming.asks, self.epoch);
+        match outcome {
+            Ok(at) if at >= self.version || (at + 1..=self.version).all(|s| coming.stash.contains(&s)) => {
+                let replay: Vec<Step> = (at + 1..=self.version).collect();
+                self.coming.remove(&shard);
+                self.shards.insert(shard, at.max(self.version));
+                self.do_next(Effect::Install { shard, version: at, replay });
+                self.do_next(Effect::Say(FromNode::Learned { epoch, shards: vec![shard] }));
+                self.copy_more();
+            }
+            _ if asks < ASKS_MAX => {
+                coming.asked = false;
+                coming.stash.clear();
+                coming.from.rotate_left(1);
+                self.copy_more();
+            }
+            Ok(at) => {
+                let reason = format!("{shard} came at step {at} every time, and the run is at {}", self.version);
+                self.do_next(Effect::Say(FromNode::CannotLearn { epoch, reason }));
+            }
+            Err(Trouble { reason, .. }) => {
+                self.do_next(Effect::Say(FromNode::CannotLearn { epoch, reason: format!("{shard}: {reason}") }));
+            }
+        }
+    }
+}

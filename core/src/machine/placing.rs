@@ -1,0 +1,309 @@
+//! New placements: who is in, who holds what, and where each shard's state comes from.
+//!
+//! There are two kinds. A *target* is what the planner wants of all usable nodes. While something that the target needs is
+//! not where it is to be, the run goes on under a placement of those who have their shards already, in which the
+//! others are *learners*: they copy in the background and get every summed gradient. When all have learned, the next
+//! boundary between steps cuts over to the target, and nothing moves any more. So a death costs no copying before the next
+//! step, and a join or a drain costs no abort.
+
+use super::{Effect, Machine, Notice, Phase, Remembered};
+use crate::ids::{NodeId, ShardId};
+use crate::messages::{Assignment, Source, ToNode};
+use crate::placement::{Member, Placement, Request};
+use std::collections::{BTreeMap, BTreeSet};
+
+impl Machine {
+    /// Drops the step in flight and places anew; the same step runs again.
+    pub(super) fn abort(&mut self, reason: &str) {
+        let (epoch, step) = (self.placement.epoch, self.committed + 1);
+        self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
+        for node in self.voters() {
+            self.effects.push(Effect::Send { node, message: ToNode::Abort { epoch } });
+        }
+        self.place(reason);
+    }
+
+    /// At a boundary between steps: a better placement, if there is one now. Whether one begins.
+    pub(super) fn settle(&mut self) -> bool {
+        let leaving = self.nodes.values().any(|node| node.draining);
+        // A node that leaves may still be sending its shards to the checkpoint.
+        if !self.unsettled || self.suspicion.is_paused() || (leaving && self.checkpointing.is_some()) {
+            return false;
+        }
+        let learning = self.placement.learning_nodes();
+        if self.all_learned() {
+            let (epoch, step) = (self.placement.epoch, self.committed);
+            let shards = self.placement.learners.values().map(BTreeSet::len).sum();
+            self.notice(Notice::Migrated { epoch, step, shards });
+        }
+        let next = self.next_placement();
+        let same = next.same_as(&self.placement)
+            && next.learners == self.placement.learners
+            && learning.iter().all(|node| self.nodes.contains_key(node));
+        self.unsettled = false;
+        if !same {
+            let cause = self.cause(&next);
+            self.begin_epoch(next, &cause);
+        }
+        !same
+    }
+
+    /// Makes a placement now, whatever is in flight.
+    pub(super) fn place(&mut self, cause: &str) {
+        if self.nodes.is_empty() {
+            return self.wait_for_nodes();
+        }
+        self.go_back_if_a_shard_is_lost();
+        let next = self.next_placement();
+        self.begin_epoch(next, cause);
+    }
+
+    /// Everybody is gone. Those whose links broke may come back with their state.
+    fn wait_for_nodes(&mut self) {
+        self.awaited = self.placement.members.iter().cloned().collect();
+        self.wanted_nodes = 1;
+        self.quiet_ms = 0;
+        self.placement.members.clear();
+        self.placement.learners.clear();
+        self.holders.clear();
+        self.phase = Phase::Gathering;
+    }
+
+    /// What the planner wants, or the way there.
+    fn next_placement(&self) -> Placement {
+        let target = self.target();
+        if self.holders.is_empty() {
+            return target;
+        }
+        let has = |shard: ShardId, node: &NodeId| {
+            self.holders.get(&shard).is_some_and(|nodes| nodes.contains(node))
+        };
+        let shards = self.settings.architecture.shards();
+        if shards.iter().all(|&shard| target.holders(shard).iter().all(|node| has(shard, node))) {
+            return target;
+        }
+        let mut base = self.survivors(target.epoch);
+        for shard in shards {
+            let learns = target.holders(shard).into_iter().filter(|node| !base.holds(node, shard));
+            let learners: BTreeSet<NodeId> = learns.collect();
+            if !learners.is_empty() {
+                base.learners.insert(shard, learners);
+            }
+        }
+        // Where everybody fetches at once what is missing, nothing is left to learn.
+        if base.learners.is_empty() { target } else { base }
+    }
+
+    /// The planner's wish, for every node that may be used.
+    fn target(&self) -> Placement {
+        let usable = |node: &&NodeId| !self.nodes[*node].draining && !self.suspicion.is_suspended(node);
+        let mut names: Vec<&NodeId> = self.nodes.keys().filter(usable).collect();
+        if names.is_empty() {
+            names = self.nodes.keys().collect();
+        }
+        let previous = (!self.placement.members.is_empty()).then_some(&self.placement);
+        self.request(&self.members(names), previous, Placement::plan)
+    }
+
+    /// Who can go on at once: every node that has all but experts, or, where there is none, that has anything.
+    fn survivors(&self, epoch: u64) -> Placement {
+        let shards = self.settings.architecture.shards();
+        let has = |node: &NodeId, shard: &ShardId| self.holders.get(shard).is_some_and(|h| h.contains(node));
+        let whole =
+            |node: &&NodeId| shards.iter().all(|shard| shard.is_expert() || has(node, shard));
+        let mut names: Vec<&NodeId> = self.nodes.keys().filter(whole).collect();
+        if names.is_empty() {
+            names = self.nodes.keys().filter(|node| shards.iter().any(|shard| has(node, shard))).collect();
+        }
+        let make = |request: &Request<'_>| Placement::of_survivors(request, &self.holders, &self.placement);
+        let mut placement = self.request(&self.members(names), None, make);
+        placement.epoch = epoch;
+        placement
+    }
+
+    fn members(&self, names: Vec<&NodeId>) -> Vec<Member> {
+        names.into_iter().map(|n| Member { node: n.clone(), capacity: self.nodes[n].capacity }).collect()
+    }
+
+    fn request<T>(
+        &self,
+        members: &[Member],
+        previous: Option<&Placement>,
+        make: impl FnOnce(&Request<'_>) -> T,
+    ) -> T {
+        let training = &self.settings.training;
+        make(&Request {
+            epoch: self.placement.epoch + 1,
+            members,
+            architecture: &self.settings.architecture,
+            lanes: training.lanes,
+            lane_group: training.lane_group,
+            replication: self.settings.cluster.replication,
+            hot: &self.balance.hot,
+            moves_max: self.moves_max(),
+            previous,
+        })
+    }
+
+    fn begin_epoch(&mut self, placement: Placement, cause: &str) {
+        self.placement = placement;
+        self.quiet_ms = 0;
+        // A budget may have left something to move.
+        self.unsettled = self.placement.learners.is_empty();
+        let voters = self.voters();
+        let assignments: Vec<_> =
+            voters.iter().map(|node| (node.clone(), self.assignment(node))).collect();
+        let fetches = |a: &Assignment| a.shards.iter().filter(|(_, source)| *source != Source::Held).count();
+        let fetched = assignments.iter().map(|(_, a)| fetches(a)).sum();
+        let here = |shard: &ShardId, node: &&NodeId| self.holders.get(shard).is_some_and(|h| h.contains(*node));
+        let learners = self.placement.learners.iter();
+        let learning = learners.map(|(s, nodes)| nodes.iter().filter(|node| !here(s, node)).count()).sum();
+        let (epoch, step) = (self.placement.epoch, self.committed);
+        let members = self.placement.members.clone();
+        self.effects.push(Effect::Remember(Remembered {
+            epoch,
+            timeline: self.timeline,
+            members: members.clone(),
+        }));
+        let cause = cause.to_owned();
+        self.notice(Notice::Placed { epoch, step, cause, nodes: members, fetched, learning });
+        for (node, assignment) in assignments {
+            self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
+        }
+        self.phase = Phase::Placing { waiting: voters };
+        self.let_go_of_drained();
+    }
+
+    /// Nodes that were to leave, and have no part in the run any more.
+    pub(super) fn let_go_of_drained(&mut self) {
+        let voters = self.placement.voters();
+        let gone: Vec<NodeId> =
+            self.nodes.iter().filter(|(n, s)| s.draining && !voters.contains(*n)).map(|(n, _)| n.clone()).collect();
+        for node in gone {
+            self.nodes.remove(&node);
+            self.holders.values_mut().for_each(|nodes| {
+                nodes.remove(&node);
+            });
+            let reason = "drained".into();
+            self.effects.push(Effect::Send { node: node.clone(), message: ToNode::Leave { reason } });
+            self.notice(Notice::Left { node });
+        }
+    }
+
+    fn assignment(&self, node: &NodeId) -> Assignment {
+        let shards = self.settings.architecture.shards();
+        let held = shards.iter().filter(|&&shard| self.placement.holds(node, shard));
+        let learns = |(_, nodes): &(&ShardId, &BTreeSet<NodeId>)| nodes.contains(node);
+        Assignment {
+            placement: self.placement.clone(),
+            timeline: self.timeline,
+            version: self.committed,
+            last: self.last,
+            shards: held.map(|&shard| (shard, self.source(node, shard))).collect(),
+            learn: self.placement.learners.iter().filter(learns).map(|(s, _)| (*s, self.teachers(*s))).collect(),
+            addresses: self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect(),
+        }
+    }
+
+    /// Who can give a shard away, in an order that spreads the work.
+    fn teachers(&self, shard: ShardId) -> Vec<NodeId> {
+        let mut holders: Vec<NodeId> = self.holders.get(&shard).into_iter().flatten().cloned().collect();
+        let turn = match shard {
+            ShardId::Expert { expert, .. } => usize::from(expert),
+            ShardId::Dense { layer } | ShardId::Router { layer } => usize::from(layer),
+            ShardId::Embedding => 0,
+        };
+        let count = holders.len().max(1);
+        holders.rotate_left(turn % count);
+        holders
+    }
+
+    fn source(&self, node: &NodeId, shard: ShardId) -> Source {
+        match self.holders.get(&shard) {
+            Some(holders) if holders.contains(node) => Source::Held,
+            Some(holders) if !holders.is_empty() => {
+                self.teachers(shard).into_iter().next().map_or(Source::Initial, Source::Peer)
+            }
+            _ if self.committed == 0 => Source::Initial,
+            _ => Source::Checkpoint(self.committed),
+        }
+    }
+
+    pub(super) fn on_ready(&mut self, node: &NodeId) {
+        let Phase::Placing { waiting } = &mut self.phase else { return };
+        waiting.remove(node);
+        self.when_placed();
+    }
+
+    pub(super) fn when_placed(&mut self) {
+        if !matches!(&self.phase, Phase::Placing { waiting } if waiting.is_empty()) {
+            return;
+        }
+        for shard in self.settings.architecture.shards() {
+            let learners = self.placement.learners.get(&shard);
+            let learned = self.holders.remove(&shard).unwrap_or_default();
+            let learned = learned.into_iter().filter(|n| learners.is_some_and(|nodes| nodes.contains(n)));
+            let mut holders: BTreeSet<NodeId> = self.placement.holders(shard).into_iter().chain(learned).collect();
+            holders.retain(|node| self.nodes.contains_key(node));
+            self.holders.insert(shard, holders);
+        }
+        self.unsettled |= self.all_learned();
+        self.advance();
+    }
+
+    /// M-5.
+    pub(super) fn on_learned(&mut self, node: &NodeId, shards: &[ShardId]) {
+        for shard in shards {
+            if self.placement.learners.get(shard).is_some_and(|nodes| nodes.contains(node)) {
+                self.holders.entry(*shard).or_default().insert(node.clone());
+            }
+        }
+        self.unsettled |= self.all_learned();
+    }
+
+    /// Whether there is something to learn, and everybody who is still there has learned it.
+    fn all_learned(&self) -> bool {
+        let has = |shard: &ShardId, node: &NodeId| {
+            !self.nodes.contains_key(node) || self.holders.get(shard).is_some_and(|h| h.contains(node))
+        };
+        let learners = &self.placement.learners;
+        !learners.is_empty() && learners.iter().all(|(shard, nodes)| nodes.iter().all(|node| has(shard, node)))
+    }
+
+    /// A shard that must be somewhere and is nowhere: neither in memory nor, as it is, in a checkpoint or the seed.
+    pub(super) fn lost_shard(&self) -> Option<ShardId> {
+        if self.committed == self.durable.unwrap_or(0) && self.holders.is_empty() {
+            return None;
+        }
+        let nowhere = |shard: &ShardId| self.holders.get(shard).is_none_or(BTreeSet::is_empty);
+        self.settings.architecture.shards().into_iter().find(nowhere)
+    }
+
+    /// M-4.
+    fn go_back_if_a_shard_is_lost(&mut self) {
+        let back = self.durable.unwrap_or(0);
+        let Some(shard) = self.lost_shard() else { return };
+        if self.committed != back {
+            self.timeline += 1;
+            self.notice(Notice::WentBack { from: self.committed, to: back, shard });
+            self.effects.push(Effect::GoBack { step: back });
+            self.last = None;
+            self.committed = back;
+            self.validated = self.validated.filter(|&step| step <= back);
+        }
+        self.holders.clear();
+    }
+
+    /// Why a placement changes at a boundary, for people.
+    fn cause(&self, next: &Placement) -> String {
+        let new: Vec<&NodeId> = next.voters().iter().filter_map(|n| self.nodes.get_key_value(n)).map(|(n, _)| n)
+            .filter(|n| !self.placement.members.contains(n)).collect();
+        let leaving: Vec<&NodeId> = self.nodes.iter().filter(|(_, n)| n.draining).map(|(n, _)| n).collect();
+        let list = |names: &[&NodeId]| names.iter().map(|n| n.0.as_str()).collect::<Vec<_>>().join(", ");
+        match (new.is_empty(), leaving.is_empty()) {
+            (false, _) => format!("{} joins", list(&new)),
+            (true, false) => format!("{} leaves", list(&leaving)),
+            (true, true) => "the nodes are made even".into(),
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Nodes that fail, cannot be reached, or have fallen behind: the step is tried again, and whoever stands in its way
+//! is shut out. Shut out, a node may join anew; it is not used again before some time has passed.
+
+use super::{ATTEMPTS_MAX, Effect, Machine, Notice};
+use crate::ids::NodeId;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Complaints about unreachable nodes within one step after which somebody is shut out: one may be a death that
+/// everybody is about to hear of.
+const COMPLAINTS_MAX: u32 = 2;
+/// For how long a node that was shut out is not used, in milliseconds; twice as long each time.
+const SUSPENSION_MS: u64 = 5_000;
+/// The longest suspension, in milliseconds.
+const SUSPENSION_MAX_MS: u64 = 300_000;
+/// How long nothing is moved after a background copy failed, in milliseconds.
+const PAUSE_MS: u64 = 5_000;
+
+/// Who is not trusted, and for how long.
+#[derive(Debug, Default)]
+pub(super) struct Suspicion {
+    /// Who could not reach whom, since the last commit.
+    complaints: BTreeMap<(NodeId, NodeId), u32>,
+    /// Milliseconds left.
+    suspended: BTreeMap<NodeId, u64>,
+    /// How often each was shut out.
+    times: BTreeMap<NodeId, u32>,
+    paused_ms: u64,
+}
+
+impl Suspicion {
+    /// A step was committed: whatever was in its way is not any more.
+    pub(super) fn forgive(&mut self) {
+        self.complaints.clear();
+    }
+
+    pub(super) fn is_suspended(&self, node: &NodeId) -> bool {
+        self.suspended.contains_key(node)
+    }
+
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused_ms > 0
+    }
+
+    /// Lets time pass. Whether somebody may be used again, or something moved.
+    pub(super) fn pass(&mut self, ms: u64) -> bool {
+        let (before, paused) = (self.suspended.len(), self.paused_ms > 0);
+        self.suspended.retain(|_, left| {
+            *left = left.saturating_sub(ms);
+            *left > 0
+        });
+        self.paused_ms = self.paused_ms.saturating_sub(ms);
+        self.suspended.len() < before || (paused && self.paused_ms == 0)
+    }
+
+    fn suspend(&mut self, node: &NodeId) {
+        let times = self.times.entry(node.clone()).or_default();
+        let ms = (SUSPENSION_MS << (*times).min(6)).min(SUSPENSION_MAX_MS);
+        *times += 1;
+        self.suspended.insert(node.clone(), ms);
+    }
+}
+
+impl Machine {
+    pub(super) fn on_failed(&mut self, node: &NodeId, reason: &str, fatal: bool, suspect: Option<NodeId>) {
+        let learner = !self.placement.members.contains(node);
+        if learner {
+            // It has no part in the step yet; the run must not hang on it.
+            return self.on_cannot_learn(node, reason.to_owned());
+        }
+        if let Some(suspect) = suspect
+            && self.nodes.contains_key(&suspect)
+        {
+            *self.suspicion.complaints.entry((node.clone(), suspect)).or_default() += 1;
+            if let Some(culprit) = self.culprit() {
+                return self.fence(&culprit, &format!("a link to it is broken ({node}: {reason})"));
+            }
+        }
+        self.try_again(&format!("{node}: {reason}"), fatal);
+    }
+
+    /// Of two nodes that cannot reach each other: the one that more complain of; if that does not tell, the one that
+    /// does less. Never one without which a shard would be lost.
+    fn culprit(&self) -> Option<NodeId> {
+        let complaints = &self.suspicion.complaints;
+        if complaints.values().sum::<u32>() < COMPLAINTS_MAX {
+            return None;
+        }
+        let about = |node: &NodeId| complaints.keys().filter(|(_, accused)| accused == node).count();
+        let named: BTreeSet<&NodeId> = complaints.keys().flat_map(|(by, about)| [by, about]).collect();
+        let mut named: Vec<&NodeId> =
+            named.into_iter().filter(|node| self.nodes.contains_key(node) && !self.is_needed(node)).collect();
+        named.sort_by_key(|node| {
+            let capacity = self.nodes.get(*node).map_or(0.0, |n| n.capacity);
+            (about(node), std::cmp::Reverse(capacity.to_bits()), *node)
+        });
+        named.last().map(|node| (*node).clone())
+    }
+
+    /// Whether a node has the last copy of something.
+    fn is_needed(&self, node: &NodeId) -> bool {
+        self.holders.values().any(|nodes| nodes.len() == 1 && nodes.contains(node))
+    }
+
+    /// Shuts a node out. It may join anew, with nothing.
+    pub(super) fn fence(&mut self, node: &NodeId, reason: &str) {
+        if self.nodes.remove(node).is_none() {
+            return;
+        }
+        self.suspicion.suspend(node);
+        self.notice(Notice::Fenced { node: node.clone(), reason: reason.into() });
+        self.effects.push(Effect::Fence { node: node.clone(), reason: reason.into() });
+        self.without(node, reason);
+    }
+
+    /// A copy beside the training failed: the newcomer waits a while, and so does whatever was to move.
+    pub(super) fn on_cannot_learn(&mut self, node: &NodeId, reason: String) {
+        if !self.placement.learning_nodes().contains(node) {
+            return;
+        }
+        self.notice(Notice::MigrationFailed { node: node.clone(), reason: reason.clone() });
+        self.unsettled = true;
+        if self.placement.members.contains(node) {
+            self.suspicion.paused_ms = PAUSE_MS;
+        } else {
+            self.fence(node, &reason);
+        }
+    }
+
+    /// The same step again, unless that cannot help or has been tried too often.
+    pub(super) fn try_again(&mut self, reason: &str, fatal: bool) {
+        self.attempts += 1;
+        if fatal || self.attempts > ATTEMPTS_MAX {
+            return self.end(Effect::Fatal { reason: reason.into() });
+        }
+        self.abort(reason);
+    }
+}

@@ -1,0 +1,118 @@
+//! Random schedules of everything that can go wrong. Whatever happens, the journal is the quiet run's, no copy of a shard
+//! is ever wrong (checked by the world after every change), and once the faults stop the run ends.
+#![expect(clippy::expect_used, reason = "tests")]
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use volary_core::machine::{Notice, Settings};
+use volary_sim::{Kinds, World, schedule, settings};
+
+const STEPS: u64 = 30;
+
+fn quiet() -> Vec<(u64, u64)> {
+    let mut world = World::new(1, settings(STEPS, 1, 1), 1);
+    world.run_until(600_000);
+    assert!(world.done, "{world:?}");
+    world.journal()
+}
+
+fn play(seed: u64, kinds: Kinds, cluster: impl Fn(u64) -> Settings) -> World {
+    let settings = cluster(seed);
+    let nodes = settings.cluster.nodes;
+    schedule(seed, World::new(seed, settings, nodes), kinds, 14, 6_000)
+}
+
+fn cluster(seed: u64) -> Settings {
+    let mut settings = settings(STEPS, 2 + (seed % 3) as usize, 1 + (seed / 3 % 3) as usize);
+    settings.checkpoint.every = [3, 5, 100][(seed / 9 % 3) as usize];
+    settings
+}
+
+/// Plays many seeds; a failure names its seed.
+fn all(seeds: std::ops::Range<u64>, kinds: Kinds) -> Vec<World> {
+    let expected = quiet();
+    let mut failed = Vec::new();
+    let mut worlds = Vec::new();
+    for seed in seeds {
+        match catch_unwind(AssertUnwindSafe(|| play(seed, kinds, cluster))) {
+            Ok(world) if !world.done => failed.push((seed, format!("it does not end: {:?}", world.fatal))),
+            Ok(world) if world.journal() != expected => failed.push((seed, "another journal".into())),
+            Ok(world) => worlds.push(world),
+            Err(panic) => {
+                let words = panic.downcast_ref::<String>().cloned();
+                failed.push((seed, words.unwrap_or_else(|| "a panic".into())));
+            }
+        }
+    }
+    assert!(failed.is_empty(), "{} seeds failed: {:#?}", failed.len(), &failed[..failed.len().min(5)]);
+    worlds
+}
+
+fn count(worlds: &[World], what: fn(&Notice) -> bool) -> usize {
+    worlds.iter().flat_map(|world| &world.notices).filter(|notice| what(notice)).count()
+}
+
+#[test]
+fn nodes_die_and_join() {
+    let kinds = Kinds { supervisor: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
+    let worlds = all(0..1_000, kinds);
+    assert!(count(&worlds, |n| matches!(n, Notice::Migrated { .. })) > 100, "copies are made in the background");
+    assert!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })) > 10, "last copies die, too");
+}
+
+#[test]
+fn the_supervisor_dies_and_comes_back() {
+    let kinds = Kinds { nodes: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
+    let worlds = all(0..1_000, kinds);
+    assert_eq!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })), 0, "the nodes keep the state");
+    assert!(count(&worlds, |n| matches!(n, Notice::Returned { .. })) > 100);
+}
+
+#[test]
+fn nodes_are_drained() {
+    let kinds = Kinds { nodes: false, supervisor: false, hangs: false, weather: false, ..Kinds::ALL };
+    let worlds = all(0..500, kinds);
+    assert_eq!(count(&worlds, |n| matches!(n, Notice::Aborted { .. } | Notice::WentBack { .. })), 0);
+    assert!(count(&worlds, |n| matches!(n, Notice::Left { .. })) > 100);
+}
+
+#[test]
+fn nodes_hang_and_links_break() {
+    let kinds = Kinds { nodes: false, supervisor: false, weather: false, drains: false, ..Kinds::ALL };
+    all(0..1_000, kinds);
+}
+
+#[test]
+fn messages_are_lost_doubled_and_late() {
+    let kinds = Kinds { nodes: false, supervisor: false, hangs: false, drains: false, ..Kinds::ALL };
+    all(0..1_000, kinds);
+}
+
+#[test]
+fn everything_at_once() {
+    let worlds = all(0..3_000, Kinds::ALL);
+    assert!(count(&worlds, |n| matches!(n, Notice::Fenced { .. })) > 10);
+}
+
+/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`.
+#[test]
+fn one_seed() {
+    let Ok(seed) = std::env::var("VOLARY_TRACE") else { return };
+    let named = std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,weather,drains".into());
+    let has = |kind| named.split(',').any(|name| name == kind);
+    let kinds = Kinds {
+        nodes: has("nodes"),
+        supervisor: has("supervisor"),
+        hangs: has("hangs"),
+        weather: has("weather"),
+        drains: has("drains"),
+    };
+    let world = play(seed.parse().expect("a seed"), kinds, cluster);
+    assert!(world.done, "{:?}", world.fatal);
+}
+
+/// The same at length: `VOLARY_SOAK=seeds`.
+#[test]
+fn soak() {
+    let Ok(seeds) = std::env::var("VOLARY_SOAK") else { return };
+    all(10_000..10_000 + seeds.parse::<u64>().expect("a number of seeds"), Kinds::ALL);
+}
