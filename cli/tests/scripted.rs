@@ -73,7 +73,7 @@ fn with_respawn_a_killed_node_comes_back_under_its_name() {
     assert!(said.contains("node-2 ended (signal: 9 (SIGKILL)): it starts again"), "{said}");
     let events = events(&world, "r", "node-2");
     assert!(events.contains("lost"), "{events}");
-    assert_eq!(events.matches("joined").count(), 2, "{events}\n{said}\n{}", world.logs());
+    assert_eq!(events.matches("\"event\":\"joined\"").count(), 2, "{events}\n{said}\n{}", world.logs());
 }
 
 #[test]
