@@ -1,6 +1,7 @@
 //! The processes of a run on this machine: who is started, who is started again, and what a script does to them.
 
 use crate::local::{Process, Signal};
+use crate::member::Member;
 use crate::rundir::{self, LISTEN_LOOK_EVERY, LISTEN_MAX};
 use crate::script::{Action, node_name};
 use anyhow::{Context, bail};
@@ -12,16 +13,10 @@ use volary_storage::RunDir;
 
 /// How often a supervisor that died is started again.
 pub const SUPERVISOR_RESTARTS_MAX: u32 = 16;
-/// How often one node that died is started again.
-pub const NODE_RESTARTS_MAX: u32 = 100;
-/// The least time between two starts of one node.
-const NODE_START_EVERY: Duration = Duration::from_secs(1);
 /// How long the supervisor may take to end.
 const SUPERVISOR_END_MAX: Duration = Duration::from_secs(10);
 /// How long a node may take to end once its supervisor has; it has nothing to keep.
 const NODE_END_MAX: Duration = Duration::from_secs(2);
-/// How long a node must have been gone before it has left: at the run's end all nodes go a little before the supervisor.
-const LEAVE_SETTLES: Duration = Duration::from_secs(1);
 /// With this a process ends that panicked.
 const PANICKED: i32 = 101;
 
@@ -50,29 +45,11 @@ pub struct Cluster {
     address: String,
     supervisor: Process,
     supervisor_restarts: u32,
-    nodes: Vec<Node>,
+    nodes: Vec<Member>,
     /// Nodes that stand still, and when they go on.
     stopped: Vec<(Instant, usize)>,
     /// What threads in the background have to say.
     notes: (Sender<String>, Receiver<String>),
-}
-
-#[derive(Debug)]
-struct Node {
-    process: Process,
-    started: Instant,
-    restarts: u32,
-    state: State,
-}
-
-#[derive(Debug)]
-enum State {
-    Running,
-    /// It ended unexpectedly, and is started again as soon as it may.
-    StartsAgain,
-    /// It ended well at this time: it was let go, unless the whole run ends.
-    Ended(Instant),
-    Gone,
 }
 
 impl Cluster {
@@ -103,11 +80,10 @@ impl Cluster {
     }
 
     /// Starts one more node.
-    fn join(&mut self) -> anyhow::Result<String> {
-        let name = node_name(self.nodes.len() + 1);
-        let process = self.start_node(&name)?;
-        self.nodes.push(Node { process, started: Instant::now(), restarts: 0, state: State::Running });
-        Ok(name)
+    fn join(&mut self) -> anyhow::Result<()> {
+        let process = self.start_node(&node_name(self.nodes.len() + 1))?;
+        self.nodes.push(Member::new(process));
+        Ok(())
     }
 
     fn start_node(&self, name: &str) -> anyhow::Result<Process> {
@@ -129,7 +105,7 @@ impl Cluster {
     /// When it did not die but ended by itself, when it died too often, or when it does not start.
     pub fn restart_supervisor(&mut self, status: ExitStatus) -> anyhow::Result<String> {
         if !died(status) {
-            bail!("{}", reason(&self.supervisor));
+            bail!("{}", self.supervisor.reason());
         }
         if self.supervisor_restarts == SUPERVISOR_RESTARTS_MAX {
             bail!(
@@ -148,7 +124,7 @@ impl Cluster {
     /// When a node that joins does not start.
     pub fn act(&mut self, action: &Action) -> anyhow::Result<Option<String>> {
         let done = match action {
-            Action::Join {} => self.join().map(|_| true)?,
+            Action::Join {} => self.join().map(|()| true)?,
             Action::KillSupervisor {} => self.supervisor.signal(Signal::KILL),
             Action::Kill { node } => self.node(node).is_some_and(|node| node.process.signal(Signal::KILL)),
             Action::Stop { node, for_seconds } => self.stop(node, *for_seconds),
@@ -161,7 +137,7 @@ impl Cluster {
         Ok((!done).then(|| format!("could not {action}: the process is not there")))
     }
 
-    fn node(&mut self, name: &str) -> Option<&mut Node> {
+    fn node(&mut self, name: &str) -> Option<&mut Member> {
         self.nodes.iter_mut().find(|node| node.process.name == name)
     }
 
@@ -188,9 +164,7 @@ impl Cluster {
         self.go_on(|due| due <= Instant::now());
         let mut said: Vec<String> = self.notes.1.try_iter().collect();
         for index in 0..self.nodes.len() {
-            if matches!(self.nodes[index].state, State::StartsAgain)
-                && self.nodes[index].started.elapsed() >= NODE_START_EVERY
-            {
+            if self.nodes[index].may_start_again() {
                 let process = self.start_node(&self.nodes[index].process.name)?;
                 self.nodes[index].start_again(process);
             }
@@ -221,13 +195,13 @@ impl Cluster {
     /// Whether no node is left, and none will start by itself.
     #[must_use]
     pub fn is_deserted(&self) -> bool {
-        self.nodes.iter().all(|node| matches!(node.state, State::Ended(_) | State::Gone))
+        self.nodes.iter().all(Member::is_gone)
     }
 
     /// What the first node said last.
     #[must_use]
     pub fn last_words(&self) -> String {
-        self.nodes.first().map(|node| reason(&node.process)).unwrap_or_default()
+        self.nodes.first().map(|node| node.process.reason()).unwrap_or_default()
     }
 
     /// Waits until all have ended; whoever takes too long is killed.
@@ -236,47 +210,6 @@ impl Cluster {
         self.supervisor.wait_or_kill(SUPERVISOR_END_MAX);
         for node in &mut self.nodes {
             node.process.wait_or_kill(NODE_END_MAX);
-        }
-    }
-}
-
-impl Node {
-    fn start_again(&mut self, process: Process) {
-        self.process = process;
-        self.started = Instant::now();
-        self.restarts += 1;
-        self.state = State::Running;
-    }
-
-    /// What there is to say of it: that it ended, or left.
-    fn look(&mut self, respawn: bool) -> Option<String> {
-        let name = &self.process.name;
-        match self.state {
-            State::Running => {
-                let status = self.process.ended()?;
-                if status.success() {
-                    self.state = State::Ended(Instant::now());
-                    return None;
-                }
-                let again = respawn && self.restarts < NODE_RESTARTS_MAX;
-                self.state = if again { State::StartsAgain } else { State::Gone };
-                Some(match (again, respawn) {
-                    (true, _) => format!("{} ended ({status}): it starts again", self.process.name),
-                    (false, true) => format!(
-                        "{} ended ({status}) and was started again {NODE_RESTARTS_MAX} times already: {}",
-                        self.process.name,
-                        reason(&self.process)
-                    ),
-                    (false, false) => {
-                        format!("{} ended ({status}): {}", self.process.name, reason(&self.process))
-                    }
-                })
-            }
-            State::Ended(since) if since.elapsed() >= LEAVE_SETTLES => {
-                self.state = State::Gone;
-                Some(format!("{name} left"))
-            }
-            State::Ended(_) | State::StartsAgain | State::Gone => None,
         }
     }
 }
@@ -304,7 +237,7 @@ fn wait_for_address(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<St
             return Ok(contact.address);
         }
         if supervisor.ended().is_some() {
-            bail!("{}", reason(supervisor));
+            bail!("{}", supervisor.reason());
         }
         std::thread::sleep(LISTEN_LOOK_EVERY);
     }
@@ -313,12 +246,6 @@ fn wait_for_address(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<St
         LISTEN_MAX.as_secs(),
         supervisor.log.display()
     )
-}
-
-/// What a process said last, without the program's name in front.
-fn reason(process: &Process) -> String {
-    let words = process.last_words();
-    words.strip_prefix("volary: ").unwrap_or(&words).to_owned()
 }
 
 /// Asks the supervisor to let a node go, in the background: it takes as long as others need to take over. A failure

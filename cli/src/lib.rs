@@ -5,7 +5,7 @@
 //! | [`config`] | the configuration file |
 //! | [`commands`] | one file per command |
 //! | [`rundir`] | which run a command means, and how to reach its supervisor |
-//! | [`cluster`], [`local`] | the processes of a run on one machine; one process |
+//! | [`cluster`], `member`, [`local`] | the processes of a run on this machine; one node; one process |
 //! | [`follow`] | a run on this machine, from its first step to its end |
 //! | [`script`], [`disturb`] | what happens to a scripted run; what its links suffer |
 //! | [`progress`] | the progress bar |
@@ -19,6 +19,7 @@ pub mod environment;
 pub mod follow;
 pub mod local;
 pub mod log;
+mod member;
 pub mod progress;
 pub mod rundir;
 pub mod script;

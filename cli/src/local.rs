@@ -78,11 +78,12 @@ impl Process {
         self.ended().is_none() && kill_process(Pid::from_child(&self.child), signal).is_ok()
     }
 
-    /// The last line of its log.
+    /// The last line of its log, without the program's name in front.
     #[must_use]
-    pub fn last_words(&self) -> String {
+    pub fn reason(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing").to_owned()
+        let words = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+        words.strip_prefix("volary: ").unwrap_or(words).to_owned()
     }
 
     /// Waits for it to end, and kills it when it takes longer than `most`.
