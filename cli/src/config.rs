@@ -176,7 +176,7 @@ fn assign(table: &mut toml::Table, assignment: &str) -> anyhow::Result<()> {
 }
 
 /// One line for an error of the TOML parser: file, line, key, what was expected.
-fn explain(name: &str, text: &str, error: &toml::de::Error) -> String {
+pub(crate) fn explain(name: &str, text: &str, error: &toml::de::Error) -> String {
     let mut line = name.to_owned();
     if let Some(span) = error.span() {
         let before = &text[..span.start.min(text.len())];
@@ -197,7 +197,7 @@ fn explain(name: &str, text: &str, error: &toml::de::Error) -> String {
 }
 
 /// Adds the nearest known key to an error about an unknown one.
-fn nearest(message: &str) -> String {
+pub(crate) fn nearest(message: &str) -> String {
     let message = message.lines().collect::<Vec<_>>().join(" ");
     let mut quoted = message.split('`').skip(1).step_by(2);
     let Some(unknown) = message.starts_with("unknown").then(|| quoted.next()).flatten() else {

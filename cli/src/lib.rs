@@ -5,14 +5,21 @@
 //! | [`config`] | the configuration file |
 //! | [`commands`] | one file per command |
 //! | [`rundir`] | which run a command means, and how to reach its supervisor |
-//! | [`local`] | the processes of a run on one machine |
+//! | [`cluster`], `member`, [`local`] | the processes of a run on this machine; one node; one process |
+//! | [`follow`] | a run on this machine, from its first step to its end |
+//! | [`script`], [`disturb`] | what happens to a scripted run; what its links suffer |
 //! | [`progress`] | the progress bar |
 //! | [`environment`], [`log`] | what must be set before libtorch runs; the log |
 
+pub mod cluster;
 pub mod commands;
 pub mod config;
+pub mod disturb;
 pub mod environment;
+pub mod follow;
 pub mod local;
 pub mod log;
+mod member;
 pub mod progress;
 pub mod rundir;
+pub mod script;

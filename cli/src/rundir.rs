@@ -4,11 +4,16 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 use volary_storage::RunDir;
 use volary_transport::Token;
 
 /// Where new runs go unless `--dir` says otherwise.
 pub const RUNS: &str = "runs";
+/// How long a supervisor may take to listen.
+pub(crate) const LISTEN_MAX: Duration = Duration::from_secs(60);
+/// How often it is looked whether it does.
+pub(crate) const LISTEN_LOOK_EVERY: Duration = Duration::from_millis(10);
 
 /// `RUN_DIR/supervisor.json`: how to reach the supervisor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +59,15 @@ pub fn contact(dir: &RunDir) -> Option<Contact> {
     let text = std::fs::read_to_string(dir.supervisor()).ok()?;
     let contact: Contact = serde_json::from_str(&text).ok()?;
     is_alive(contact.pid).then_some(contact)
+}
+
+/// Waits for the supervisor of a directory, which may be starting again; in vain no longer than [`LISTEN_MAX`].
+pub(crate) fn wait_until_it_listens(dir: &Path) {
+    let Ok(dir) = RunDir::find(dir) else { return };
+    let start = Instant::now();
+    while contact(&dir).is_none() && start.elapsed() < LISTEN_MAX {
+        std::thread::sleep(LISTEN_LOOK_EVERY);
+    }
 }
 
 /// Whether a process runs; one that has ended and that nobody has waited for does not.

@@ -45,7 +45,7 @@ pub struct Args {
 /// When the device is not there, the supervisor refuses, or the run is lost.
 pub fn run(args: Args) -> anyhow::Result<()> {
     if args.tethered {
-        crate::local::end_with_parent();
+        crate::local::end_with_parent(crate::disturb::read);
     }
     let device = device::parse(&args.device)?;
     let token = rundir::read_token(args.token_file.as_deref())?;

@@ -71,8 +71,9 @@ pub fn stop(args: Args) -> anyhow::Result<()> {
     done(&args, &OperatorRequest::Stop, "stopped, durable at")
 }
 
-/// Asks the supervisor of a run directory to stop; what goes wrong shows in the supervisor's end.
+/// Asks the supervisor of a run directory to stop, as soon as it listens; what goes wrong shows in the supervisor's end.
 pub(crate) fn stop_quietly(dir: &Path) {
+    rundir::wait_until_it_listens(dir);
     let args = Args { dir: Some(dir.to_path_buf()), supervisor: None, token_file: None };
     if let Err(error) = ask(&args, &OperatorRequest::Stop) {
         tracing::warn!(%error, "the supervisor was asked to stop");

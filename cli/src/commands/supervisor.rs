@@ -33,6 +33,9 @@ pub struct Args {
     /// End when standard input does: for a parent that starts the supervisor.
     #[arg(long, hide = true)]
     tethered: bool,
+    /// No node of an earlier start lives any more: nobody's return is to be waited for.
+    #[arg(long, hide = true)]
+    pub nodes_are_gone: bool,
 }
 
 /// Runs the command.
@@ -41,7 +44,7 @@ pub struct Args {
 /// When the configuration, data or directory is bad, the directory is held, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
     if args.tethered {
-        crate::local::end_with_parent();
+        crate::local::end_with_parent(|_| {});
     }
     let config = Config::load(&args.config, &args.set)?;
     let listen = rundir::resolve(&args.listen)?;

@@ -1,32 +1,28 @@
 //! `volary train`: a whole run on this machine, from the text to the sample.
 
-use crate::commands::{generate, operate};
+use crate::cluster::{Cluster, ClusterOptions};
+use crate::commands::generate;
 use crate::config::Config;
-use crate::local::Process;
-use crate::progress::{Display, Seen, Tail, validations};
+use crate::follow::follow;
+use crate::progress::{Display, Seen, validations};
 use crate::rundir;
+use crate::script::Script;
 use anyhow::{Context, bail};
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
 use volary_data::Stage;
 use volary_storage::RunDir;
-
-/// How often the run is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How long the supervisor may take to listen.
-const LISTEN_MAX: Duration = Duration::from_secs(60);
 
 /// Train on this machine: a supervisor and N node processes.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Ctrl-C writes a checkpoint and ends the run; --resume goes on from the last checkpoint.
+Ctrl-C writes a checkpoint and ends the run; --resume goes on from the last checkpoint. A supervisor that dies is started
+again; a node that dies only with --respawn. With --resume, events of steps that are done already happen at the start.
 
 Examples:
   volary train examples/quickstart.toml --nodes 3
   volary train examples/quickstart.toml --set training.steps=100 --set run.seed=7
-  volary train examples/quickstart.toml --dir runs/quickstart --resume")]
+  volary train examples/quickstart.toml --dir runs/quickstart --resume
+  volary train examples/quickstart.toml --nodes 3 --events examples/events.toml --respawn")]
 pub struct Args {
     /// The configuration file.
     config: PathBuf,
@@ -48,6 +44,12 @@ pub struct Args {
     /// Go on from the last checkpoint of the directory.
     #[arg(long)]
     resume: bool,
+    /// A script of what happens to the run: nodes that die, stop, leave or join at chosen steps (examples/events.toml).
+    #[arg(long, value_name = "FILE")]
+    events: Option<PathBuf>,
+    /// Start a node that ends unexpectedly again, under its name.
+    #[arg(long)]
+    respawn: bool,
     /// Refuse text that is not UTF-8 instead of replacing it.
     #[arg(long)]
     strict: bool,
@@ -61,27 +63,35 @@ pub struct Args {
 /// # Errors
 /// When the configuration, the data or the directory is bad, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (config, dir) = prepare(&args)?;
+    let (config, dir, script) = prepare(&args)?;
     let display = Display::new(config.training.steps, args.quiet);
     // Here and not in the supervisor, where nobody would see how far it is.
     prepare_data(&config, &dir, &display)?;
     display.say(&format!("run {} in {}", config.run.name, dir.root().display()));
-    let mut cluster = Cluster::start(&args, &config, &dir)?;
-    let outcome = follow(&mut cluster, &dir, display);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let options = ClusterOptions {
+        nodes: config.cluster.nodes,
+        device: args.device.clone(),
+        threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
+        respawn: args.respawn,
+        // Nodes end with the train that started them.
+        nodes_are_gone: args.resume,
+    };
+    let mut cluster = Cluster::start(options, &dir)?;
+    let (finished, last) = follow(&mut cluster, &dir, display, script)?;
     cluster.end();
-    let (finished, display) = outcome?;
-    display.finish();
     if !args.quiet {
-        summary(&config, &dir, finished, display.last())?;
+        summary(&config, &dir, finished, last)?;
     }
     Ok(())
 }
 
-/// The configuration as this run uses it, and the directory that holds it from now on.
-fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir)> {
+/// The configuration as this run uses it, the directory that holds it from now on, and what is to happen to it.
+fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
     let mut config = Config::load(&args.config, &args.set)?;
     config.cluster.nodes = args.nodes.map_or_else(|| config.cluster.nodes.max(1), usize::from);
     config.data.strict |= args.strict;
+    let script = args.events.as_deref().map(|path| Script::load(path, config.cluster.nodes)).transpose()?;
     let dir = match &args.dir {
         _ if args.resume => {
             let path = args.dir.clone().unwrap_or_else(|| PathBuf::from(rundir::RUNS).join(&config.run.name));
@@ -112,7 +122,7 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir)> {
     }
     std::fs::write(dir.config(), toml::to_string(&config)?)
         .with_context(|| dir.config().display().to_string())?;
-    Ok((config, dir))
+    Ok((config, dir, script.unwrap_or_default()))
 }
 
 fn prepare_data(config: &Config, dir: &RunDir, display: &Display) -> anyhow::Result<()> {
@@ -129,155 +139,6 @@ fn prepare_data(config: &Config, dir: &RunDir, display: &Display) -> anyhow::Res
         }
     };
     crate::commands::supervisor::prepare_data(config, dir, &mut progress)
-}
-
-/// The processes of the run.
-struct Cluster {
-    supervisor: Process,
-    nodes: Vec<Process>,
-}
-
-impl Cluster {
-    fn start(args: &Args, config: &Config, dir: &RunDir) -> anyhow::Result<Self> {
-        let logs = dir.root().join("logs");
-        std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
-        let path = |path: PathBuf| path.display().to_string();
-        let list = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
-        let mut words = list(&["-v", "supervisor"]);
-        words.extend([path(dir.config())]);
-        words.extend(list(&["--listen", "127.0.0.1:0", "--tethered", "--dir"]));
-        words.push(path(dir.root().to_path_buf()));
-        // A contact from before would be taken for the new one's.
-        let _ = std::fs::remove_file(dir.supervisor());
-        let mut supervisor = Process::start("supervisor", &logs, &words)?;
-        let address = wait_for_address(&mut supervisor, dir)?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let threads = args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from);
-        let node = |number: usize| {
-            let name = format!("node-{number}");
-            let mut words = list(&["-v", "node", "--tethered", "--join", &address, "--name", &name]);
-            words.extend(list(&[
-                "--device",
-                &args.device,
-                "--threads",
-                &threads.to_string(),
-                "--token-file",
-            ]));
-            words.push(path(rundir::node_token(dir)));
-            Process::start(&name, &logs, &words)
-        };
-        let nodes = (1..=config.cluster.nodes).map(node).collect::<anyhow::Result<_>>()?;
-        Ok(Self { supervisor, nodes })
-    }
-
-    fn end(&mut self) {
-        for process in std::iter::once(&mut self.supervisor).chain(&mut self.nodes) {
-            process.wait_or_kill();
-        }
-    }
-}
-
-fn wait_for_address(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<String> {
-    let start = Instant::now();
-    while start.elapsed() < LISTEN_MAX {
-        if let Some(contact) = rundir::contact(dir).filter(|contact| contact.pid == supervisor.pid()) {
-            return Ok(contact.address);
-        }
-        if supervisor.ended().is_some() {
-            bail!("{}", reason(supervisor));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    bail!(
-        "the supervisor did not listen within {} s; its log is {}",
-        LISTEN_MAX.as_secs(),
-        supervisor.log.display()
-    )
-}
-
-/// What a process said last, without the program's name in front.
-fn reason(process: &Process) -> String {
-    let words = process.last_words();
-    words.strip_prefix("volary: ").unwrap_or(&words).to_owned()
-}
-
-/// Shows the run until its supervisor ends. Returns whether it reached its last step, or was interrupted.
-fn follow(cluster: &mut Cluster, dir: &RunDir, mut display: Display) -> anyhow::Result<(bool, Display)> {
-    let interrupts = count_interrupts()?;
-    let mut metrics = Tail::new(dir.metrics());
-    let mut asked = false;
-    display.waiting("waiting for nodes");
-    let mut dead = vec![false; cluster.nodes.len()];
-    loop {
-        let ended = cluster.supervisor.ended();
-        for seen in metrics.lines().iter().filter_map(|line| serde_json::from_str::<Seen>(line).ok()) {
-            display.step(seen);
-        }
-        if let Some(status) = ended {
-            if !status.success() {
-                display.finish();
-                bail!("{}", reason(&cluster.supervisor));
-            }
-            return Ok((!asked, display));
-        }
-        match interrupts.load(Ordering::Relaxed) {
-            0 => {}
-            1 if !asked => {
-                asked = true;
-                display.say("interrupted: writing a checkpoint (Ctrl-C again ends at once)");
-                let dir = dir.root().to_path_buf();
-                // It waits for the checkpoint; the bar goes on meanwhile.
-                std::thread::spawn(move || operate::stop_quietly(&dir));
-            }
-            1 => {}
-            _ => bail!("interrupted twice: ended without a checkpoint"),
-        }
-        for (node, dead) in cluster.nodes.iter_mut().zip(&mut dead) {
-            if !*dead && let Some(status) = node.ended() {
-                *dead = true;
-                if !status.success() {
-                    display.say(&format!("{} ended ({status}): {}", node.name, reason(node)));
-                }
-            }
-        }
-        if dead.iter().all(|dead| *dead) && cluster.supervisor.ended().is_none() {
-            std::thread::sleep(Duration::from_secs(1));
-            if cluster.supervisor.ended().is_none() {
-                bail!(
-                    "all nodes are gone; the run can go on with --resume. The last words: {}",
-                    reason(&cluster.nodes[0])
-                );
-            }
-        }
-        std::thread::sleep(LOOK_EVERY);
-    }
-}
-
-fn count_interrupts() -> anyhow::Result<Arc<AtomicU32>> {
-    let count = Arc::new(AtomicU32::new(0));
-    let counter = Arc::clone(&count);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (ready, listening) = std::sync::mpsc::channel();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
-            let _ = ready.send(());
-            loop {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
-                counter.fetch_add(1, Ordering::Relaxed);
-            }
-        });
-    })?;
-    listening.recv().context("signals cannot be caught")?;
-    Ok(count)
 }
 
 /// What the run came to, a sample, and what to try next.

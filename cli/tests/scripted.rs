@@ -1,0 +1,89 @@
+//! Scripted runs: trouble at chosen steps, which the mathematics does not see.
+#![expect(clippy::expect_used, reason = "tests")]
+
+mod common;
+
+use common::{World, text};
+
+fn write(world: &World, script: &str) {
+    std::fs::write(world.path("events.toml"), script).expect("a file");
+}
+
+/// The kinds of a run's events about a node.
+fn events(world: &World, run: &str, node: &str) -> String {
+    let path = world.path("runs").join(run).join("events.jsonl");
+    let all = std::fs::read_to_string(path).expect("events");
+    all.lines().filter(|line| line.contains(&format!("\"{node}\""))).collect::<Vec<_>>().join("\n")
+}
+
+const LONG: [&str; 4] = ["--set", "training.steps=30", "--set", "checkpoint.every=100"];
+
+fn args<'a>(dir: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["--nodes", "3", "--threads", "1", "--dir", dir], LONG.as_slice(), more].concat()
+}
+
+#[test]
+fn a_script_that_kills_joins_and_stops_does_not_show_in_the_weights() {
+    let world = World::new();
+    world.run_train(&args("runs/quiet", &["--quiet"]));
+    write(
+        &world,
+        r#"
+[[event]]
+at_step = 3
+do = "join"
+[[event]]
+at_step = 6
+do = "kill"
+node = "node-2"
+[[event]]
+at_step = 10
+do = "stop"
+node = "node-1"
+for_seconds = 0.3
+[[event]]
+at_step = 31
+do = "kill-supervisor"
+"#,
+    );
+    let output = world.run_train(&args("runs/scripted", &["--events", "events.toml"]));
+    let said = text(&output.stderr);
+    let expected = [
+        "step 3: join",
+        "step 6: kill node-2",
+        "node-2 ended (signal: 9 (SIGKILL))",
+        "step 10: stop node-1 for 0.3 s",
+        "never came: step 31: kill the supervisor",
+    ];
+    for line in expected {
+        assert!(said.contains(line), "{line} was not said:\n{said}");
+    }
+    assert_eq!(world.curve("scripted"), world.curve("quiet"));
+    assert_eq!(world.digest("scripted"), world.digest("quiet"));
+    assert!(events(&world, "scripted", "node-2").contains("\"lost\""));
+    assert!(world.path("runs/scripted/logs/node-4.log").exists());
+}
+
+#[test]
+fn with_respawn_a_killed_node_comes_back_under_its_name() {
+    let world = World::new();
+    write(&world, "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-2\"\n");
+    let output = world.run_train(&args("runs/r", &["--events", "events.toml", "--respawn"]));
+    let said = text(&output.stderr);
+    assert!(said.contains("node-2 ended (signal: 9 (SIGKILL)): it starts again"), "{said}");
+    let events = events(&world, "r", "node-2");
+    assert!(events.contains("lost"), "{events}");
+    assert_eq!(events.matches("\"event\":\"joined\"").count(), 2, "{events}\n{said}\n{}", world.logs());
+}
+
+#[test]
+fn a_bad_script_is_refused_before_anything_starts() {
+    let world = World::new();
+    write(&world, "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-3\"\n");
+    let args = ["train", "tiny.toml", "--nodes", "2", "--dir", "runs/r", "--events", "events.toml"];
+    assert_eq!(
+        world.fails(&args),
+        "volary: events.toml, event 1: \"node-3\": expected node-1 to node-2, the nodes there are at step 3"
+    );
+    assert!(!world.path("runs/r").exists());
+}
