@@ -1,24 +1,29 @@
 //! The two kinds of process: how a supervisor and a node start, and how their links become actors' messages.
 
+use crate::disturb::{Disturbance, disturb};
 use crate::executor::Executor;
 use crate::inbound;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE, IDLE_MS};
-use crate::node::{NodeActor, NodeArgs, NodeEnd, NodeMsg};
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, IDLE_MS, LINKS_EVERY, WELCOME_MAX};
+use crate::node::{Connection, NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
 use crate::peers::Peers;
 use crate::shards::Uplink;
 use crate::supervisor::WORDS_AHEAD;
 use crate::wire::{Down, NodeInfo, RunInfo, Up};
+use ractor::rpc::CallResult;
 use ractor::{Actor, ActorRef};
 use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use volary_core::NodeId;
 use volary_core::compute::{Compute, Computed};
+use volary_core::messages::{Held, ToNode};
+use volary_transport::canary::CanaryHeld;
 use volary_transport::{
-    Admit, ControlReceiver, ControlSender, Endpoint, Identity, Link, Token, TransportOptions, join, local_ip,
+    Admit, ControlReceiver, ControlSender, Endpoint, Identity, Interference, Link, Token, TransportOptions,
+    join, local_ip,
 };
 
 /// An error of a process as a whole.
@@ -33,16 +38,26 @@ pub enum Error {
     /// The device.
     #[error("the device: {0}")]
     Compute(#[from] volary_core::compute::ComputeError),
-    /// An actor or thread that does not start.
+    /// An actor or thread that does not start, or a refusal.
     #[error("{0}")]
     Start(String),
+    /// What another attempt may mend.
+    #[error("{0}")]
+    NotYet(String),
+}
+
+impl Error {
+    /// Whether another attempt may mend it.
+    fn may_pass(&self) -> bool {
+        matches!(self, Self::NotYet(_) | Self::Transport(volary_transport::Error::Connection { .. }))
+    }
 }
 
 /// The result of starting a process.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What a node is told.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct NodeOptions {
     /// The supervisor's address.
     pub supervisor: SocketAddr,
@@ -62,15 +77,19 @@ pub struct NodeOptions {
     pub memory_bytes: u64,
     /// Called on every thread of the executor before its first computation.
     pub prepare_thread: fn(),
+    /// A hook into the network, and what to do through it, for fault tests.
+    pub disturbed: Option<(Interference, mpsc::Receiver<Disturbance>)>,
 }
 
-/// Runs a node until it leaves or its supervisor is gone. `make` makes its computations once the run is known.
+/// Runs a node until it leaves or its supervisor has been gone for too long. `make` makes its computations once the run
+/// is known; each word in `leave` asks to leave, the second one at once.
 ///
 /// # Errors
 /// When it is refused, or the device cannot take the model.
 pub async fn run_node<B: Compute>(
     options: NodeOptions,
     make: impl FnOnce(&RunInfo) -> Computed<B>,
+    mut leave: mpsc::Receiver<()>,
 ) -> Result<NodeEnd> {
     // The shorter of both ends' timeouts counts, and the supervisor's is the run's `cluster.node_timeout_ms`.
     let transport = TransportOptions { idle_timeout_ms: IDLE_MS, ..TransportOptions::default() };
@@ -80,41 +99,200 @@ pub async fn run_node<B: Compute>(
         Some(listen) => listen,
         None => SocketAddr::new(local_ip(options.supervisor)?, 0),
     };
-    let endpoint = Endpoint::bind(listen, identity, Admit::Certified, &transport)?;
-    let (link, mut sender, mut receiver) = endpoint.connect_supervisor(options.supervisor).await?;
-    let info = NodeInfo {
-        pid: std::process::id(),
-        device: options.device.clone(),
-        threads: options.threads,
-        capacity: options.capacity,
-        memory_bytes: options.memory_bytes,
-        address: endpoint.local_addr().to_string(),
+    let endpoint = match &options.disturbed {
+        Some((hook, _)) => {
+            Endpoint::bind_disturbed(listen, identity, Admit::Certified, &transport, hook.clone())?
+        }
+        None => Endpoint::bind(listen, identity, Admit::Certified, &transport)?,
     };
-    sender.send(&Up::Hello(info)).await?;
-    let Some(Down::Welcome(run)) = receiver.recv().await? else {
-        return Err(Error::Start("the supervisor did not say what the run is; its log says why".into()));
-    };
-    let run: RunInfo = serde_json::from_str(&run)
-        .map_err(|error| Error::Start(format!("the supervisor's words about the run: {error}")))?;
-    tracing::info!(node = %name, run = run.run, device = options.device, "joined");
-    let executor = Executor::start(make(&run)?, options.threads, options.prepare_thread)
+    let mut way = Way { instance: rand_instance(), endpoint, options };
+    let first = way.connect(Held::default(), Instant::now() + DIAL_MAX).await?;
+    let run = first.run.clone();
+    tracing::info!(node = %name, run = run.run, device = way.options.device, "joined");
+    way.endpoint.set_idle_timeout(run.node_timeout_ms)?;
+    let executor = Executor::start(make(&run)?, way.options.threads, way.options.prepare_thread)
         .map_err(|error| Error::Start(format!("the device's threads do not start: {error}")))?;
-    let peers = Peers::new(endpoint.clone());
+    let peers = Peers::new(way.endpoint.clone());
     let node = Arc::new(NodeContext::new(name, run.architecture.clone(), executor, peers));
-    let (up, words) = mpsc::channel(WORDS_AHEAD);
-    let (end, ended) = oneshot::channel();
-    let args = NodeArgs { node: Arc::clone(&node), up, uplink: Uplink { link: link.clone() }, end };
+    let (end, mut ended) = oneshot::channel();
+    let args = NodeArgs { node: Arc::clone(&node), end };
     let (agent, running) = Actor::spawn(None, NodeActor(PhantomData), args)
         .await
         .map_err(|error| Error::Start(format!("the node's agent does not start: {error}")))?;
-    tokio::spawn(inbound::accept(node, endpoint));
-    tokio::spawn(write_up(sender, words));
-    tokio::spawn(read_down(receiver, link.clone(), agent.clone()));
-    let end = ended.await.unwrap_or_else(|_| NodeEnd::SupervisorGone("the node's agent died".into()));
+    tokio::spawn(inbound::accept(Arc::clone(&node), way.endpoint.clone()));
+    if let Some((interference, orders)) = way.options.disturbed.take() {
+        tokio::spawn(disturb(Arc::clone(&node), interference, orders));
+    }
+    let mut served = Served::start(first, &agent, &node);
+    let mut asked = false;
+    let end = loop {
+        tokio::select! {
+            end = &mut ended => {
+                break end.unwrap_or_else(|_| NodeEnd::SupervisorGone("the node's agent died".into()));
+            }
+            Some(()) = leave.recv() => {
+                if asked {
+                    break NodeEnd::Left("it was told to leave at once".into());
+                }
+                asked = true;
+                drop(agent.cast(NodeMsg::WantsToLeave));
+            }
+            reason = served.ended() => {
+                served.close();
+                drop(agent.cast(NodeMsg::SupervisorGone));
+                tracing::warn!(reason, "the supervisor is gone; this node keeps its state and waits");
+                let deadline = Instant::now() + Duration::from_millis(run.supervisor_timeout_ms);
+                let mut wish = std::pin::pin!(way.return_to(&agent, deadline));
+                let back = tokio::select! {
+                    back = &mut wish => back,
+                    end = &mut ended => break end.unwrap_or(NodeEnd::Left("the node's agent ended".into())),
+                    Some(()) = leave.recv() => break NodeEnd::Left("it was told to leave at once".into()),
+                };
+                match back {
+                    Ok(connected) if connected.run.same_model(&run) => {
+                        tracing::info!(keep = connected.keep, "the supervisor is back");
+                        served = Served::start(connected, &agent, &node);
+                        if asked {
+                            drop(agent.cast(NodeMsg::WantsToLeave));
+                        }
+                    }
+                    Ok(_) => break NodeEnd::SupervisorGone("another run's supervisor has taken its place".into()),
+                    Err(error) => break NodeEnd::SupervisorGone(format!("{reason}; then {error}")),
+                }
+            }
+        }
+    };
     agent.stop(None);
     drop(running.await);
-    link.close("the node leaves");
+    served.link.close("the node leaves");
     Ok(end)
+}
+
+/// A number that tells this process from another one of the same name.
+fn rand_instance() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
+
+/// What a supervisor let in.
+struct Connected {
+    link: Link,
+    sender: ControlSender,
+    receiver: ControlReceiver,
+    run: RunInfo,
+    keep: bool,
+    canary: Option<CanaryHeld>,
+}
+
+/// The way to the supervisor.
+struct Way {
+    instance: u64,
+    endpoint: Endpoint,
+    options: NodeOptions,
+}
+
+impl Way {
+    /// Connects with what the agent holds, again and again until the deadline.
+    async fn return_to(&self, agent: &ActorRef<NodeMsg>, deadline: Instant) -> Result<Connected> {
+        let held = match agent.call(|reply| NodeMsg::Held { reply }, None).await {
+            Ok(CallResult::Success(held)) => held,
+            _ => return Err(Error::Start("the node's agent died".into())),
+        };
+        self.connect(held, deadline).await
+    }
+
+    async fn connect(&self, held: Held, deadline: Instant) -> Result<Connected> {
+        loop {
+            match self.connect_once(held.clone()).await {
+                Err(error) if Instant::now() < deadline && error.may_pass() => {
+                    tracing::debug!(%error, "not yet");
+                    tokio::time::sleep(DIAL_PAUSE).await;
+                }
+                connected => return connected,
+            }
+        }
+    }
+
+    async fn connect_once(&self, held: Held) -> Result<Connected> {
+        let options = &self.options;
+        let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(options.supervisor).await?;
+        let info = NodeInfo {
+            pid: std::process::id(),
+            device: options.device.clone(),
+            threads: options.threads,
+            capacity: options.capacity,
+            memory_bytes: options.memory_bytes,
+            address: self.endpoint.local_addr().to_string(),
+            instance: self.instance,
+        };
+        sender.send(&Up::Hello(info, held)).await?;
+        let welcome = match tokio::time::timeout(WELCOME_MAX, receiver.recv::<Down>()).await {
+            Ok(Ok(Some(Down::Welcome(welcome)))) => *welcome,
+            Ok(Ok(Some(Down::Taken))) => {
+                return Err(Error::NotYet("a living node has this name; choose another one".into()));
+            }
+            Ok(Ok(Some(Down::Say(ToNode::Leave { reason })))) => return Err(Error::Start(reason)),
+            Ok(Err(error)) => return Err(error.into()),
+            _ => return Err(Error::NotYet("the supervisor did not say what the run is".into())),
+        };
+        let run: RunInfo = serde_json::from_str(&welcome.run)
+            .map_err(|error| Error::Start(format!("the supervisor's words about the run: {error}")))?;
+        let canary = match welcome.canary {
+            // Without it a death is noticed all the same, only later.
+            Some((port, key)) => {
+                volary_transport::canary::hold(SocketAddr::new(options.supervisor.ip(), port), &key)
+                    .await
+                    .ok()
+            }
+            None => None,
+        };
+        Ok(Connected { link, sender, receiver, run, keep: welcome.keep, canary })
+    }
+}
+
+/// A link to the supervisor in use.
+struct Served {
+    link: Link,
+    reader: tokio::task::JoinHandle<String>,
+    canary: Option<CanaryHeld>,
+    reports: tokio::task::JoinHandle<()>,
+}
+
+impl Served {
+    fn start<B: Compute>(
+        connected: Connected,
+        agent: &ActorRef<NodeMsg>,
+        node: &Arc<NodeContext<B>>,
+    ) -> Self {
+        let Connected { link, sender, receiver, keep, canary, .. } = connected;
+        let (up, words) = mpsc::channel(WORDS_AHEAD);
+        let connection = Connection { up: up.clone(), uplink: Uplink { link: link.clone() }, keep };
+        drop(agent.cast(NodeMsg::Connected(connection)));
+        tokio::spawn(write_up(sender, words));
+        let reader = tokio::spawn(read_down(receiver, agent.clone()));
+        let reports = tokio::spawn(report_links(Arc::clone(node), up));
+        Self { link, reader, canary, reports }
+    }
+
+    /// Resolves when the supervisor cannot be heard any more, with the reason.
+    async fn ended(&mut self) -> String {
+        let canary = async {
+            match &mut self.canary {
+                Some(canary) => canary.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            reason = &mut self.reader => reason.unwrap_or_else(|error| error.to_string()),
+            () = canary => "its process has ended".into(),
+        }
+    }
+
+    fn close(&self) {
+        self.link.close("the link is given up");
+        self.reader.abort();
+        self.reports.abort();
+    }
 }
 
 /// Joins, and tries again for a while when the supervisor does not listen yet; a refusal is final.
@@ -139,19 +317,27 @@ async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<Up>) {
     sender.finish().await;
 }
 
-async fn read_down(mut receiver: ControlReceiver, link: Link, agent: ActorRef<NodeMsg>) {
-    let reason = loop {
+async fn read_down(mut receiver: ControlReceiver, agent: ActorRef<NodeMsg>) -> String {
+    loop {
         match receiver.recv::<Down>().await {
             Ok(Some(Down::Say(message))) => {
                 if agent.cast(NodeMsg::Down(message)).is_err() {
-                    return;
+                    return "the node's agent has ended".to_owned();
                 }
             }
-            Ok(Some(Down::Welcome(_))) => {}
-            Ok(None) => break "it ended the control stream".to_owned(),
-            Err(error) => break error.to_string(),
+            Ok(Some(Down::Welcome(_) | Down::Taken)) => {}
+            Ok(None) => return "it ended the control stream".to_owned(),
+            Err(error) => return error.to_string(),
         }
-    };
-    link.close("the control stream ended");
-    drop(agent.cast(NodeMsg::SupervisorGone { reason }));
+    }
+}
+
+/// Tells the supervisor now and then what this node knows of its links.
+async fn report_links<B: Compute>(node: Arc<NodeContext<B>>, up: mpsc::Sender<Up>) {
+    loop {
+        tokio::time::sleep(LINKS_EVERY).await;
+        if up.send(Up::Links(node.peers.reports())).await.is_err() {
+            return;
+        }
+    }
 }

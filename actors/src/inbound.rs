@@ -6,7 +6,7 @@ use crate::limits::ANSWERS_MAX;
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerMsg, with_norm};
 use crate::router::call_experts;
-use crate::wire::{self, Batch, ShardAt, SumOf};
+use crate::wire::{self, Batch, ShardAt, ShardWish, SumOf};
 use std::sync::Arc;
 use tokio::sync::Semaphore;
 use volary_core::NodeId;
@@ -110,9 +110,9 @@ async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Compu
 
 /// A shard for a node that is to hold it too.
 async fn shard<B: Compute>(node: &Arc<NodeContext<B>>, frame: &Frame) -> Computed<Frame> {
-    let wish: ShardAt = wire::decode(frame)?;
+    let ShardWish { shard, version } = wire::decode(frame)?;
     let directory = node.directory();
-    let owner = directory.get(wish.shard)?;
-    let stored = owner.ask(|reply| ShardMsg::Store { version: wish.version, reply }).await?;
-    wire::blob(Kind::Shard, frame.epoch, frame.step, &wish, stored)
+    let owner = directory.get(shard)?;
+    let (version, stored) = owner.ask(|reply| ShardMsg::Store { version, reply }).await?;
+    wire::blob(Kind::Shard, frame.epoch, version, &ShardAt { shard, version }, stored)
 }

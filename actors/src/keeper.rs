@@ -5,6 +5,7 @@ use crate::node_context::NodeContext;
 use ractor::RpcReplyPort;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::schedule::Update;
 use volary_core::{Epoch, Lane, ShardId, Step};
@@ -21,8 +22,8 @@ pub(crate) struct At {
 pub(crate) enum ShardMsg<B: Compute> {
     /// One step of the optimizer.
     Apply { gradient: Option<B::Gradient>, step: Step, update: Update, reply: RpcReplyPort<Computed<()>> },
-    /// The stored form at `version`; refused when the shard is at another.
-    Store { version: Step, reply: RpcReplyPort<Computed<Vec<u8>>> },
+    /// The stored form and its version; refused when another version is wanted.
+    Store { version: Option<Step>, reply: RpcReplyPort<Computed<(Step, Vec<u8>)>> },
     /// Everything that belongs to epochs before this one is dropped.
     Forget { epoch: Epoch },
 }
@@ -81,10 +82,14 @@ impl<B: Compute> Keeper<B> {
 
     /// Queues an urgent computation with a view of the shard's parameters.
     pub(crate) fn compute(&self, job: impl FnOnce(&B, B::Params) + Send + 'static) {
-        let state = Arc::clone(&self.state);
+        let (state, node, expert) = (Arc::clone(&self.state), Arc::clone(&self.node), self.id.is_expert());
         self.node.executor.submit(Priority::Urgent, move |backend| {
+            let start = Instant::now();
             let params = backend.params(&lock(&state).shard);
             job(backend, params);
+            if !expert {
+                node.add_lane_time(start.elapsed());
+            }
         });
     }
 
@@ -120,14 +125,15 @@ impl<B: Compute> Keeper<B> {
         });
     }
 
-    fn on_store(&self, version: Step, reply: RpcReplyPort<Computed<Vec<u8>>>) {
+    fn on_store(&self, version: Option<Step>, reply: RpcReplyPort<Computed<(Step, Vec<u8>)>>) {
         let (id, state) = (self.id, Arc::clone(&self.state));
         self.node.executor.submit(Priority::Urgent, move |backend| {
             let held = lock(&state);
-            let stored = if held.version == version {
-                backend.store(id, version, &held.shard)
-            } else {
-                Err(ComputeError(format!("{id} is at step {}, not {version}", held.version)))
+            let stored = match version {
+                Some(wanted) if wanted != held.version => {
+                    Err(ComputeError(format!("{id} is at step {}, not {wanted}", held.version)))
+                }
+                _ => backend.store(id, held.version, &held.shard).map(|bytes| (held.version, bytes)),
             };
             drop(held);
             drop(reply.send(stored));

@@ -3,8 +3,8 @@
 //! | file | what |
 //! | --- | --- |
 //! | [`sessions`], `supervisor` | the supervisor's process: who is let in; the actor around the state machine |
-//! | `checkpointer`, `run_files` | durable checkpoints; the files that people read |
-//! | [`host`], `node` | the node's process; its agent |
+//! | `checkpointer`, `run_files`, `durations` | durable checkpoints; the files that people read; how long a change took |
+//! | [`host`], `node`, `holdings` | the node's process; its agent; the shards in its memory |
 //! | `lane` | a lane's way through the model and back: **start reading here** |
 //! | `dense`, `router`, `expert` | the actors that each own one shard |
 //! | `reducer` | gradients, summed over the fixed tree |
@@ -18,8 +18,11 @@ mod ask;
 mod checkpointer;
 mod dense;
 mod directory;
+mod disturb;
+mod durations;
 mod executor;
 mod expert;
+mod holdings;
 pub mod host;
 mod inbound;
 mod keeper;
@@ -37,8 +40,10 @@ mod shards;
 mod supervisor;
 mod wire;
 
+pub use disturb::{DISTURB_SECONDS_MAX, Disturbance, is_part};
 pub use host::{NodeOptions, run_node};
 pub use node::NodeEnd;
 pub use sessions::{Supervisor, SupervisorOptions, operate};
 pub use supervisor::RunEnd;
-pub use wire::{NodeInfo, RunInfo};
+pub use volary_transport::Interference;
+pub use wire::{LinkReport, NodeInfo, RunInfo};

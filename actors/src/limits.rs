@@ -16,8 +16,12 @@ pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
 pub(crate) const STATUS_EVENTS: usize = 20;
 /// Frames of one peer that are being answered, or wait for their step, at a time.
 pub(crate) const ANSWERS_MAX: usize = 1024;
-/// How often the supervisor looks whether anything has come of what is under way.
-pub(crate) const WATCH_EVERY: Duration = Duration::from_secs(1);
+/// How often the supervisor's state machine hears of time.
+pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// How often a node tells its supervisor about its links.
+pub(crate) const LINKS_EVERY: Duration = Duration::from_secs(2);
+/// The longest that a node waits for the answer to its first words.
+pub(crate) const WELCOME_MAX: Duration = Duration::from_secs(10);
 /// Milliseconds without a sign of life after which a node gives a link up, where the other end does not ask for less.
 pub(crate) const IDLE_MS: u64 = 10_000;
 /// Time between two attempts of a node to reach its supervisor at first.

@@ -1,4 +1,4 @@
-//! The node's agent: the actor through which the supervisor directs a node.
+//! The node's agent: the actor through which the supervisor directs a node. The shell around [`volary_core::agent`].
 //!
 //! Who supervises whom:
 //!
@@ -12,28 +12,27 @@
 //! ```
 //!
 //! It takes the supervisor's messages in the order of the control stream, so that a commit is applied before the
-//! next step begins. A child that dies makes the epoch fail; the supervisor decides what follows.
+//! next step begins. It waits for computations here and never for the network: what comes from other nodes is fetched by
+//! tasks. It outlives the supervisor's link, and with it the shards. A child that dies makes the epoch fail; the
+//! supervisor decides what follows.
 
-use crate::dense::DenseActor;
-use crate::directory::{Directory, Owner};
-use crate::expert::ExpertActor;
-use crate::keeper::{At, Keeper, ShardMsg};
+use crate::holdings::Holdings;
+use crate::keeper::{At, ShardMsg};
 use crate::lane::{LaneActor, LaneMsg};
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerActor, ReducerMsg};
-use crate::router::RouterActor;
 use crate::shards::{self, Uplink};
 use crate::wire::Up;
-use futures::future::try_join_all;
-use ractor::{Actor, ActorCell, ActorProcessingErr, ActorRef, SupervisionEvent};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
+use std::collections::{HashMap, HashSet};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+use volary_core::agent::{Agent, Effect, Event, Trouble};
 use volary_core::compute::{Compute, ComputeError, Computed};
-use volary_core::messages::{Assignment, FromNode, LaneReport, Norm, Pass, ToNode};
-use volary_core::schedule::Update;
-use volary_core::{Epoch, Lane, ShardId, Step};
+use volary_core::messages::{Assignment, FromNode, Held, LaneReport, Norm, Pass, Source, ToNode};
+use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
 
 /// Why a node ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,18 +43,36 @@ pub enum NodeEnd {
     SupervisorGone(String),
 }
 
+/// The way to a supervisor, for as long as its link holds.
+pub(crate) struct Connection {
+    pub(crate) up: mpsc::Sender<Up>,
+    pub(crate) uplink: Uplink,
+    /// Whether what is in memory may be kept.
+    pub(crate) keep: bool,
+}
+
 /// What the agent is told.
 pub(crate) enum NodeMsg {
+    /// A supervisor is there.
+    Connected(Connection),
     /// By the supervisor.
     Down(ToNode),
+    /// By itself, when a step has begun: without lanes there may be nothing to wait for.
+    Begun,
     /// By a lane that is done.
     LaneDone { at: At, pass: Pass, outcome: Computed<LaneReport> },
     /// By the reducer: the gradient of every held shard is here.
     Reduced { epoch: Epoch, step: Step, norms: Vec<(ShardId, Norm)> },
     /// By whoever could not do its part.
     Failed { epoch: Epoch, reason: String },
+    /// By a task that fetches or copies shards.
+    Came(Event),
     /// By the control stream's end.
-    SupervisorGone { reason: String },
+    SupervisorGone,
+    /// By whoever is about to say what this node holds.
+    Held { reply: RpcReplyPort<Held> },
+    /// By the process: somebody wants it to leave.
+    WantsToLeave,
 }
 
 /// What this node is doing of the current step.
@@ -71,8 +88,6 @@ struct Part {
 /// What the agent starts from.
 pub(crate) struct NodeArgs<B: Compute> {
     pub(crate) node: Arc<NodeContext<B>>,
-    pub(crate) up: mpsc::Sender<Up>,
-    pub(crate) uplink: Uplink,
     pub(crate) end: oneshot::Sender<NodeEnd>,
 }
 
@@ -80,11 +95,12 @@ pub(crate) struct NodeArgs<B: Compute> {
 pub(crate) struct NodeState<B: Compute> {
     me: ActorRef<NodeMsg>,
     node: Arc<NodeContext<B>>,
-    up: mpsc::Sender<Up>,
-    uplink: Uplink,
+    agent: Agent,
+    holdings: Holdings<B>,
+    connection: Option<Connection>,
     end: Option<oneshot::Sender<NodeEnd>>,
     lanes: HashMap<Lane, ActorRef<LaneMsg>>,
-    epoch: Epoch,
+    tasks: Vec<AbortHandle>,
     part: Option<Part>,
 }
 
@@ -101,11 +117,21 @@ impl<B: Compute> Actor for NodeActor<B> {
         me: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        let NodeArgs { node, up, uplink, end } = args;
+        let NodeArgs { node, end } = args;
         let start = (Arc::clone(&node), me.clone());
         let (reducer, _) = Actor::spawn_linked(None, ReducerActor(PhantomData), start, me.get_cell()).await?;
         node.set_reducer(reducer);
-        Ok(NodeState { me, node, up, uplink, end: Some(end), lanes: HashMap::new(), epoch: 0, part: None })
+        Ok(NodeState {
+            agent: Agent::new(node.id.clone()),
+            holdings: Holdings::new(Arc::clone(&node), me.get_cell()),
+            me,
+            node,
+            connection: None,
+            end: Some(end),
+            lanes: HashMap::new(),
+            tasks: Vec::new(),
+            part: None,
+        })
     }
 
     async fn handle(
@@ -115,11 +141,19 @@ impl<B: Compute> Actor for NodeActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            NodeMsg::Down(message) => state.on_down(message).await,
+            NodeMsg::Connected(connection) => state.on_connected(connection),
+            NodeMsg::Down(message) => state.on_event(Event::Told(message)).await,
+            NodeMsg::Begun => state.when_done().await,
             NodeMsg::LaneDone { at, pass, outcome } => state.on_lane_done(at, pass, outcome).await,
             NodeMsg::Reduced { epoch, step, norms } => state.on_reduced(epoch, step, norms).await,
             NodeMsg::Failed { epoch, reason } => state.on_failed(epoch, reason, false).await,
-            NodeMsg::SupervisorGone { reason } => state.on_end(NodeEnd::SupervisorGone(reason)),
+            NodeMsg::Came(event) => state.on_came(event).await,
+            NodeMsg::SupervisorGone => {
+                state.connection = None;
+                state.on_event(Event::SupervisorGone).await;
+            }
+            NodeMsg::Held { reply } => drop(reply.send(state.agent.held())),
+            NodeMsg::WantsToLeave => state.say(FromNode::WantsToLeave).await,
         }
         Ok(())
     }
@@ -131,7 +165,7 @@ impl<B: Compute> Actor for NodeActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         if let SupervisionEvent::ActorFailed(actor, error) = event {
-            let epoch = state.epoch;
+            let epoch = state.agent.epoch();
             state.on_failed(epoch, format!("actor {} died: {error}", actor.get_id()), true).await;
         }
         Ok(())
@@ -139,114 +173,139 @@ impl<B: Compute> Actor for NodeActor<B> {
 }
 
 impl<B: Compute> NodeState<B> {
+    /// A supervisor that does not take this node back as it is makes it start with nothing.
+    fn on_connected(&mut self, connection: Connection) {
+        if !connection.keep {
+            self.forget(Epoch::MAX, true);
+            let all: Vec<ShardId> = self.node.directory().owners().keys().copied().collect();
+            self.holdings.let_go(&all);
+            self.agent = Agent::new(self.node.id.clone());
+            self.node.set_begun(Begun::default());
+        }
+        self.connection = Some(connection);
+    }
+
     async fn say(&self, message: FromNode) {
-        // The writer's end closes only with the control stream, whose end is told apart.
-        drop(self.up.send(Up::Say(message)).await);
+        // While the supervisor is away nobody listens; it hears what this node holds when it is back.
+        if let Some(connection) = &self.connection {
+            drop(connection.up.send(Up::Say(message)).await);
+        }
     }
 
     async fn on_failed(&mut self, epoch: Epoch, reason: String, fatal: bool) {
-        if epoch == self.epoch {
-            tracing::warn!(epoch, reason, "this node could not do its part");
+        tracing::warn!(epoch, reason, "this node could not do its part");
+        if epoch == self.agent.epoch() {
             self.part = None;
-            self.say(FromNode::Failed { epoch, reason, fatal }).await;
         }
+        let trouble = Trouble { reason, fatal, suspect: self.node.peers.suspect() };
+        self.on_event(Event::Failed { epoch, trouble }).await;
     }
 
-    fn on_end(&mut self, end: NodeEnd) {
-        if let Some(sender) = self.end.take() {
-            drop(sender.send(end));
+    /// Shards that came for a placement are used before the agent hears of them, unless it has gone on to another.
+    async fn on_came(&mut self, event: Event) {
+        if let Event::Fetched { epoch, outcome: Ok(()) } = &event
+            && *epoch == self.agent.epoch()
+            && let Err(error) = self.holdings.take_in().await
+        {
+            return self.on_failed(*epoch, error.to_string(), true).await;
         }
-        self.me.stop(None);
+        self.on_event(event).await;
     }
 
-    async fn on_down(&mut self, message: ToNode) {
-        match message {
-            ToNode::Assign(assignment) => self.on_assign(*assignment).await,
-            ToNode::Begin { epoch, step, pass, lanes } => self.on_begin(epoch, step, pass, lanes).await,
-            ToNode::Commit { epoch, step, update } => self.on_commit(epoch, step, update).await,
-            ToNode::Abort { epoch } => self.forget(epoch + 1),
-            ToNode::Checkpoint { epoch, step, shards } => self.on_checkpoint(epoch, step, shards).await,
-            ToNode::Leave { reason } => self.on_end(NodeEnd::Left(reason)),
-        }
-    }
-
-    /// Drops everything that belongs to epochs before `epoch`, but no shard.
-    fn forget(&mut self, epoch: Epoch) {
-        self.part = None;
-        self.lanes.values().for_each(|lane| drop(lane.cast(LaneMsg::Drop)));
-        drop(self.node.reducer().cast(ReducerMsg::Forget { epoch }));
-        self.node.directory().owners().values().for_each(|owner| owner.tell(ShardMsg::Forget { epoch }));
-    }
-
-    async fn on_assign(&mut self, assignment: Assignment) {
-        let epoch = assignment.placement.epoch;
-        self.epoch = epoch;
-        self.forget(epoch);
-        self.node.peers.set_members(&assignment.addresses).await;
-        match self.take_shards(&assignment).await {
-            Ok(()) => {
-                self.node.set_placement(Arc::new(assignment.placement));
-                self.say(FromNode::Ready { epoch }).await;
-            }
-            Err((error, fatal)) => self.on_failed(epoch, error.to_string(), fatal).await,
-        }
-    }
-
-    /// Fetches what this node is to hold and does not. What it holds beyond that stays until the epoch begins, since
-    /// a peer may still ask for it.
-    async fn take_shards(&self, assignment: &Assignment) -> Result<(), (ComputeError, bool)> {
-        let directory = self.node.directory();
-        let version = assignment.version;
-        let fetched = shards::fetch_all(&self.node, &self.uplink, assignment).await?;
-        let mut owners: BTreeMap<ShardId, Owner<B>> = directory.owners().clone();
-        for (shard, state) in fetched {
-            let keeper = Keeper::new(shard, Arc::clone(&self.node), state, version);
-            let owner = spawn_owner(keeper, self.me.get_cell()).await.map_err(|error| (error, true))?;
-            if let Some(before) = owners.insert(shard, owner) {
-                before.stop();
+    async fn on_event(&mut self, event: Event) {
+        // What an effect leads to is looked at when all are carried out.
+        let mut next = vec![event];
+        while let Some(event) = next.pop() {
+            for effect in self.agent.handle(event) {
+                let epoch = self.agent.epoch();
+                if let Err(error) = self.carry_out(effect).await {
+                    tracing::error!(epoch, %error, "the device failed");
+                    let trouble = Trouble { reason: error.to_string(), fatal: true, suspect: None };
+                    next.push(Event::Failed { epoch, trouble });
+                }
             }
         }
-        self.node.set_directory(Directory::new(owners));
+    }
+
+    async fn carry_out(&mut self, effect: Effect) -> Computed<()> {
+        match effect {
+            Effect::Say(message) => self.say(message).await,
+            Effect::Apply { epoch, step, update, shards, stash } => {
+                self.holdings.apply((epoch, step), update, &shards, &stash).await?;
+            }
+            Effect::Forget { epoch, all } => self.forget(epoch + 1, all),
+            Effect::Enter(assignment) => self.enter(*assignment),
+            Effect::Fetch { epoch, version, shards } => self.fetch(epoch, version, shards),
+            Effect::Copy { epoch, shard, from } => self.copy(epoch, shard, from),
+            Effect::Install { shard, replay, .. } => self.holdings.install(shard, &replay).await?,
+            Effect::LetGo(shards) => self.holdings.let_go(&shards),
+            Effect::Run { epoch, step, pass, lanes } => self.run(epoch, step, pass, lanes).await?,
+            Effect::Store { epoch, step, shards } => self.store(epoch, step, shards).await,
+            Effect::Leave { reason } => self.leave(reason),
+        }
         Ok(())
     }
 
-    /// Ends the actors of shards that the placement gives to others.
-    fn let_go(&self) {
-        let (placement, directory) = (self.node.placement(), self.node.directory());
-        if directory.owners().keys().all(|&shard| placement.holds(&self.node.id, shard)) {
-            return;
+    /// Drops the work of epochs before `epoch`; the sums of a prepared step only when `all`.
+    fn forget(&mut self, epoch: Epoch, all: bool) {
+        self.part = None;
+        self.lanes.values().for_each(|lane| drop(lane.cast(LaneMsg::Drop)));
+        self.tasks.drain(..).for_each(|task| task.abort());
+        self.holdings.forget_arrivals();
+        if all {
+            drop(self.node.reducer().cast(ReducerMsg::Forget { epoch }));
         }
-        let mut owners = directory.owners().clone();
-        owners.retain(|&shard, owner| {
-            let holds = placement.holds(&self.node.id, shard);
-            if !holds {
-                owner.stop();
-            }
-            holds
-        });
-        self.node.set_directory(Directory::new(owners));
+        self.node.directory().owners().values().for_each(|owner| owner.tell(ShardMsg::Forget { epoch }));
     }
 
-    async fn on_begin(&mut self, epoch: Epoch, step: Step, pass: Pass, lanes: Vec<(Lane, Vec<u32>)>) {
-        if epoch != self.epoch {
-            return;
-        }
-        self.let_go();
+    fn enter(&mut self, assignment: Assignment) {
+        self.node.peers.set_members(&assignment.addresses);
+        self.node.set_placement(Arc::new(assignment.placement));
+    }
+
+    fn fetch(&mut self, epoch: Epoch, version: Step, shards: Vec<(ShardId, Source)>) {
+        let Some(connection) = &self.connection else { return };
+        let (node, arrivals, me) = (Arc::clone(&self.node), self.holdings.arrivals.clone(), self.me.clone());
+        let uplink = connection.uplink.clone();
+        let task = tokio::spawn(async move {
+            let outcome = shards::fetch_all(&node, &uplink, &arrivals, shards, version, epoch).await;
+            drop(me.cast(NodeMsg::Came(Event::Fetched { epoch, outcome })));
+        });
+        self.tasks.push(task.abort_handle());
+    }
+
+    fn copy(&mut self, epoch: Epoch, shard: ShardId, from: Vec<NodeId>) {
+        let (node, arrivals, me) = (Arc::clone(&self.node), self.holdings.arrivals.clone(), self.me.clone());
+        let task = tokio::spawn(async move {
+            let outcome = shards::learn(&node, &arrivals, shard, &from, epoch).await;
+            drop(me.cast(NodeMsg::Came(Event::Copied { epoch, shard, outcome })));
+        });
+        self.tasks.retain(|task| !task.is_finished());
+        self.tasks.push(task.abort_handle());
+    }
+
+    async fn run(
+        &mut self,
+        epoch: Epoch,
+        step: Step,
+        pass: Pass,
+        lanes: Vec<(Lane, Vec<u32>)>,
+    ) -> Computed<()> {
         let waiting = lanes.iter().map(|(lane, _)| *lane).collect();
         self.part = Some(Part { epoch, step, pass, waiting, lanes: Vec::new(), norms: None });
         if pass == Pass::Train {
             let placement = self.node.placement();
             drop(self.node.reducer().cast(ReducerMsg::Begin { epoch, step, placement }));
         }
+        self.node.take_speed(0);
         // Only now, when the reducer has begun, may frames of this step come in.
         self.node.set_begun(Begun { epoch, step, train: pass == Pass::Train });
         for (lane, tokens) in lanes {
-            match self.lane(lane).await {
-                Ok(actor) => drop(actor.cast(LaneMsg::Run { at: At { epoch, step, lane }, pass, tokens })),
-                Err(error) => return self.on_failed(epoch, error.to_string(), true).await,
-            }
+            let actor = self.lane(lane).await?;
+            drop(actor.cast(LaneMsg::Run { at: At { epoch, step, lane }, pass, tokens }));
         }
-        self.when_done().await;
+        drop(self.me.cast(NodeMsg::Begun));
+        Ok(())
     }
 
     async fn lane(&mut self, lane: Lane) -> Computed<ActorRef<LaneMsg>> {
@@ -289,54 +348,20 @@ impl<B: Compute> NodeState<B> {
         }
         let Some(Part { epoch, step, pass, lanes, norms, .. }) = self.part.take() else { return };
         let message = match pass {
-            Pass::Train => FromNode::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes },
+            Pass::Train => {
+                let speed = self.node.take_speed(lanes.len());
+                FromNode::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes, speed }
+            }
             Pass::Validate { round } => FromNode::Validated { epoch, round, lanes },
         };
-        self.say(message).await;
-    }
-
-    async fn on_commit(&mut self, epoch: Epoch, step: Step, update: Update) {
-        if epoch != self.epoch {
-            return;
-        }
-        match self.apply(epoch, step, update).await {
-            Ok(()) => self.say(FromNode::Applied { epoch, step }).await,
-            Err(error) => self.on_failed(epoch, format!("step {step} was not applied: {error}"), true).await,
-        }
-    }
-
-    async fn apply(&self, epoch: Epoch, step: Step, update: Update) -> Computed<()> {
-        let taken = self.node.reducer().call(|reply| ReducerMsg::Take { epoch, step, reply }, None).await;
-        let mut gradients = match taken {
-            Ok(ractor::rpc::CallResult::Success(gradients)) => gradients,
-            _ => return Err(ComputeError("the reducer is gone".into())),
-        };
-        let directory = self.node.directory();
-        let apply = |(shard, owner): (&ShardId, &Owner<B>)| {
-            let (shard, owner, gradient) = (*shard, owner.clone(), gradients.remove(shard));
-            async move {
-                let gradient = gradient.ok_or_else(|| ComputeError(format!("{shard} has no gradient")))?;
-                owner.ask(|reply| ShardMsg::Apply { gradient, step, update, reply }).await
-            }
-        };
-        let all: Vec<_> = directory.owners().iter().map(apply).collect();
-        try_join_all(all).await?;
-        Ok(())
+        self.on_event(Event::Done(message)).await;
     }
 
     /// Stores the shards as they are now and sends them while training goes on.
-    async fn on_checkpoint(&mut self, epoch: Epoch, step: Step, shards: Vec<ShardId>) {
-        let directory = self.node.directory();
-        let store = |shard: ShardId| {
-            let directory = Arc::clone(&directory);
-            async move {
-                let owner = directory.get(shard)?;
-                let stored = owner.ask(|reply| ShardMsg::Store { version: step, reply }).await?;
-                Ok::<_, ComputeError>((shard, stored))
-            }
-        };
-        let (uplink, up) = (self.uplink.clone(), self.up.clone());
-        let stored = try_join_all(shards.into_iter().map(store)).await;
+    async fn store(&mut self, epoch: Epoch, step: Step, shards: Vec<ShardId>) {
+        let Some(connection) = &self.connection else { return };
+        let (uplink, up) = (connection.uplink.clone(), connection.up.clone());
+        let stored = self.holdings.store(step, shards).await;
         tokio::spawn(async move {
             let sent = match stored {
                 Ok(stored) => uplink.send_checkpoint(epoch, step, stored).await,
@@ -348,24 +373,11 @@ impl<B: Compute> NodeState<B> {
             }
         });
     }
-}
 
-async fn spawn_owner<B: Compute>(keeper: Keeper<B>, agent: ActorCell) -> Computed<Owner<B>> {
-    let shard = keeper.id;
-    let failed =
-        |error: ractor::SpawnErr| ComputeError(format!("the actor of {shard} does not start: {error}"));
-    Ok(match shard {
-        ShardId::Embedding | ShardId::Dense { .. } => Owner::Dense(
-            Actor::spawn_linked(None, DenseActor(PhantomData), keeper, agent).await.map_err(failed)?.0,
-        ),
-        ShardId::Router { layer } => {
-            let start = (layer, keeper);
-            Owner::Router(
-                Actor::spawn_linked(None, RouterActor(PhantomData), start, agent).await.map_err(failed)?.0,
-            )
+    fn leave(&mut self, reason: String) {
+        if let Some(sender) = self.end.take() {
+            drop(sender.send(NodeEnd::Left(reason)));
         }
-        ShardId::Expert { .. } => Owner::Expert(
-            Actor::spawn_linked(None, ExpertActor(PhantomData), keeper, agent).await.map_err(failed)?.0,
-        ),
-    })
+        self.me.stop(None);
+    }
 }

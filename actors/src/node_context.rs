@@ -6,7 +6,9 @@ use crate::limits::{EARLY_MAX, LANES_AHEAD};
 use crate::peers::Peers;
 use crate::reducer::ReducerMsg;
 use ractor::ActorRef;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed};
@@ -24,6 +26,8 @@ pub(crate) struct NodeContext<B: Compute> {
     placement: RwLock<Arc<Placement>>,
     directory: RwLock<Arc<Directory<B>>>,
     begun: watch::Sender<Begun>,
+    /// Nanoseconds that lanes have computed here, experts not counted.
+    lane_time: AtomicU64,
 }
 
 /// What this node has begun. Within a step validation comes before training, whose frames need a reducer that has begun.
@@ -47,7 +51,18 @@ impl<B: Compute> NodeContext<B> {
             placement: RwLock::default(),
             directory: RwLock::default(),
             begun: watch::Sender::new(Begun::default()),
+            lane_time: AtomicU64::new(0),
         }
+    }
+
+    pub(crate) fn add_lane_time(&self, time: Duration) {
+        self.lane_time.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    /// Lanes that the device would do in a second of computing, from those that it has done since the last call.
+    pub(crate) fn take_speed(&self, lanes: usize) -> Option<f64> {
+        let seconds = self.lane_time.swap(0, Ordering::Relaxed) as f64 / 1e9;
+        (lanes > 0 && seconds > 0.0).then(|| lanes as f64 * self.executor.threads() as f64 / seconds)
     }
 
     pub(crate) fn set_reducer(&self, reducer: ActorRef<ReducerMsg<B>>) {

@@ -4,6 +4,8 @@ use serde::{Deserialize, Serialize};
 use volary_core::machine::Activity;
 use volary_core::{Epoch, Lane, Step};
 
+use crate::wire::LinkReport;
+
 /// A question or order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum OperatorRequest {
@@ -13,6 +15,11 @@ pub enum OperatorRequest {
     Checkpoint,
     /// Write a checkpoint and end; answered when it is done.
     Stop,
+    /// Let a node hand over what it has and leave; answered when it has left.
+    Drain {
+        /// The node's name.
+        node: String,
+    },
 }
 
 /// The answer.
@@ -77,7 +84,8 @@ pub struct NodeStatus {
     pub name: String,
     /// Its process.
     pub pid: u32,
-    /// `member`, or `joined` while it waits for its first placement.
+    /// `member`; `learning` while it copies shards, `draining` while it hands them over, `joined` before, and `suspended` when it
+    /// was shut out not long ago.
     pub state: String,
     /// Its device.
     pub device: String,
@@ -87,6 +95,8 @@ pub struct NodeStatus {
     pub shards: usize,
     /// Lanes that it runs.
     pub lanes: Vec<Lane>,
+    /// Its links to other nodes, as it reported them last.
+    pub links: Vec<LinkReport>,
 }
 
 /// One shard at a glance.

@@ -1,9 +1,11 @@
 //! Links to the other nodes, dialled when they are first needed and again when they broke.
 
 use crate::limits::CALL_MAX;
+use crate::wire::LinkReport;
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use tokio::sync::Mutex;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::OnceCell;
 use volary_core::NodeId;
 use volary_core::compute::{ComputeError, Computed};
 use volary_transport::{Endpoint, Frame, Kind, Link};
@@ -17,7 +19,9 @@ pub(crate) struct Peers {
 #[derive(Default)]
 struct State {
     addresses: HashMap<NodeId, String>,
-    links: HashMap<NodeId, Link>,
+    /// A cell each: two senders to one peer share its dialling, and one that does not answer holds up no other.
+    links: HashMap<NodeId, Arc<OnceCell<Link>>>,
+    suspect: Option<NodeId>,
 }
 
 impl Peers {
@@ -25,33 +29,75 @@ impl Peers {
         Self { endpoint, state: Mutex::default() }
     }
 
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// The members of a new placement and where they are; links to others are closed.
-    pub(crate) async fn set_members(&self, addresses: &[(NodeId, String)]) {
-        let mut state = self.state.lock().await;
+    pub(crate) fn set_members(&self, addresses: &[(NodeId, String)]) {
+        let mut state = self.lock();
         let before = std::mem::replace(&mut state.addresses, addresses.iter().cloned().collect());
-        let State { addresses, links } = &mut *state;
+        let State { addresses, links, suspect } = &mut *state;
         // A node of the same name at another address is another process.
         links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
+        *suspect = None;
+    }
+
+    /// The node that could not be reached last, since the last placement.
+    pub(crate) fn suspect(&self) -> Option<NodeId> {
+        self.lock().suspect.clone()
+    }
+
+    /// Where a node is, as far as this one knows.
+    pub(crate) fn address(&self, node: &str) -> Option<SocketAddr> {
+        self.lock().addresses.get(&NodeId::new(node))?.parse().ok()
+    }
+
+    /// The links as they are now.
+    pub(crate) fn reports(&self) -> Vec<LinkReport> {
+        let state = self.lock();
+        let report = |(node, cell): (&NodeId, &Arc<OnceCell<Link>>)| {
+            let stats = cell.get()?.stats();
+            Some(LinkReport {
+                peer: node.0.clone(),
+                round_trip_ms: stats.round_trip.as_secs_f64() * 1e3,
+                sent_bytes: stats.bytes_sent,
+                received_bytes: stats.bytes_received,
+            })
+        };
+        state.links.iter().filter_map(report).collect()
     }
 
     async fn link(&self, node: &NodeId) -> Computed<Link> {
-        // Held while dialling: two senders to one peer share the link.
-        let mut state = self.state.lock().await;
-        if let Some(link) = state.links.get(node) {
-            return Ok(link.clone());
-        }
-        let address =
-            state.addresses.get(node).ok_or_else(|| ComputeError(format!("{node} is no member")))?;
-        let socket: SocketAddr =
-            address.parse().map_err(|_| ComputeError(format!("{node} has no usable address: {address}")))?;
-        let link = self.endpoint.connect(socket, &node.0).await.map_err(|e| unreachable_peer(node, &e))?;
-        state.links.insert(node.clone(), link.clone());
-        Ok(link)
+        let (cell, address) = {
+            let mut state = self.lock();
+            let address = state.addresses.get(node).cloned();
+            let address = address.ok_or_else(|| ComputeError(format!("{node} is no member")))?;
+            (Arc::clone(state.links.entry(node.clone()).or_default()), address)
+        };
+        let dial = || async {
+            let socket: SocketAddr = address
+                .parse()
+                .map_err(|_| ComputeError(format!("{node} has no usable address: {address}")))?;
+            self.endpoint.connect(socket, &node.0).await.map_err(|error| self.unreachable(node, &error))
+        };
+        cell.get_or_try_init(dial).await.cloned()
     }
 
-    async fn broken(&self, node: &NodeId, error: &volary_transport::Error) -> ComputeError {
-        self.state.lock().await.links.remove(node);
-        unreachable_peer(node, error)
+    fn unreachable(&self, node: &NodeId, error: &volary_transport::Error) -> ComputeError {
+        self.lock().suspect = Some(node.clone());
+        ComputeError(format!("{node} cannot be reached: {error}"))
+    }
+
+    fn broken(&self, node: &NodeId, link: &Link, error: &volary_transport::Error) -> ComputeError {
+        // Only this link: meanwhile somebody may have dialled a new one.
+        let mut state = self.lock();
+        let same = |cell: &Arc<OnceCell<Link>>| cell.get().is_some_and(|now| now.same_as(link));
+        if state.links.get(node).is_some_and(same) {
+            state.links.remove(node);
+        }
+        drop(state);
+        self.unreachable(node, error)
     }
 
     /// Sends a frame and awaits the answer; a refusal is an error.
@@ -59,7 +105,7 @@ impl Peers {
         let link = self.link(node).await?;
         let reply = match tokio::time::timeout(CALL_MAX, link.request(frame)).await {
             Ok(Ok(reply)) => reply,
-            Ok(Err(error)) => return Err(self.broken(node, &error).await),
+            Ok(Err(error)) => return Err(self.broken(node, &link, &error)),
             Err(_) => return Err(ComputeError(format!("{node} did not answer within {CALL_MAX:?}"))),
         };
         refused(node, reply)
@@ -70,7 +116,7 @@ impl Peers {
         let link = self.link(node).await?;
         match tokio::time::timeout(CALL_MAX, link.send(frame)).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(self.broken(node, &error).await),
+            Ok(Err(error)) => Err(self.broken(node, &link, &error)),
             Err(_) => Err(ComputeError(format!("{node} did not take a frame within {CALL_MAX:?}"))),
         }
     }
@@ -83,8 +129,4 @@ pub(crate) fn refused(node: &NodeId, reply: Frame) -> Computed<Frame> {
         return Err(ComputeError(format!("{node} refused: {reason}")));
     }
     Ok(reply)
-}
-
-fn unreachable_peer(node: &NodeId, error: &volary_transport::Error) -> ComputeError {
-    ComputeError(format!("{node} cannot be reached: {error}"))
 }

@@ -113,7 +113,7 @@ impl<B: Compute> ReducerState<B> {
         let mut folds = BTreeMap::new();
         let mut held = 0;
         for shard in self.node.architecture.shards() {
-            held += usize::from(placement.holds(me, shard));
+            held += usize::from(placement.keeps(me, shard));
             let leaves = placement.leaves(shard);
             let wanted = match placement.owner(shard) {
                 Some(owner) if owner == *me => vec![Span::root(leaves)],
@@ -169,8 +169,11 @@ impl<B: Compute> ReducerState<B> {
     /// A wanted sum is complete: the root where this node owns the shard, otherwise a part for the owner.
     fn done(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, value: Sum<B>) {
         let Some(current) = self.at(epoch, step) else { return };
-        let holders = current.placement.holders(shard);
+        let placement = Arc::clone(&current.placement);
+        let holders = placement.holders(shard);
         let owner = holders.first() == Some(&self.node.id);
+        let learners = placement.learners.get(&shard).filter(|_| owner);
+        let learners: Vec<NodeId> = learners.into_iter().flatten().cloned().collect();
         let (kind, targets) = match owner {
             true => (Kind::Sum, holders.into_iter().skip(1).collect()),
             false => (Kind::Partial, holders.into_iter().take(1).collect::<Vec<_>>()),
@@ -178,9 +181,10 @@ impl<B: Compute> ReducerState<B> {
         let (me, node, agent) = (self.me.clone(), Arc::clone(&self.node), self.agent.clone());
         let handle = tokio::runtime::Handle::current();
         self.node.executor.submit(Priority::Deferred, move |backend| {
-            let frame = (!targets.is_empty())
+            let frame = (!targets.is_empty() || !learners.is_empty())
                 .then(|| to_frame(backend, kind, epoch, step, shard, span, value.as_ref()));
             if let Some(frame) = frame {
+                handle.spawn(teach(Arc::clone(&node), learners, frame.clone()));
                 handle.spawn(deliver(node, agent, targets, epoch, frame));
             }
             if owner {
@@ -228,6 +232,16 @@ fn to_frame<B: Compute>(
 ) -> Computed<Frame> {
     let tensors = value.map(|gradient| backend.export_gradient(gradient)).transpose()?.unwrap_or_default();
     wire::frame(kind, epoch, step, &SumOf { shard, span }, tensors)
+}
+
+/// A learner that cannot be reached is the supervisor's business, and holds up nobody.
+async fn teach<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Computed<Frame>) {
+    let Ok(frame) = frame else { return };
+    for learner in &learners {
+        if let Err(error) = node.peers.send(learner, frame.clone()).await {
+            tracing::debug!(%learner, %error, "a learner did not get a gradient");
+        }
+    }
 }
 
 async fn deliver<B: Compute>(

@@ -1,10 +1,11 @@
 //! The files of a run that people and tools read: one JSON object per line, in order, each step once.
 
 use serde::Serialize;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
-use volary_core::machine::{Committed, Notice};
+use volary_core::machine::Committed;
 use volary_core::{Epoch, Step};
-use volary_storage::{JsonLines, Result, RunDir};
+use volary_storage::{JsonLines, Result, RunDir, Store};
 
 /// One line of `metrics.jsonl`.
 #[derive(Clone, Debug, Serialize)]
@@ -23,10 +24,10 @@ pub(crate) struct MetricsLine {
     pub lr: f64,
     /// Tokens in the step.
     pub tokens: u64,
-    /// Seconds since the commit before.
-    pub seconds: f64,
+    /// Seconds since the commit before; unknown for a step whose line the supervisor could not write before it died.
+    pub seconds: Option<f64>,
     /// Tokens per second.
-    pub tokens_per_second: f64,
+    pub tokens_per_second: Option<f64>,
     /// Nodes that took part.
     pub nodes: u32,
     /// Whether the update was skipped because a gradient was not finite.
@@ -38,7 +39,7 @@ pub(crate) struct MetricsLine {
 }
 
 impl MetricsLine {
-    pub(crate) fn new(committed: &Committed, seconds: f64) -> Self {
+    pub(crate) fn new(committed: &Committed, seconds: Option<f64>) -> Self {
         let share = |counts: &Vec<u64>| {
             let total: u64 = counts.iter().sum();
             counts.iter().max().map_or(0.0, |&most| most as f64 / total.max(1) as f64)
@@ -52,7 +53,7 @@ impl MetricsLine {
             lr: committed.update.rate,
             tokens: committed.tokens,
             seconds,
-            tokens_per_second: committed.tokens as f64 / seconds.max(1e-9),
+            tokens_per_second: seconds.map(|seconds| committed.tokens as f64 / seconds.max(1e-9)),
             nodes: committed.nodes,
             skipped: !committed.update.apply,
             dropped: committed.dropped,
@@ -74,12 +75,12 @@ pub(crate) struct ValidationLine {
 
 /// One line of `events.jsonl`.
 #[derive(Clone, Debug, Serialize)]
-pub(crate) struct EventLine {
+pub(crate) struct EventLine<'a, T> {
     /// When, in milliseconds since 1970.
     pub unix_ms: u64,
     /// What.
     #[serde(flatten)]
-    pub notice: Notice,
+    pub event: &'a T,
 }
 
 /// The files of a run.
@@ -92,8 +93,10 @@ pub(crate) struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the files; what stands in them after `step` is forgotten, since it will be done again.
-    pub(crate) fn open(dir: &RunDir, step: Step) -> Result<Self> {
+    /// Opens the files. What stands in them after the last committed step is forgotten, since it will be done again, and
+    /// the lines of committed steps that a supervisor could not write any more are written now.
+    pub(crate) fn open(dir: &RunDir, store: &Store) -> Result<Self> {
+        let step = store.last_committed()?.unwrap_or(0);
         let mut files = Self {
             metrics: JsonLines::open(dir.metrics())?,
             validation: JsonLines::open(dir.validation())?,
@@ -101,7 +104,11 @@ impl RunFiles {
             validated: None,
         };
         files.go_back(step)?;
-        files.validated = last_validated(dir);
+        files.validated = last_step(&dir.validation());
+        let written = last_step(&dir.metrics()).unwrap_or(0);
+        for missing in store.committed_range::<Committed>(written + 1) {
+            files.metrics(&MetricsLine::new(&missing?.1, None))?;
+        }
         Ok(files)
     }
 
@@ -124,13 +131,13 @@ impl RunFiles {
         self.validation.append(line)
     }
 
-    pub(crate) fn event(&mut self, line: &EventLine) -> Result<()> {
+    pub(crate) fn event(&mut self, line: &impl Serialize) -> Result<()> {
         self.events.append(line)
     }
 }
 
-fn last_validated(dir: &RunDir) -> Option<Step> {
-    let text = std::fs::read_to_string(dir.validation()).ok()?;
+fn last_step(path: &Path) -> Option<Step> {
+    let text = std::fs::read_to_string(path).ok()?;
     let line: serde_json::Value = serde_json::from_str(text.lines().last()?).ok()?;
     line["step"].as_u64()
 }

@@ -3,8 +3,8 @@
 use crate::host::{Error, Result};
 use crate::limits::HELLO_MAX;
 use crate::operator::{OperatorReply, OperatorRequest};
-use crate::supervisor::{RunEnd, SupervisorActor, SupervisorArgs, SupervisorMsg, WORDS_AHEAD};
-use crate::wire::{self, Down, RunInfo, ShardAt, Up};
+use crate::supervisor::{Arrival, RunEnd, SupervisorActor, SupervisorArgs, SupervisorMsg, WORDS_AHEAD};
+use crate::wire::{self, Down, RunInfo, ShardAt, ShardWish, Up};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorRef};
 use std::net::SocketAddr;
@@ -18,8 +18,9 @@ use volary_core::machine::{Event, Settings};
 use volary_data::Dataset;
 use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, Table, journal};
 use volary_transport::{
-    Accepted, Admit, Authority, ControlReceiver, ControlSender, Endpoint, Frame, InboundFrame, Kind, Link,
-    Role, SUPERVISOR, Token, TokenError, TokenRecord, TokenRole, TransportOptions, check_name, write_secret,
+    Accepted, Admit, Authority, Canary, CanaryKey, CanaryWatch, ControlReceiver, ControlSender, Endpoint,
+    Frame, InboundFrame, Kind, Link, Role, SUPERVISOR, Token, TokenError, TokenRecord, TokenRole,
+    TransportOptions, check_name, write_secret,
 };
 
 /// How long the last words may take to reach the nodes.
@@ -40,6 +41,8 @@ pub struct SupervisorOptions {
     pub listen: SocketAddr,
     /// Steps between two lines of the log about a step; 0 never.
     pub log_every: u64,
+    /// Whether no node has anything in memory any more, so that the run goes on from its last checkpoint.
+    pub nodes_are_gone: bool,
 }
 
 /// A running supervisor.
@@ -56,7 +59,8 @@ impl Supervisor {
     /// # Errors
     /// When the address is in use, or the state is damaged or another run's.
     pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
-        let SupervisorOptions { run, settings, dir, config_hash, listen, log_every } = options;
+        let SupervisorOptions { run, settings, dir, config_hash, listen, log_every, nodes_are_gone } =
+            options;
         let store = Store::open(&dir)?;
         store.identify(&RunIdentity {
             name: run.run.clone(),
@@ -86,13 +90,17 @@ impl Supervisor {
             dataset: Arc::new(dataset),
             address: address.to_string(),
             log_every,
+            nodes_are_gone,
             end,
         };
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
             .await
             .map_err(|error| Error::Start(format!("the supervisor does not start: {error}")))?;
         let sessions = AtomicU64::new(0);
-        let door = Arc::new(Door { authority, store, checkpoints, actor: actor.clone(), sessions });
+        // Without it a death is noticed all the same, only later.
+        let canary = Canary::listen(address);
+        let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
+        let door = Arc::new(Door { authority, store, checkpoints, actor: actor.clone(), sessions, canary });
         tokio::spawn(accept(door, endpoint.clone()));
         Ok(Self { address, ended, endpoint, actor })
     }
@@ -165,6 +173,7 @@ struct Door {
     checkpoints: Checkpoints,
     actor: ActorRef<SupervisorMsg>,
     sessions: AtomicU64,
+    canary: Option<Canary>,
 }
 
 async fn accept(door: Arc<Door>, endpoint: Endpoint) {
@@ -247,38 +256,63 @@ impl Door {
     ) -> std::result::Result<(), String> {
         let node = NodeId::new(link.peer());
         let hello = tokio::time::timeout(HELLO_MAX, receiver.recv::<Up>()).await;
-        let Ok(Ok(Some(Up::Hello(info)))) = hello else {
+        let Ok(Ok(Some(Up::Hello(info, held)))) = hello else {
             return Err(format!("{node} did not say what it is within {HELLO_MAX:?}"));
         };
         let session = self.sessions.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(WORDS_AHEAD);
         tokio::spawn(write_down(sender, words));
-        drop(self.actor.cast(SupervisorMsg::Joined { node: node.clone(), info, session, down }));
+        let (key, mut watch) = self.expect_canary().unzip();
+        let arrival =
+            Arrival { node: node.clone(), info, held, session, down, link: link.clone(), canary: key };
+        drop(self.actor.cast(SupervisorMsg::Joined(Box::new(arrival))));
         tokio::spawn(serve_shards(Arc::clone(&self), link.clone()));
-        let reason = loop {
-            match receiver.recv::<Up>().await {
-                Ok(Some(Up::Say(message))) => {
-                    let event = Event::Said { node: node.clone(), message };
-                    if self.actor.cast(SupervisorMsg::Event(event)).is_err() {
-                        return Ok(());
-                    }
-                }
-                Ok(Some(Up::Hello(_))) => {}
-                Ok(None) => break "it ended its control stream".to_owned(),
-                Err(error) => break error.to_string(),
+        let died = async {
+            match &mut watch {
+                Some(watch) => watch.ended().await,
+                None => std::future::pending().await,
             }
+        };
+        let reason = tokio::select! {
+            reason = self.hear(&node, session, &mut receiver) => reason,
+            () = died => "its process has ended".to_owned(),
         };
         link.close("the control stream ended");
         drop(self.actor.cast(SupervisorMsg::Lost { node, session, reason }));
         Ok(())
     }
 
+    fn expect_canary(&self) -> Option<((u16, CanaryKey), CanaryWatch)> {
+        let canary = self.canary.as_ref()?;
+        let (key, watch) = canary.expect().ok()?;
+        Some(((canary.address().port(), key), watch))
+    }
+
+    /// Hands on what a node says, until it says no more.
+    async fn hear(&self, node: &NodeId, session: u64, receiver: &mut ControlReceiver) -> String {
+        loop {
+            let node = node.clone();
+            let told = match receiver.recv::<Up>().await {
+                Ok(Some(Up::Say(message))) => SupervisorMsg::Said { node, session, message },
+                Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
+                Ok(Some(Up::Hello(..))) => continue,
+                Ok(None) => return "it ended its control stream".to_owned(),
+                Err(error) => return error.to_string(),
+            };
+            if self.actor.cast(told).is_err() {
+                return "the supervisor has ended".to_owned();
+            }
+        }
+    }
+
     async fn stored_shard(&self, frame: &Frame) -> Computed<Frame> {
-        let wish: ShardAt = wire::decode(frame)?;
+        let wish: ShardWish = wire::decode(frame)?;
+        let version = wish.version.ok_or_else(|| ComputeError("of which checkpoint?".into()))?;
+        let at = ShardAt { shard: wish.shard, version };
         let checkpoints = self.checkpoints.clone();
-        let read = move || checkpoints.read(wish.version, wish.shard);
+        let read = move || checkpoints.read(version, wish.shard);
         let bytes = crate::checkpointer::blocking(read).await.map_err(ComputeError)?;
-        wire::blob(Kind::Shard, frame.epoch, frame.step, &wish, bytes)
+        wire::blob(Kind::Shard, frame.epoch, frame.step, &at, bytes)
     }
 }
 

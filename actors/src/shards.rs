@@ -3,16 +3,49 @@
 use crate::executor::Priority;
 use crate::node_context::NodeContext;
 use crate::peers::refused;
-use crate::wire::{self, ShardAt};
+use crate::wire::{self, ShardAt, ShardWish};
 use futures::{StreamExt, TryStreamExt, stream};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use volary_core::agent::Trouble;
 use volary_core::compute::{Compute, ComputeError, Computed};
-use volary_core::messages::{Assignment, Source};
+use volary_core::messages::Source;
 use volary_core::{Epoch, NodeId, ShardId, Step};
 use volary_transport::{Kind, Link};
 
 /// Shards that are fetched at a time: enough to hide round trips, few enough to bound memory.
 const FETCHES_AHEAD: usize = 4;
+
+/// Shards that have come and wait for the agent to say what becomes of them.
+pub(crate) struct Arrivals<B: Compute> {
+    here: Arc<Mutex<HashMap<ShardId, (Step, B::Shard)>>>,
+}
+
+impl<B: Compute> Clone for Arrivals<B> {
+    fn clone(&self) -> Self {
+        Self { here: Arc::clone(&self.here) }
+    }
+}
+
+impl<B: Compute> Default for Arrivals<B> {
+    fn default() -> Self {
+        Self { here: Arc::default() }
+    }
+}
+
+impl<B: Compute> Arrivals<B> {
+    pub(crate) fn put(&self, shard: ShardId, version: Step, state: B::Shard) {
+        self.here.lock().unwrap_or_else(PoisonError::into_inner).insert(shard, (version, state));
+    }
+
+    pub(crate) fn take(&self, shard: ShardId) -> Option<(Step, B::Shard)> {
+        self.here.lock().unwrap_or_else(PoisonError::into_inner).remove(&shard)
+    }
+
+    pub(crate) fn take_all(&self) -> HashMap<ShardId, (Step, B::Shard)> {
+        std::mem::take(&mut *self.here.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
 
 /// The link to the supervisor, for shards.
 #[derive(Clone)]
@@ -23,8 +56,8 @@ pub(crate) struct Uplink {
 impl Uplink {
     async fn fetch(&self, shard: ShardId, version: Step) -> Computed<bytes::Bytes> {
         let supervisor = NodeId::new("the supervisor");
-        let meta = ShardAt { shard, version };
-        let frame = wire::frame(Kind::ShardRequest, 0, version, &meta, Vec::new())?;
+        let wish = ShardWish { shard, version: Some(version) };
+        let frame = wire::frame(Kind::ShardRequest, 0, version, &wish, Vec::new())?;
         let reply =
             self.link.request(frame).await.map_err(|e| ComputeError(format!("the supervisor: {e}")))?;
         wire::only_blob(refused(&supervisor, reply)?)
@@ -47,21 +80,21 @@ impl Uplink {
     }
 }
 
-/// Fetches every shard of an assignment that this node does not hold at the right version already. The error says
-/// whether trying again cannot help.
+/// Fetches shards at a version from wherever an assignment says.
 pub(crate) async fn fetch_all<B: Compute>(
     node: &Arc<NodeContext<B>>,
     uplink: &Uplink,
-    assignment: &Assignment,
-) -> Result<Vec<(ShardId, B::Shard)>, (ComputeError, bool)> {
-    let wanted: Vec<_> =
-        assignment.shards.iter().filter(|(_, source)| *source != Source::Held).cloned().collect();
-    for (shard, _) in assignment.shards.iter().filter(|(_, source)| *source == Source::Held) {
-        node.directory().get(*shard).map_err(|error| (error, true))?;
-    }
-    let version = assignment.version;
-    let fetch = |(shard, source)| fetch(node, uplink, shard, source, version, assignment.placement.epoch);
-    stream::iter(wanted).map(fetch).buffer_unordered(FETCHES_AHEAD).try_collect().await
+    arrivals: &Arrivals<B>,
+    shards: Vec<(ShardId, Source)>,
+    version: Step,
+    epoch: Epoch,
+) -> Result<(), Trouble> {
+    let fetch = |(shard, source)| async move {
+        let state = fetch(node, uplink, shard, source, version, epoch).await?;
+        arrivals.put(shard, version, state);
+        Ok(())
+    };
+    stream::iter(shards).map(fetch).buffer_unordered(FETCHES_AHEAD).try_collect().await
 }
 
 async fn fetch<B: Compute>(
@@ -71,24 +104,59 @@ async fn fetch<B: Compute>(
     source: Source,
     version: Step,
     epoch: Epoch,
-) -> Result<(ShardId, B::Shard), (ComputeError, bool)> {
+) -> Result<B::Shard, Trouble> {
+    let fatal = |error: ComputeError| Trouble { reason: error.to_string(), fatal: true, suspect: None };
     let bytes = match source {
-        Source::Peer(peer) => {
-            let meta = ShardAt { shard, version };
-            let frame =
-                wire::frame(Kind::ShardRequest, epoch, version, &meta, Vec::new()).map_err(|e| (e, true))?;
-            // A peer that died meanwhile is another placement's business.
-            let reply = node.peers.request(&peer, frame).await.map_err(|error| (error, false))?;
-            wire::only_blob(reply).map_err(|error| (error, false))?
-        }
-        Source::Checkpoint(_) => uplink.fetch(shard, version).await.map_err(|error| (error, true))?,
+        Source::Peer(peer) => copy(node, shard, &peer, Some(version), epoch).await?.1,
+        // A supervisor that is gone is not fatal: it comes back, and another placement with it.
+        Source::Checkpoint(_) => uplink.fetch(shard, version).await.map_err(|error| {
+            let fatal = uplink.link.is_open();
+            Trouble { reason: error.to_string(), fatal, suspect: None }
+        })?,
         Source::Initial | Source::Held => {
             let initial = move |backend: &B| backend.initial(shard);
-            let state = node.executor.run(Priority::Urgent, initial).await.map_err(|error| (error, true))?;
-            return Ok((shard, state));
+            return node.executor.run(Priority::Urgent, initial).await.map_err(fatal);
         }
     };
     let load = move |backend: &B| backend.load(shard, &bytes);
-    let state = node.executor.run(Priority::Urgent, load).await.map_err(|error| (error, true))?;
-    Ok((shard, state))
+    node.executor.run(Priority::Urgent, load).await.map_err(fatal)
+}
+
+/// Copies a shard from the first of `from` at whatever version it has, beside the training.
+pub(crate) async fn learn<B: Compute>(
+    node: &Arc<NodeContext<B>>,
+    arrivals: &Arrivals<B>,
+    shard: ShardId,
+    from: &[NodeId],
+    epoch: Epoch,
+) -> Result<Step, Trouble> {
+    let nobody = || Trouble { reason: format!("nobody has {shard}"), fatal: false, suspect: None };
+    let (version, bytes) = copy(node, shard, from.first().ok_or_else(nobody)?, None, epoch).await?;
+    let load = move |backend: &B| backend.load(shard, &bytes);
+    let state = node.executor.run(Priority::Urgent, load).await;
+    let state = state.map_err(|error| Trouble { reason: error.to_string(), fatal: false, suspect: None })?;
+    arrivals.put(shard, version, state);
+    Ok(version)
+}
+
+async fn copy<B: Compute>(
+    node: &Arc<NodeContext<B>>,
+    shard: ShardId,
+    peer: &NodeId,
+    version: Option<Step>,
+    epoch: Epoch,
+) -> Result<(Step, bytes::Bytes), Trouble> {
+    let ask = async {
+        let wish = ShardWish { shard, version };
+        let frame = wire::frame(Kind::ShardRequest, epoch, version.unwrap_or(0), &wish, Vec::new())?;
+        let reply = node.peers.request(peer, frame).await?;
+        let at: ShardAt = wire::decode(&reply)?;
+        Ok::<_, ComputeError>((at.version, wire::only_blob(reply)?))
+    };
+    // A peer that died meanwhile is another placement's business.
+    ask.await.map_err(|error| Trouble {
+        reason: error.to_string(),
+        fatal: false,
+        suspect: node.peers.suspect(),
+    })
 }

@@ -5,22 +5,29 @@
 //! It supervises the checkpointer actor. When it fails, the process ends; nothing that was committed is lost.
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg, blocking};
-use crate::limits::{STATUS_EVENTS, WATCH_EVERY};
+use crate::durations::Durations;
+use crate::limits::{STATUS_EVENTS, TICK};
 use crate::operator::{NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus};
 use crate::run_files::{EventLine, MetricsLine, RunFiles, ValidationLine, unix_ms};
-use crate::wire::{Down, NodeInfo, RunInfo};
+use crate::wire::{Down, LinkReport, NodeInfo, RunInfo, Welcome};
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
-use std::collections::{BTreeMap, VecDeque};
+use serde::Serialize;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
-use volary_core::machine::{Activity, Committed, Effect, Event, Machine, Notice, Settings};
-use volary_core::messages::{Pass, ToNode};
+use volary_core::machine::{
+    Activity, Committed, Effect, Event, Machine, Notice, Remembered, Restored, Settings,
+};
+use volary_core::messages::{FromNode, Held, LastCommit, Pass, ToNode};
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
 use volary_storage::{Checkpoints, Digest, RunDir, Store, Table};
+use volary_transport::{CanaryKey, Link};
 
+/// Under which name the store keeps what the machine must not forget.
+const CLUSTER: &str = "cluster";
 /// Words of one node that may wait for its link.
 pub(crate) const WORDS_AHEAD: usize = 256;
 
@@ -28,16 +35,34 @@ pub(crate) const WORDS_AHEAD: usize = 256;
 pub(crate) enum SupervisorMsg {
     /// Something happened.
     Event(Event),
-    /// A node joined; `down` is its control stream.
-    Joined { node: NodeId, info: NodeInfo, session: u64, down: mpsc::Sender<Down> },
+    /// A node is there, new or back.
+    Joined(Box<Arrival>),
+    /// A node said something.
+    Said { node: NodeId, session: u64, message: FromNode },
+    /// What a node knows of its links.
+    Links { node: NodeId, session: u64, links: Vec<LinkReport> },
     /// A node's link ended.
     Lost { node: NodeId, session: u64, reason: String },
     /// A shard for the checkpoint.
     Shard { step: Step, shard: ShardId, bytes: Bytes },
-    /// It is time to look whether anything has come of what is under way.
-    Watch,
+    /// Time has passed.
+    Tick,
     /// Somebody asks.
     Operator { request: OperatorRequest, reply: RpcReplyPort<OperatorReply> },
+}
+
+/// A node that is there, new or back.
+pub(crate) struct Arrival {
+    pub(crate) node: NodeId,
+    pub(crate) info: NodeInfo,
+    /// What it has in memory.
+    pub(crate) held: Held,
+    pub(crate) session: u64,
+    /// Its control stream.
+    pub(crate) down: mpsc::Sender<Down>,
+    pub(crate) link: Link,
+    /// Where it shows that its process lives.
+    pub(crate) canary: Option<(u16, CanaryKey)>,
 }
 
 /// How a run ended.
@@ -66,6 +91,8 @@ pub(crate) struct SupervisorArgs {
     pub(crate) dataset: Arc<Dataset>,
     pub(crate) address: String,
     pub(crate) log_every: u64,
+    /// Whether nobody has anything in memory any more.
+    pub(crate) nodes_are_gone: bool,
     pub(crate) end: oneshot::Sender<RunEnd>,
 }
 
@@ -73,6 +100,9 @@ struct Session {
     info: NodeInfo,
     session: u64,
     down: mpsc::Sender<Down>,
+    link: Link,
+    links: Vec<LinkReport>,
+    last_word: Instant,
 }
 
 /// The supervisor's state.
@@ -89,7 +119,10 @@ pub(crate) struct SupervisorState {
     address: String,
     log_every: u64,
     last_commit: Instant,
-    last_progress: Instant,
+    last_tick: Instant,
+    durations: Durations,
+    /// Nodes that were let go, until their links end.
+    left: BTreeSet<NodeId>,
     last_metrics: Option<MetricsLine>,
     events: VecDeque<String>,
     waiting: Vec<(OperatorRequest, RpcReplyPort<OperatorReply>)>,
@@ -119,15 +152,25 @@ impl Actor for SupervisorActor {
             dataset,
             address,
             log_every,
+            nodes_are_gone,
             end,
         } = args;
         let durable = checkpoints.latest_intact()?.map(|record| record.step);
-        let back = durable.unwrap_or(0);
-        // Nothing after the last durable checkpoint has its weights any more: these steps are done again.
-        checkpoints.truncate_after(back)?;
-        store.truncate_after(back)?;
-        let files = RunFiles::open(&dir, back)?;
-        let epoch = store.get(Table::Facts, "epoch")?.unwrap_or(0);
+        checkpoints.truncate_after(durable.unwrap_or(0))?;
+        let mut remembered: Remembered = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
+        if nodes_are_gone {
+            // Nothing after the last durable checkpoint has its weights any more: these steps are done again.
+            store.truncate_after(durable.unwrap_or(0))?;
+            remembered.members.clear();
+        }
+        let last: Option<Committed> = match store.last_committed()? {
+            Some(step) => store.committed(step)?,
+            None => None,
+        };
+        let files = RunFiles::open(&dir, &store)?;
+        let restarted = !remembered.members.is_empty();
+        let last = last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update });
+        let restored = Restored { durable, last, remembered };
         let start = CheckpointerArgs {
             checkpoints: checkpoints.clone(),
             config_hash,
@@ -135,11 +178,9 @@ impl Actor for SupervisorActor {
             supervisor: me.clone(),
         };
         let (checkpointer, _) = Actor::spawn_linked(None, CheckpointerActor, start, me.get_cell()).await?;
-        let timeout = std::time::Duration::from_millis(settings.cluster.gather_timeout_ms);
-        me.send_after(timeout, || SupervisorMsg::Event(Event::GatherTimeout));
-        me.send_interval(WATCH_EVERY, || SupervisorMsg::Watch);
+        me.send_interval(TICK, || SupervisorMsg::Tick);
         Ok(SupervisorState {
-            machine: Machine::new(settings.clone(), durable, epoch),
+            machine: Machine::new(settings.clone(), restored),
             run,
             settings,
             sessions: BTreeMap::new(),
@@ -151,7 +192,9 @@ impl Actor for SupervisorActor {
             address,
             log_every,
             last_commit: Instant::now(),
-            last_progress: Instant::now(),
+            last_tick: Instant::now(),
+            durations: Durations::new(restarted),
+            left: BTreeSet::new(),
             last_metrics: None,
             events: VecDeque::new(),
             waiting: Vec::new(),
@@ -167,19 +210,23 @@ impl Actor for SupervisorActor {
     ) -> Result<(), ActorProcessingErr> {
         let done = match message {
             SupervisorMsg::Event(event) => state.on_event(event).await,
-            SupervisorMsg::Joined { node, info, session, down } => {
-                state.on_joined(node, info, session, down).await
+            SupervisorMsg::Joined(arrival) => state.on_joined(*arrival).await,
+            SupervisorMsg::Said { node, session, message } => state.on_said(node, session, message).await,
+            SupervisorMsg::Links { node, session, links } => {
+                state.on_links(&node, session, links);
+                Ok(())
             }
             SupervisorMsg::Lost { node, session, reason } => state.on_lost(node, session, reason).await,
             SupervisorMsg::Shard { step, shard, bytes } => {
                 drop(state.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes }));
                 Ok(())
             }
-            SupervisorMsg::Watch => state.on_watch().await,
+            SupervisorMsg::Tick => state.on_tick().await,
             SupervisorMsg::Operator { request, reply } => state.on_operator(request, reply).await,
         };
         if let Err(reason) = done {
             // What cannot be journalled did not happen: the run stops here and resumes from what is durable.
+            state.dismiss(&format!("the run cannot go on: {reason}")).await;
             state.on_end(RunEnd::Fatal { reason });
         }
         if state.end.is_none() {
@@ -199,26 +246,21 @@ impl SupervisorState {
         Ok(())
     }
 
-    /// A step that hangs, for whatever reason, is dropped and tried again.
-    async fn on_watch(&mut self) -> Outcome {
-        let limit = Duration::from_millis(self.settings.cluster.step_timeout_ms);
-        if self.last_progress.elapsed() < limit {
-            return Ok(());
-        }
-        self.last_progress = Instant::now();
-        self.on_event(Event::Stalled).await
+    async fn on_tick(&mut self) -> Outcome {
+        let ms = self.last_tick.elapsed().as_millis();
+        self.last_tick = Instant::now();
+        self.on_event(Event::Tick { ms: u64::try_from(ms).unwrap_or(u64::MAX) }).await
     }
 
-    async fn on_joined(
-        &mut self,
-        node: NodeId,
-        info: NodeInfo,
-        session: u64,
-        down: mpsc::Sender<Down>,
-    ) -> Outcome {
-        if let Some(before) = self.sessions.remove(&node) {
-            drop(before);
-            self.on_event(Event::Lost { node: node.clone(), reason: "it joined anew".into() }).await?;
+    async fn on_joined(&mut self, arrival: Arrival) -> Outcome {
+        let Arrival { node, info, held, session, down, link, canary } = arrival;
+        if let Some(before) = self.sessions.get(&node) {
+            if before.info.instance != info.instance {
+                // Another process of this name: the first one stays for as long as it lives.
+                drop(down.send(Down::Taken).await);
+                return Ok(());
+            }
+            self.lose(&node, "its process came back on another link").await?;
         }
         if let Err(reason) = self.check_memory(&node, &info) {
             if self.machine.activity() == Activity::Gathering {
@@ -231,9 +273,30 @@ impl SupervisorState {
         }
         let (capacity, address) = (info.capacity, info.address.clone());
         let run = serde_json::to_string(&self.run).map_err(|error| error.to_string())?;
-        drop(down.send(Down::Welcome(run)).await);
-        self.sessions.insert(node.clone(), Session { info, session, down });
-        self.on_event(Event::Joined { node, capacity, address }).await
+        let keep = self.machine.takes_back(&held);
+        drop(down.send(Down::Welcome(Box::new(Welcome { run, keep, canary }))).await);
+        let known = Session { info, session, down, link, links: Vec::new(), last_word: Instant::now() };
+        self.sessions.insert(node.clone(), known);
+        let held = if keep { held } else { Held::default() };
+        self.on_event(Event::Joined { node, capacity, address, held }).await
+    }
+
+    /// The current session of a node, if these are its words.
+    fn session(&mut self, node: &NodeId, session: u64) -> Option<&mut Session> {
+        self.sessions.get_mut(node).filter(|known| known.session == session)
+    }
+
+    async fn on_said(&mut self, node: NodeId, session: u64, message: FromNode) -> Outcome {
+        let Some(known) = self.session(&node, session) else { return Ok(()) };
+        known.last_word = Instant::now();
+        self.on_event(Event::Said { node, message }).await
+    }
+
+    fn on_links(&mut self, node: &NodeId, session: u64, links: Vec<LinkReport>) {
+        if let Some(known) = self.session(node, session) {
+            known.links = links;
+            known.last_word = Instant::now();
+        }
     }
 
     /// Refuses a model that cannot fit: what every node holds, and the experts divided by all nodes that are wanted.
@@ -266,11 +329,41 @@ impl SupervisorState {
     }
 
     async fn on_lost(&mut self, node: NodeId, session: u64, reason: String) -> Outcome {
-        if self.sessions.get(&node).is_none_or(|known| known.session != session) {
+        if self.session(&node, session).is_none() {
             return Ok(());
         }
-        self.sessions.remove(&node);
-        self.on_event(Event::Lost { node, reason }).await
+        if self.left.remove(&node) {
+            self.sessions.remove(&node);
+            let step = self.machine.committed();
+            self.answer(&OperatorRequest::Drain { node: node.0 }, &OperatorReply::Done { step });
+            return Ok(());
+        }
+        self.lose(&node, &reason).await
+    }
+
+    /// A node is gone, and whatever its link still brings is not heard.
+    async fn lose(&mut self, node: &NodeId, reason: &str) -> Outcome {
+        if let Some(session) = self.sessions.remove(node) {
+            session.link.close(reason);
+            self.durations.lost(node, reason, session.last_word.elapsed());
+        }
+        let gone = OperatorReply::Failed { reason: format!("{node} is gone: {reason}") };
+        self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &gone);
+        self.on_event(Event::Lost { node: node.clone(), reason: reason.to_owned() }).await
+    }
+
+    fn fence(&mut self, node: &NodeId, reason: &str) {
+        if let Some(session) = self.sessions.remove(node) {
+            session.link.close(reason);
+            self.durations.lost(node, reason, session.last_word.elapsed());
+        }
+    }
+
+    /// The last word to everybody.
+    async fn dismiss(&mut self, reason: &str) {
+        for session in self.sessions.values() {
+            drop(session.down.send(Down::Say(ToNode::Leave { reason: reason.to_owned() })).await);
+        }
     }
 
     async fn on_operator(&mut self, request: OperatorRequest, reply: RpcReplyPort<OperatorReply>) -> Outcome {
@@ -285,6 +378,13 @@ impl SupervisorState {
             }
             OperatorRequest::Checkpoint => Event::CheckpointRequested,
             OperatorRequest::Stop => Event::StopRequested,
+            OperatorRequest::Drain { ref node } if !self.sessions.contains_key(&NodeId::new(node)) => {
+                let there: Vec<&str> = self.sessions.keys().map(|node| node.0.as_str()).collect();
+                let reason = format!("there is no node {node}; there are: {}", there.join(", "));
+                drop(reply.send(OperatorReply::Failed { reason }));
+                return Ok(());
+            }
+            OperatorRequest::Drain { ref node } => Event::DrainRequested { node: NodeId::new(node) },
         };
         self.waiting.push((request, reply));
         self.on_event(event).await
@@ -293,7 +393,15 @@ impl SupervisorState {
     async fn carry_out(&mut self, effect: Effect) -> Outcome {
         match effect {
             Effect::Send { node, message } => self.send(&node, message).await,
+            Effect::Fence { node, reason } => {
+                self.fence(&node, &reason);
+                Ok(())
+            }
             Effect::Journal(committed) => self.journal(*committed).await,
+            Effect::Remember(remembered) => {
+                let store = self.store.clone();
+                blocking(move || store.put(Table::Facts, CLUSTER, &remembered)).await
+            }
             Effect::OpenCheckpoint { step, epoch, shards } => {
                 drop(self.checkpointer.cast(CheckpointerMsg::Open { step, epoch, shards }));
                 Ok(())
@@ -320,7 +428,7 @@ impl SupervisorState {
     }
 
     async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
-        self.last_progress = Instant::now();
+        self.durations.sent(&message);
         if let ToNode::Begin { step, pass, lanes, .. } = &mut message {
             for (lane, tokens) in lanes {
                 let read = match pass {
@@ -342,7 +450,10 @@ impl SupervisorState {
         blocking(move || store.commit(record.step, &record)).await?;
         let seconds = self.last_commit.elapsed().as_secs_f64();
         self.last_commit = Instant::now();
-        let line = MetricsLine::new(&committed, seconds);
+        for line in self.durations.committed(committed.step) {
+            self.event_line(&line)?;
+        }
+        let line = MetricsLine::new(&committed, Some(seconds));
         self.files.metrics(&line).map_err(|error| error.to_string())?;
         if self.log_every > 0 && line.step.is_multiple_of(self.log_every) {
             let (loss, busiest_expert) = (line.loss, line.busiest_expert);
@@ -364,16 +475,18 @@ impl SupervisorState {
 
     async fn on_notice(&mut self, notice: Notice) -> Outcome {
         match &notice {
-            Notice::Placed { epoch, .. } => {
-                let (store, epoch) = (self.store.clone(), *epoch);
-                // Before anybody hears of it: an epoch's number is never used twice.
-                blocking(move || store.put(Table::Facts, "epoch", &epoch)).await?;
-            }
             Notice::Checkpoint { step } => {
-                self.answer(OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step })
+                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step })
             }
             Notice::CheckpointFailed { reason, .. } => {
-                self.answer(OperatorRequest::Checkpoint, &OperatorReply::Failed { reason: reason.clone() });
+                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Failed { reason: reason.clone() });
+            }
+            Notice::MigrationFailed { node, reason } => {
+                let failed = OperatorReply::Failed { reason: reason.clone() };
+                self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &failed);
+            }
+            Notice::Left { node } => {
+                self.left.insert(node.clone());
             }
             _ => {}
         }
@@ -381,10 +494,18 @@ impl SupervisorState {
             Notice::WentBack { .. } | Notice::ReplicasDiffer { .. } | Notice::CheckpointFailed { .. } => {
                 tracing::error!(?notice, "event");
             }
-            Notice::Lost { .. } | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
+            Notice::Lost { .. }
+            | Notice::Fenced { .. }
+            | Notice::MigrationFailed { .. }
+            | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
             _ => tracing::info!(?notice, "event"),
         }
-        let line = EventLine { unix_ms: unix_ms(), notice };
+        self.durations.noticed(&notice);
+        self.event_line(&notice)
+    }
+
+    fn event_line(&mut self, event: &impl Serialize) -> Outcome {
+        let line = EventLine { unix_ms: unix_ms(), event };
         self.files.event(&line).map_err(|error| error.to_string())?;
         if let Ok(text) = serde_json::to_string(&line) {
             self.events.push_back(text);
@@ -395,8 +516,8 @@ impl SupervisorState {
         Ok(())
     }
 
-    fn answer(&mut self, request: OperatorRequest, answer: &OperatorReply) {
-        for (_, reply) in self.waiting.extract_if(.., |(asked, _)| *asked == request) {
+    fn answer(&mut self, request: &OperatorRequest, answer: &OperatorReply) {
+        for (_, reply) in self.waiting.extract_if(.., |(asked, _)| asked == request) {
             drop(reply.send(answer.clone()));
         }
     }
@@ -419,9 +540,9 @@ impl SupervisorState {
         let node = |(node, session): (&NodeId, &Session)| NodeStatus {
             name: node.0.clone(),
             pid: session.info.pid,
-            state: if placement.members.contains(node) { "member".into() } else { "joined".into() },
+            state: self.machine.standing(node).into(),
             device: session.info.device.clone(),
-            capacity: session.info.capacity,
+            capacity: self.machine.capacity(node).unwrap_or(session.info.capacity),
             shards: self
                 .settings
                 .architecture
@@ -430,11 +551,12 @@ impl SupervisorState {
                 .filter(|&s| placement.holds(node, s))
                 .count(),
             lanes: placement.lanes_of(node),
+            links: session.links.clone(),
         };
         let shard = |shard: ShardId| ShardStatus {
             name: shard.to_string(),
             version: self.machine.committed(),
-            replicas: placement.holders(shard).into_iter().map(|node| node.0).collect(),
+            replicas: self.machine.holders(shard).into_iter().map(|node| node.0).collect(),
         };
         Status {
             run: self.run.run.clone(),
@@ -444,7 +566,7 @@ impl SupervisorState {
             activity: if self.end.is_some() { self.machine.activity() } else { Activity::Done },
             checkpoint: self.machine.durable(),
             loss: self.last_metrics.as_ref().map(|line| line.loss),
-            tokens_per_second: self.last_metrics.as_ref().map(|line| line.tokens_per_second),
+            tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
             supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },
             nodes: self.sessions.iter().map(node).collect(),
             shards: self.settings.architecture.shards().into_iter().map(shard).collect(),

@@ -5,11 +5,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed, HostDtype, HostTensor};
-use volary_core::messages::{FromNode, ToNode};
+use volary_core::messages::{FromNode, Held, ToNode};
 use volary_core::options::TrainingOptions;
 use volary_core::tree::Span;
 use volary_core::{Epoch, Lane, ShardId, Step};
-use volary_transport::{Dtype, Frame, Kind, Part, TraceContext};
+use volary_transport::{CanaryKey, Dtype, Frame, Kind, Part, TraceContext};
 
 /// What a node tells the supervisor about itself when it joins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,6 +26,21 @@ pub struct NodeInfo {
     pub memory_bytes: u64,
     /// Where its peers reach it.
     pub address: String,
+    /// A number that its process drew when it started: a process that comes back is told from another of its name.
+    pub instance: u64,
+}
+
+/// What a node knows of its link to another one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LinkReport {
+    /// The other node.
+    pub peer: String,
+    /// The round trip, in milliseconds.
+    pub round_trip_ms: f64,
+    /// Bytes sent since the link was made.
+    pub sent_bytes: u64,
+    /// Bytes received since the link was made.
+    pub received_bytes: u64,
 }
 
 /// What a node must know of the run before it can do anything.
@@ -39,13 +54,26 @@ pub struct RunInfo {
     pub architecture: Architecture,
     /// The training.
     pub training: TrainingOptions,
+    /// How long a silent peer is believed alive, in milliseconds.
+    pub node_timeout_ms: u64,
+    /// How long a node keeps its state and waits for a supervisor that is gone, in milliseconds.
+    pub supervisor_timeout_ms: u64,
+}
+
+impl RunInfo {
+    /// Whether state of one is state of the other.
+    pub(crate) fn same_model(&self, other: &Self) -> bool {
+        (&self.run, self.seed, &self.architecture) == (&other.run, other.seed, &other.architecture)
+    }
 }
 
 /// Supervisor to node, on the control stream.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Down {
-    /// The answer to [`Up::Hello`]: a [`RunInfo`] as JSON, since its tagged options need a format that describes itself.
-    Welcome(String),
+    /// The answer to [`Up::Hello`].
+    Welcome(Box<Welcome>),
+    /// The name is taken by a living process: try again later, or under another name.
+    Taken,
     /// The protocol.
     Say(ToNode),
 }
@@ -53,10 +81,23 @@ pub(crate) enum Down {
 /// Node to supervisor, on the control stream.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) enum Up {
-    /// The first words.
-    Hello(NodeInfo),
+    /// The first words: what it is, and what it has in memory.
+    Hello(NodeInfo, Held),
     /// The protocol.
     Say(FromNode),
+    /// Now and then: the links to other nodes.
+    Links(Vec<LinkReport>),
+}
+
+/// What a node is told when it is let in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Welcome {
+    /// A [`RunInfo`] as JSON, since its tagged options need a format that describes itself.
+    pub(crate) run: String,
+    /// Whether it may keep what it has in memory.
+    pub(crate) keep: bool,
+    /// The port of the canary on the supervisor's host and the key to show there, if there is one.
+    pub(crate) canary: Option<(u16, CanaryKey)>,
 }
 
 /// The words with a batch of rows to or from experts; the rows are the frame's only part.
@@ -76,7 +117,14 @@ pub(crate) struct SumOf {
     pub(crate) span: Span,
 }
 
-/// The words with a shard, and with the wish for one.
+/// The words with the wish for a shard, at a version or at whatever version it has.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ShardWish {
+    pub(crate) shard: ShardId,
+    pub(crate) version: Option<Step>,
+}
+
+/// The words with a shard.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct ShardAt {
     pub(crate) shard: ShardId,

@@ -31,6 +31,8 @@ pub struct ClusterOptions {
     pub threads: usize,
     /// Whether a node that ends unexpectedly is started again.
     pub respawn: bool,
+    /// Whether a script disturbs the nodes' network.
+    pub disturbed: bool,
     /// Whether the run went on before, with nodes that live no more.
     pub nodes_are_gone: bool,
 }
@@ -91,7 +93,8 @@ impl Cluster {
             (self.options.threads.to_string(), rundir::node_token(&self.dir).display().to_string());
         let words = ["-v", "node", "--tethered", "--join", &self.address, "--name", name];
         let more = ["--device", &self.options.device, "--threads", &threads, "--token-file", &token];
-        Process::start(name, &self.logs, &[words.as_slice(), &more].concat())
+        let hook: &[&str] = if self.options.disturbed { &["--disturbed"] } else { &[] };
+        Process::start(name, &self.logs, &[words.as_slice(), &more, hook].concat())
     }
 
     /// How the supervisor ended, if it did.

@@ -7,14 +7,13 @@
 //! | [`rundir`] | which run a command means, and how to reach its supervisor |
 //! | [`cluster`], `member`, [`local`] | the processes of a run on this machine; one node; one process |
 //! | [`follow`] | a run on this machine, from its first step to its end |
-//! | [`script`], [`disturb`] | what happens to a scripted run; what its links suffer |
+//! | [`script`] | what happens to a scripted run |
 //! | [`progress`] | the progress bar |
 //! | [`environment`], [`log`] | what must be set before libtorch runs; the log |
 
 pub mod cluster;
 pub mod commands;
 pub mod config;
-pub mod disturb;
 pub mod environment;
 pub mod follow;
 pub mod local;

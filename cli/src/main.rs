@@ -38,6 +38,8 @@ enum Command {
     Node(commands::node::Args),
     /// Show how a run is going.
     Status(commands::operate::StatusArgs),
+    /// Let a node hand over what it has and leave.
+    Drain(commands::operate::DrainArgs),
     /// Write a checkpoint now.
     Checkpoint(commands::operate::Args),
     /// Write a checkpoint and end the run.
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
         Command::Supervisor(args) => commands::supervisor::run(args),
         Command::Node(args) => commands::node::run(args),
         Command::Status(args) => commands::operate::status(args),
+        Command::Drain(args) => commands::operate::drain(args),
         Command::Checkpoint(args) => commands::operate::checkpoint(args),
         Command::Stop(args) => commands::operate::stop(args),
         Command::Generate(args) => commands::generate::run(args),

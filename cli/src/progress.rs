@@ -15,7 +15,8 @@ pub struct Seen {
     /// Mean cross-entropy.
     pub loss: f64,
     /// Tokens per second.
-    pub tokens_per_second: f64,
+    #[serde(default)]
+    pub tokens_per_second: Option<f64>,
     /// Nodes that took part.
     pub nodes: u32,
 }
@@ -127,7 +128,8 @@ impl Display {
         self.last = Some(seen);
         let Seen { step, loss, tokens_per_second, nodes } = seen;
         self.first.get_or_insert_with(|| (step, Instant::now()));
-        let message = format!("loss {loss:.4}  {tokens_per_second:.0} tokens/s  {nodes} nodes");
+        let speed = tokens_per_second.unwrap_or_default();
+        let message = format!("loss {loss:.4}  {speed:.0} tokens/s  {nodes} nodes");
         if let Some(bar) = &self.bar {
             if first {
                 // Time left is guessed from the steps of this process only.

@@ -2,13 +2,13 @@
 //! `examples/events.toml`.
 
 use crate::config::{explain, nearest};
-use crate::disturb::{DISTURB_SECONDS_MAX, Disturbance, is_part};
 use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::collections::VecDeque;
 use std::fmt;
 use std::path::Path;
 use std::time::Duration;
+use volary_actors::{DISTURB_SECONDS_MAX, Disturbance, is_part};
 
 /// How many events a script may have. What they write to one node fits its pipe, whether or not it is read.
 const EVENTS_MAX: usize = 1000;
@@ -156,6 +156,12 @@ pub struct Script {
 }
 
 impl Script {
+    /// Whether an event disturbs the network.
+    #[must_use]
+    pub fn disturbs(&self) -> bool {
+        self.events.iter().any(|event| event.action.disturbance().is_some())
+    }
+
     /// Reads the script of a run that starts with so many nodes.
     ///
     /// # Errors

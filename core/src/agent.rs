@@ -259,9 +259,7 @@ impl Agent {
                 self.on_commit(epoch, step, update)
             }
             ToNode::Abort { epoch } if epoch == self.epoch => self.stop_working(),
-            ToNode::Checkpoint { epoch, step, shards } => {
-                self.do_next(Effect::Store { epoch, step, shards })
-            }
+            ToNode::Checkpoint { epoch, step, shards } => self.do_next(Effect::Store { epoch, step, shards }),
             ToNode::Leave { reason } => self.do_next(Effect::Leave { reason }),
             //
             ToNode::Begin { .. } | ToNode::Commit { .. } | ToNode::Abort { .. } => {}
@@ -307,8 +305,9 @@ impl Agent {
             assignment.learn.iter().partition(|(shard, _)| self.shards.contains_key(shard));
         self.here = here.into_iter().map(|(shard, _)| *shard).collect();
         let coming = coming.into_iter();
-        self.coming =
-            coming.map(|(shard, from)| (*shard, Coming { from: from.clone(), ..Coming::default() })).collect();
+        self.coming = coming
+            .map(|(shard, from)| (*shard, Coming { from: from.clone(), ..Coming::default() }))
+            .collect();
         let (epoch, version) = (self.epoch, self.version);
         let absent = |(shard, source): &&(ShardId, Source)| {
             *source == Source::Held && !self.shards.contains_key(shard)
@@ -449,11 +448,15 @@ impl Agent {
                 self.copy_more();
             }
             Ok(at) => {
-                let reason = format!("{shard} came at step {at} every time, and the run is at {}", self.version);
+                let reason =
+                    format!("{shard} came at step {at} every time, and the run is at {}", self.version);
                 self.do_next(Effect::Say(FromNode::CannotLearn { epoch, reason }));
             }
             Err(Trouble { reason, .. }) => {
-                self.do_next(Effect::Say(FromNode::CannotLearn { epoch, reason: format!("{shard}: {reason}") }));
+                self.do_next(Effect::Say(FromNode::CannotLearn {
+                    epoch,
+                    reason: format!("{shard}: {reason}"),
+                }));
             }
         }
     }

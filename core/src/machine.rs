@@ -185,6 +185,17 @@ impl Machine {
         self.nodes.get(node).map(|n| n.capacity)
     }
 
+    /// The nodes that hold a shard, its owner first, then those that copy it and have it already.
+    #[must_use]
+    pub fn holders(&self, shard: ShardId) -> Vec<NodeId> {
+        let Some(known) = self.holders.get(&shard) else { return Vec::new() };
+        let mut holders = self.placement.holders(shard);
+        holders.retain(|node| known.contains(node));
+        let learned: Vec<NodeId> = known.iter().filter(|node| !holders.contains(node)).cloned().collect();
+        holders.extend(learned);
+        holders
+    }
+
     /// Whether a node that comes back with state may keep it. Otherwise it is to start anew.
     #[must_use]
     pub fn takes_back(&self, held: &Held) -> bool {

@@ -88,8 +88,7 @@ impl Placement {
         let names: Vec<NodeId> = members.iter().map(|m| m.node.clone()).collect();
         let mut loads = Loads { members: &members, held: BTreeMap::new() };
         let mut experts = BTreeMap::new();
-        let all: Vec<ShardId> =
-            request.architecture.shards().into_iter().filter(|s| s.is_expert()).collect();
+        let all: Vec<ShardId> = request.architecture.shards().into_iter().filter(|s| s.is_expert()).collect();
         for &shard in &all {
             let alive = |node: &&NodeId| {
                 names.contains(node) && holders.get(&shard).is_some_and(|nodes| nodes.contains(*node))

@@ -19,6 +19,8 @@ pub(crate) struct Node {
     placement: Placement,
     weights: BTreeMap<ShardId, (Step, u64)>,
     copied: BTreeMap<ShardId, (Step, u64)>,
+    /// What came for a placement and is used when the agent hears of it.
+    fetched: BTreeMap<ShardId, (Step, u64)>,
     stash: BTreeMap<ShardId, Vec<(Step, u64)>>,
     /// What it works on, with its lanes.
     work: Option<(Epoch, Step, Vec<Lane>)>,
@@ -48,6 +50,7 @@ impl Node {
             placement: Placement::default(),
             weights: BTreeMap::new(),
             copied: BTreeMap::new(),
+            fetched: BTreeMap::new(),
             stash: BTreeMap::new(),
             work: None,
         }
@@ -64,6 +67,7 @@ impl Node {
     fn forget(&mut self) {
         self.work = None;
         self.copied.clear();
+        self.fetched.clear();
         self.stash.clear();
     }
 
@@ -89,6 +93,10 @@ impl World {
 
     pub(crate) fn node_event(&mut self, id: &NodeId, event: Event) {
         let Some(node) = self.nodes.get_mut(id) else { return };
+        if matches!(&event, Event::Fetched { epoch, outcome: Ok(()) } if *epoch == node.agent.epoch()) {
+            let fetched = std::mem::take(&mut node.fetched);
+            node.weights.extend(fetched);
+        }
         for effect in node.agent.handle(event) {
             self.node_does(id, effect);
         }
@@ -189,19 +197,25 @@ impl World {
                 Source::Held => unreachable!("what is held is not fetched"),
             };
             if let Some(node) = self.nodes.get_mut(id) {
-                node.weights.insert(*shard, (version, value));
+                node.fetched.insert(*shard, (version, value));
             }
         }
-        if outcome.is_err()
-            && let Some(node) = self.nodes.get_mut(id)
-        {
-            node.weights.retain(|shard, _| !shards.iter().any(|(wanted, _)| wanted == shard));
-        }
         let Some(process) = self.nodes.get(id).map(|n| n.process) else { return };
-        self.after(1, 80, Happening::Local { node: id.clone(), process, event: Event::Fetched { epoch, outcome } });
+        self.after(
+            1,
+            80,
+            Happening::Local { node: id.clone(), process, event: Event::Fetched { epoch, outcome } },
+        );
     }
 
-    pub(crate) fn read_copy(&mut self, id: &NodeId, process: u64, epoch: Epoch, shard: ShardId, from: &[NodeId]) {
+    pub(crate) fn read_copy(
+        &mut self,
+        id: &NodeId,
+        process: u64,
+        epoch: Epoch,
+        shard: ShardId,
+        from: &[NodeId],
+    ) {
         if self.nodes.get(id).is_none_or(|n| n.process != process || n.agent.epoch() != epoch) {
             return;
         }
@@ -254,7 +268,9 @@ impl World {
         let begun = |member: &NodeId| {
             let at = self.nodes.get(member).map(|n| (n.work.as_ref(), n.agent.held()));
             at.is_some_and(|(work, held)| {
-                work.is_some_and(|w| (w.0, w.1) >= (epoch, step)) || held.prepared == Some((epoch, step)) || held.version >= step
+                work.is_some_and(|w| (w.0, w.1) >= (epoch, step))
+                    || held.prepared == Some((epoch, step))
+                    || held.version >= step
             })
         };
         let early = others().any(|member| !begun(member));

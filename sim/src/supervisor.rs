@@ -99,9 +99,8 @@ impl World {
             }
             let Some(known) = self.nodes.get(node) else { return false };
             let held = known.agent.held();
-            let rolls = last.is_some_and(|l| {
-                held.prepared == Some((l.epoch, l.step)) && held.version + 1 == committed
-            });
+            let rolls = last
+                .is_some_and(|l| held.prepared == Some((l.epoch, l.step)) && held.version + 1 == committed);
             held.shards.contains(shard) && (held.version == committed || rolls)
         };
         let linked: Vec<&NodeId> = self
@@ -113,7 +112,10 @@ impl World {
         let shards = self.settings.architecture.shards();
         let lost = shards.iter().any(|shard| !linked.iter().any(|node| has(node, shard)));
         // Where words are lost, a copy may be there and nobody knows of it.
-        assert!(lost || self.stormy, "went back from {committed} to {step} while a copy of every shard lives");
+        assert!(
+            lost || self.stormy,
+            "went back from {committed} to {step} while a copy of every shard lives"
+        );
         self.disk.journal.retain(|at, _| *at <= step);
     }
 

@@ -239,8 +239,13 @@ impl World {
     /// A new process joins, under a new name unless one is given.
     pub(crate) fn join(&mut self, name: Option<NodeId>) {
         let node = name.unwrap_or_else(|| {
-            self.named += 1;
-            NodeId::new(format!("n{}", self.named))
+            loop {
+                self.named += 1;
+                let fresh = NodeId::new(format!("n{}", self.named));
+                if !self.nodes.contains_key(&fresh) && !self.sessions.contains_key(&fresh) {
+                    return fresh;
+                }
+            }
         });
         self.processes += 1;
         self.nodes.insert(node.clone(), Node::new(node.clone(), self.processes));
@@ -356,7 +361,8 @@ impl World {
 
     /// A node comes to the supervisor, with what it holds.
     fn dial(&mut self, node: NodeId, process: u64) {
-        let Some(known) = self.nodes.get(&node).filter(|n| n.process == process && n.session.is_none()) else {
+        let Some(known) = self.nodes.get(&node).filter(|n| n.process == process && n.session.is_none())
+        else {
             return;
         };
         let held = known.agent.held();

@@ -55,7 +55,10 @@ fn count(worlds: &[World], what: fn(&Notice) -> bool) -> usize {
 fn nodes_die_and_join() {
     let kinds = Kinds { supervisor: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
     let worlds = all(0..1_000, kinds);
-    assert!(count(&worlds, |n| matches!(n, Notice::Migrated { .. })) > 100, "copies are made in the background");
+    assert!(
+        count(&worlds, |n| matches!(n, Notice::Migrated { .. })) > 100,
+        "copies are made in the background"
+    );
     assert!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })) > 10, "last copies die, too");
 }
 
@@ -97,7 +100,8 @@ fn everything_at_once() {
 #[test]
 fn one_seed() {
     let Ok(seed) = std::env::var("VOLARY_TRACE") else { return };
-    let named = std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,weather,drains".into());
+    let named =
+        std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,weather,drains".into());
     let has = |kind| named.split(',').any(|name| name == kind);
     let kinds = Kinds {
         nodes: has("nodes"),

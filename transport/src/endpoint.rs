@@ -9,14 +9,15 @@ use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::handshake::{Answer, PROTOCOL, Role, greet};
 use crate::identity::{Identity, KeyRequest, SUPERVISOR, dns_name};
+use crate::interference::{Disturbed, Interference};
 use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX, STREAMS_MAX};
 use crate::link::{CONTROL_PRIORITY, Link};
 use crate::options::TransportOptions;
 use crate::tls::{self, Admit};
 use crate::token::Token;
-use quinn::{Connection, VarInt};
+use quinn::{Connection, Runtime as _, VarInt};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, mpsc, oneshot};
@@ -41,7 +42,9 @@ struct Shared {
     quinn: quinn::Endpoint,
     runtime: Handle,
     identity: Option<Identity>,
-    transport: Arc<quinn::TransportConfig>,
+    admit: Option<Admit>,
+    options: TransportOptions,
+    transport: RwLock<Arc<quinn::TransportConfig>>,
     local: SocketAddr,
     incoming: Mutex<mpsc::Receiver<Accepted>>,
     /// Ends the endpoint's thread when the last clone is gone.
@@ -59,8 +62,21 @@ impl Endpoint {
         admit: Admit,
         options: &TransportOptions,
     ) -> Result<Self> {
-        let server = tls::server(&identity, admit)?;
-        Self::open(address, Some((identity, server)), options)
+        Self::open(address, Some((identity, admit)), options, None)
+    }
+
+    /// As [`Endpoint::bind`], with a hook that disturbs the socket.
+    ///
+    /// # Errors
+    /// As [`Endpoint::bind`].
+    pub fn bind_disturbed(
+        address: SocketAddr,
+        identity: Identity,
+        admit: Admit,
+        options: &TransportOptions,
+        interference: Interference,
+    ) -> Result<Self> {
+        Self::open(address, Some((identity, admit)), options, Some(interference))
     }
 
     /// An endpoint that only dials, with nothing but a token to show.
@@ -68,13 +84,14 @@ impl Endpoint {
     /// # Errors
     /// When the machine gives no socket.
     pub fn dial_only(towards: SocketAddr, options: &TransportOptions) -> Result<Self> {
-        Self::open(SocketAddr::new(local_ip(towards)?, 0), None, options)
+        Self::open(SocketAddr::new(local_ip(towards)?, 0), None, options, None)
     }
 
     fn open(
         address: SocketAddr,
-        server: Option<(Identity, quinn::ServerConfig)>,
+        server: Option<(Identity, Admit)>,
         options: &TransportOptions,
+        interference: Option<Interference>,
     ) -> Result<Self> {
         let loopback = address.ip().is_loopback();
         let transport = Arc::new(transport_config(loopback, options)?);
@@ -84,17 +101,30 @@ impl Endpoint {
         if loopback {
             config.max_udp_payload_size(LOOPBACK_DATAGRAM).map_err(Error::identity)?;
         }
-        let (identity, server) = server.map_or((None, None), |(identity, mut server)| {
-            server.transport_config(Arc::clone(&transport));
-            (Some(identity), Some(server))
-        });
+        let (identity, admit) = server.unzip();
+        let server = match identity.as_ref().zip(admit) {
+            Some((identity, admit)) => {
+                let mut server = tls::server(identity, admit)?;
+                server.transport_config(Arc::clone(&transport));
+                Some(server)
+            }
+            None => None,
+        };
         let (alive, gone) = oneshot::channel::<()>();
         let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
         let (opened, wait) = std::sync::mpsc::channel();
         let start = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let _entered = runtime.enter();
-            let quinn = quinn::Endpoint::new(config, server, socket, Arc::new(quinn::TokioRuntime))?;
+            let here = Arc::new(quinn::TokioRuntime);
+            let quinn = match interference {
+                None => quinn::Endpoint::new(config, server, socket, here)?,
+                Some(interference) => {
+                    let socket = here.wrap_udp_socket(socket)?;
+                    let disturbed = Arc::new(Disturbed { socket, interference });
+                    quinn::Endpoint::new_with_abstract_socket(config, server, disturbed, here)?
+                }
+            };
             // The other end waits for exactly this.
             drop(opened.send(Ok((quinn.clone(), runtime.handle().clone()))));
             runtime.block_on(async {
@@ -122,7 +152,9 @@ impl Endpoint {
             quinn,
             runtime,
             identity,
-            transport,
+            admit,
+            options: options.clone(),
+            transport: RwLock::new(transport),
             local,
             incoming: Mutex::new(incoming),
             _alive: alive,
@@ -134,6 +166,23 @@ impl Endpoint {
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
         self.shared.local
+    }
+
+    /// From now on a silent peer is gone after so many milliseconds, on links that are not made yet.
+    ///
+    /// # Errors
+    /// When that is more than QUIC can count.
+    pub fn set_idle_timeout(&self, idle_timeout_ms: u64) -> Result<()> {
+        let keep_alive_ms = self.shared.options.keep_alive_ms.min((idle_timeout_ms / 6).max(1));
+        let options = TransportOptions { keep_alive_ms, idle_timeout_ms };
+        let transport = Arc::new(transport_config(self.shared.local.ip().is_loopback(), &options)?);
+        if let Some((identity, admit)) = self.shared.identity.as_ref().zip(self.shared.admit) {
+            let mut server = tls::server(identity, admit)?;
+            server.transport_config(Arc::clone(&transport));
+            self.shared.quinn.set_server_config(Some(server));
+        }
+        *self.shared.transport.write().unwrap_or_else(PoisonError::into_inner) = transport;
+        Ok(())
     }
 
     /// The next one who wants in, or `None` when the endpoint is closed.
@@ -229,7 +278,8 @@ impl Endpoint {
         role: Role,
         protocol: u16,
     ) -> Result<(Connection, Answer, (ControlSender, ControlReceiver))> {
-        config.transport_config(Arc::clone(&self.shared.transport));
+        let transport = Arc::clone(&self.shared.transport.read().unwrap_or_else(PoisonError::into_inner));
+        config.transport_config(transport);
         let (quinn, dns, peer) = (self.shared.quinn.clone(), dns_name(name), format!("{name} at {address}"));
         // On the endpoint's runtime: a connection's driver runs where it was opened.
         let work = self.shared.runtime.spawn(async move {

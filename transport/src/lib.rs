@@ -8,6 +8,8 @@
 //! | `accept` | who dials in, and what it is told |
 //! | [`link`] | one peer: requests, frames, answers |
 //! | `stream` | one frame on one stream |
+//! | [`canary`] | notices at once that a process has died |
+//! | `interference` | disturbs a real socket, for tests |
 //! | [`memory`] | links without a network, with faults, for tests |
 //! | [`control`] | small typed messages |
 //! | [`frame`] | the layout of tensors on the wire |
@@ -16,12 +18,14 @@
 //! | [`limits`] | every bound |
 
 mod accept;
+pub mod canary;
 pub mod control;
 pub mod endpoint;
 mod error;
 pub mod frame;
 pub mod handshake;
 pub mod identity;
+mod interference;
 pub mod limits;
 pub mod link;
 pub mod loopback;
@@ -32,12 +36,14 @@ mod tls;
 pub mod token;
 
 pub use accept::Accepted;
+pub use canary::{Canary, CanaryKey, CanaryWatch};
 pub use control::{ControlReceiver, ControlSender};
 pub use endpoint::{Endpoint, join, local_ip};
 pub use error::{Error, Result};
 pub use frame::{Dtype, Frame, Kind, Part, TraceContext};
 pub use handshake::{PROTOCOL, Role};
 pub use identity::{Authority, Identity, KeyRequest, SUPERVISOR, check_name, write_secret};
+pub use interference::Interference;
 pub use link::{Inbound, InboundFrame, Link, LinkStats, Replier};
 pub use loopback::{LoopbackReport, measure_loopback};
 pub use options::TransportOptions;

@@ -135,6 +135,21 @@ impl Link {
         }
     }
 
+    /// Whether the link still holds, as far as this end knows.
+    #[must_use]
+    pub fn is_open(&self) -> bool {
+        match &self.wire {
+            Wire::Quic(wire) => wire.connection.close_reason().is_none(),
+            Wire::Memory(end) => end.is_open(),
+        }
+    }
+
+    /// Whether both are handles of one link.
+    #[must_use]
+    pub fn same_as(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.control, &other.control)
+    }
+
     /// Closes the link.
     pub fn close(&self, reason: &str) {
         self.close_with(0, reason);

@@ -265,6 +265,10 @@ impl End {
     }
 
     /// In quinn's words.
+    pub(crate) fn is_open(&self) -> bool {
+        self.0.shared.closing.borrow().is_none()
+    }
+
     pub(crate) async fn closed(&self) -> String {
         let mut closing = self.0.shared.closing.subscribe();
         match closing.wait_for(Option::is_some).await.as_deref() {

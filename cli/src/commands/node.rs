@@ -3,9 +3,14 @@
 use crate::rundir::{self, Role};
 use anyhow::bail;
 use std::path::PathBuf;
-use volary_actors::{NodeEnd, NodeOptions};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use volary_actors::{Disturbance, Interference, NodeEnd, NodeOptions, RunInfo};
 use volary_core::compute::ComputeError;
 use volary_model::{Glam, device};
+
+/// Orders and signals that wait to be looked at.
+const ORDERS_AHEAD: usize = 16;
 
 /// Join a run as a node.
 #[derive(clap::Args)]
@@ -37,6 +42,9 @@ pub struct Args {
     /// End when standard input does: for a parent that starts nodes.
     #[arg(long, hide = true)]
     tethered: bool,
+    /// Take orders on standard input that disturb the network: for tests of faults.
+    #[arg(long, hide = true, requires = "tethered")]
+    disturbed: bool,
 }
 
 /// Runs the command.
@@ -44,8 +52,9 @@ pub struct Args {
 /// # Errors
 /// When the device is not there, the supervisor refuses, or the run is lost.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let (orders, disturbances) = mpsc::channel(ORDERS_AHEAD);
     if args.tethered {
-        crate::local::end_with_parent(crate::disturb::read);
+        crate::local::end_with_parent(move |line| take_order(line, &orders));
     }
     let device = device::parse(&args.device)?;
     let token = rundir::read_token(args.token_file.as_deref())?;
@@ -67,17 +76,52 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         capacity: if device.is_cuda() { 64.0 } else { threads as f64 },
         memory_bytes: memory_bytes(),
         prepare_thread: device::single_thread,
+        disturbed: args.disturbed.then(|| (Interference::default(), disturbances)),
+    };
+    let make = move |run: &RunInfo| {
+        Glam::new(&run.architecture, &run.training, run.seed, device).map_err(ComputeError::from)
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let end = runtime.block_on(volary_actors::run_node(options, move |run| {
-        Glam::new(&run.architecture, &run.training, run.seed, device).map_err(ComputeError::from)
-    }))?;
+    let end = runtime.block_on(async {
+        let leave = ask_to_leave()?;
+        anyhow::Ok(volary_actors::run_node(options, make, leave).await?)
+    })?;
     match end {
         NodeEnd::Left(reason) => {
             tracing::info!(reason, "left");
             Ok(())
         }
         NodeEnd::SupervisorGone(reason) => bail!("the supervisor is gone: {reason}"),
+    }
+}
+
+/// SIGTERM and SIGINT ask to leave: the first after everything is handed over, the second at once.
+fn ask_to_leave() -> std::io::Result<mpsc::Receiver<()>> {
+    let (asked, leave) = mpsc::channel(ORDERS_AHEAD);
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if asked.send(()).await.is_err() {
+                return;
+            }
+        }
+    });
+    Ok(leave)
+}
+
+/// A line of standard input; one that is no order is only logged, since nothing depends on it.
+fn take_order(line: &str, orders: &mpsc::Sender<Disturbance>) {
+    match line.parse::<Disturbance>() {
+        Ok(order) => {
+            if let Err(error) = orders.try_send(order) {
+                tracing::warn!(%error, "this node does not disturb its network");
+            }
+        }
+        Err(reason) => tracing::warn!(reason, "a line on standard input is no order"),
     }
 }
 

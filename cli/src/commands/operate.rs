@@ -2,7 +2,11 @@
 
 use crate::rundir::{self, Role};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use volary_actors::operator::{OperatorReply, OperatorRequest, Status};
+
+/// How often somebody who waits is told how far it is.
+const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 
 /// Which supervisor.
 #[derive(clap::Args)]
@@ -35,6 +39,23 @@ pub struct StatusArgs {
     /// One JSON object.
     #[arg(long)]
     json: bool,
+}
+
+/// Which node of which run.
+#[derive(clap::Args)]
+#[command(after_help = "\
+The node hands its shards and lanes over while training goes on, then leaves; no step is lost. SIGTERM to the node's
+process does the same.
+
+Examples:
+  volary drain node-3
+  volary drain node-3 --dir runs/quickstart
+  volary drain node-3 --supervisor 10.0.0.5:7100 --token-file operator.token")]
+pub struct DrainArgs {
+    /// The node's name, as `volary status` shows it.
+    node: String,
+    #[command(flatten)]
+    which: Args,
 }
 
 /// Asks a supervisor.
@@ -77,6 +98,48 @@ pub(crate) fn stop_quietly(dir: &Path) {
     let args = Args { dir: Some(dir.to_path_buf()), supervisor: None, token_file: None };
     if let Err(error) = ask(&args, &OperatorRequest::Stop) {
         tracing::warn!(%error, "the supervisor was asked to stop");
+    }
+}
+
+/// Runs `volary drain`: orders it, and says how far it is until the node has left.
+///
+/// # Errors
+/// When there is no supervisor or no such node, or it dies before it has left.
+pub fn drain(args: DrainArgs) -> anyhow::Result<()> {
+    let token = rundir::read_token(args.which.token_file.as_deref())?;
+    let which = &args.which;
+    let target =
+        rundir::target(which.dir.as_deref(), which.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let order = OperatorRequest::Drain { node: args.node.clone() };
+    let answer = runtime.block_on(async {
+        let order = volary_actors::operate(target.address, &target.token, &order);
+        tokio::select! {
+            answer = order => answer,
+            () = say_progress(&target, &args.node) => unreachable!("progress is said for ever"),
+        }
+    })?;
+    match answer {
+        OperatorReply::Done { step } => println!("{} left after step {step}", args.node),
+        OperatorReply::Failed { reason } => anyhow::bail!("{reason}"),
+        OperatorReply::Status(_) => anyhow::bail!("the supervisor answered another question"),
+    }
+    Ok(())
+}
+
+/// One line whenever something about the node has changed.
+async fn say_progress(target: &rundir::Target, name: &str) {
+    let mut said = String::new();
+    loop {
+        tokio::time::sleep(PROGRESS_EVERY).await;
+        let asked = volary_actors::operate(target.address, &target.token, &OperatorRequest::Status).await;
+        let Ok(OperatorReply::Status(status)) = asked else { continue };
+        let Some(node) = status.nodes.iter().find(|node| node.name == name) else { continue };
+        let line = format!("{name}: {}, {} shards, {} lanes", node.state, node.shards, node.lanes.len());
+        if line != said {
+            eprintln!("step {}: {line}", status.step);
+            said = line;
+        }
     }
 }
 
@@ -126,11 +189,12 @@ fn print(status: &Status) {
     for node in &status.nodes {
         let lanes: Vec<String> = node.lanes.iter().map(ToString::to_string).collect();
         println!(
-            "  {}: {} on {}, process {}, {} shards, lanes {}",
+            "  {}: {} on {}, process {}, capacity {:.2}, {} shards, lanes {}",
             node.name,
             node.state,
             node.device,
             node.pid,
+            node.capacity,
             node.shards,
             if lanes.is_empty() { "none".into() } else { lanes.join(" ") }
         );

@@ -56,7 +56,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         std::fs::write(dir.config(), text).with_context(|| dir.config().display().to_string())?;
     }
     prepare_data(&config, &dir, &mut |_| {})?;
-    let end = serve(&config, &dir, listen);
+    let end = serve(&config, &dir, listen, args.nodes_are_gone);
     // Nobody may take the directory before the last word is written.
     let _ = std::fs::remove_file(dir.supervisor());
     drop(lock);
@@ -80,7 +80,12 @@ fn same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn serve(config: &Config, dir: &RunDir, listen: std::net::SocketAddr) -> anyhow::Result<RunEnd> {
+fn serve(
+    config: &Config,
+    dir: &RunDir,
+    listen: std::net::SocketAddr,
+    nodes_are_gone: bool,
+) -> anyhow::Result<RunEnd> {
     let training = &config.training;
     let dataset = Dataset::open(
         &dir.data(),
@@ -93,6 +98,8 @@ fn serve(config: &Config, dir: &RunDir, listen: std::net::SocketAddr) -> anyhow:
         run: config.run.name.clone(),
         seed: config.run.seed,
         architecture: config.model.clone(),
+        node_timeout_ms: config.cluster.node_timeout_ms,
+        supervisor_timeout_ms: config.cluster.supervisor_timeout_ms,
         training: training.clone(),
     };
     let options = SupervisorOptions {
@@ -102,6 +109,7 @@ fn serve(config: &Config, dir: &RunDir, listen: std::net::SocketAddr) -> anyhow:
         config_hash: Digest::of(config.identity().as_bytes()),
         listen,
         log_every: config.telemetry.sample_every,
+        nodes_are_gone,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {

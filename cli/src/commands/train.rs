@@ -74,6 +74,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         device: args.device.clone(),
         threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
         respawn: args.respawn,
+        disturbed: script.disturbs(),
         // Nodes end with the train that started them.
         nodes_are_gone: args.resume,
     };

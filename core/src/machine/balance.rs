@@ -73,7 +73,11 @@ impl Machine {
     }
 
     fn look_at_speeds(&mut self) -> Option<String> {
-        let measured = self.placement.members.iter().filter_map(|name| self.nodes.get(name)?.speed.zip(self.nodes.get(name)));
+        let measured = self
+            .placement
+            .members
+            .iter()
+            .filter_map(|name| self.nodes.get(name)?.speed.zip(self.nodes.get(name)));
         let (speeds, capacities) =
             measured.fold((0.0, 0.0), |sum, (speed, node)| (sum.0 + speed, sum.1 + node.capacity));
         if capacities <= 0.0 {
@@ -81,7 +85,10 @@ impl Machine {
         }
         let scale = speeds / capacities;
         let now = |node: &Node| node.speed.unwrap_or(node.capacity * scale);
-        let members: Vec<Member> = self.placement.members.iter()
+        let members: Vec<Member> = self
+            .placement
+            .members
+            .iter()
             .filter_map(|name| Some(Member { node: name.clone(), capacity: now(self.nodes.get(name)?) }))
             .collect();
         let seconds = |lanes: &[NodeId]| {
@@ -96,10 +103,7 @@ impl Machine {
         for node in self.nodes.values_mut() {
             node.capacity = now(node);
         }
-        Some(format!(
-            "measured speeds promise a step of {:.0} % of the present one",
-            100.0 * after / before
-        ))
+        Some(format!("measured speeds promise a step of {:.0} % of the present one", 100.0 * after / before))
     }
 
     /// An expert with twice its share of tokens deserves its copies, one with more of them more.
@@ -128,7 +132,9 @@ impl Machine {
         }
         let &(shard, copies, load) = changed.iter().max_by(|a, b| a.2.total_cmp(&b.2))?;
         let others = changed.len() - 1;
-        Some(format!("{shard} has {load:.1} times its even load and gets {copies} copies ({others} others change)"))
+        Some(format!(
+            "{shard} has {load:.1} times its even load and gets {copies} copies ({others} others change)"
+        ))
     }
 
     /// Experts that one placement may move beyond those that must, for the run's budget of bytes.

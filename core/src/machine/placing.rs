@@ -10,7 +10,7 @@ use super::{Effect, Machine, Notice, Phase, Remembered};
 use crate::ids::{NodeId, ShardId};
 use crate::messages::{Assignment, Source, ToNode};
 use crate::placement::{Member, Placement, Request};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 impl Machine {
     /// Drops the step in flight and places anew; the same step runs again.
@@ -109,8 +109,7 @@ impl Machine {
     fn survivors(&self, epoch: u64) -> Placement {
         let shards = self.settings.architecture.shards();
         let has = |node: &NodeId, shard: &ShardId| self.holders.get(shard).is_some_and(|h| h.contains(node));
-        let whole =
-            |node: &&NodeId| shards.iter().all(|shard| shard.is_expert() || has(node, shard));
+        let whole = |node: &&NodeId| shards.iter().all(|shard| shard.is_expert() || has(node, shard));
         let mut names: Vec<&NodeId> = self.nodes.keys().filter(whole).collect();
         if names.is_empty() {
             names = self.nodes.keys().filter(|node| shards.iter().any(|shard| has(node, shard))).collect();
@@ -151,11 +150,11 @@ impl Machine {
         // A budget may have left something to move.
         self.unsettled = self.placement.learners.is_empty();
         let voters = self.voters();
-        let assignments: Vec<_> =
-            voters.iter().map(|node| (node.clone(), self.assignment(node))).collect();
+        let assignments: Vec<_> = voters.iter().map(|node| (node.clone(), self.assignment(node))).collect();
         let fetches = |a: &Assignment| a.shards.iter().filter(|(_, source)| *source != Source::Held).count();
         let fetched = assignments.iter().map(|(_, a)| fetches(a)).sum();
-        let here = |shard: &ShardId, node: &&NodeId| self.holders.get(shard).is_some_and(|h| h.contains(*node));
+        let here =
+            |shard: &ShardId, node: &&NodeId| self.holders.get(shard).is_some_and(|h| h.contains(*node));
         let learners = self.placement.learners.iter();
         let learning = learners.map(|(s, nodes)| nodes.iter().filter(|node| !here(s, node)).count()).sum();
         let (epoch, step) = (self.placement.epoch, self.committed);
@@ -177,8 +176,12 @@ impl Machine {
     /// Nodes that were to leave, and have no part in the run any more.
     pub(super) fn let_go_of_drained(&mut self) {
         let voters = self.placement.voters();
-        let gone: Vec<NodeId> =
-            self.nodes.iter().filter(|(n, s)| s.draining && !voters.contains(*n)).map(|(n, _)| n.clone()).collect();
+        let gone: Vec<NodeId> = self
+            .nodes
+            .iter()
+            .filter(|(n, s)| s.draining && !voters.contains(*n))
+            .map(|(n, _)| n.clone())
+            .collect();
         for node in gone {
             self.nodes.remove(&node);
             self.holders.values_mut().for_each(|nodes| {
@@ -200,7 +203,13 @@ impl Machine {
             version: self.committed,
             last: self.last,
             shards: held.map(|&shard| (shard, self.source(node, shard))).collect(),
-            learn: self.placement.learners.iter().filter(learns).map(|(s, _)| (*s, self.teachers(*s))).collect(),
+            learn: self
+                .placement
+                .learners
+                .iter()
+                .filter(learns)
+                .map(|(s, _)| (*s, self.teachers(*s)))
+                .collect(),
             addresses: self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect(),
         }
     }
@@ -243,7 +252,8 @@ impl Machine {
             let learners = self.placement.learners.get(&shard);
             let learned = self.holders.remove(&shard).unwrap_or_default();
             let learned = learned.into_iter().filter(|n| learners.is_some_and(|nodes| nodes.contains(n)));
-            let mut holders: BTreeSet<NodeId> = self.placement.holders(shard).into_iter().chain(learned).collect();
+            let mut holders: BTreeSet<NodeId> =
+                self.placement.holders(shard).into_iter().chain(learned).collect();
             holders.retain(|node| self.nodes.contains_key(node));
             self.holders.insert(shard, holders);
         }
@@ -267,7 +277,8 @@ impl Machine {
             !self.nodes.contains_key(node) || self.holders.get(shard).is_some_and(|h| h.contains(node))
         };
         let learners = &self.placement.learners;
-        !learners.is_empty() && learners.iter().all(|(shard, nodes)| nodes.iter().all(|node| has(shard, node)))
+        !learners.is_empty()
+            && learners.iter().all(|(shard, nodes)| nodes.iter().all(|node| has(shard, node)))
     }
 
     /// A shard that must be somewhere and is nowhere: neither in memory nor, as it is, in a checkpoint or the seed.
@@ -296,8 +307,13 @@ impl Machine {
 
     /// Why a placement changes at a boundary, for people.
     fn cause(&self, next: &Placement) -> String {
-        let new: Vec<&NodeId> = next.voters().iter().filter_map(|n| self.nodes.get_key_value(n)).map(|(n, _)| n)
-            .filter(|n| !self.placement.members.contains(n)).collect();
+        let new: Vec<&NodeId> = next
+            .voters()
+            .iter()
+            .filter_map(|n| self.nodes.get_key_value(n))
+            .map(|(n, _)| n)
+            .filter(|n| !self.placement.members.contains(n))
+            .collect();
         let leaving: Vec<&NodeId> = self.nodes.iter().filter(|(_, n)| n.draining).map(|(n, _)| n).collect();
         let list = |names: &[&NodeId]| names.iter().map(|n| n.0.as_str()).collect::<Vec<_>>().join(", ");
         match (new.is_empty(), leaving.is_empty()) {

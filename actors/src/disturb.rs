@@ -1,10 +1,14 @@
 //! What a scripted run does to a node's links: one line on the node's standard input, `partition 3000`, `cut node-1 3000`
 //! or `lose 0.3 3000`, times in milliseconds. The parent writes the lines, the node reads them.
 
+use crate::node_context::NodeContext;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
-use volary_transport::check_name;
+use tokio::sync::mpsc;
+use volary_core::compute::Compute;
+use volary_transport::{Interference, check_name};
 
 /// The longest that a disturbance may last.
 pub const DISTURB_SECONDS_MAX: f64 = 3600.0;
@@ -82,17 +86,23 @@ pub fn is_part(fraction: f64) -> bool {
     fraction > 0.0 && fraction <= 1.0
 }
 
-/// A line of a node's standard input, done; a line that is none of these is only logged, since nothing depends on it.
-pub fn read(line: &str) {
-    match line.parse::<Disturbance>() {
-        Ok(disturbance) => apply(&disturbance),
-        Err(reason) => tracing::warn!(reason, "a line on standard input is no disturbance"),
+/// Does to this node's links what it is told, for as long as somebody may tell.
+pub(crate) async fn disturb<B: Compute>(
+    node: Arc<NodeContext<B>>,
+    interference: Interference,
+    mut disturbances: mpsc::Receiver<Disturbance>,
+) {
+    while let Some(disturbance) = disturbances.recv().await {
+        tracing::warn!(%disturbance, "the network is disturbed, as asked");
+        match disturbance {
+            Disturbance::Partition { during } => interference.partition(during),
+            Disturbance::Lose { fraction, during } => interference.lose(fraction, during),
+            Disturbance::Cut { peer, during } => match node.peers.address(&peer) {
+                Some(address) => interference.cut(address, during),
+                None => tracing::warn!(peer, "is not known here"),
+            },
+        }
     }
-}
-
-/// Disturbs the links of this process.
-fn apply(disturbance: &Disturbance) {
-    tracing::warn!(%disturbance, "disturbance not connected");
 }
 
 #[cfg(test)]

@@ -1,0 +1,178 @@
+//! How long a change of the cluster took, in parts, for `events.jsonl`.
+
+use serde::Serialize;
+use std::time::{Duration, Instant};
+use volary_core::machine::Notice;
+use volary_core::messages::{Pass, ToNode};
+use volary_core::{NodeId, Step};
+
+/// What a change cost, in milliseconds.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum Cost {
+    /// A step was dropped, or the supervisor was away, and the run goes on.
+    Recovered {
+        /// Why.
+        cause: String,
+        /// The first step committed after it.
+        step: Step,
+        /// Committed steps that had to be done again.
+        steps_lost: Step,
+        /// From the last word of whoever was lost until that was known.
+        detected_ms: f64,
+        /// From then until a new placement was sent.
+        planned_ms: f64,
+        /// From then until everybody had what it needs.
+        state_moved_ms: f64,
+        /// From then until a step was committed.
+        resumed_ms: f64,
+    },
+    /// Shards were copied beside the training, and a placement with them began.
+    Resized {
+        /// Why.
+        cause: String,
+        /// The first step committed after it.
+        step: Step,
+        /// From the placement that began the copies until all were there.
+        copied_ms: f64,
+        /// Between the last commit before the new placement and the first one after it.
+        pause_ms: f64,
+    },
+}
+
+#[derive(Debug)]
+struct Recovery {
+    cause: String,
+    detected_ms: f64,
+    known: Instant,
+    planned: Option<Instant>,
+    moved: Option<Instant>,
+    steps_lost: Step,
+}
+
+#[derive(Debug)]
+struct Resize {
+    cause: String,
+    began: Instant,
+    copied: Option<Instant>,
+    /// The last commit before the cut-over.
+    before: Option<Instant>,
+}
+
+/// The clocks of what is under way.
+#[derive(Debug)]
+pub(crate) struct Durations {
+    recovery: Option<Recovery>,
+    resize: Option<Resize>,
+    last_commit: Option<Instant>,
+    /// The last loss that was noticed: whose, why, and for how long it had been silent.
+    lost: Option<(String, Duration)>,
+}
+
+fn ms(from: Instant, to: Instant) -> f64 {
+    to.saturating_duration_since(from).as_secs_f64() * 1e3
+}
+
+impl Durations {
+    /// Begins with a recovery when a supervisor comes back to a cluster.
+    pub(crate) fn new(restarted: bool) -> Self {
+        let mut durations = Self { recovery: None, resize: None, last_commit: None, lost: None };
+        if restarted {
+            durations.recover("the supervisor came back", Duration::ZERO);
+        }
+        durations
+    }
+
+    fn recover(&mut self, cause: &str, silent: Duration) {
+        let recovery = self.recovery.get_or_insert_with(|| Recovery {
+            cause: cause.to_owned(),
+            detected_ms: silent.as_secs_f64() * 1e3,
+            known: Instant::now(),
+            planned: None,
+            moved: None,
+            steps_lost: 0,
+        });
+        // A recovery that is disturbed by another one begins anew, and its time counts on.
+        recovery.planned = None;
+        recovery.moved = None;
+    }
+
+    /// A node was found to be gone, so long after its last word.
+    pub(crate) fn lost(&mut self, node: &NodeId, reason: &str, silent: Duration) {
+        self.lost = Some((format!("{node}: {reason}"), silent));
+    }
+
+    pub(crate) fn noticed(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Aborted { reason, .. } => {
+                let (cause, silent) = self.lost.take().unwrap_or((reason.clone(), Duration::ZERO));
+                self.recover(&cause, silent);
+                self.resize = None;
+            }
+            Notice::WentBack { from, to, .. } => {
+                self.recover("the last copy of a shard is gone", Duration::ZERO);
+                if let Some(recovery) = &mut self.recovery {
+                    recovery.steps_lost += from - to;
+                }
+            }
+            Notice::Placed { learning, cause, .. } if *learning > 0 && self.resize.is_none() => {
+                let cause = cause.clone();
+                self.resize = Some(Resize { cause, began: Instant::now(), copied: None, before: None });
+            }
+            Notice::Migrated { .. } => {
+                if let Some(resize) = &mut self.resize {
+                    resize.copied = Some(Instant::now());
+                    resize.before = self.last_commit;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// A message goes out.
+    pub(crate) fn sent(&mut self, message: &ToNode) {
+        let Some(recovery) = &mut self.recovery else { return };
+        match message {
+            ToNode::Assign(_) => {
+                recovery.planned.get_or_insert_with(Instant::now);
+            }
+            ToNode::Begin { pass: Pass::Train, .. } if recovery.planned.is_some() => {
+                recovery.moved.get_or_insert_with(Instant::now);
+            }
+            _ => {}
+        }
+    }
+
+    /// A step is committed: what it ends.
+    pub(crate) fn committed(&mut self, step: Step) -> Vec<Cost> {
+        let now = Instant::now();
+        let mut costs = Vec::new();
+        if let Some(Recovery {
+            cause,
+            detected_ms,
+            known,
+            planned: Some(planned),
+            moved: Some(moved),
+            steps_lost,
+        }) = self.recovery.take_if(|recovery| recovery.moved.is_some())
+        {
+            costs.push(Cost::Recovered {
+                cause,
+                step,
+                steps_lost,
+                detected_ms,
+                planned_ms: ms(known, planned),
+                state_moved_ms: ms(planned, moved),
+                resumed_ms: ms(moved, now),
+            });
+        }
+        if let Some(Resize { cause, began, copied: Some(copied), before }) =
+            self.resize.take_if(|resize| resize.copied.is_some())
+        {
+            let pause_ms = ms(before.unwrap_or(copied), now);
+            costs.push(Cost::Resized { cause, step, copied_ms: ms(began, copied), pause_ms });
+        }
+        self.last_commit = Some(now);
+        costs
+    }
+}
