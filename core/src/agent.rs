@@ -160,6 +160,17 @@ struct Coming {
     stash: VecDeque<Step>,
 }
 
+/// How far a node is with its placement.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Shards are on their way.
+    Entering,
+    /// All are here: it works.
+    Ready,
+    /// The placement was aborted, or the supervisor is gone: what comes of it now is dropped.
+    Stopped,
+}
+
 /// The state of a node as far as the protocol goes.
 #[derive(Debug)]
 pub struct Agent {
@@ -171,8 +182,7 @@ pub struct Agent {
     placement: Placement,
     /// The shards of the assignment, for the epoch's whole time.
     assigned: Vec<ShardId>,
-    /// Whether they are all here.
-    ready: bool,
+    stage: Stage,
     /// Shards in memory, each with its version.
     shards: BTreeMap<ShardId, Step>,
     coming: BTreeMap<ShardId, Coming>,
@@ -193,7 +203,7 @@ impl Agent {
             version: 0,
             placement: Placement::default(),
             assigned: Vec::new(),
-            ready: false,
+            stage: Stage::Stopped,
             shards: BTreeMap::new(),
             coming: BTreeMap::new(),
             here: Vec::new(),
@@ -236,8 +246,10 @@ impl Agent {
     pub fn handle(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Told(message) => self.on_told(message),
-            Event::Fetched { epoch, outcome } if epoch == self.epoch => self.on_fetched(outcome),
-            Event::Copied { epoch, shard, outcome } if epoch == self.epoch && self.ready => {
+            Event::Fetched { epoch, outcome } if epoch == self.epoch && self.stage == Stage::Entering => {
+                self.on_fetched(outcome)
+            },
+            Event::Copied { epoch, shard, outcome } if epoch == self.epoch && self.is_ready() => {
                 self.on_copied(shard, outcome)
             }
             Event::Done(message) => self.on_done(message),
@@ -266,6 +278,10 @@ impl Agent {
         }
     }
 
+    fn is_ready(&self) -> bool {
+        self.stage == Stage::Ready
+    }
+
     fn do_next(&mut self, effect: Effect) {
         self.effects.push(effect);
     }
@@ -278,7 +294,7 @@ impl Agent {
 
     /// The work of this epoch is over, committed or not; what is prepared stays. A-3.
     fn stop_working(&mut self) {
-        self.ready = false;
+        self.stage = Stage::Stopped;
         self.do_next(Effect::Forget { epoch: self.epoch, all: self.prepared.is_none() });
     }
 
@@ -298,7 +314,7 @@ impl Agent {
         self.epoch = assignment.placement.epoch;
         self.do_next(Effect::Forget { epoch: self.epoch - 1, all: true });
         (self.timeline, self.version) = (assignment.timeline, assignment.version);
-        (self.ready, self.prepared) = (false, None);
+        (self.stage, self.prepared) = (Stage::Entering, None);
         self.assigned = assignment.shards.iter().map(|(shard, _)| *shard).collect();
         self.placement = assignment.placement.clone();
         let (here, coming): (Vec<_>, Vec<_>) =
@@ -344,7 +360,7 @@ impl Agent {
         for shard in &self.assigned {
             self.shards.entry(*shard).or_insert(self.version);
         }
-        self.ready = true;
+        self.stage = Stage::Ready;
         let epoch = self.epoch;
         self.do_next(Effect::Say(FromNode::Ready { epoch }));
         let shards = std::mem::take(&mut self.here);
@@ -355,7 +371,7 @@ impl Agent {
     }
 
     fn on_begin(&mut self, epoch: Epoch, step: Step, pass: Pass, lanes: Vec<(Lane, Vec<u32>)>) {
-        if !self.ready {
+        if !self.is_ready() {
             return;
         }
         if step != self.version + 1 {
@@ -377,7 +393,7 @@ impl Agent {
     fn on_done(&mut self, message: FromNode) {
         match &message {
             FromNode::Prepared { epoch, step, .. }
-                if *epoch == self.epoch && *step == self.version + 1 && self.ready =>
+                if *epoch == self.epoch && *step == self.version + 1 && self.is_ready() =>
             {
                 self.prepared = Some((*epoch, *step));
             }
