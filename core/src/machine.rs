@@ -409,3 +409,6 @@ impl Machine {
         self.effects.push(Effect::Notice(notice));
     }
 }
+
+#[cfg(test)]
+mod tests;

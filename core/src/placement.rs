@@ -418,11 +418,19 @@ mod tests {
         }
     }
 
+    /// Against every way of sharing 12 lanes among three nodes.
     #[test]
     fn lanes_follow_capacity_in_contiguous_runs() {
-        let placement = plan(&members(&[4.0, 2.0, 1.0]), 4, 1, None);
-        let counts: Vec<usize> = placement.members.iter().map(|n| placement.lanes_of(n).len()).collect();
-        assert_eq!(counts, [7, 3, 2]);
-        assert!(placement.lanes.is_sorted());
+        for capacities in [[4.0, 2.0, 1.0], [1.0, 1.0, 1.0], [9.0, 1.0, 0.2], [0.7, 1.3, 1.1]] {
+            let placement = plan(&members(&capacities), 4, 1, None);
+            let slowest = |counts: [usize; 3]| {
+                counts.iter().zip(capacities).map(|(&n, capacity)| n as f64 / capacity).fold(0.0, f64::max)
+            };
+            let counts = [0, 1, 2].map(|node| placement.lanes_of(&placement.members[node]).len());
+            let splits = (0..=12).flat_map(|a| (0..=12 - a).map(move |b| [a, b, 12 - a - b]));
+            let best = splits.map(slowest).fold(f64::INFINITY, f64::min);
+            assert_eq!(slowest(counts), best, "{counts:?} for {capacities:?}");
+            assert!(placement.lanes.is_sorted());
+        }
     }
 }

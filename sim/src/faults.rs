@@ -26,6 +26,10 @@ pub enum Fault {
     KillSupervisor(u64),
     /// Everything ends but the disk.
     KillEverything,
+    /// A node works at this speed from now on; 1 is ordinary.
+    Slow(NodeId, f64),
+    /// Somebody asks the run to write a checkpoint and end.
+    Stop,
     /// The network changes.
     Weather(Weather),
 }
@@ -60,6 +64,12 @@ impl World {
                 self.alive().iter().for_each(|node| self.kill(node));
                 self.supervisor_dies();
             }
+            Fault::Slow(node, speed) => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.speed = speed;
+                }
+            }
+            Fault::Stop => self.event(Event::StopRequested),
             Fault::Weather(weather) => {
                 self.weather = weather;
                 self.stormy |= weather.loss > 0.0;
@@ -138,7 +148,7 @@ fn draw(random: &mut Stream, world: &World, kinds: Kinds) -> Option<Fault> {
         (!alive.is_empty()).then(|| alive[random.below(alive.len() as u64) as usize].clone())
     };
     let ms = |random: &mut Stream| 50 + random.below(6_000);
-    match random.below(12) {
+    match random.below(13) {
         0 | 1 if kinds.nodes => pick(random).map(Fault::Kill),
         2 if kinds.nodes && alive.len() < 6 => Some(Fault::Join),
         3 if kinds.nodes => {
@@ -157,7 +167,8 @@ fn draw(random: &mut Stream, world: &World, kinds: Kinds) -> Option<Fault> {
             let share = |random: &mut Stream| random.next_f64() * 0.1;
             Some(Fault::Weather(Weather { loss: share(random), twice: share(random), late: share(random) }))
         }
-        10 if kinds.nodes && kinds.supervisor && random.below(8) == 0 => Some(Fault::KillEverything),
+        10 if kinds.hangs => pick(random).map(|node| Fault::Slow(node, 0.2 + random.next_f64())),
+        11 if kinds.nodes && kinds.supervisor && random.below(8) == 0 => Some(Fault::KillEverything),
         _ => None,
     }
 }

@@ -16,6 +16,8 @@ pub(crate) struct Node {
     pub(crate) session: Option<u64>,
     pub(crate) cut_until: u64,
     pub(crate) frozen_until: u64,
+    /// How fast it works; 1 is ordinary.
+    pub(crate) speed: f64,
     placement: Placement,
     weights: BTreeMap<ShardId, (Step, u64)>,
     copied: BTreeMap<ShardId, (Step, u64)>,
@@ -34,6 +36,11 @@ fn lane_loss(step: Step, lane: Lane) -> f64 {
     Stream::new(9, Purpose::Faults, &[step, lane.into()]).next_f64()
 }
 
+/// Tokens per expert of one lane and layer: expert 1 has more than half.
+fn uneven_load(experts: usize) -> Vec<u32> {
+    (0..experts).map(|expert| if expert == 1 { 4 * experts as u32 } else { 3 }).collect()
+}
+
 /// A number for the update of a step, the same for everybody.
 fn gradient(step: Step, rate: f64) -> u64 {
     mix(step, rate.to_bits())
@@ -47,6 +54,7 @@ impl Node {
             session: None,
             cut_until: 0,
             frozen_until: 0,
+            speed: 1.0,
             placement: Placement::default(),
             weights: BTreeMap::new(),
             copied: BTreeMap::new(),
@@ -126,8 +134,9 @@ impl World {
             Effect::Run { epoch, step, pass, lanes } => {
                 assert_eq!(pass, Pass::Train);
                 node.work = Some((epoch, step, lanes.into_iter().map(|(lane, _)| lane).collect()));
+                let (least, most) = ((30.0 / node.speed) as u64, (120.0 / node.speed) as u64);
                 let node = id.clone();
-                self.after(30, 120, Happening::Work { node, process, epoch, step, since: now });
+                self.after(least, most, Happening::Work { node, process, epoch, step, since: now });
             }
             Effect::Store { step, shards, .. } => self.store(id, step, shards),
             Effect::Leave { .. } => {
@@ -285,13 +294,18 @@ impl World {
             return self.put(self.now + 20, again);
         }
         let kept = self.settings.architecture.shards().into_iter().filter(|s| node.placement.keeps(id, *s));
-        let report = |lane| (lane, LaneReport { loss: lane_loss(step, lane), ..LaneReport::default() });
+        let (experts, layers) =
+            (self.settings.architecture.experts, self.settings.architecture.moe_layers().count());
+        let load = vec![uneven_load(experts); layers];
+        let report = |lane| {
+            (lane, LaneReport { loss: lane_loss(step, lane), load: load.clone(), ..LaneReport::default() })
+        };
         let message = FromNode::Prepared {
             epoch,
             step,
             norms: kept.map(|shard| (shard, Norm { squared: step as f64, finite: true })).collect(),
             lanes: lanes.into_iter().map(report).collect(),
-            speed: Some(1.0),
+            speed: Some(node.speed),
         };
         self.node_event(id, Event::Done(message));
     }

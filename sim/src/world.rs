@@ -8,6 +8,7 @@ use volary_core::architecture::presets;
 use volary_core::machine::{self, Event, Machine, Notice, Settings};
 use volary_core::messages::{FromNode, ToNode};
 use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use volary_core::placement::Placement;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Schedule;
 use volary_core::{Epoch, NodeId, ShardId, Step, agent};
@@ -153,6 +154,18 @@ impl World {
     #[must_use]
     pub fn journal(&self) -> Vec<(Step, u64)> {
         self.disk.journal.iter().map(|(step, record)| (*step, record.loss.to_bits())).collect()
+    }
+
+    /// The last durable checkpoint.
+    #[must_use]
+    pub fn durable(&self) -> Option<Step> {
+        self.disk.durable
+    }
+
+    /// The last placement of the supervisor, as long as it lives.
+    #[must_use]
+    pub fn placement(&self) -> Option<&Placement> {
+        self.machine.as_ref().map(Machine::placement)
     }
 
     /// Milliseconds since the beginning.

@@ -101,8 +101,14 @@ impl Machine {
         if names.is_empty() {
             names = self.nodes.keys().collect();
         }
+        let members = self.members(names);
+        if self.placement.members.is_empty() && !self.holders.is_empty() {
+            // A supervisor that came back: what the nodes hold is the placement that was.
+            let was = self.survivors(self.placement.epoch);
+            return self.request(&members, Some(&was), Placement::plan);
+        }
         let previous = (!self.placement.members.is_empty()).then_some(&self.placement);
-        self.request(&self.members(names), previous, Placement::plan)
+        self.request(&members, previous, Placement::plan)
     }
 
     /// Who can go on at once: every node that has all but experts, or, where there is none, that has anything.

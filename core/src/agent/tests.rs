@@ -1,0 +1,196 @@
+//! A node's machine alone, told by hand what its supervisor says.
+
+use super::*;
+use crate::messages::LastCommit;
+use std::collections::BTreeMap;
+
+const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };
+const EXPERT: ShardId = ShardId::Expert { layer: 0, expert: 1 };
+
+fn id(name: &str) -> NodeId {
+    NodeId::new(name)
+}
+
+/// An agent `a` beside `b`, and everything it did.
+struct Driven {
+    agent: Agent,
+    effects: Vec<Effect>,
+}
+
+impl Driven {
+    fn new() -> Self {
+        Self { agent: Agent::new(id("a")), effects: Vec::new() }
+    }
+
+    fn handle(&mut self, event: Event) -> &[Effect] {
+        self.effects = self.agent.handle(event);
+        &self.effects
+    }
+
+    fn assign(&mut self, assignment: Assignment) -> &[Effect] {
+        self.handle(Event::Told(ToNode::Assign(Box::new(assignment))))
+    }
+
+    fn begin(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
+        self.handle(Event::Told(ToNode::Begin { epoch, step, pass: Pass::Train, lanes: Vec::new() }))
+    }
+
+    fn prepare(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
+        let (norms, lanes) = (Vec::new(), Vec::new());
+        self.handle(Event::Done(FromNode::Prepared { epoch, step, norms, lanes, speed: None }))
+    }
+
+    fn commit(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
+        self.handle(Event::Told(ToNode::Commit { epoch, step, update: UPDATE }))
+    }
+
+    /// In placement `epoch` at `version`, with the embedding in memory and `learn` to be copied.
+    fn entered(epoch: Epoch, version: Step, learn: &[ShardId]) -> Self {
+        let mut driven = Self::new();
+        driven.assign(assignment(epoch, version, Source::Initial, learn));
+        driven.handle(Event::Fetched { epoch, outcome: Ok(()) });
+        driven
+    }
+
+    fn said(&self) -> Vec<&FromNode> {
+        let said = |effect| match effect {
+            &Effect::Say(ref message) => Some(message),
+            _ => None,
+        };
+        self.effects.iter().filter_map(said).collect()
+    }
+}
+
+fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) -> Assignment {
+    let members = vec![id("a"), id("b")];
+    let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
+    Assignment {
+        placement: Placement { epoch, members, learners, ..Placement::default() },
+        timeline: 0,
+        version,
+        last: None,
+        shards: vec![(ShardId::Embedding, source)],
+        learn: learn.iter().map(|shard| (*shard, vec![id("b"), id("c")])).collect(),
+        addresses: BTreeMap::new().into_iter().collect(),
+    }
+}
+
+fn applied(effects: &[Effect]) -> Vec<Step> {
+    let applied = |effect: &Effect| match effect {
+        Effect::Apply { step, .. } => Some(*step),
+        _ => None,
+    };
+    effects.iter().filter_map(applied).collect()
+}
+
+///
+#[test]
+fn a_commit_is_applied_once_and_only_when_its_step_is_prepared() {
+    let mut driven = Driven::entered(1, 0, &[]);
+    driven.begin(1, 1);
+    assert!(driven.commit(1, 1).is_empty(), "not prepared");
+    driven.prepare(1, 1);
+    assert_eq!(applied(driven.commit(1, 1)), [1]);
+    assert!(driven.commit(1, 1).is_empty(), "heard twice");
+    assert_eq!(driven.agent.held().version, 1);
+}
+
+///
+#[test]
+fn another_epochs_word_changes_nothing() {
+    let mut driven = Driven::entered(2, 0, &[]);
+    driven.begin(2, 1);
+    assert!(driven.begin(1, 1).is_empty());
+    driven.prepare(2, 1);
+    assert!(driven.commit(1, 1).is_empty());
+    assert!(driven.commit(3, 1).is_empty());
+    assert!(driven.assign(assignment(1, 0, Source::Held, &[])).is_empty());
+}
+
+///
+#[test]
+fn a_commit_that_was_journalled_and_not_heard_of_is_applied_with_the_next_assignment() {
+    let mut driven = Driven::entered(1, 0, &[]);
+    driven.begin(1, 1);
+    driven.prepare(1, 1);
+    driven.handle(Event::SupervisorGone);
+    assert!(driven.effects.contains(&Effect::Forget { epoch: 1, all: false }), "its gradients stay");
+    assert_eq!(driven.agent.held().prepared, Some((1, 1)));
+    let last = Some(LastCommit { epoch: 1, step: 1, update: UPDATE });
+    driven.assign(Assignment { last, ..assignment(2, 1, Source::Held, &[]) });
+    assert_eq!(applied(&driven.effects), [1]);
+    assert_eq!(driven.said(), [&FromNode::Ready { epoch: 2 }]);
+}
+
+#[test]
+fn a_prepared_step_that_was_never_committed_is_dropped_and_the_state_stays() {
+    let mut driven = Driven::entered(1, 0, &[]);
+    driven.begin(1, 1);
+    driven.prepare(1, 1);
+    driven.assign(assignment(2, 0, Source::Held, &[]));
+    assert_eq!(applied(&driven.effects), [] as [Step; 0]);
+    assert_eq!(driven.said(), [&FromNode::Ready { epoch: 2 }]);
+    assert_eq!(driven.agent.held().prepared, None);
+}
+
+#[test]
+fn one_that_has_missed_a_commit_says_so_and_begins_nothing() {
+    let mut driven = Driven::entered(1, 0, &[]);
+    driven.assign(assignment(2, 2, Source::Held, &[]));
+    assert_eq!(driven.said(), [&FromNode::Behind { epoch: 2, version: 2 }]);
+    assert!(driven.begin(2, 3).is_empty());
+}
+
+#[test]
+fn what_comes_for_an_aborted_placement_is_dropped() {
+    let mut driven = Driven::new();
+    driven.assign(assignment(1, 0, Source::Initial, &[]));
+    driven.handle(Event::Told(ToNode::Abort { epoch: 1 }));
+    assert!(driven.handle(Event::Fetched { epoch: 1, outcome: Ok(()) }).is_empty());
+    assert!(driven.agent.held().shards.is_empty());
+}
+
+#[test]
+fn a_history_that_the_run_went_back_from_is_let_go() {
+    let mut driven = Driven::entered(1, 4, &[]);
+    driven.assign(Assignment { timeline: 1, ..assignment(2, 4, Source::Checkpoint(4), &[]) });
+    assert!(driven.effects.contains(&Effect::LetGo(vec![ShardId::Embedding])));
+    assert!(driven.effects.iter().any(|effect| matches!(effect, Effect::Fetch { version: 4, .. })));
+}
+
+#[test]
+fn a_copy_that_is_steps_behind_catches_up_with_the_gradients_that_were_kept_for_it() {
+    let mut driven = Driven::entered(1, 5, &[EXPERT]);
+    let wish = Effect::Copy { epoch: 1, shard: EXPERT, from: vec![id("b"), id("c")] };
+    assert!(driven.effects.contains(&wish), "{:?}", driven.effects);
+    for step in [6, 7] {
+        driven.begin(1, step);
+        driven.prepare(1, step);
+        let effects = driven.commit(1, step);
+        let kept = matches!(effects, [Effect::Apply { stash, .. }] if stash == &[EXPERT]);
+        assert!(kept, "{effects:?}");
+    }
+    driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(5) });
+    let install = Effect::Install { shard: EXPERT, version: 5, replay: vec![6, 7] };
+    assert!(driven.effects.contains(&install), "{:?}", driven.effects);
+    assert_eq!(driven.said(), [&FromNode::Learned { epoch: 1, shards: vec![EXPERT] }]);
+    assert_eq!(driven.agent.shards().get(&EXPERT), Some(&7));
+}
+
+#[test]
+fn a_copy_that_is_too_far_behind_is_asked_for_again_and_not_for_ever() {
+    let mut driven = Driven::entered(1, 0, &[EXPERT]);
+    for step in 1..=STASH_MAX as Step + 1 {
+        driven.begin(1, step);
+        driven.prepare(1, step);
+        driven.commit(1, step);
+    }
+    for ask in 1..ASKS_MAX {
+        let effects = driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(0) });
+        let first = if ask % 2 == 1 { "c" } else { "b" };
+        let again = matches!(effects, [Effect::Copy { from, .. }] if from[0] == id(first));
+        assert!(again, "the next in turn: {effects:?}");
+    }
+    driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(0) });
+    assert!(matches!(driven.said()[..], [FromNode::CannotLearn { .. }]), "{:?}", driven.effects);
+}

@@ -1,0 +1,198 @@
+//! What Volary promises of each thing that can happen, in simulated time.
+#![expect(clippy::expect_used, reason = "tests")]
+
+use volary_core::NodeId;
+use volary_core::machine::Notice;
+use volary_sim::{Fault, World, settings};
+
+const STEPS: u64 = 40;
+/// The longest ordinary step: the slowest node's work, and what it waits and says.
+const ORDINARY_MS: u64 = 160;
+
+fn id(number: usize) -> NodeId {
+    NodeId::new(format!("n{number}"))
+}
+
+fn world(seed: u64, nodes: usize, replication: usize) -> World {
+    World::new(seed, settings(STEPS, nodes, replication), nodes)
+}
+
+fn quiet() -> Vec<(u64, u64)> {
+    let mut world = world(1, 1, 1);
+    end(&mut world);
+    world.journal()
+}
+
+fn end(world: &mut World) {
+    world.run_until(world.now() + 600_000);
+    assert!(world.done, "it does not end: {:?}", world.fatal);
+}
+
+/// Lets `fault` happen in step 10 and plays the run to its end, which must be the quiet run's.
+fn struck(seed: u64, nodes: usize, replication: usize, fault: Fault) -> World {
+    let mut world = world(seed, nodes, replication);
+    world.run_until_step(9);
+    world.at(world.now() + 30, fault);
+    end(&mut world);
+    assert_eq!(world.journal(), quiet(), "seed {seed}");
+    world
+}
+
+fn has(world: &World, what: fn(&Notice) -> bool) -> bool {
+    world.notices.iter().any(what)
+}
+
+/// The longest time between two commits.
+fn longest_gap(world: &World) -> u64 {
+    world.commits.windows(2).map(|pair| pair[1].1 - pair[0].1).max().unwrap_or(0)
+}
+
+fn nothing_undone(world: &World) {
+    let steps: Vec<u64> = world.commits.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "every step is committed once");
+}
+
+#[test]
+fn a_quiet_run_commits_every_step_once_at_any_number_of_nodes() {
+    for (nodes, replication) in [(1, 1), (2, 1), (3, 2), (5, 3)] {
+        let mut world = world(1, nodes, replication);
+        end(&mut world);
+        nothing_undone(&world);
+        assert_eq!(world.journal(), quiet());
+        assert!(longest_gap(&world) <= ORDINARY_MS, "{}", longest_gap(&world));
+    }
+}
+
+#[test]
+fn a_death_loses_no_step_and_nobody_waits_for_copies() {
+    for seed in 0..200 {
+        let world = struck(seed, 3, 2, Fault::Kill(id(2)));
+        nothing_undone(&world);
+        // Up to the limit of silence until somebody knows.
+        assert!(longest_gap(&world) <= volary_sim::world::SILENCE_MS + 2 * ORDINARY_MS);
+        assert!(
+            has(&world, |n| matches!(n, Notice::Migrated { .. })),
+            "copies are made good beside the training"
+        );
+    }
+}
+
+#[test]
+fn a_join_aborts_nothing_and_costs_a_step_at_most() {
+    for seed in 0..200 {
+        let world = struck(seed, 2, 2, Fault::Join);
+        nothing_undone(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::Aborted { .. })));
+        assert!(longest_gap(&world) <= 2 * ORDINARY_MS, "seed {seed}: {}", longest_gap(&world));
+        let last = world.notices.iter().rev().find_map(|notice| match notice {
+            Notice::Placed { nodes, .. } => Some(nodes.clone()),
+            _ => None,
+        });
+        assert_eq!(last, Some(vec![id(1), id(2), id(3)]));
+    }
+}
+
+#[test]
+fn a_drain_aborts_nothing_and_costs_a_step_at_most() {
+    for seed in 0..200 {
+        let world = struck(seed, 3, 1, Fault::Drain(id(2)));
+        nothing_undone(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::Aborted { .. } | Notice::WentBack { .. })));
+        assert!(world.left.contains(&id(2)));
+        assert!(longest_gap(&world) <= 2 * ORDINARY_MS, "seed {seed}: {}", longest_gap(&world));
+    }
+}
+
+#[test]
+fn when_the_last_copy_dies_the_run_goes_back_to_its_checkpoint_and_on() {
+    for seed in 0..200 {
+        let world = struck(seed, 3, 1, Fault::Kill(id(1)));
+        let back = world.notices.iter().find_map(|notice| match notice {
+            Notice::WentBack { from, to, .. } => Some((*from, *to)),
+            _ => None,
+        });
+        let (from, to) = back.expect("a loud event");
+        assert!(to % 5 == 0 && (from - to) <= 10, "from {from} to {to}");
+    }
+}
+
+/// The supervisor dies after each of the things that it does in a few steps.
+#[test]
+fn a_supervisor_that_dies_anywhere_comes_back_and_goes_on_where_it_was() {
+    for effects in 0..120 {
+        let world = struck(effects, 3, 2, Fault::KillSupervisor(effects));
+        nothing_undone(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })));
+    }
+}
+
+#[test]
+fn when_everything_dies_the_run_goes_on_from_the_last_checkpoint() {
+    for seed in 0..100 {
+        let mut world = world(seed, 3, 2);
+        world.run_until_step(12);
+        world.at(world.now(), Fault::KillEverything);
+        world.at(world.now() + 1_000, Fault::Join);
+        end(&mut world);
+        assert_eq!(world.journal(), quiet());
+    }
+}
+
+#[test]
+fn a_stop_writes_a_checkpoint_of_the_last_committed_step() {
+    for seed in 0..100 {
+        let mut world = world(seed, 3, 2);
+        world.run_until_step(12);
+        world.at(world.now() + seed, Fault::Stop);
+        end(&mut world);
+        let last = world.journal().last().map(|(step, _)| *step);
+        assert_eq!(world.durable(), last, "seed {seed}");
+        assert_eq!(world.journal(), quiet()[..last.unwrap_or(0) as usize]);
+    }
+}
+
+#[test]
+fn a_node_that_hangs_for_long_is_left_behind_and_joins_anew() {
+    for seed in 0..100 {
+        let world = struck(seed, 3, 2, Fault::Freeze(id(2), 3_000));
+        nothing_undone(&world);
+        assert!(has(&world, |n| matches!(n, Notice::Lost { .. })));
+        assert!(!has(&world, |n| matches!(n, Notice::Returned { .. })), "nothing of what it had is used");
+    }
+}
+
+#[test]
+fn of_two_that_cannot_reach_each_other_one_is_shut_out_and_the_run_goes_on() {
+    for seed in 0..100 {
+        let world = struck(seed, 3, 2, Fault::Cut(id(1), id(2), 60_000));
+        nothing_undone(&world);
+        let fenced = world.notices.iter().filter(|notice| matches!(notice, Notice::Fenced { .. })).count();
+        assert!(fenced >= 1, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
+    let mut world = world(7, 3, 1);
+    world.run_until_step(1);
+    world.at(world.now(), Fault::Slow(id(3), 0.25));
+    end(&mut world);
+    assert_eq!(world.journal(), quiet());
+    nothing_undone(&world);
+    let reasons: Vec<&String> = world
+        .notices
+        .iter()
+        .filter_map(|notice| match notice {
+            Notice::Rebalancing { reason, .. } => Some(reason),
+            _ => None,
+        })
+        .collect();
+    assert!(reasons.iter().any(|reason| reason.contains("measured speeds")), "{reasons:?}");
+    assert!(reasons.iter().any(|reason| reason.contains("copies")), "{reasons:?}");
+    let placement = world.placement().expect("a supervisor");
+    let lanes = |node| placement.lanes_of(&id(node)).len();
+    assert!(lanes(3) < lanes(1) && lanes(3) < lanes(2), "{placement:?}");
+    let hot = volary_core::ShardId::Expert { layer: 0, expert: 1 };
+    assert!(placement.holders(hot).len() > 1, "{placement:?}");
+    assert!(reasons.len() <= 4, "it does not flap: {reasons:?}");
+}
