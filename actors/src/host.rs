@@ -127,6 +127,7 @@ pub async fn run_node<B: Compute>(
     let mut asked = false;
     let end = loop {
         tokio::select! {
+            biased;
             end = &mut ended => {
                 break end.unwrap_or_else(|_| NodeEnd::SupervisorGone("the node's agent died".into()));
             }
@@ -144,8 +145,9 @@ pub async fn run_node<B: Compute>(
                 let deadline = Instant::now() + Duration::from_millis(run.supervisor_timeout_ms);
                 let mut wish = std::pin::pin!(way.return_to(&agent, deadline));
                 let back = tokio::select! {
-                    back = &mut wish => back,
+                    biased;
                     end = &mut ended => break end.unwrap_or(NodeEnd::Left("the node's agent ended".into())),
+                    back = &mut wish => back,
                     Some(()) = leave.recv() => break NodeEnd::Left("it was told to leave at once".into()),
                 };
                 match back {
@@ -157,7 +159,10 @@ pub async fn run_node<B: Compute>(
                         }
                     }
                     Ok(_) => break NodeEnd::SupervisorGone("another run's supervisor has taken its place".into()),
-                    Err(error) => break NodeEnd::SupervisorGone(format!("{reason}; then {error}")),
+                    // The last word on the stream may have been that this node is let go.
+                    Err(error) => break ended.try_recv().unwrap_or_else(|_| {
+                        NodeEnd::SupervisorGone(format!("{reason}; then {error}"))
+                    }),
                 }
             }
         }

@@ -78,11 +78,13 @@ impl Process {
         self.ended().is_none() && kill_process(Pid::from_child(&self.child), signal).is_ok()
     }
 
-    /// The last line of its log, without the program's name in front.
+    /// What it said at its end: the last line of its log that is no ordinary event, without the program's name in front.
     #[must_use]
     pub fn reason(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let words = text.lines().rev().find(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+        let ordinary =
+            |line: &str| line.trim().is_empty() || line.contains("  INFO ") || line.contains("\"INFO\"");
+        let words = text.lines().rev().find(|line| !ordinary(line)).unwrap_or("it said nothing");
         words.strip_prefix("volary: ").unwrap_or(words).to_owned()
     }
 

@@ -72,7 +72,8 @@ fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed
     until("a step", LONG, || lines(&metrics) >= 1);
     let pids = status_pids(&world, "runs/killed");
     until("a checkpoint and some steps more", LONG, || lines(&metrics) >= 11);
-    let all = [pids, vec![u64::from(train.0.id())]].concat();
+    // First the one that would start a supervisor again.
+    let all = [vec![u64::from(train.0.id())], pids].concat();
     all.iter().for_each(|&pid| signal(pid as u32, "-9"));
     let _ = train.wait(LONG);
     until("all are dead", LONG, || !all.iter().any(|&pid| alive(pid)));
