@@ -54,7 +54,7 @@ impl Driven {
 
     fn said(&self) -> Vec<&FromNode> {
         let said = |effect| match effect {
-            &Effect::Say(ref message) => Some(message),
+            Effect::Say(message) => Some(message),
             _ => None,
         };
         self.effects.iter().filter_map(said).collect()

@@ -1,0 +1,276 @@
+//! Everything that can happen to a run on real processes: whatever it is, the losses and the weights are the bits of the
+//! quiet run on one node. `VOLARY_CHAOS=n` plays n random scripts instead of one; `VOLARY_CHAOS_SEED` chooses the first.
+#![expect(clippy::expect_used, reason = "tests")]
+
+mod common;
+
+use common::{Guard, World, signal, text, until, volary};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use volary_core::random::{Purpose, Stream};
+
+const LONG: Duration = Duration::from_secs(120);
+const STEPS: u64 = 60;
+
+type Outcome = (Vec<(u64, u64, u64, u64)>, String);
+
+/// The quiet run on one node.
+static QUIET: LazyLock<Outcome> = LazyLock::new(|| {
+    let world = World::new();
+    world.run_train(&["--set", "training.steps=60", "--nodes", "1", "--dir", "runs/q", "--quiet"]);
+    (world.curve("q"), world.digest("q"))
+});
+
+/// One cluster at a time: with several on two cores, a limit of two seconds is not one that only faults exceed.
+static ALONE: Mutex<()> = Mutex::new(());
+
+fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is set apart from the defaults of these tests: three nodes, two copies, checkpoints at step 50.
+#[derive(Default)]
+struct Cluster {
+    nodes: u32,
+    replication: u32,
+    checkpoint_every: u64,
+    more: &'static [&'static str],
+}
+
+/// Plays a script; the run must end well and equal the quiet one. Returns its events.
+fn play(cluster: Cluster, script: &str) -> String {
+    let or = |value: u64, default: u64| if value == 0 { default } else { value }.to_string();
+    let world = World::new();
+    std::fs::write(world.path("events.toml"), script).expect("a file");
+    let nodes = or(cluster.nodes.into(), 3);
+    let replication = format!("cluster.replication={}", or(cluster.replication.into(), 2));
+    let every = format!("checkpoint.every={}", or(cluster.checkpoint_every, 50));
+    let args = ["--nodes", &nodes, "--threads", "1", "--dir", "runs/r", "--events", "events.toml"];
+    let set = ["--set", "training.steps=60", "--set", &replication, "--set", &every, "--quiet"];
+    world.run_train(&[args.as_slice(), &set, cluster.more].concat());
+    let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
+    let outcome = (world.curve("r"), world.digest("r"));
+    assert!(outcome == *QUIET, "another run than the quiet one\n{script}\n{events}\n{}", world.logs());
+    events
+}
+
+fn event(step: u64, what: &str, rest: &str) -> String {
+    format!("[[event]]\nat_step = {step}\ndo = \"{what}\"\n{rest}\n")
+}
+
+fn on(step: u64, what: &str, node: u32) -> String {
+    event(step, what, &format!("node = \"node-{node}\""))
+}
+
+fn told(events: &str, kind: &str) -> usize {
+    events.matches(&format!("\"event\":\"{kind}\"")).count()
+}
+
+#[test]
+fn a_killed_node_costs_no_committed_step() {
+    let _alone = alone();
+    let events = play(Cluster::default(), &on(10, "kill", 2));
+    assert_eq!((told(&events, "lost"), told(&events, "went_back")), (1, 0), "{events}");
+    assert_eq!(told(&events, "recovered"), 1, "{events}");
+    assert!(events.contains("\"steps_lost\":0"), "{events}");
+}
+
+#[test]
+fn two_killed_at_once_cost_nothing_when_there_are_three_copies() {
+    let _alone = alone();
+    let cluster = Cluster { nodes: 4, replication: 3, ..Cluster::default() };
+    let events = play(cluster, &[on(10, "kill", 2), on(10, "kill", 3)].concat());
+    assert_eq!((told(&events, "lost"), told(&events, "went_back")), (2, 0), "{events}");
+}
+
+#[test]
+fn one_killed_while_the_first_death_is_made_good_does_not_show() {
+    let _alone = alone();
+    let script = [on(10, "kill", 2), on(11, "kill", 3), event(20, "join", "")].concat();
+    let events = play(Cluster::default(), &script);
+    assert_eq!(told(&events, "lost"), 2, "{events}");
+}
+
+#[test]
+fn when_the_last_copy_dies_the_run_goes_back_loudly_and_on() {
+    let _alone = alone();
+    let cluster = Cluster { replication: 1, checkpoint_every: 8, ..Cluster::default() };
+    let events = play(cluster, &on(21, "kill", 1));
+    assert_eq!(told(&events, "went_back"), 1, "{events}");
+}
+
+#[test]
+fn a_node_killed_while_a_checkpoint_is_written_does_not_show() {
+    let _alone = alone();
+    let cluster = Cluster { checkpoint_every: 1, ..Cluster::default() };
+    let events = play(cluster, &[on(7, "kill", 3), event(12, "join", ""), on(23, "kill", 2)].concat());
+    assert_eq!((told(&events, "lost"), told(&events, "went_back")), (2, 0), "{events}");
+}
+
+#[test]
+fn a_node_joins_without_an_abort() {
+    let _alone = alone();
+    let events = play(Cluster { nodes: 2, ..Cluster::default() }, &event(5, "join", ""));
+    assert_eq!((told(&events, "aborted"), told(&events, "resized")), (0, 1), "{events}");
+}
+
+#[test]
+fn a_newcomer_or_its_teacher_killed_while_state_is_copied_does_not_show() {
+    let _alone = alone();
+    let script = [
+        event(5, "join", ""),
+        on(6, "kill", 4),
+        event(20, "join", ""),
+        event(30, "join", ""),
+        on(31, "kill", 1),
+    ];
+    let events = play(Cluster::default(), &script.concat());
+    assert_eq!(told(&events, "went_back"), 0, "{events}");
+}
+
+#[test]
+fn a_drained_node_leaves_without_an_abort() {
+    let _alone = alone();
+    for replication in [1, 2] {
+        let events = play(Cluster { replication, ..Cluster::default() }, &on(5, "drain", 2));
+        assert_eq!((told(&events, "aborted"), told(&events, "left")), (0, 1), "{events}");
+    }
+}
+
+#[test]
+fn a_killed_supervisor_comes_back_to_nodes_that_kept_their_state() {
+    let _alone = alone();
+    let script = [event(10, "kill-supervisor", ""), event(30, "kill-supervisor", "")].concat();
+    let events = play(Cluster::default(), &script);
+    assert_eq!((told(&events, "returned"), told(&events, "went_back")), (6, 0), "{events}");
+}
+
+#[test]
+fn a_supervisor_and_a_node_killed_together_do_not_show() {
+    let _alone = alone();
+    let events = play(Cluster::default(), &[on(10, "kill", 2), event(10, "kill-supervisor", "")].concat());
+    assert_eq!(told(&events, "went_back"), 0, "{events}");
+}
+
+#[test]
+fn a_node_that_stands_still_is_waited_for_or_left_behind() {
+    let _alone = alone();
+    let short = play(Cluster::default(), &event(10, "stop", "node = \"node-2\"\nfor_seconds = 0.7"));
+    assert_eq!(told(&short, "lost"), 0, "{short}");
+    let long = play(Cluster::default(), &event(10, "stop", "node = \"node-2\"\nfor_seconds = 4.0"));
+    assert_eq!((told(&long, "lost"), told(&long, "went_back")), (1, 0), "{long}");
+}
+
+#[test]
+fn a_partitioned_node_is_left_behind_and_cannot_write_into_the_run() {
+    let _alone = alone();
+    let events = play(Cluster::default(), &event(10, "partition", "node = \"node-2\"\nfor_seconds = 4.0"));
+    assert_eq!(told(&events, "went_back"), 0, "{events}");
+    assert!(told(&events, "lost") >= 1, "{events}");
+}
+
+#[test]
+fn of_two_nodes_that_cannot_reach_each_other_one_goes() {
+    let _alone = alone();
+    let rest = "node = \"node-2\"\npeer = \"node-3\"\nfor_seconds = 30.0";
+    let events = play(Cluster::default(), &event(10, "cut", rest));
+    assert_eq!(told(&events, "went_back"), 0, "{events}");
+    assert!(told(&events, "fenced") >= 1, "{events}");
+}
+
+#[test]
+fn a_third_of_the_packets_lost_is_slow_and_not_wrong() {
+    let _alone = alone();
+    let events =
+        play(Cluster::default(), &event(5, "lose", "node = \"node-2\"\nfraction = 0.3\nfor_seconds = 3.0"));
+    assert_eq!(told(&events, "went_back"), 0, "{events}");
+}
+
+#[test]
+fn drain_by_hand_and_a_signal_wait_until_the_node_has_left() {
+    let _alone = alone();
+    let world = World::new();
+    let args = ["--nodes", "4", "--dir", "runs/r", "--set", "training.steps=60", "--quiet", "--threads", "1"];
+    let mut train = Guard::start(&mut world.train(&args));
+    until("a step", LONG, || common::lines(&world.path("runs/r/metrics.jsonl")) >= 1);
+    let status = status(&world);
+    let pid = |name: &str| {
+        let nodes = status["nodes"].as_array().expect("nodes");
+        let node = nodes.iter().find(|node| node["name"] == name).expect("the node");
+        node["pid"].as_u64().expect("a pid")
+    };
+    for (path, kind) in [("run", "a string"), ("epoch", "a number"), ("step", "a number")] {
+        assert!(!status[path].is_null(), "{path}: expected {kind} in {status}");
+    }
+    for key in ["pid", "address"] {
+        assert!(!status["supervisor"][key].is_null(), "supervisor.{key} in {status}");
+    }
+    for key in ["name", "pid", "state", "device", "capacity", "shards", "lanes", "links"] {
+        assert!(
+            status["nodes"].as_array().expect("nodes").iter().all(|n| !n[key].is_null()),
+            "{key}: {status}"
+        );
+    }
+    for key in ["name", "version", "replicas"] {
+        let shards = status["shards"].as_array().expect("shards");
+        assert!(!shards.is_empty() && shards.iter().all(|s| !s[key].is_null()), "{key}: {status}");
+    }
+    let drained = volary()
+        .current_dir(world.dir.path())
+        .args(["drain", "node-2", "--dir", "runs/r"])
+        .output()
+        .expect("the binary");
+    assert!(drained.status.success(), "{}", text(&drained.stderr));
+    assert!(!common::alive(pid("node-2")) || !text(&drained.stdout).is_empty());
+    let unknown = world.fails(&["drain", "node-9", "--dir", "runs/r"]);
+    assert!(unknown.contains("node-9"), "{unknown}");
+    signal(pid("node-3") as u32, "-TERM");
+    assert!(train.wait(LONG).success(), "{}", world.logs());
+    let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
+    assert_eq!((told(&events, "left"), told(&events, "aborted")), (2, 0), "{events}");
+    assert!((world.curve("r"), world.digest("r")) == *QUIET, "{events}");
+}
+
+fn status(world: &World) -> serde_json::Value {
+    let output = volary()
+        .current_dir(world.dir.path())
+        .args(["status", "--dir", "runs/r", "--json"])
+        .output()
+        .expect("status");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+/// A script of six random events; killed nodes start again.
+fn random_script(seed: u64) -> String {
+    let mut random = Stream::new(seed, Purpose::Faults, &[]);
+    let mut steps: Vec<u64> = (0..6).map(|_| 2 + random.below(STEPS - 12)).collect();
+    steps.sort_unstable();
+    let draw = |step: u64| {
+        let node = 1 + random.below(3) as u32;
+        let seconds = |random: &mut Stream| {
+            format!("node = \"node-{node}\"\nfor_seconds = {:.2}", 0.1 + 3.0 * random.next_f64())
+        };
+        match random.below(7) {
+            0 | 1 => on(step, "kill", node),
+            2 => event(step, "stop", &seconds(&mut random)),
+            3 => event(step, "kill-supervisor", ""),
+            4 => event(step, "join", ""),
+            5 => event(step, "partition", &seconds(&mut random)),
+            _ => event(step, "lose", &format!("fraction = 0.2\n{}", seconds(&mut random))),
+        }
+    };
+    steps.into_iter().map(draw).collect()
+}
+
+#[test]
+fn random_trouble_does_not_show() {
+    let _alone = alone();
+    let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse().ok());
+    let first: u64 = number("VOLARY_CHAOS_SEED").unwrap_or(1);
+    for seed in first..first + number("VOLARY_CHAOS").unwrap_or(1) {
+        let script = random_script(seed);
+        println!("VOLARY_CHAOS_SEED={seed}\n{script}");
+        play(Cluster { checkpoint_every: 10, more: &["--respawn"], ..Cluster::default() }, &script);
+    }
+}
