@@ -105,7 +105,7 @@ impl Durations {
     pub(crate) fn noticed(&mut self, notice: &Notice) {
         match notice {
             Notice::Aborted { reason, .. } => {
-                let (cause, silent) = self.lost.take().unwrap_or((reason.clone(), Duration::ZERO));
+                let (cause, silent) = self.lost.take().unwrap_or_else(|| (reason.clone(), Duration::ZERO));
                 self.recover(&cause, silent);
                 self.resize = None;
             }

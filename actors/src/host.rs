@@ -146,7 +146,7 @@ pub async fn run_node<B: Compute>(
                 let mut wish = std::pin::pin!(way.return_to(&agent, deadline));
                 let back = tokio::select! {
                     biased;
-                    end = &mut ended => break end.unwrap_or(NodeEnd::Left("the node's agent ended".into())),
+                    end = &mut ended => break end.unwrap_or_else(|_| NodeEnd::Left("the node's agent ended".into())),
                     back = &mut wish => back,
                     Some(()) = leave.recv() => break NodeEnd::Left("it was told to leave at once".into()),
                 };

@@ -16,9 +16,12 @@ use volary_transport::{Kind, Link};
 /// Shards that are fetched at a time: enough to hide round trips, few enough to bound memory.
 const FETCHES_AHEAD: usize = 4;
 
+/// Shards with their versions.
+pub(crate) type Copies<B> = HashMap<ShardId, (Step, <B as Compute>::Shard)>;
+
 /// Shards that have come and wait for the agent to say what becomes of them.
 pub(crate) struct Arrivals<B: Compute> {
-    here: Arc<Mutex<HashMap<ShardId, (Step, B::Shard)>>>,
+    here: Arc<Mutex<Copies<B>>>,
 }
 
 impl<B: Compute> Clone for Arrivals<B> {
@@ -42,7 +45,7 @@ impl<B: Compute> Arrivals<B> {
         self.here.lock().unwrap_or_else(PoisonError::into_inner).remove(&shard)
     }
 
-    pub(crate) fn take_all(&self) -> HashMap<ShardId, (Step, B::Shard)> {
+    pub(crate) fn take_all(&self) -> Copies<B> {
         std::mem::take(&mut *self.here.lock().unwrap_or_else(PoisonError::into_inner))
     }
 }

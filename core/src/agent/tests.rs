@@ -53,11 +53,13 @@ impl Driven {
     }
 
     fn said(&self) -> Vec<&FromNode> {
-        let said = |effect| match effect {
-            Effect::Say(message) => Some(message),
-            _ => None,
-        };
-        self.effects.iter().filter_map(said).collect()
+        self.effects
+            .iter()
+            .filter_map(|effect| match effect {
+                Effect::Say(message) => Some(message),
+                _ => None,
+            })
+            .collect()
     }
 }
 
