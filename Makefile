@@ -21,6 +21,10 @@ train: build ## Train the quickstart on this machine: a supervisor and 3 node pr
 test: build ## The whole test suite
 	$(CARGO) test --release --workspace
 
+soak: build ## Long: 20,000 schedules of faults in simulated time, and 20 random scripts on real processes
+	VOLARY_SOAK=20000 $(CARGO) test --release -p volary-sim soak
+	VOLARY_CHAOS=20 $(CARGO) test --release -p volary-cli --test trouble random_trouble -- --nocapture
+
 test-gpu: build ## The numeric suite on the first GPU; skipped with a message where there is none
 	@if target/release/volary doctor --has-cuda; then \
 	  VOLARY_TEST_DEVICE=cuda:0 $(CARGO) test --release -p volary-model; \

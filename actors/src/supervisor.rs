@@ -2,25 +2,25 @@
 //!
 //! It turns what happens (nodes that come, speak and go, people who ask, checkpoints that become durable) into events, and carries
 //! out the machine's effects in their order: a commit is in sled, flushed and synced, before any node hears of it.
-//! It supervises the checkpointer actor. When it fails, the process ends; nothing that was committed is lost.
+//! `effects` carries them out, `people` answers who asks. It supervises the checkpointer actor. When it fails, the process ends; nothing that was committed is lost.
 
-use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg, blocking};
+mod effects;
+mod people;
+
+use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg};
 use crate::durations::Durations;
-use crate::limits::{STATUS_EVENTS, TICK};
-use crate::operator::{NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus};
-use crate::run_files::{EventLine, MetricsLine, RunFiles, ValidationLine, unix_ms};
+use crate::limits::TICK;
+use crate::operator::{OperatorReply, OperatorRequest};
+use crate::run_files::{MetricsLine, RunFiles};
 use crate::wire::{Down, LinkReport, NodeInfo, RunInfo, Welcome};
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
-use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
-use volary_core::machine::{
-    Activity, Committed, Effect, Event, Machine, Notice, Remembered, Restored, Settings,
-};
-use volary_core::messages::{FromNode, Held, LastCommit, Pass, ToNode};
+use volary_core::machine::{Activity, Committed, Event, Machine, Remembered, Restored, Settings};
+use volary_core::messages::{FromNode, Held, LastCommit, ToNode};
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
 use volary_storage::{Checkpoints, Digest, RunDir, Store, Table};
@@ -299,35 +299,6 @@ impl SupervisorState {
         }
     }
 
-    /// Refuses a model that cannot fit: what every node holds, and the experts divided by all nodes that are wanted.
-    fn check_memory(&self, node: &NodeId, info: &NodeInfo) -> Outcome {
-        let a = &self.settings.architecture;
-        // Weights, gradient and, for AdamW, two moments; Adafactor's factors are negligible.
-        let words = match self.settings.training.optimizer {
-            volary_core::options::Optimizer::Adafactor { .. } => 2,
-            volary_core::options::Optimizer::Adamw { .. } => 4,
-        };
-        let bytes = |expert: bool| -> u64 {
-            let shards = a.shards().into_iter().filter(|shard| shard.is_expert() == expert);
-            shards.map(|shard| a.shard_parameters(shard) * 4 * words).sum()
-        };
-        let cluster = &self.settings.cluster;
-        let nodes = cluster.nodes.max(1) as u64;
-        let copies = (cluster.replication.max(1) as u64).min(nodes);
-        let needed = bytes(false) + bytes(true) * copies / nodes;
-        if needed <= info.memory_bytes {
-            return Ok(());
-        }
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        Err(format!(
-            "the model does not fit: {node} has {:.1} GiB of memory, and its share of {} parameters (weights, gradients and optimizer, \
-             {copies} copies of each expert over {nodes} nodes) takes {:.1} GiB; add nodes, or choose a smaller model",
-            gib(info.memory_bytes),
-            a.parameters(),
-            gib(needed),
-        ))
-    }
-
     async fn on_lost(&mut self, node: NodeId, session: u64, reason: String) -> Outcome {
         if self.session(&node, session).is_none() {
             return Ok(());
@@ -363,214 +334,6 @@ impl SupervisorState {
     async fn dismiss(&mut self, reason: &str) {
         for session in self.sessions.values() {
             drop(session.down.send(Down::Say(ToNode::Leave { reason: reason.to_owned() })).await);
-        }
-    }
-
-    async fn on_operator(&mut self, request: OperatorRequest, reply: RpcReplyPort<OperatorReply>) -> Outcome {
-        let event = match request {
-            OperatorRequest::Status => {
-                drop(reply.send(OperatorReply::Status(Box::new(self.status()))));
-                return Ok(());
-            }
-            OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
-                drop(reply.send(OperatorReply::Done { step: self.machine.committed() }));
-                return Ok(());
-            }
-            OperatorRequest::Checkpoint => Event::CheckpointRequested,
-            OperatorRequest::Stop => Event::StopRequested,
-            OperatorRequest::Drain { ref node } if !self.sessions.contains_key(&NodeId::new(node)) => {
-                let there: Vec<&str> = self.sessions.keys().map(|node| node.0.as_str()).collect();
-                let reason = format!("there is no node {node}; there are: {}", there.join(", "));
-                drop(reply.send(OperatorReply::Failed { reason }));
-                return Ok(());
-            }
-            OperatorRequest::Drain { ref node } => Event::DrainRequested { node: NodeId::new(node) },
-        };
-        self.waiting.push((request, reply));
-        self.on_event(event).await
-    }
-
-    async fn carry_out(&mut self, effect: Effect) -> Outcome {
-        match effect {
-            Effect::Send { node, message } => self.send(&node, message).await,
-            Effect::Fence { node, reason } => {
-                self.fence(&node, &reason);
-                Ok(())
-            }
-            Effect::Journal(committed) => self.journal(*committed).await,
-            Effect::Remember(remembered) => {
-                let store = self.store.clone();
-                blocking(move || store.put(Table::Facts, CLUSTER, &remembered)).await
-            }
-            Effect::OpenCheckpoint { step, epoch, shards } => {
-                drop(self.checkpointer.cast(CheckpointerMsg::Open { step, epoch, shards }));
-                Ok(())
-            }
-            Effect::DropCheckpoint { step } => {
-                drop(self.checkpointer.cast(CheckpointerMsg::Drop { step }));
-                Ok(())
-            }
-            Effect::GoBack { step } => self.go_back(step).await,
-            Effect::Validated { step, loss, tokens } => {
-                self.last_commit = Instant::now();
-                self.files.validation(&ValidationLine { step, loss, tokens }).map_err(|e| e.to_string())
-            }
-            Effect::Notice(notice) => self.on_notice(notice).await,
-            Effect::Done => {
-                self.on_end(RunEnd::Done { step: self.machine.committed() });
-                Ok(())
-            }
-            Effect::Fatal { reason } => {
-                self.on_end(RunEnd::Fatal { reason });
-                Ok(())
-            }
-        }
-    }
-
-    async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
-        self.durations.sent(&message);
-        if let ToNode::Begin { step, pass, lanes, .. } = &mut message {
-            for (lane, tokens) in lanes {
-                let read = match pass {
-                    Pass::Train => self.dataset.lane(*step, *lane),
-                    Pass::Validate { round } => self.dataset.validation(*round, *lane),
-                };
-                *tokens = read.map_err(|error| format!("tokens of step {step}, lane {lane}: {error}"))?;
-            }
-        }
-        if let Some(session) = self.sessions.get(node) {
-            // A node whose link is gone is told apart; its words may be dropped.
-            drop(session.down.send(Down::Say(message)).await);
-        }
-        Ok(())
-    }
-
-    async fn journal(&mut self, committed: Committed) -> Outcome {
-        let (store, record) = (self.store.clone(), committed.clone());
-        blocking(move || store.commit(record.step, &record)).await?;
-        let seconds = self.last_commit.elapsed().as_secs_f64();
-        self.last_commit = Instant::now();
-        for line in self.durations.committed(committed.step) {
-            self.event_line(&line)?;
-        }
-        let line = MetricsLine::new(&committed, Some(seconds));
-        self.files.metrics(&line).map_err(|error| error.to_string())?;
-        if self.log_every > 0 && line.step.is_multiple_of(self.log_every) {
-            let (loss, busiest_expert) = (line.loss, line.busiest_expert);
-            tracing::info!(step = line.step, loss, seconds, busiest_expert, load = ?committed.load, "committed");
-        }
-        self.last_metrics = Some(line);
-        Ok(())
-    }
-
-    async fn go_back(&mut self, step: Step) -> Outcome {
-        let (store, checkpoints) = (self.store.clone(), self.checkpoints.clone());
-        blocking(move || {
-            checkpoints.truncate_after(step)?;
-            store.truncate_after(step)
-        })
-        .await?;
-        self.files.go_back(step).map_err(|error| error.to_string())
-    }
-
-    async fn on_notice(&mut self, notice: Notice) -> Outcome {
-        match &notice {
-            Notice::Checkpoint { step } => {
-                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step })
-            }
-            Notice::CheckpointFailed { reason, .. } => {
-                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Failed { reason: reason.clone() });
-            }
-            Notice::MigrationFailed { node, reason } => {
-                let failed = OperatorReply::Failed { reason: reason.clone() };
-                self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &failed);
-            }
-            Notice::Left { node } => {
-                self.left.insert(node.clone());
-            }
-            _ => {}
-        }
-        match &notice {
-            Notice::WentBack { .. } | Notice::ReplicasDiffer { .. } | Notice::CheckpointFailed { .. } => {
-                tracing::error!(?notice, "event");
-            }
-            Notice::Lost { .. }
-            | Notice::Fenced { .. }
-            | Notice::MigrationFailed { .. }
-            | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
-            _ => tracing::info!(?notice, "event"),
-        }
-        self.durations.noticed(&notice);
-        self.event_line(&notice)
-    }
-
-    fn event_line(&mut self, event: &impl Serialize) -> Outcome {
-        let line = EventLine { unix_ms: unix_ms(), event };
-        self.files.event(&line).map_err(|error| error.to_string())?;
-        if let Ok(text) = serde_json::to_string(&line) {
-            self.events.push_back(text);
-        }
-        while self.events.len() > STATUS_EVENTS {
-            self.events.pop_front();
-        }
-        Ok(())
-    }
-
-    fn answer(&mut self, request: &OperatorRequest, answer: &OperatorReply) {
-        for (_, reply) in self.waiting.extract_if(.., |(asked, _)| asked == request) {
-            drop(reply.send(answer.clone()));
-        }
-    }
-
-    fn on_end(&mut self, end: RunEnd) {
-        let answer = match &end {
-            RunEnd::Done { step } => OperatorReply::Done { step: *step },
-            RunEnd::Fatal { reason } => OperatorReply::Failed { reason: reason.clone() },
-        };
-        self.waiting.drain(..).for_each(|(_, reply)| drop(reply.send(answer.clone())));
-        if let Some(sender) = self.end.take() {
-            drop(sender.send(end));
-        }
-        // The writers send what is queued, then close; the links stay until the process ends.
-        self.sessions.clear();
-    }
-
-    fn status(&self) -> Status {
-        let placement = self.machine.placement();
-        let node = |(node, session): (&NodeId, &Session)| NodeStatus {
-            name: node.0.clone(),
-            pid: session.info.pid,
-            state: self.machine.standing(node).into(),
-            device: session.info.device.clone(),
-            capacity: self.machine.capacity(node).unwrap_or(session.info.capacity),
-            shards: self
-                .settings
-                .architecture
-                .shards()
-                .into_iter()
-                .filter(|&s| placement.holds(node, s))
-                .count(),
-            lanes: placement.lanes_of(node),
-            links: session.links.clone(),
-        };
-        let shard = |shard: ShardId| ShardStatus {
-            name: shard.to_string(),
-            version: self.machine.committed(),
-            replicas: self.machine.holders(shard).into_iter().map(|node| node.0).collect(),
-        };
-        Status {
-            run: self.run.run.clone(),
-            epoch: placement.epoch,
-            step: self.machine.committed(),
-            steps: self.settings.training.steps,
-            activity: if self.end.is_some() { self.machine.activity() } else { Activity::Done },
-            checkpoint: self.machine.durable(),
-            loss: self.last_metrics.as_ref().map(|line| line.loss),
-            tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
-            supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },
-            nodes: self.sessions.iter().map(node).collect(),
-            shards: self.settings.architecture.shards().into_iter().map(shard).collect(),
-            events: self.events.iter().cloned().collect(),
         }
     }
 }

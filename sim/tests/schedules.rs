@@ -1,5 +1,16 @@
 //! Random schedules of everything that can go wrong. Whatever happens, the journal is the quiet run's, no copy of a shard
 //! is ever wrong (checked by the world after every change), and once the faults stop the run ends.
+//!
+//! Mutations that were tried on the two machines, each caught by at least one test here, in `scenarios.rs` or beside the
+//! machines: committing without the learners, or with one member missing; telling before journalling; no roll-forward
+//! of a commit that was not heard of; forgetting what is prepared on an abort; keeping the dead among the holders; never going
+//! back; not remembering the epoch; taking back state of any timeline; keeping stale versions; using what was fetched for
+//! an aborted placement; replaying nothing, or with a gap; shutting nobody out; a supervisor that takes any epoch's `Prepared`.
+//!
+//! Tried and *not* caught; each has a second guard, or lies beyond what these schedules reach: a node that takes any epoch's
+//! `Commit` (it must still match what is prepared) or leaves a step prepared after its commit; a roll-forward of any
+//! attempt (the supervisor does not take such a node back); a supervisor that takes any epoch's `Ready` or `Learned`; a
+//! going-back that does not count a new timeline; a suspension that never ends (the runs end without the node).
 #![expect(clippy::expect_used, reason = "tests")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

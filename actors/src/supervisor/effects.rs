@@ -1,0 +1,155 @@
+//! Carries out what the machine decides, in its order.
+
+use super::{CLUSTER, Outcome, RunEnd, SupervisorState};
+use crate::checkpointer::{CheckpointerMsg, blocking};
+use crate::limits::STATUS_EVENTS;
+use crate::operator::{OperatorReply, OperatorRequest};
+use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
+use crate::wire::Down;
+use serde::Serialize;
+use std::time::Instant;
+use volary_core::machine::{Committed, Effect, Notice};
+use volary_core::messages::{Pass, ToNode};
+use volary_core::{NodeId, Step};
+use volary_storage::Table;
+
+impl SupervisorState {
+    pub(super) async fn carry_out(&mut self, effect: Effect) -> Outcome {
+        match effect {
+            Effect::Send { node, message } => self.send(&node, message).await,
+            Effect::Fence { node, reason } => {
+                self.fence(&node, &reason);
+                Ok(())
+            }
+            Effect::Journal(committed) => self.journal(*committed).await,
+            Effect::Remember(remembered) => {
+                let store = self.store.clone();
+                blocking(move || store.put(Table::Facts, CLUSTER, &remembered)).await
+            }
+            Effect::OpenCheckpoint { step, epoch, shards } => {
+                drop(self.checkpointer.cast(CheckpointerMsg::Open { step, epoch, shards }));
+                Ok(())
+            }
+            Effect::DropCheckpoint { step } => {
+                drop(self.checkpointer.cast(CheckpointerMsg::Drop { step }));
+                Ok(())
+            }
+            Effect::GoBack { step } => self.go_back(step).await,
+            Effect::Validated { step, loss, tokens } => {
+                self.last_commit = Instant::now();
+                self.files.validation(&ValidationLine { step, loss, tokens }).map_err(|e| e.to_string())
+            }
+            Effect::Notice(notice) => self.on_notice(notice).await,
+            Effect::Done => {
+                self.on_end(RunEnd::Done { step: self.machine.committed() });
+                Ok(())
+            }
+            Effect::Fatal { reason } => {
+                self.on_end(RunEnd::Fatal { reason });
+                Ok(())
+            }
+        }
+    }
+
+    async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
+        self.durations.sent(&message);
+        if let ToNode::Begin { step, pass, lanes, .. } = &mut message {
+            for (lane, tokens) in lanes {
+                let read = match pass {
+                    Pass::Train => self.dataset.lane(*step, *lane),
+                    Pass::Validate { round } => self.dataset.validation(*round, *lane),
+                };
+                *tokens = read.map_err(|error| format!("tokens of step {step}, lane {lane}: {error}"))?;
+            }
+        }
+        if let Some(session) = self.sessions.get(node) {
+            // A node whose link is gone is told apart; its words may be dropped.
+            drop(session.down.send(Down::Say(message)).await);
+        }
+        Ok(())
+    }
+
+    async fn journal(&mut self, committed: Committed) -> Outcome {
+        let (store, record) = (self.store.clone(), committed.clone());
+        blocking(move || store.commit(record.step, &record)).await?;
+        let seconds = self.last_commit.elapsed().as_secs_f64();
+        self.last_commit = Instant::now();
+        for line in self.durations.committed(committed.step) {
+            self.event_line(&line)?;
+        }
+        let line = MetricsLine::new(&committed, Some(seconds));
+        self.files.metrics(&line).map_err(|error| error.to_string())?;
+        if self.log_every > 0 && line.step.is_multiple_of(self.log_every) {
+            let (loss, busiest_expert) = (line.loss, line.busiest_expert);
+            tracing::info!(step = line.step, loss, seconds, busiest_expert, load = ?committed.load, "committed");
+        }
+        self.last_metrics = Some(line);
+        Ok(())
+    }
+
+    async fn go_back(&mut self, step: Step) -> Outcome {
+        let (store, checkpoints) = (self.store.clone(), self.checkpoints.clone());
+        blocking(move || {
+            checkpoints.truncate_after(step)?;
+            store.truncate_after(step)
+        })
+        .await?;
+        self.files.go_back(step).map_err(|error| error.to_string())
+    }
+
+    async fn on_notice(&mut self, notice: Notice) -> Outcome {
+        match &notice {
+            Notice::Checkpoint { step } => {
+                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step })
+            }
+            Notice::CheckpointFailed { reason, .. } => {
+                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Failed { reason: reason.clone() });
+            }
+            Notice::MigrationFailed { node, reason } => {
+                let failed = OperatorReply::Failed { reason: reason.clone() };
+                self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &failed);
+            }
+            Notice::Left { node } => {
+                self.left.insert(node.clone());
+            }
+            _ => {}
+        }
+        match &notice {
+            Notice::WentBack { .. } | Notice::ReplicasDiffer { .. } | Notice::CheckpointFailed { .. } => {
+                tracing::error!(?notice, "event");
+            }
+            Notice::Lost { .. }
+            | Notice::Fenced { .. }
+            | Notice::MigrationFailed { .. }
+            | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
+            _ => tracing::info!(?notice, "event"),
+        }
+        self.durations.noticed(&notice);
+        self.event_line(&notice)
+    }
+
+    fn event_line(&mut self, event: &impl Serialize) -> Outcome {
+        let line = EventLine { unix_ms: unix_ms(), event };
+        self.files.event(&line).map_err(|error| error.to_string())?;
+        if let Ok(text) = serde_json::to_string(&line) {
+            self.events.push_back(text);
+        }
+        while self.events.len() > STATUS_EVENTS {
+            self.events.pop_front();
+        }
+        Ok(())
+    }
+
+    pub(super) fn on_end(&mut self, end: RunEnd) {
+        let answer = match &end {
+            RunEnd::Done { step } => OperatorReply::Done { step: *step },
+            RunEnd::Fatal { reason } => OperatorReply::Failed { reason: reason.clone() },
+        };
+        self.waiting.drain(..).for_each(|(_, reply)| drop(reply.send(answer.clone())));
+        if let Some(sender) = self.end.take() {
+            drop(sender.send(end));
+        }
+        // The writers send what is queued, then close; the links stay until the process ends.
+        self.sessions.clear();
+    }
+}

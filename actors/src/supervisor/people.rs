@@ -1,0 +1,112 @@
+//! What people ask of a supervisor, and what it tells them.
+
+use super::{Outcome, Session, SupervisorState};
+use crate::operator::{NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus};
+use crate::wire::NodeInfo;
+use ractor::RpcReplyPort;
+use volary_core::machine::{Activity, Event};
+use volary_core::{NodeId, ShardId};
+
+impl SupervisorState {
+    pub(super) async fn on_operator(
+        &mut self,
+        request: OperatorRequest,
+        reply: RpcReplyPort<OperatorReply>,
+    ) -> Outcome {
+        let event = match request {
+            OperatorRequest::Status => {
+                drop(reply.send(OperatorReply::Status(Box::new(self.status()))));
+                return Ok(());
+            }
+            OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
+                drop(reply.send(OperatorReply::Done { step: self.machine.committed() }));
+                return Ok(());
+            }
+            OperatorRequest::Checkpoint => Event::CheckpointRequested,
+            OperatorRequest::Stop => Event::StopRequested,
+            OperatorRequest::Drain { ref node } if !self.sessions.contains_key(&NodeId::new(node)) => {
+                let there: Vec<&str> = self.sessions.keys().map(|node| node.0.as_str()).collect();
+                let reason = format!("there is no node {node}; there are: {}", there.join(", "));
+                drop(reply.send(OperatorReply::Failed { reason }));
+                return Ok(());
+            }
+            OperatorRequest::Drain { ref node } => Event::DrainRequested { node: NodeId::new(node) },
+        };
+        self.waiting.push((request, reply));
+        self.on_event(event).await
+    }
+
+    pub(super) fn answer(&mut self, request: &OperatorRequest, answer: &OperatorReply) {
+        for (_, reply) in self.waiting.extract_if(.., |(asked, _)| asked == request) {
+            drop(reply.send(answer.clone()));
+        }
+    }
+
+    /// Refuses a model that cannot fit: what every node holds, and the experts divided by all nodes that are wanted.
+    pub(super) fn check_memory(&self, node: &NodeId, info: &NodeInfo) -> Outcome {
+        let a = &self.settings.architecture;
+        // Weights, gradient and, for AdamW, two moments; Adafactor's factors are negligible.
+        let words = match self.settings.training.optimizer {
+            volary_core::options::Optimizer::Adafactor { .. } => 2,
+            volary_core::options::Optimizer::Adamw { .. } => 4,
+        };
+        let bytes = |expert: bool| -> u64 {
+            let shards = a.shards().into_iter().filter(|shard| shard.is_expert() == expert);
+            shards.map(|shard| a.shard_parameters(shard) * 4 * words).sum()
+        };
+        let cluster = &self.settings.cluster;
+        let nodes = cluster.nodes.max(1) as u64;
+        let copies = (cluster.replication.max(1) as u64).min(nodes);
+        let needed = bytes(false) + bytes(true) * copies / nodes;
+        if needed <= info.memory_bytes {
+            return Ok(());
+        }
+        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+        Err(format!(
+            "the model does not fit: {node} has {:.1} GiB of memory, and its share of {} parameters (weights, gradients and optimizer, \
+             {copies} copies of each expert over {nodes} nodes) takes {:.1} GiB; add nodes, or choose a smaller model",
+            gib(info.memory_bytes),
+            a.parameters(),
+            gib(needed),
+        ))
+    }
+
+    fn status(&self) -> Status {
+        let placement = self.machine.placement();
+        let node = |(node, session): (&NodeId, &Session)| NodeStatus {
+            name: node.0.clone(),
+            pid: session.info.pid,
+            state: self.machine.standing(node).into(),
+            device: session.info.device.clone(),
+            capacity: self.machine.capacity(node).unwrap_or(session.info.capacity),
+            shards: self
+                .settings
+                .architecture
+                .shards()
+                .into_iter()
+                .filter(|&s| placement.holds(node, s))
+                .count(),
+            lanes: placement.lanes_of(node),
+            links: session.links.clone(),
+        };
+        let shard = |shard: ShardId| ShardStatus {
+            name: shard.to_string(),
+            version: self.machine.committed(),
+            replicas: self.machine.holders(shard).into_iter().map(|node| node.0).collect(),
+        };
+        Status {
+            run: self.run.run.clone(),
+            epoch: placement.epoch,
+            step: self.machine.committed(),
+            steps: self.settings.training.steps,
+            activity: if self.end.is_some() { self.machine.activity() } else { Activity::Done },
+            checkpoint: self.machine.durable(),
+            loss: self.last_metrics.as_ref().map(|line| line.loss),
+            tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
+            supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },
+            nodes: self.sessions.iter().map(node).collect(),
+            shards: self.settings.architecture.shards().into_iter().map(shard).collect(),
+            events: self.events.iter().cloned().collect(),
+        }
+    }
+}
