@@ -5,7 +5,9 @@ use std::fmt::Write as _;
 use std::path::Path;
 use volary_core::architecture::Architecture;
 use volary_core::machine::Settings;
-use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use volary_core::options::{
+    CheckpointOptions, ClusterOptions, TelemetryOptions, TrainingOptions, ValidationOptions,
+};
 use volary_data::DataOptions;
 
 /// A run, as its file describes it.
@@ -50,20 +52,6 @@ pub struct RunOptions {
 
 fn default_prompt() -> String {
     "The ".into()
-}
-
-/// What a run tells.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct TelemetryOptions {
-    /// Every so many steps the supervisor logs a step: loss, seconds, tokens per layer and expert; 0 never.
-    pub sample_every: u64,
-}
-
-impl Default for TelemetryOptions {
-    fn default() -> Self {
-        Self { sample_every: 50 }
-    }
 }
 
 impl Config {
@@ -114,6 +102,7 @@ impl Config {
         }
         self.model.check()?;
         self.training.check()?;
+        self.telemetry.check()?;
         if self.model.vocabulary < self.data.vocabulary && self.data.tokenizer.is_none() {
             return Err(format!(
                 "data.vocabulary = {}: expected at most model.vocabulary = {}",

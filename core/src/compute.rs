@@ -5,7 +5,7 @@
 //! Gradients are *sums over a lane's tokens' mean loss*: each lane's loss is a mean, and lanes are added, so
 //! the whole is `lanes` times the gradient of the mean.
 
-use crate::dispatch::Dispatch;
+use crate::dispatch::{Dispatch, TOP_K};
 use crate::ids::{Lane, ShardId, Step};
 use crate::messages::Norm;
 use crate::schedule::Update;
@@ -43,12 +43,16 @@ pub enum HostDtype {
 pub struct Gated<B: Compute> {
     /// Where each token goes.
     pub dispatch: Dispatch,
+    /// What each token asked for, also where it was dropped: first and second expert, `-1` for no choice.
+    pub choices: [Vec<i64>; TOP_K],
     /// The tokens' rows in the order of `dispatch.tokens`: `[assignments, hidden]`.
     pub rows: B::Tensor,
     /// What the way back needs.
     pub saved: B::Saved,
     /// The load-balancing loss of this lane and layer.
     pub aux_loss: f64,
+    /// Mean over tokens of the entropy of the gate's probabilities, in nats: 0 when sure, ln(experts) when undecided.
+    pub entropy: f64,
 }
 
 /// A lane's loss and, for training, the gradients of the residual stream and of the embedding shard.
@@ -121,6 +125,8 @@ pub trait Compute: Send + Sync + Sized + 'static {
         at: (Step, Lane),
         train: bool,
     ) -> Computed<Gated<Self>>;
+    /// The gate weights of some tokens: what their first and second expert's outputs are multiplied by.
+    fn gate_weights(&self, saved: &Self::Saved, tokens: &[usize]) -> Computed<Vec<[f64; TOP_K]>>;
     /// The residual plus the experts' outputs by gate weight; `outputs` are the experts' rows in expert order.
     fn combine(
         &self,

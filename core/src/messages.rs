@@ -135,6 +135,8 @@ pub struct LaneReport {
     pub loss: f64,
     /// Mean over MoE layers of the load-balancing loss; 1 when the load is even.
     pub aux_loss: f64,
+    /// Mean over MoE layers of the entropy of the gate's probabilities, in nats.
+    pub gate_entropy: f64,
     /// Kept assignments per MoE layer and expert: `[layers][experts]`.
     pub load: Vec<Vec<u32>>,
     /// Assignments dropped for want of capacity.

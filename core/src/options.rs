@@ -230,3 +230,72 @@ impl Default for ValidationOptions {
         Self { every: 0, rounds: 2 }
     }
 }
+
+/// What a run tells about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TelemetryOptions {
+    /// Every so many steps one is traced and logged with its expert load; 0 none. Steps that follow a change of the
+    /// cluster are traced beside them.
+    pub sample_every: u64,
+    /// Tokens of each lane that are followed through a traced step.
+    pub tokens_per_lane: usize,
+    /// Spans that a traced step may have, about: lanes beyond have one span each.
+    pub spans_per_step: usize,
+    /// Traces that are kept with the run.
+    pub keep: usize,
+    /// The collector that traces go to; `OTEL_EXPORTER_OTLP_ENDPOINT` of a process comes first.
+    pub endpoint: Option<String>,
+    /// How the collector is spoken to; `OTEL_EXPORTER_OTLP_PROTOCOL` of a process comes first.
+    pub protocol: OtlpProtocol,
+}
+
+impl Default for TelemetryOptions {
+    fn default() -> Self {
+        Self {
+            sample_every: 50,
+            tokens_per_lane: 2,
+            spans_per_step: 500,
+            keep: 100,
+            endpoint: None,
+            protocol: OtlpProtocol::Grpc,
+        }
+    }
+}
+
+/// How a collector of traces is spoken to (OpenTelemetry protocol).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OtlpProtocol {
+    /// gRPC, as a rule on port 4317.
+    #[serde(rename = "grpc")]
+    Grpc,
+    /// Protocol buffers over HTTP, as a rule on port 4318.
+    #[serde(rename = "http/protobuf")]
+    HttpProtobuf,
+}
+
+impl TelemetryOptions {
+    /// What is wrong, if anything.
+    ///
+    /// # Errors
+    /// A line that names the key and what was expected of it.
+    pub fn check(&self) -> Result<(), String> {
+        let bounded = [
+            ("tokens_per_lane", self.tokens_per_lane, 0, 64),
+            ("spans_per_step", self.spans_per_step, 1, 4000),
+            ("keep", self.keep, 1, 10_000),
+        ];
+        for (key, value, least, most) in bounded {
+            if !(least..=most).contains(&value) {
+                return Err(format!("telemetry.{key} = {value}: expected a number from {least} to {most}"));
+            }
+        }
+        let is_url = |url: &str| url.starts_with("http://") || url.starts_with("https://");
+        match &self.endpoint {
+            Some(url) if !is_url(url) => Err(format!(
+                "telemetry.endpoint = {url:?}: expected a URL that begins with http:// or https://"
+            )),
+            _ => Ok(()),
+        }
+    }
+}

@@ -147,6 +147,8 @@ pub(crate) struct Gate {
     pub(crate) aux_loss: Tensor,
     /// The mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5).
     pub(crate) z_loss: Tensor,
+    /// The probabilities of all experts: `[tokens, experts]`, f32.
+    probabilities: Tensor,
 }
 
 impl Gate {
@@ -165,7 +167,14 @@ impl Gate {
         let mean = probabilities.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
         let aux_loss = share.f_mul(&mean)?.f_sum(Kind::Float)?.f_mul_scalar(experts_count as f64)?;
         let z_loss = logits.f_logsumexp([-1i64].as_slice(), false)?.f_square()?.f_mean(Kind::Float)?;
-        Ok(Self { normed, experts, weights: top.f_div(&total)?, aux_loss, z_loss })
+        Ok(Self { normed, experts, weights: top.f_div(&total)?, aux_loss, z_loss, probabilities })
+    }
+
+    /// The mean over tokens of the entropy of the probabilities, in nats; outside of the graph.
+    pub(crate) fn entropy(&self) -> Result<f64> {
+        let tokens = self.probabilities.size()[0].max(1) as f64;
+        let sum = self.probabilities.f_detach()?.f_special_entr()?.f_sum(Kind::Double)?;
+        Ok(sum.f_double_value(&[])? / tokens)
     }
 }
 

@@ -99,6 +99,7 @@ impl Machine {
             epoch,
             loss: mean(|lane| lane.loss),
             aux_loss: mean(|lane| lane.aux_loss),
+            gate_entropy: mean(|lane| lane.gate_entropy),
             grad_norm,
             update,
             tokens: training.tokens_per_step(),

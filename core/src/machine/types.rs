@@ -111,6 +111,8 @@ pub struct Committed {
     pub loss: f64,
     /// Mean load-balancing loss.
     pub aux_loss: f64,
+    /// Mean entropy of the gates' probabilities, in nats.
+    pub gate_entropy: f64,
     /// Norm of the mean gradient before clipping.
     pub grad_norm: f64,
     /// What the replicas do with it.

@@ -6,7 +6,7 @@ use crate::layers;
 use crate::weights::{Parameter, Shard, parameters};
 use tch::{Kind, Tensor};
 use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor};
-use volary_core::dispatch::Dispatch;
+use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::schedule::Update;
 use volary_core::{Lane, ShardId, Step};
@@ -95,6 +95,10 @@ impl Compute for Glam {
         train: bool,
     ) -> Computed<Gated<Self>> {
         Ok(self.gate_inner(layer, &params, &x, at, train)?)
+    }
+
+    fn gate_weights(&self, saved: &Saved, tokens: &[usize]) -> Computed<Vec<[f64; TOP_K]>> {
+        Ok(Self::gate_weights_inner(saved, tokens)?)
     }
 
     fn combine(&self, dispatch: &Dispatch, saved: Saved, outputs: Vec<Tensor>) -> Computed<(Tensor, Saved)> {

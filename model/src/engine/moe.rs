@@ -6,7 +6,7 @@ use crate::layers::{self, Gate};
 use tch::{Kind, Tensor};
 use volary_core::architecture::SecondExpert;
 use volary_core::compute::Gated;
-use volary_core::dispatch::Dispatch;
+use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Lane, Step};
 
@@ -58,6 +58,7 @@ impl Glam {
             Dispatch::new([&first, &second], self.architecture.experts, self.architecture.capacity);
         let rows = gate.normed.f_detach()?.f_index_select(0, &self.index(&dispatch.tokens)?)?;
         let aux_loss = gate.aux_loss.f_double_value(&[])?;
+        let entropy = gate.entropy()?;
         let penalty = gate
             .aux_loss
             .f_mul_scalar(self.training.aux_loss)?
@@ -73,7 +74,16 @@ impl Glam {
             residual: None,
             train,
         };
-        Ok(Gated { dispatch, rows, saved: Saved::Gate(Box::new(saved)), aux_loss })
+        let saved = Saved::Gate(Box::new(saved));
+        Ok(Gated { dispatch, choices: [first, second], rows, saved, aux_loss, entropy })
+    }
+
+    pub(super) fn gate_weights_inner(saved: &Saved, tokens: &[usize]) -> Result<Vec<[f64; TOP_K]>> {
+        let Saved::Gate(gate) = saved else { return Err(misuse("gate_weights")) };
+        let weight = |token: usize, choice: usize| -> Result<f64> {
+            Ok(gate.weights.f_double_value(&[token as i64, choice as i64])?)
+        };
+        tokens.iter().map(|&token| Ok([weight(token, 0)?, weight(token, 1)?])).collect()
     }
 
     pub(super) fn combine_inner(

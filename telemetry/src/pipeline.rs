@@ -1,0 +1,368 @@
+//! A process's traces, from the spans that it makes to where they are kept and exported.
+//!
+//! Spans end on the threads that train; there they are only put into a bounded queue. One thread of its own takes them
+//! out, hands them to whoever keeps them with the run, and exports them to a collector if there is one. What does not find room is dropped
+//! and counted; a collector that cannot be reached is one warning.
+
+use crate::limits::{BATCH_SPANS, BATCH_WAIT, EXPORT_MAX, EXPORT_REST, FLUSH_MAX, QUEUE_SPANS};
+use crate::record::SpanRecord;
+use crate::span::Tracer;
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry::{Context, KeyValue};
+use opentelemetry_otlp::{Protocol, WithExportConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span, SpanData, SpanExporter, SpanProcessor};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot};
+use volary_core::options::{OtlpProtocol, TelemetryOptions};
+
+/// Whose traces they are.
+#[derive(Clone, Debug)]
+pub struct Identity {
+    /// The run's name.
+    pub run: String,
+    /// `supervisor`, or the node's name.
+    pub process: String,
+    /// The node's device; none for a supervisor.
+    pub device: Option<String>,
+}
+
+/// What becomes of the spans that are kept with the run. Called on the pipeline's own thread; returns how many were dropped.
+pub type Keep = Box<dyn FnMut(Vec<SpanRecord>) -> u64 + Send>;
+
+/// What became of the spans so far.
+#[derive(Debug, Default)]
+pub struct SpanCounts {
+    /// Handed to whoever keeps them with the run.
+    pub kept: AtomicU64,
+    /// Taken by a collector.
+    pub exported: AtomicU64,
+    /// Dropped for want of room, or since the collector could not be reached.
+    pub dropped: AtomicU64,
+}
+
+enum Word {
+    Span(Box<SpanData>),
+    /// Spans of another process, to be kept.
+    Records(Vec<SpanRecord>),
+    Flush(oneshot::Sender<()>),
+}
+
+/// The traces of this process.
+#[derive(Clone, Debug)]
+pub struct Pipeline {
+    sdk: SdkTracer,
+    words: mpsc::Sender<Word>,
+    counts: Arc<SpanCounts>,
+    // Its spans' context is gone with it.
+    _provider: SdkTracerProvider,
+}
+
+#[derive(Debug)]
+struct Queue {
+    words: mpsc::Sender<Word>,
+    counts: Arc<SpanCounts>,
+}
+
+impl SpanProcessor for Queue {
+    fn on_start(&self, _: &mut Span, _: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        if self.words.try_send(Word::Span(Box::new(span))).is_err() {
+            self.counts.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+impl Pipeline {
+    /// Starts the thread. Spans are exported where the options or the standard `OTEL_*` variables name a collector.
+    ///
+    /// # Errors
+    /// When the thread does not start.
+    pub fn start(options: &TelemetryOptions, identity: &Identity, keep: Keep) -> std::io::Result<Self> {
+        let (words, queue) = mpsc::channel(QUEUE_SPANS);
+        let counts = Arc::new(SpanCounts::default());
+        let resource = resource(identity);
+        let provider = SdkTracerProvider::builder()
+            .with_span_processor(Queue { words: words.clone(), counts: Arc::clone(&counts) })
+            .with_resource(resource.clone())
+            .build();
+        let target = Target::of(options);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (process, own) = (identity.process.clone(), Arc::clone(&counts));
+        std::thread::Builder::new().name("telemetry".into()).spawn(move || {
+            runtime.block_on(async {
+                // The exporter needs the runtime from its first moment.
+                let exporter = target.and_then(|target| target.exporter(&resource));
+                Worker {
+                    process,
+                    keep,
+                    export: exporter.map(|e| Export::new(e, Arc::clone(&own))),
+                    counts: own,
+                }
+                .run(queue)
+                .await;
+            });
+        })?;
+        let sdk = provider.tracer("volary");
+        Ok(Self { sdk, words, counts, _provider: provider })
+    }
+
+    /// What makes this process's traces.
+    #[must_use]
+    pub fn tracer(&self) -> Tracer {
+        Tracer::new(self.sdk.clone())
+    }
+
+    /// The tracer for a `tracing` layer.
+    #[must_use]
+    pub fn sdk_tracer(&self) -> SdkTracer {
+        self.sdk.clone()
+    }
+
+    /// Keeps another process's spans with the run.
+    pub fn keep(&self, records: Vec<SpanRecord>) {
+        let count = records.len() as u64;
+        if self.words.try_send(Word::Records(records)).is_err() {
+            self.counts.dropped.fetch_add(count, Ordering::Relaxed);
+        }
+    }
+
+    /// What became of the spans so far.
+    #[must_use]
+    pub fn counts(&self) -> Arc<SpanCounts> {
+        Arc::clone(&self.counts)
+    }
+
+    /// Waits until all spans that have ended are kept and exported, but not for long.
+    pub async fn flush(&self) {
+        let (sender, done) = oneshot::channel();
+        if self.words.try_send(Word::Flush(sender)).is_ok() {
+            // Whoever is late is late; the process ends all the same.
+            let _ = tokio::time::timeout(FLUSH_MAX, done).await;
+        }
+    }
+}
+
+fn resource(identity: &Identity) -> Resource {
+    let instance = format!("{}/{}/{}", identity.run, identity.process, std::process::id());
+    let mut attributes = vec![
+        KeyValue::new("service.instance.id", instance),
+        KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+        KeyValue::new("process.pid", i64::from(std::process::id())),
+        KeyValue::new("volary.run", identity.run.clone()),
+        KeyValue::new("volary.node", identity.process.clone()),
+    ];
+    attributes.extend(identity.device.as_ref().map(|device| KeyValue::new("volary.device", device.clone())));
+    let builder = Resource::builder().with_attributes(attributes);
+    // One name for all processes, unless the environment says another.
+    if std::env::var_os("OTEL_SERVICE_NAME").is_some() {
+        builder.build()
+    } else {
+        builder.with_service_name("volary").build()
+    }
+}
+
+/// Where spans are exported to.
+struct Target {
+    endpoint: Option<String>,
+    protocol: OtlpProtocol,
+}
+
+impl Target {
+    fn of(options: &TelemetryOptions) -> Option<Self> {
+        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let off = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
+            || variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value == "none");
+        let named = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+            .or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
+        if off || (named.is_none() && options.endpoint.is_none()) {
+            return None;
+        }
+        let protocol = variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
+            .or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"));
+        let protocol = match protocol.as_deref() {
+            None => options.protocol,
+            Some("grpc") => OtlpProtocol::Grpc,
+            Some("http/protobuf") => OtlpProtocol::HttpProtobuf,
+            Some(other) => {
+                tracing::warn!(protocol = other, "traces are not exported: expected grpc or http/protobuf");
+                return None;
+            }
+        };
+        // The exporter itself reads the variables when nothing is given.
+        let endpoint = if named.is_some() { None } else { options.endpoint.clone() };
+        Some(Self { endpoint, protocol })
+    }
+
+    fn exporter(self, resource: &Resource) -> Option<opentelemetry_otlp::SpanExporter> {
+        let built = match self.protocol {
+            OtlpProtocol::Grpc => {
+                let mut builder =
+                    opentelemetry_otlp::SpanExporter::builder().with_tonic().with_timeout(EXPORT_MAX);
+                if let Some(endpoint) = self.endpoint {
+                    builder = builder.with_endpoint(endpoint);
+                }
+                builder.build()
+            }
+            OtlpProtocol::HttpProtobuf => {
+                let mut builder = opentelemetry_otlp::SpanExporter::builder()
+                    .with_http()
+                    .with_protocol(Protocol::HttpBinary)
+                    .with_timeout(EXPORT_MAX);
+                if let Some(endpoint) = self.endpoint {
+                    let endpoint = endpoint.trim_end_matches('/');
+                    let path = if endpoint.ends_with("/v1/traces") { "" } else { "/v1/traces" };
+                    builder = builder.with_endpoint(format!("{endpoint}{path}"));
+                }
+                builder.build()
+            }
+        };
+        let built = built.inspect_err(|error| tracing::warn!(%error, "traces are not exported"));
+        built.ok().map(|mut exporter| {
+            exporter.set_resource(resource);
+            exporter
+        })
+    }
+}
+
+struct Worker {
+    process: String,
+    keep: Keep,
+    export: Option<Export>,
+    counts: Arc<SpanCounts>,
+}
+
+impl Worker {
+    /// Until nobody makes spans any more.
+    async fn run(mut self, mut queue: mpsc::Receiver<Word>) {
+        let mut words = Vec::new();
+        while queue.recv_many(&mut words, QUEUE_SPANS).await > 0 {
+            let (mut records, mut flushed) = (Vec::new(), Vec::new());
+            for word in words.drain(..) {
+                match word {
+                    Word::Span(span) => {
+                        records.push(SpanRecord::new(&self.process, &span));
+                        if let Some(export) = &mut self.export {
+                            export.put(*span);
+                        }
+                    }
+                    Word::Records(more) => records.extend(more),
+                    Word::Flush(done) => flushed.push(done),
+                }
+            }
+            self.keep_with_run(records);
+            if let Some(export) = &mut self.export {
+                export.send(!flushed.is_empty()).await;
+            }
+            if flushed.is_empty() {
+                // More of the same step is on its way.
+                tokio::time::sleep(BATCH_WAIT).await;
+            }
+            flushed.into_iter().for_each(|done| drop(done.send(())));
+        }
+    }
+
+    fn keep_with_run(&mut self, records: Vec<SpanRecord>) {
+        if records.is_empty() {
+            return;
+        }
+        let count = records.len() as u64;
+        let dropped = (self.keep)(records).min(count);
+        self.counts.kept.fetch_add(count - dropped, Ordering::Relaxed);
+        self.counts.dropped.fetch_add(dropped, Ordering::Relaxed);
+    }
+}
+
+/// The way to a collector.
+struct Export {
+    exporter: Arc<opentelemetry_otlp::SpanExporter>,
+    waiting: Vec<SpanData>,
+    /// A request that is under way: whether it failed, and how many spans it holds.
+    under_way: Option<tokio::task::JoinHandle<(Result<(), String>, u64)>>,
+    /// After a failure the collector is left alone until then.
+    rests_until: Option<Instant>,
+    failing: bool,
+    counts: Arc<SpanCounts>,
+}
+
+impl Export {
+    fn new(exporter: opentelemetry_otlp::SpanExporter, counts: Arc<SpanCounts>) -> Self {
+        let exporter = Arc::new(exporter);
+        Self { exporter, waiting: Vec::new(), under_way: None, rests_until: None, failing: false, counts }
+    }
+
+    fn drop_spans(&self, count: u64) {
+        self.counts.dropped.fetch_add(count, Ordering::Relaxed);
+    }
+
+    fn put(&mut self, span: SpanData) {
+        if self.waiting.len() < QUEUE_SPANS {
+            self.waiting.push(span);
+        } else {
+            self.drop_spans(1);
+        }
+    }
+
+    /// Sends what waits, without waiting for the collector unless `all` must be gone.
+    async fn send(&mut self, all: bool) {
+        loop {
+            if let Some(task) = self.under_way.take_if(|task| all || task.is_finished()) {
+                let (done, count) = task.await.unwrap_or_else(|error| (Err(error.to_string()), 0));
+                self.on_answer(done, count);
+            }
+            if self.rests_until.is_some_and(|until| Instant::now() < until) {
+                let count = self.waiting.len() as u64;
+                self.waiting.clear();
+                self.drop_spans(count);
+            }
+            if self.under_way.is_some() || self.waiting.is_empty() {
+                return;
+            }
+            let rest = self.waiting.split_off(self.waiting.len().min(BATCH_SPANS));
+            let batch = std::mem::replace(&mut self.waiting, rest);
+            let (exporter, count) = (Arc::clone(&self.exporter), batch.len() as u64);
+            self.under_way = Some(tokio::spawn(async move {
+                let sent = tokio::time::timeout(EXPORT_MAX, exporter.export(batch)).await;
+                let done = match sent {
+                    Ok(done) => done.map_err(|error| error.to_string()),
+                    Err(_) => Err(format!("no answer within {} s", EXPORT_MAX.as_secs())),
+                };
+                (done, count)
+            }));
+        }
+    }
+
+    fn on_answer(&mut self, done: Result<(), String>, count: u64) {
+        match done {
+            Ok(()) => {
+                self.counts.exported.fetch_add(count, Ordering::Relaxed);
+                self.rests_until = None;
+                if std::mem::take(&mut self.failing) {
+                    tracing::info!("the collector takes traces again");
+                }
+            }
+            Err(reason) => {
+                self.drop_spans(count);
+                self.rests_until = Some(Instant::now() + EXPORT_REST);
+                if !std::mem::replace(&mut self.failing, true) {
+                    tracing::warn!(
+                        reason,
+                        "the collector does not take traces; training goes on without them"
+                    );
+                }
+            }
+        }
+    }
+}
