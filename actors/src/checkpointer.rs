@@ -10,11 +10,12 @@ use std::sync::Arc;
 use volary_core::machine::Event;
 use volary_core::{Epoch, ShardId, Step};
 use volary_storage::{Checkpoints, Digest, Pending};
+use volary_telemetry::Scope;
 
 /// What the checkpointer is told.
 pub(crate) enum CheckpointerMsg {
     /// A checkpoint of `step` begins.
-    Open { step: Step, epoch: Epoch, shards: Vec<ShardId> },
+    Open { step: Step, epoch: Epoch, shards: Vec<ShardId>, scope: Scope },
     /// A shard came.
     Shard { step: Step, shard: ShardId, bytes: Bytes },
     /// The checkpoint is given up.
@@ -33,6 +34,8 @@ pub(crate) struct CheckpointerArgs {
 pub(crate) struct CheckpointerState {
     args: CheckpointerArgs,
     pending: Option<Arc<Pending>>,
+    /// Where the spans of the checkpoint go.
+    scope: Scope,
 }
 
 /// See the module.
@@ -48,7 +51,7 @@ impl Actor for CheckpointerActor {
         _: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(CheckpointerState { args, pending: None })
+        Ok(CheckpointerState { args, pending: None, scope: Scope::default() })
     }
 
     async fn handle(
@@ -58,7 +61,7 @@ impl Actor for CheckpointerActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CheckpointerMsg::Open { step, epoch, shards } => state.on_open(step, epoch, shards),
+            CheckpointerMsg::Open { step, epoch, shards, scope } => state.on_open(step, epoch, shards, scope),
             CheckpointerMsg::Shard { step, shard, bytes } => state.on_shard(step, shard, bytes).await,
             CheckpointerMsg::Drop { step } => state.on_drop(step),
         }
@@ -67,7 +70,8 @@ impl Actor for CheckpointerActor {
 }
 
 impl CheckpointerState {
-    fn on_open(&mut self, step: Step, epoch: Epoch, shards: Vec<ShardId>) {
+    fn on_open(&mut self, step: Step, epoch: Epoch, shards: Vec<ShardId>, scope: Scope) {
+        self.scope = scope;
         self.pending =
             Some(Arc::new(self.args.checkpoints.begin(step, epoch, self.args.config_hash, shards)));
     }
@@ -79,8 +83,9 @@ impl CheckpointerState {
     async fn on_shard(&mut self, step: Step, shard: ShardId, bytes: Bytes) {
         let Some(pending) = self.pending.as_ref().filter(|pending| pending.step() == step) else { return };
         let pending = Arc::clone(pending);
+        let scope = self.scope.clone();
         let added = blocking(move || {
-            pending.add(shard, &bytes)?;
+            scope.enter(|| pending.add(shard, &bytes))?;
             Ok(pending.missing().is_empty())
         });
         match added.await {
@@ -94,8 +99,9 @@ impl CheckpointerState {
         // The only other handle was in the blocking call that has returned.
         let Some(pending) = self.pending.take().and_then(Arc::into_inner) else { return };
         let (checkpoints, keep) = (self.args.checkpoints.clone(), self.args.keep);
+        let scope = self.scope.clone();
         let completed = blocking(move || {
-            pending.complete()?;
+            scope.enter(|| pending.complete())?;
             if let Err(error) = checkpoints.retain(keep) {
                 tracing::warn!(%error, "old checkpoints cannot be removed");
             }

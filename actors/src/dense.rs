@@ -10,6 +10,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 use volary_core::ShardId;
 use volary_core::compute::{Compute, ComputeError, Computed};
+use volary_telemetry::Meter;
 
 /// A lane's loss and, for training, the gradient of the residual stream.
 pub(crate) type Loss<B> = (f64, Option<<B as Compute>::Tensor>);
@@ -17,15 +18,28 @@ pub(crate) type Loss<B> = (f64, Option<<B as Compute>::Tensor>);
 /// What a dense actor is asked. The first three are for the embedding, the others for layers.
 pub(crate) enum DenseMsg<B: Compute> {
     /// Token ids to the residual stream.
-    Embed { tokens: Arc<Vec<u32>>, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Embed { tokens: Arc<Vec<u32>>, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// The residual stream to the loss and its gradient.
-    Loss { at: At, x: B::Tensor, tokens: Arc<Vec<u32>>, train: bool, reply: RpcReplyPort<Computed<Loss<B>>> },
+    Loss {
+        at: At,
+        x: B::Tensor,
+        tokens: Arc<Vec<u32>>,
+        train: bool,
+        meter: Meter,
+        reply: RpcReplyPort<Computed<Loss<B>>>,
+    },
     /// The gradient of the embedded input: the last call of a lane.
-    EmbedBackward { at: At, dx: B::Tensor, tokens: Arc<Vec<u32>>, reply: RpcReplyPort<Computed<()>> },
+    EmbedBackward {
+        at: At,
+        dx: B::Tensor,
+        tokens: Arc<Vec<u32>>,
+        meter: Meter,
+        reply: RpcReplyPort<Computed<()>>,
+    },
     /// A layer forward.
-    Forward { at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Forward { at: At, x: B::Tensor, train: bool, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// A layer backward.
-    Backward { at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Backward { at: At, dy: B::Tensor, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
 }
@@ -60,13 +74,15 @@ impl<B: Compute> Actor for DenseActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            DenseMsg::Embed { tokens, reply } => state.on_embed(tokens, reply),
-            DenseMsg::Loss { at, x, tokens, train, reply } => state.on_loss(at, x, tokens, train, reply),
-            DenseMsg::EmbedBackward { at, dx, tokens, reply } => {
-                state.on_embed_backward(at, dx, tokens, reply)
+            DenseMsg::Embed { tokens, meter, reply } => state.on_embed(tokens, &meter, reply),
+            DenseMsg::Loss { at, x, tokens, train, meter, reply } => {
+                state.on_loss(at, x, tokens, train, &meter, reply);
             }
-            DenseMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
-            DenseMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
+            DenseMsg::EmbedBackward { at, dx, tokens, meter, reply } => {
+                state.on_embed_backward(at, dx, tokens, &meter, reply);
+            }
+            DenseMsg::Forward { at, x, train, meter, reply } => state.on_forward(at, x, train, &meter, reply),
+            DenseMsg::Backward { at, dy, meter, reply } => state.on_backward(at, dy, &meter, reply),
             DenseMsg::Shard(message) => state.on_shard(message),
         }
         Ok(())
@@ -81,8 +97,9 @@ impl<B: Compute> DenseState<B> {
         }
     }
 
-    fn on_embed(&self, tokens: Arc<Vec<u32>>, reply: RpcReplyPort<Computed<B::Tensor>>) {
-        self.keeper.compute(move |backend, params| drop(reply.send(backend.embed(params, &tokens))));
+    fn on_embed(&self, tokens: Arc<Vec<u32>>, meter: &Meter, reply: RpcReplyPort<Computed<B::Tensor>>) {
+        let embed = move |backend: &B, params| backend.embed(params, &tokens);
+        self.keeper.compute(meter, embed, |done| drop(reply.send(done)));
     }
 
     fn on_loss(
@@ -91,19 +108,19 @@ impl<B: Compute> DenseState<B> {
         x: B::Tensor,
         tokens: Arc<Vec<u32>>,
         train: bool,
+        meter: &Meter,
         reply: RpcReplyPort<Computed<Loss<B>>>,
     ) {
         let heads = self.heads.clone();
-        self.keeper.compute(move |backend, params| {
-            let done = backend.loss(params, x, &tokens, train).map(|(loss, back)| {
-                let dx = back.map(|(dx, gradient)| {
-                    heads.keep(at, gradient);
-                    dx
-                });
-                (loss, dx)
+        let loss = move |backend: &B, params| {
+            let (loss, back) = backend.loss(params, x, &tokens, train)?;
+            let dx = back.map(|(dx, gradient)| {
+                heads.keep(at, gradient);
+                dx
             });
-            drop(reply.send(done));
-        });
+            Ok((loss, dx))
+        };
+        self.keeper.compute(meter, loss, |done| drop(reply.send(done)));
     }
 
     fn on_embed_backward(
@@ -111,33 +128,42 @@ impl<B: Compute> DenseState<B> {
         at: At,
         dx: B::Tensor,
         tokens: Arc<Vec<u32>>,
+        meter: &Meter,
         reply: RpcReplyPort<Computed<()>>,
     ) {
         let (heads, reducer, shard) = (self.heads.clone(), self.keeper.node.reducer(), self.keeper.id);
-        self.keeper.compute(move |backend, _| {
-            let gradient = heads.take(at).and_then(|head| backend.embed_backward(head, dx, &tokens));
+        let backward =
+            move |backend: &B, _| heads.take(at).and_then(|head| backend.embed_backward(head, dx, &tokens));
+        self.keeper.compute(meter, backward, move |gradient| {
             drop(reducer.cast(ReducerMsg::lane_leaf(at, shard, gradient)));
             drop(reply.send(Ok(())));
         });
     }
 
-    fn on_forward(&self, at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>>) {
+    fn on_forward(
+        &self,
+        at: At,
+        x: B::Tensor,
+        train: bool,
+        meter: &Meter,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    ) {
         let (segments, layer) = (self.segments.clone(), self.layer());
-        self.keeper.compute(move |backend, params| {
-            let done = layer.and_then(|layer| backend.dense(layer, params, x, train)).map(|(y, saved)| {
-                if train {
-                    segments.keep(at, saved);
-                }
-                y
-            });
-            drop(reply.send(done));
-        });
+        let forward = move |backend: &B, params| {
+            let (y, saved) = backend.dense(layer?, params, x, train)?;
+            if train {
+                segments.keep(at, saved);
+            }
+            Ok(y)
+        };
+        self.keeper.compute(meter, forward, |done| drop(reply.send(done)));
     }
 
-    fn on_backward(&self, at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>>) {
+    fn on_backward(&self, at: At, dy: B::Tensor, meter: &Meter, reply: RpcReplyPort<Computed<B::Tensor>>) {
         let (segments, reducer, shard) = (self.segments.clone(), self.keeper.node.reducer(), self.keeper.id);
-        self.keeper.compute(move |backend, _| {
-            let done = segments.take(at).and_then(|saved| backend.dense_backward(saved, dy));
+        let backward =
+            move |backend: &B, _| segments.take(at).and_then(|saved| backend.dense_backward(saved, dy));
+        self.keeper.compute(meter, backward, move |done: Computed<_>| {
             drop(reply.send(done.map(|(dx, gradient)| {
                 drop(reducer.cast(ReducerMsg::lane_leaf(at, shard, Ok(gradient))));
                 dx

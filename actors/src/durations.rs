@@ -40,6 +40,23 @@ pub(crate) enum Cost {
     },
 }
 
+impl Cost {
+    /// The parts of the time, by name.
+    pub(crate) fn parts(&self) -> Vec<(&'static str, f64)> {
+        match self {
+            Self::Recovered { detected_ms, planned_ms, state_moved_ms, resumed_ms, .. } => vec![
+                ("detected_ms", *detected_ms),
+                ("planned_ms", *planned_ms),
+                ("state_moved_ms", *state_moved_ms),
+                ("resumed_ms", *resumed_ms),
+            ],
+            Self::Resized { copied_ms, pause_ms, .. } => {
+                vec![("copied_ms", *copied_ms), ("pause_ms", *pause_ms)]
+            }
+        }
+    }
+}
+
 #[derive(Debug)]
 struct Recovery {
     cause: String,

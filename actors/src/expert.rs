@@ -13,13 +13,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::marker::PhantomData;
 use volary_core::compute::{Compute, Computed};
 use volary_core::{Epoch, Lane, Step};
+use volary_telemetry::Meter;
 
 /// What an expert is asked.
 pub(crate) enum ExpertMsg<B: Compute> {
     /// A lane's rows forward: `[tokens, hidden]`, which may be none.
-    Forward { at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Forward { at: At, x: B::Tensor, train: bool, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// The gradient of the output; the input's goes back at once.
-    Backward { at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Backward { at: At, dy: B::Tensor, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// A lane's backward call is done, and this is what its weight gradient needs.
     Returned { at: At, saved: B::Saved },
     /// See [`ShardMsg`].
@@ -58,8 +59,10 @@ impl<B: Compute> Actor for ExpertActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            ExpertMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
-            ExpertMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
+            ExpertMsg::Forward { at, x, train, meter, reply } => {
+                state.on_forward(at, x, train, &meter, reply);
+            }
+            ExpertMsg::Backward { at, dy, meter, reply } => state.on_backward(at, dy, &meter, reply),
             ExpertMsg::Returned { at, saved } => state.on_returned(at, saved),
             ExpertMsg::Shard(message) => state.on_shard(message),
         }
@@ -68,23 +71,31 @@ impl<B: Compute> Actor for ExpertActor<B> {
 }
 
 impl<B: Compute> ExpertState<B> {
-    fn on_forward(&self, at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<B::Tensor>>) {
+    fn on_forward(
+        &self,
+        at: At,
+        x: B::Tensor,
+        train: bool,
+        meter: &Meter,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    ) {
         let between = self.between.clone();
-        self.keeper.compute(move |backend, params| {
-            let done = backend.expert(params, x, train).map(|(y, saved)| {
-                if train {
-                    between.keep(at, saved);
-                }
-                y
-            });
-            drop(reply.send(done));
-        });
+        let forward = move |backend: &B, params| {
+            let (y, saved) = backend.expert(params, x, train)?;
+            if train {
+                between.keep(at, saved);
+            }
+            Ok(y)
+        };
+        self.keeper.compute(meter, forward, |done| drop(reply.send(done)));
     }
 
-    fn on_backward(&self, at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>>) {
+    fn on_backward(&self, at: At, dy: B::Tensor, meter: &Meter, reply: RpcReplyPort<Computed<B::Tensor>>) {
         let (between, me) = (self.between.clone(), self.me.clone());
-        self.keeper.compute(move |backend, params| {
-            let done = between.take(at).and_then(|saved| backend.expert_backward(params, saved, dy));
+        let backward = move |backend: &B, params| {
+            between.take(at).and_then(|saved| backend.expert_backward(params, saved, dy))
+        };
+        self.keeper.compute(meter, backward, move |done: Computed<_>| {
             drop(reply.send(done.map(|(dx, saved)| {
                 drop(me.cast(ExpertMsg::Returned { at, saved }));
                 dx

@@ -3,13 +3,15 @@
 use crate::disturb::{Disturbance, disturb};
 use crate::executor::Executor;
 use crate::inbound;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE, IDLE_MS, LINKS_EVERY, WELCOME_MAX};
+use crate::limits::{
+    DIAL_MAX, DIAL_PAUSE, IDLE_MS, LINKS_EVERY, SPAN_BATCHES_AHEAD, SPANS_PER_WORD, WELCOME_MAX,
+};
 use crate::node::{Connection, NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
 use crate::peers::Peers;
 use crate::shards::Uplink;
 use crate::supervisor::WORDS_AHEAD;
-use crate::wire::{Down, NodeInfo, RunInfo, Up};
+use crate::wire::{Down, LinkReport, NodeInfo, RunInfo, Up};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorRef};
 use std::marker::PhantomData;
@@ -20,6 +22,8 @@ use tokio::sync::{mpsc, oneshot};
 use volary_core::NodeId;
 use volary_core::compute::{Compute, Computed};
 use volary_core::messages::{Held, ToNode};
+use volary_telemetry::metrics::NodeMetrics;
+use volary_telemetry::{Pipeline, SpanRecord};
 use volary_transport::canary::CanaryHeld;
 use volary_transport::{
     Admit, ControlReceiver, ControlSender, Endpoint, Identity, Interference, Link, Token, TransportOptions,
@@ -77,6 +81,10 @@ pub struct NodeOptions {
     pub memory_bytes: u64,
     /// Called on every thread of the executor before its first computation.
     pub prepare_thread: fn(),
+    /// What this node measures, for whoever scrapes it.
+    pub metrics: Arc<NodeMetrics>,
+    /// Where its figures are served, if they are.
+    pub http: Option<SocketAddr>,
     /// A hook into the network, and what to do through it, for fault tests.
     pub disturbed: Option<(Interference, mpsc::Receiver<Disturbance>)>,
 }
@@ -113,7 +121,11 @@ pub async fn run_node<B: Compute>(
     let executor = Executor::start(make(&run)?, way.options.threads, way.options.prepare_thread)
         .map_err(|error| Error::Start(format!("the device's threads do not start: {error}")))?;
     let peers = Peers::new(way.endpoint.clone());
-    let node = Arc::new(NodeContext::new(name, run.architecture.clone(), executor, peers));
+    let (pipeline, mut spans) = start_telemetry(&run, &name, &way.options.device)?;
+    let shape = (run.architecture.clone(), run.training.tokens_per_lane());
+    let observed = (pipeline.tracer(), Arc::clone(&way.options.metrics));
+    let node = Arc::new(NodeContext::new(name, shape, executor, peers, observed));
+    look_before_scrapes(&node, &pipeline);
     let (end, mut ended) = oneshot::channel();
     let args = NodeArgs { node: Arc::clone(&node), end };
     let (agent, running) = Actor::spawn(None, NodeActor(PhantomData), args)
@@ -138,6 +150,7 @@ pub async fn run_node<B: Compute>(
                 asked = true;
                 drop(agent.cast(NodeMsg::WantsToLeave));
             }
+            Some(ended) = spans.recv() => served.send_spans(ended),
             reason = served.ended() => {
                 served.close();
                 drop(agent.cast(NodeMsg::SupervisorGone));
@@ -169,8 +182,48 @@ pub async fn run_node<B: Compute>(
     };
     agent.stop(None);
     drop(running.await);
+    pipeline.flush().await;
+    while let Ok(ended) = spans.try_recv() {
+        served.send_spans(ended);
+    }
     served.link.close("the node leaves");
     Ok(end)
+}
+
+/// The pipeline of this node's spans, and those that have ended, for the supervisor to keep.
+fn start_telemetry(
+    run: &RunInfo,
+    name: &NodeId,
+    device: &str,
+) -> Result<(Pipeline, mpsc::Receiver<Vec<String>>)> {
+    let identity = volary_telemetry::Identity {
+        run: run.run.clone(),
+        process: name.0.clone(),
+        device: Some(device.to_owned()),
+    };
+    let (sender, spans) = mpsc::channel(SPAN_BATCHES_AHEAD);
+    let keep = move |records: Vec<SpanRecord>| {
+        let lines: Vec<String> = records.iter().filter_map(|r| serde_json::to_string(r).ok()).collect();
+        // A supervisor that is away or slow costs spans, not time.
+        sender.try_send(lines).map_or(records.len() as u64, |()| 0)
+    };
+    let pipeline = Pipeline::start(&run.telemetry, &identity, Box::new(keep))
+        .map_err(|error| Error::Start(format!("the telemetry thread does not start: {error}")))?;
+    Ok((pipeline, spans))
+}
+
+/// What is looked up when somebody asks for this node's figures.
+fn look_before_scrapes<B: Compute>(node: &Arc<NodeContext<B>>, pipeline: &Pipeline) {
+    let (weak, counts) = (Arc::downgrade(node), pipeline.counts());
+    node.metrics.scrape().before_scrape(move || {
+        let Some(node) = weak.upgrade() else { return };
+        node.metrics.executor(node.executor.totals());
+        node.metrics.spans(&counts);
+        for LinkReport { peer, round_trip_ms, sent_bytes, received_bytes } in node.peers.reports() {
+            let round_trip = Duration::from_secs_f64(round_trip_ms / 1e3);
+            node.metrics.link(&node.id.0, &peer, sent_bytes, received_bytes, round_trip);
+        }
+    });
 }
 
 /// A number that tells this process from another one of the same name.
@@ -228,6 +281,7 @@ impl Way {
             capacity: options.capacity,
             memory_bytes: options.memory_bytes,
             address: self.endpoint.local_addr().to_string(),
+            http: options.http.map(|address| address.to_string()),
             instance: self.instance,
         };
         sender.send(&Up::Hello(info, held)).await?;
@@ -236,7 +290,7 @@ impl Way {
             Ok(Ok(Some(Down::Taken))) => {
                 return Err(Error::NotYet("a living node has this name; choose another one".into()));
             }
-            Ok(Ok(Some(Down::Say(ToNode::Leave { reason })))) => return Err(Error::Start(reason)),
+            Ok(Ok(Some(Down::Say(ToNode::Leave { reason }, _)))) => return Err(Error::Start(reason)),
             Ok(Err(error)) => return Err(error.into()),
             _ => return Err(Error::NotYet("the supervisor did not say what the run is".into())),
         };
@@ -258,6 +312,7 @@ impl Way {
 /// A link to the supervisor in use.
 struct Served {
     link: Link,
+    up: mpsc::Sender<Up>,
     reader: tokio::task::JoinHandle<String>,
     canary: Option<CanaryHeld>,
     reports: tokio::task::JoinHandle<()>,
@@ -275,8 +330,8 @@ impl Served {
         drop(agent.cast(NodeMsg::Connected(connection)));
         tokio::spawn(write_up(sender, words));
         let reader = tokio::spawn(read_down(receiver, agent.clone()));
-        let reports = tokio::spawn(report_links(Arc::clone(node), up));
-        Self { link, reader, canary, reports }
+        let reports = tokio::spawn(report_links(Arc::clone(node), up.clone()));
+        Self { link, up, reader, canary, reports }
     }
 
     /// Resolves when the supervisor cannot be heard any more, with the reason.
@@ -290,6 +345,13 @@ impl Served {
         tokio::select! {
             reason = &mut self.reader => reason.unwrap_or_else(|error| error.to_string()),
             () = canary => "its process has ended".into(),
+        }
+    }
+
+    /// Spans that find no room are not kept.
+    fn send_spans(&self, spans: Vec<String>) {
+        for part in spans.chunks(SPANS_PER_WORD) {
+            drop(self.up.try_send(Up::Spans(part.to_vec())));
         }
     }
 
@@ -325,8 +387,8 @@ async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<Up>) {
 async fn read_down(mut receiver: ControlReceiver, agent: ActorRef<NodeMsg>) -> String {
     loop {
         match receiver.recv::<Down>().await {
-            Ok(Some(Down::Say(message))) => {
-                if agent.cast(NodeMsg::Down(message)).is_err() {
+            Ok(Some(Down::Say(message, traced))) => {
+                if agent.cast(NodeMsg::Down(message, traced)).is_err() {
                     return "the node's agent has ended".to_owned();
                 }
             }

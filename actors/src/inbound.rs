@@ -5,9 +5,10 @@ use crate::keeper::{At, ShardMsg};
 use crate::limits::ANSWERS_MAX;
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerMsg, with_norm};
-use crate::router::call_experts;
-use crate::wire::{self, Batch, ShardAt, ShardWish, SumOf};
+use crate::router::{call_experts, expert_span};
+use crate::wire::{self, Answered, Batch, ShardAt, ShardWish, SumOf};
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::Semaphore;
 use volary_core::NodeId;
 use volary_core::compute::{Compute, ComputeError, Computed};
@@ -58,8 +59,12 @@ async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: In
 
 /// A batch of a lane's rows for experts here; the answer has as many rows in the same order.
 async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Computed<Frame> {
+    let arrived = Instant::now();
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     let batch: Batch = wire::decode(&frame)?;
+    let scope = node.tracer.remote(wire::origin(&frame));
+    let mut span = expert_span(&scope, kind, batch.layer, batch.lane, &batch.experts);
+    let meter = span.meter();
     node.until_begun(Begun { epoch, step, train: batch.train }).await?;
     let wanted = batch.experts.clone();
     let split = move |backend: &B| {
@@ -72,15 +77,19 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Comput
         };
         wanted.iter().map(cut).collect::<Computed<Vec<_>>>()
     };
-    let parts = node.executor.run(Priority::Urgent, split).await?;
+    let parts = node.executor.run(&meter, split).await?;
     let at = At { epoch, step, lane: batch.lane };
-    let outputs = call_experts(node, batch.layer, at, kind, batch.train, parts).await?;
+    let outputs = call_experts(node, batch.layer, at, kind, batch.train, parts, &meter).await?;
     let join = move |backend: &B| {
         let whole = backend.concatenate(outputs.into_iter().map(|(_, rows)| rows).collect())?;
         backend.export(&whole)
     };
-    let rows = node.executor.run(Priority::Urgent, join).await?;
-    wire::frame(Kind::Reply, epoch, step, &batch.lane, vec![rows])
+    let rows = node.executor.run(&meter, join).await?;
+    if kind == Kind::Forward {
+        node.metrics.rows(batch.experts.iter().map(|(_, rows)| u64::from(*rows)).sum());
+    }
+    let here_us = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
+    wire::frame(Kind::Reply, epoch, step, &Answered { lane: batch.lane, here_us }, vec![rows])
 }
 
 /// A part of a gradient for its owner, or the root from its owner.

@@ -9,6 +9,7 @@ use std::time::Instant;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::schedule::Update;
 use volary_core::{Epoch, Lane, ShardId, Step};
+use volary_telemetry::Meter;
 
 /// Which attempt at which step, and which lane of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -80,17 +81,24 @@ impl<B: Compute> Keeper<B> {
         Self { id, node, state: Arc::new(Mutex::new(Held { shard, version })) }
     }
 
-    /// Queues an urgent computation with a view of the shard's parameters.
-    pub(crate) fn compute(&self, job: impl FnOnce(&B, B::Params) + Send + 'static) {
+    /// Queues an urgent computation with a view of the shard's parameters; what it makes goes to `then`.
+    pub(crate) fn compute<T>(
+        &self,
+        meter: &Meter,
+        work: impl FnOnce(&B, B::Params) -> T + Send + 'static,
+        then: impl FnOnce(T) + Send + 'static,
+    ) {
         let (state, node, expert) = (Arc::clone(&self.state), Arc::clone(&self.node), self.id.is_expert());
-        self.node.executor.submit(Priority::Urgent, move |backend| {
+        let measured = move |backend: &B| {
             let start = Instant::now();
             let params = backend.params(&lock(&state).shard);
-            job(backend, params);
+            let made = work(backend, params);
             if !expert {
                 node.add_lane_time(start.elapsed());
             }
-        });
+            made
+        };
+        self.node.executor.measured(meter, measured, then);
     }
 
     /// What all three kinds of actor do alike.

@@ -1,11 +1,12 @@
 //! The lane actor: takes one lane's tokens through the model and back.
 //!
 //! Supervised by the node's agent. It calls the dense and router actors of its node layer by layer; experts may be
-//! anywhere. The way of a token, top to bottom, is [`forward`], and [`backward`] is the same in reverse. A lane in flight is dropped
+//! anywhere. The way of a token, top to bottom, is [`Trip::forward`], and [`Trip::backward`] is the same in reverse. A lane in flight is dropped
 //! when its epoch ends; one that fails tells the agent.
 
 use crate::ask::ask;
 use crate::dense::DenseMsg;
+use crate::flow::{Flow, Followed};
 use crate::keeper::At;
 use crate::node::NodeMsg;
 use crate::node_context::NodeContext;
@@ -13,14 +14,17 @@ use crate::router::RouterMsg;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::task::JoinHandle;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::messages::{LaneReport, Pass};
+use volary_telemetry::metrics::Phase;
+use volary_telemetry::{Scope, Span};
 
 /// What a lane actor is asked.
 pub(crate) enum LaneMsg {
     /// Run these tokens, `[sequences, sequence_length + 1]`.
-    Run { at: At, pass: Pass, tokens: Vec<u32> },
+    Run { at: At, pass: Pass, tokens: Vec<u32>, trace: LaneTrace },
     /// Drop what is in flight.
     Drop,
 }
@@ -55,7 +59,7 @@ impl<B: Compute> Actor for LaneActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            LaneMsg::Run { at, pass, tokens } => state.on_run(at, pass, tokens),
+            LaneMsg::Run { at, pass, tokens, trace } => state.on_run(at, pass, tokens, trace),
             LaneMsg::Drop => state.on_drop(),
         }
         Ok(())
@@ -72,14 +76,23 @@ impl<B: Compute> Actor for LaneActor<B> {
 }
 
 impl<B: Compute> LaneState<B> {
-    fn on_run(&mut self, at: At, pass: Pass, tokens: Vec<u32>) {
+    fn on_run(&mut self, at: At, pass: Pass, tokens: Vec<u32>, trace: LaneTrace) {
         self.on_drop();
         let (node, agent) = (Arc::clone(&self.node), self.agent.clone());
         // A task and not the handler: the mailbox must stay open for the order to drop it.
         self.running = Some(tokio::spawn(async move {
+            let asked = Instant::now();
+            let (mut span, flow) = trace.begin(at);
+            let wait = flow.scope.span("lane.wait");
             // The semaphore is never closed while the node lives.
             let Ok(_permit) = node.lanes_in_flight.acquire().await else { return };
-            let outcome = run(&node, at, pass, Arc::new(tokens)).await;
+            drop(wait);
+            node.metrics.phase(Phase::Wait, asked.elapsed());
+            let outcome = Trip { node: &node, at, train: pass == Pass::Train, flow: &flow }.run(tokens).await;
+            if let Err(error) = &outcome {
+                span.fail(&error.0);
+            }
+            drop(span);
             drop(agent.cast(NodeMsg::LaneDone { at, pass, outcome }));
         }));
     }
@@ -91,61 +104,113 @@ impl<B: Compute> LaneState<B> {
     }
 }
 
-async fn run<B: Compute>(
-    node: &NodeContext<B>,
-    at: At,
-    pass: Pass,
-    tokens: Arc<Vec<u32>>,
-) -> Computed<LaneReport> {
-    let train = pass == Pass::Train;
-    let mut report = LaneReport::default();
-    let x = forward(node, at, train, &tokens, &mut report).await?;
-    let embedding = node.directory().embedding()?;
-    let own = Arc::clone(&tokens);
-    let (loss, dx) = ask(&embedding, |reply| DenseMsg::Loss { at, x, tokens: own, train, reply }).await?;
-    report.loss = loss;
-    if train {
-        let dx = dx.ok_or_else(|| ComputeError("a lane in training came back without a gradient".into()))?;
-        let dx = backward(node, at, dx).await?;
-        ask(&embedding, |reply| DenseMsg::EmbedBackward { at, dx, tokens, reply }).await?;
-    }
-    Ok(report)
+/// What a lane is told of a traced step; nothing in one that is not.
+#[derive(Default)]
+pub(crate) struct LaneTrace {
+    /// Where the lane's span goes.
+    pub(crate) step: Scope,
+    /// Whether it has spans below it.
+    pub(crate) whole: bool,
+    pub(crate) followed: Arc<[Followed]>,
 }
 
-/// The way of the tokens: embedding, then layer by layer attention and either the feed-forward or the experts.
-async fn forward<B: Compute>(
-    node: &NodeContext<B>,
+impl LaneTrace {
+    /// The lane's span, and what goes with it through the layers.
+    fn begin(self, at: At) -> (Span, Flow) {
+        let span = self.step.span("lane").with("volary.lane", i64::from(at.lane));
+        let span = span.with("volary.step", at.step as i64).with("volary.epoch", at.epoch as i64);
+        let scope = if self.whole { span.scope() } else { Scope::default() };
+        (span, Flow { scope, followed: self.followed })
+    }
+}
+
+/// One lane on its way.
+struct Trip<'a, B: Compute> {
+    node: &'a NodeContext<B>,
     at: At,
     train: bool,
-    tokens: &Arc<Vec<u32>>,
-    report: &mut LaneReport,
-) -> Computed<B::Tensor> {
-    let directory = node.directory();
-    let own = Arc::clone(tokens);
-    let mut x = ask(&directory.embedding()?, |reply| DenseMsg::Embed { tokens: own, reply }).await?;
-    let moe_layers = node.architecture.moe_layers().count().max(1) as f64;
-    for layer in 0..node.architecture.layers as u16 {
-        x = ask(&directory.dense(layer)?, |reply| DenseMsg::Forward { at, x, train, reply }).await?;
-        if node.architecture.is_moe(layer.into()) {
-            let routed =
-                ask(&directory.router(layer)?, |reply| RouterMsg::Forward { at, x, train, reply }).await?;
-            x = routed.y;
-            report.aux_loss += routed.aux_loss / moe_layers;
-            report.load.push(routed.load);
-            report.dropped += routed.dropped;
-        }
-    }
-    Ok(x)
+    flow: &'a Flow,
 }
 
-/// The way of the gradient, from the loss to the embedded input.
-async fn backward<B: Compute>(node: &NodeContext<B>, at: At, mut dx: B::Tensor) -> Computed<B::Tensor> {
-    let directory = node.directory();
-    for layer in (0..node.architecture.layers as u16).rev() {
-        if node.architecture.is_moe(layer.into()) {
-            dx = ask(&directory.router(layer)?, |reply| RouterMsg::Backward { at, dy: dx, reply }).await?;
+impl<B: Compute> Trip<'_, B> {
+    async fn run(self, tokens: Vec<u32>) -> Computed<LaneReport> {
+        let Self { node, at, train, .. } = self;
+        let (tokens, began) = (Arc::new(tokens), Instant::now());
+        let mut report = LaneReport::default();
+        let x = self.forward(&tokens, &mut report).await?;
+        let embedding = node.directory().embedding()?;
+        let own = Arc::clone(&tokens);
+        let looked_at = Instant::now();
+        let mut span = self.flow.scope.span("dense.loss");
+        let meter = span.meter();
+        let (loss, dx) =
+            ask(&embedding, |reply| DenseMsg::Loss { at, x, tokens: own, train, meter, reply }).await?;
+        drop(span);
+        report.loss = loss;
+        if !train {
+            return Ok(report);
         }
-        dx = ask(&directory.dense(layer)?, |reply| DenseMsg::Backward { at, dy: dx, reply }).await?;
+        let turned = Instant::now();
+        let dx = dx.ok_or_else(|| ComputeError("a lane in training came back without a gradient".into()))?;
+        let dx = self.backward(dx).await?;
+        let mut span = self.flow.scope.span("dense.embed.backward");
+        let meter = span.meter();
+        ask(&embedding, |reply| DenseMsg::EmbedBackward { at, dx, tokens, meter, reply }).await?;
+        drop(span);
+        node.metrics.phase(Phase::Forward, looked_at - began);
+        node.metrics.phase(Phase::Loss, turned - looked_at);
+        node.metrics.phase(Phase::Backward, turned.elapsed());
+        node.metrics.tokens(node.tokens_per_lane);
+        Ok(report)
     }
-    Ok(dx)
+
+    /// The way of the tokens: embedding, then layer by layer attention and either the feed-forward or the experts.
+    async fn forward(&self, tokens: &Arc<Vec<u32>>, report: &mut LaneReport) -> Computed<B::Tensor> {
+        let Self { node, at, train, flow } = *self;
+        let directory = node.directory();
+        let own = Arc::clone(tokens);
+        let mut span = flow.scope.span("dense.embed");
+        let meter = span.meter();
+        let mut x =
+            ask(&directory.embedding()?, |reply| DenseMsg::Embed { tokens: own, meter, reply }).await?;
+        drop(span);
+        let moe_layers = node.architecture.moe_layers().count().max(1) as f64;
+        for layer in 0..node.architecture.layers as u16 {
+            let mut span = flow.span("dense.forward", layer);
+            let meter = span.meter();
+            x = ask(&directory.dense(layer)?, |reply| DenseMsg::Forward { at, x, train, meter, reply })
+                .await?;
+            drop(span);
+            if node.architecture.is_moe(layer.into()) {
+                let flow = flow.clone();
+                let routed =
+                    ask(&directory.router(layer)?, |reply| RouterMsg::Forward { at, x, train, flow, reply })
+                        .await?;
+                x = routed.y;
+                report.aux_loss += routed.aux_loss / moe_layers;
+                report.gate_entropy += routed.entropy / moe_layers;
+                report.load.push(routed.load);
+                report.dropped += routed.dropped;
+            }
+        }
+        Ok(x)
+    }
+
+    /// The way of the gradient, from the loss to the embedded input.
+    async fn backward(&self, mut dx: B::Tensor) -> Computed<B::Tensor> {
+        let Self { node, at, flow, .. } = *self;
+        let directory = node.directory();
+        for layer in (0..node.architecture.layers as u16).rev() {
+            if node.architecture.is_moe(layer.into()) {
+                let flow = flow.clone();
+                let router = directory.router(layer)?;
+                dx = ask(&router, |reply| RouterMsg::Backward { at, dy: dx, flow, reply }).await?;
+            }
+            let mut span = flow.span("dense.backward", layer);
+            let meter = span.meter();
+            dx = ask(&directory.dense(layer)?, |reply| DenseMsg::Backward { at, dy: dx, meter, reply })
+                .await?;
+        }
+        Ok(dx)
+    }
 }

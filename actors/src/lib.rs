@@ -7,6 +7,7 @@
 //! | [`host`], `node`, `holdings` | the node's process; its agent; the shards in its memory |
 //! | `lane` | a lane's way through the model and back: **start reading here** |
 //! | `dense`, `router`, `expert` | the actors that each own one shard |
+//! | `flow` | what a lane carries through a traced step |
 //! | `reducer` | gradients, summed over the fixed tree |
 //! | `inbound`, `peers`, `shards`, `wire` | between nodes |
 //! | `executor` | the threads on which all tensor operations run |
@@ -22,6 +23,8 @@ mod disturb;
 mod durations;
 mod executor;
 mod expert;
+pub mod feed;
+mod flow;
 mod holdings;
 pub mod host;
 mod inbound;
@@ -43,7 +46,7 @@ mod wire;
 pub use disturb::{DISTURB_SECONDS_MAX, Disturbance, is_part};
 pub use host::{NodeOptions, run_node};
 pub use node::NodeEnd;
-pub use sessions::{Supervisor, SupervisorOptions, operate};
+pub use sessions::{Desk, Supervisor, SupervisorOptions, operate};
 pub use supervisor::RunEnd;
 pub use volary_transport::Interference;
 pub use wire::{LinkReport, NodeInfo, RunInfo};

@@ -28,3 +28,9 @@ pub(crate) const IDLE_MS: u64 = 10_000;
 pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
 /// How long a node tries to reach its supervisor at first.
 pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
+/// Batches of spans that wait for the link to the supervisor.
+pub(crate) const SPAN_BATCHES_AHEAD: usize = 64;
+/// Spans in one word to the supervisor.
+pub(crate) const SPANS_PER_WORD: usize = 256;
+/// What the supervisor's feed keeps for a listener that is slow.
+pub(crate) const FEED_AHEAD: usize = 1024;

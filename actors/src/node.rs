@@ -16,9 +16,10 @@
 //! tasks. It outlives the supervisor's link, and with it the shards. A child that dies makes the epoch fail; the
 //! supervisor decides what follows.
 
+use crate::flow::Traced;
 use crate::holdings::Holdings;
 use crate::keeper::{At, ShardMsg};
-use crate::lane::{LaneActor, LaneMsg};
+use crate::lane::{LaneActor, LaneMsg, LaneTrace};
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerActor, ReducerMsg};
 use crate::shards::{self, Uplink};
@@ -27,12 +28,15 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent
 use std::collections::{HashMap, HashSet};
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 use volary_core::agent::{Agent, Effect, Event, Trouble};
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::messages::{Assignment, FromNode, Held, LaneReport, Norm, Pass, Source, ToNode};
 use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
+use volary_telemetry::metrics::Phase;
+use volary_telemetry::{Scope, Span};
 
 /// Why a node ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +60,7 @@ pub(crate) enum NodeMsg {
     /// A supervisor is there.
     Connected(Connection),
     /// By the supervisor.
-    Down(ToNode),
+    Down(ToNode, Option<Traced>),
     /// By itself, when a step has begun: without lanes there may be nothing to wait for.
     Begun,
     /// By a lane that is done.
@@ -83,6 +87,8 @@ struct Part {
     waiting: HashSet<Lane>,
     lanes: Vec<(Lane, LaneReport)>,
     norms: Option<Vec<(ShardId, Norm)>>,
+    /// From the last lane's end until all gradients are here.
+    reducing: Option<(Span, Instant)>,
 }
 
 /// What the agent starts from.
@@ -102,6 +108,20 @@ pub(crate) struct NodeState<B: Compute> {
     lanes: HashMap<Lane, ActorRef<LaneMsg>>,
     tasks: Vec<AbortHandle>,
     part: Option<Part>,
+    /// The traces that the supervisor's last words belong to.
+    traces: Traces,
+    /// When this node said that it is prepared.
+    prepared: Option<Instant>,
+}
+
+/// Where the spans of what the supervisor has asked go.
+#[derive(Default)]
+struct Traces {
+    /// The step that was begun, with its lanes.
+    begun: Traced,
+    step: Scope,
+    /// The placement that was assigned, with its shards on their way.
+    change: Scope,
 }
 
 /// See the module.
@@ -131,6 +151,8 @@ impl<B: Compute> Actor for NodeActor<B> {
             lanes: HashMap::new(),
             tasks: Vec::new(),
             part: None,
+            traces: Traces::default(),
+            prepared: None,
         })
     }
 
@@ -142,7 +164,7 @@ impl<B: Compute> Actor for NodeActor<B> {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             NodeMsg::Connected(connection) => state.on_connected(connection),
-            NodeMsg::Down(message) => state.on_event(Event::Told(message)).await,
+            NodeMsg::Down(message, traced) => state.on_told(message, traced).await,
             NodeMsg::Begun => state.when_done().await,
             NodeMsg::LaneDone { at, pass, outcome } => state.on_lane_done(at, pass, outcome).await,
             NodeMsg::Reduced { epoch, step, norms } => state.on_reduced(epoch, step, norms).await,
@@ -212,6 +234,22 @@ impl<B: Compute> NodeState<B> {
         self.on_event(event).await;
     }
 
+    async fn on_told(&mut self, message: ToNode, traced: Option<Traced>) {
+        let traced = traced.unwrap_or_default();
+        let scope = self.node.tracer.remote(traced.identity());
+        match &message {
+            ToNode::Begin { .. } => self.traces = Traces { begun: traced, step: scope, ..Traces::default() },
+            ToNode::Commit { .. } => {
+                self.traces.step = scope;
+                let waited = self.prepared.take().map(|prepared| prepared.elapsed());
+                waited.into_iter().for_each(|waited| self.node.metrics.phase(Phase::Commit, waited));
+            }
+            ToNode::Assign(_) => self.traces.change = scope,
+            ToNode::Abort { .. } | ToNode::Checkpoint { .. } | ToNode::Leave { .. } => {}
+        }
+        self.on_event(Event::Told(message)).await;
+    }
+
     async fn on_event(&mut self, event: Event) {
         // What an effect leads to is looked at when all are carried out.
         let mut next = vec![event];
@@ -231,7 +269,11 @@ impl<B: Compute> NodeState<B> {
         match effect {
             Effect::Say(message) => self.say(message).await,
             Effect::Apply { epoch, step, update, shards, stash } => {
+                let began = Instant::now();
+                let mut span = self.traces.step.span("apply").with("volary.step", step as i64);
+                span.set("volary.shards", shards.len() as i64);
                 self.holdings.apply((epoch, step), update, &shards, &stash).await?;
+                self.node.metrics.phase(Phase::Apply, began.elapsed());
             }
             Effect::Forget { epoch, all } => self.forget(epoch + 1, all),
             Effect::Enter(assignment) => self.enter(*assignment),
@@ -267,7 +309,9 @@ impl<B: Compute> NodeState<B> {
         let Some(connection) = &self.connection else { return };
         let (node, arrivals, me) = (Arc::clone(&self.node), self.holdings.arrivals.clone(), self.me.clone());
         let uplink = connection.uplink.clone();
+        let span = self.traces.change.span("shards.fetch").with("volary.shards", shards.len() as i64);
         let task = tokio::spawn(async move {
+            let _span = span;
             let outcome = shards::fetch_all(&node, &uplink, &arrivals, shards, version, epoch).await;
             drop(me.cast(NodeMsg::Came(Event::Fetched { epoch, outcome })));
         });
@@ -276,7 +320,10 @@ impl<B: Compute> NodeState<B> {
 
     fn copy(&mut self, epoch: Epoch, shard: ShardId, from: Vec<NodeId>) {
         let (node, arrivals, me) = (Arc::clone(&self.node), self.holdings.arrivals.clone(), self.me.clone());
+        let mut span = self.traces.change.span("shard.copy").with("volary.shard", shard.to_string());
+        span.set("volary.from", from.first().map(|node| node.0.clone()).unwrap_or_default());
         let task = tokio::spawn(async move {
+            let _span = span;
             let outcome = shards::learn(&node, &arrivals, shard, &from, epoch).await;
             drop(me.cast(NodeMsg::Came(Event::Copied { epoch, shard, outcome })));
         });
@@ -292,7 +339,8 @@ impl<B: Compute> NodeState<B> {
         lanes: Vec<(Lane, Vec<u32>)>,
     ) -> Computed<()> {
         let waiting = lanes.iter().map(|(lane, _)| *lane).collect();
-        self.part = Some(Part { epoch, step, pass, waiting, lanes: Vec::new(), norms: None });
+        self.part = Some(Part { epoch, step, pass, waiting, lanes: Vec::new(), norms: None, reducing: None });
+        self.node.metrics.begun(epoch, step);
         if pass == Pass::Train {
             let placement = self.node.placement();
             drop(self.node.reducer().cast(ReducerMsg::Begin { epoch, step, placement }));
@@ -302,7 +350,9 @@ impl<B: Compute> NodeState<B> {
         self.node.set_begun(Begun { epoch, step, train: pass == Pass::Train });
         for (lane, tokens) in lanes {
             let actor = self.lane(lane).await?;
-            drop(actor.cast(LaneMsg::Run { at: At { epoch, step, lane }, pass, tokens }));
+            let (whole, followed) = self.traces.begun.of_lane(lane);
+            let trace = LaneTrace { step: self.traces.step.clone(), whole, followed };
+            drop(actor.cast(LaneMsg::Run { at: At { epoch, step, lane }, pass, tokens, trace }));
         }
         drop(self.me.cast(NodeMsg::Begun));
         Ok(())
@@ -336,20 +386,29 @@ impl<B: Compute> NodeState<B> {
         let Some(part) = &mut self.part else { return };
         if (part.epoch, part.step) == (epoch, step) {
             part.norms = Some(norms);
+            if let Some((_span, began)) = part.reducing.take() {
+                self.node.metrics.phase(Phase::Reduce, began.elapsed());
+            }
             self.when_done().await;
         }
     }
 
     /// Tells the supervisor when all lanes are done and, in training, all gradients are here.
     async fn when_done(&mut self) {
-        let Some(part) = &self.part else { return };
-        if !part.waiting.is_empty() || (part.pass == Pass::Train && part.norms.is_none()) {
+        let Some(part) = &mut self.part else { return };
+        if !part.waiting.is_empty() {
+            return;
+        }
+        if part.pass == Pass::Train && part.norms.is_none() {
+            let span = || self.traces.step.span("reduce").with("volary.step", part.step as i64);
+            part.reducing.get_or_insert_with(|| (span(), Instant::now()));
             return;
         }
         let Some(Part { epoch, step, pass, lanes, norms, .. }) = self.part.take() else { return };
         let message = match pass {
             Pass::Train => {
                 let speed = self.node.take_speed(lanes.len());
+                self.prepared = Some(Instant::now());
                 FromNode::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes, speed }
             }
             Pass::Validate { round } => FromNode::Validated { epoch, round, lanes },

@@ -14,14 +14,19 @@ use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::placement::Placement;
 use volary_core::{Epoch, NodeId, Step};
+use volary_telemetry::Tracer;
+use volary_telemetry::metrics::NodeMetrics;
 
 /// What all actors of one node share.
 pub(crate) struct NodeContext<B: Compute> {
     pub(crate) id: NodeId,
     pub(crate) architecture: Architecture,
+    pub(crate) tokens_per_lane: usize,
     pub(crate) executor: Executor<B>,
     pub(crate) peers: Peers,
     pub(crate) lanes_in_flight: Semaphore,
+    pub(crate) tracer: Tracer,
+    pub(crate) metrics: Arc<NodeMetrics>,
     reducer: OnceLock<ActorRef<ReducerMsg<B>>>,
     placement: RwLock<Arc<Placement>>,
     directory: RwLock<Arc<Directory<B>>>,
@@ -39,14 +44,23 @@ pub(crate) struct Begun {
 }
 
 impl<B: Compute> NodeContext<B> {
-    pub(crate) fn new(id: NodeId, architecture: Architecture, executor: Executor<B>, peers: Peers) -> Self {
+    pub(crate) fn new(
+        id: NodeId,
+        (architecture, tokens_per_lane): (Architecture, usize),
+        executor: Executor<B>,
+        peers: Peers,
+        (tracer, metrics): (Tracer, Arc<NodeMetrics>),
+    ) -> Self {
         let lanes = executor.threads() + LANES_AHEAD;
         Self {
             id,
             architecture,
+            tokens_per_lane,
             executor,
             peers,
             lanes_in_flight: Semaphore::new(lanes),
+            tracer,
+            metrics,
             reducer: OnceLock::new(),
             placement: RwLock::default(),
             directory: RwLock::default(),

@@ -54,6 +54,8 @@ pub struct Status {
     pub activity: Activity,
     /// The last durable checkpoint.
     pub checkpoint: Option<Step>,
+    /// Assignments of the last committed step: by MoE layer, by expert.
+    pub load: Vec<Vec<u64>>,
     /// The loss of the last committed step, nats per token.
     pub loss: Option<f64>,
     /// Tokens per second of the last committed step.
@@ -97,6 +99,8 @@ pub struct NodeStatus {
     pub lanes: Vec<Lane>,
     /// Its links to other nodes, as it reported them last.
     pub links: Vec<LinkReport>,
+    /// Where its figures are served, if they are.
+    pub http: Option<String>,
 }
 
 /// One shard at a glance.

@@ -5,26 +5,29 @@
 //! expert hears of every lane, also of one that sends it no token, since its gradient waits for all of them.
 
 use crate::ask::ask;
-use crate::executor::Priority;
 use crate::expert::ExpertMsg;
+use crate::flow::{Flow, token_spans, weights_of};
 use crate::keeper::{At, Between, Keeper, ShardMsg};
 use crate::node_context::NodeContext;
 use crate::reducer::ReducerMsg;
-use crate::wire::{self, Batch};
+use crate::wire::{self, Answered, Batch};
 use futures::future::try_join_all;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use volary_core::compute::{Compute, ComputeError, Computed, Gated, HostTensor};
 use volary_core::dispatch::Dispatch;
-use volary_core::{NodeId, ShardId};
+use volary_core::{Lane, NodeId, ShardId};
+use volary_telemetry::{Meter, Scope, Span, SpanKind};
 use volary_transport::{Frame, Kind};
 
 /// What came of a lane in one MoE layer.
 pub(crate) struct Routed<B: Compute> {
     pub(crate) y: B::Tensor,
     pub(crate) aux_loss: f64,
+    pub(crate) entropy: f64,
     pub(crate) load: Vec<u32>,
     pub(crate) dropped: u32,
 }
@@ -32,9 +35,9 @@ pub(crate) struct Routed<B: Compute> {
 /// What a router is asked.
 pub(crate) enum RouterMsg<B: Compute> {
     /// Gate, dispatch, combine.
-    Forward { at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<Routed<B>>> },
+    Forward { at: At, x: B::Tensor, train: bool, flow: Flow, reply: RpcReplyPort<Computed<Routed<B>>> },
     /// The same in reverse.
-    Backward { at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Backward { at: At, dy: B::Tensor, flow: Flow, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
 }
@@ -69,8 +72,8 @@ impl<B: Compute> Actor for RouterActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RouterMsg::Forward { at, x, train, reply } => state.on_forward(at, x, train, reply),
-            RouterMsg::Backward { at, dy, reply } => state.on_backward(at, dy, reply),
+            RouterMsg::Forward { at, x, train, flow, reply } => state.on_forward(at, x, train, flow, reply),
+            RouterMsg::Backward { at, dy, flow, reply } => state.on_backward(at, dy, flow, reply),
             RouterMsg::Shard(message) => state.on_shard(message),
         }
         Ok(())
@@ -80,17 +83,24 @@ impl<B: Compute> Actor for RouterActor<B> {
 impl<B: Compute> RouterState<B> {
     // Tasks and not handlers: several lanes are under way in one router at a time.
 
-    fn on_forward(&self, at: At, x: B::Tensor, train: bool, reply: RpcReplyPort<Computed<Routed<B>>>) {
+    fn on_forward(
+        &self,
+        at: At,
+        x: B::Tensor,
+        train: bool,
+        flow: Flow,
+        reply: RpcReplyPort<Computed<Routed<B>>>,
+    ) {
         let (keeper, layer, between) = (Arc::clone(&self.keeper), self.layer, self.between.clone());
         tokio::spawn(async move {
-            drop(reply.send(forward(&keeper, layer, &between, at, x, train).await));
+            drop(reply.send(forward(&keeper, layer, &between, at, x, train, &flow).await));
         });
     }
 
-    fn on_backward(&self, at: At, dy: B::Tensor, reply: RpcReplyPort<Computed<B::Tensor>>) {
+    fn on_backward(&self, at: At, dy: B::Tensor, flow: Flow, reply: RpcReplyPort<Computed<B::Tensor>>) {
         let (keeper, layer, between) = (Arc::clone(&self.keeper), self.layer, self.between.clone());
         tokio::spawn(async move {
-            drop(reply.send(backward(&keeper, layer, &between, at, dy).await));
+            drop(reply.send(backward(&keeper, layer, &between, at, dy, &flow).await));
         });
     }
 
@@ -109,34 +119,41 @@ async fn forward<B: Compute>(
     at: At,
     x: B::Tensor,
     train: bool,
+    flow: &Flow,
 ) -> Computed<Routed<B>> {
     let node = &keeper.node;
     let plan = Plan::new(node, layer, at)?;
+    let mut span = flow.span("router.gate", layer);
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    let cut = plan.clone();
-    keeper.compute(move |backend, params| {
-        let gated = backend.gate(layer, params, x, (at.step, at.lane), train);
-        drop(sender.send(gated.and_then(|gated| {
-            let outgoing = cut.cut(backend, &gated.dispatch, &gated.rows)?;
-            Ok((gated, outgoing))
-        })));
-    });
-    let (gated, outgoing) = receiver.await.map_err(|_| ComputeError("the gate was dropped".into()))??;
-    let Gated { dispatch, saved, aux_loss, .. } = gated;
+    let (cut, followed) = (plan.clone(), Arc::clone(&flow.followed));
+    let gate = move |backend: &B, params| {
+        let gated = backend.gate(layer, params, x, (at.step, at.lane), train)?;
+        let outgoing = cut.cut(backend, &gated.dispatch, &gated.rows)?;
+        let weights = weights_of(backend, &gated.saved, &followed)?;
+        Ok((gated, outgoing, weights))
+    };
+    keeper.compute(&span.meter(), gate, |done| drop(sender.send(done)));
+    let (gated, outgoing, weights) =
+        receiver.await.map_err(|_| ComputeError("the gate was dropped".into()))??;
+    drop(span);
+    let Gated { dispatch, choices, saved, aux_loss, entropy, .. } = gated;
+    let tokens = token_spans(flow, layer, &node.placement(), &choices, &dispatch, &weights);
     let dispatch = Arc::new(dispatch);
-    let returned = plan.send(node, Kind::Forward, train, &dispatch, outgoing).await?;
+    let returned = plan.send(node, Kind::Forward, train, &dispatch, outgoing, flow).await?;
     let own = Arc::clone(&dispatch);
     let combine = move |backend: &B| {
         let outputs = plan.join(backend, &own, returned)?;
         backend.combine(&own, saved, outputs)
     };
-    let (y, saved) = node.executor.run(Priority::Urgent, combine).await?;
+    let mut span = flow.span("router.combine", layer);
+    let (y, saved) = node.executor.run(&span.meter(), combine).await?;
+    drop((span, tokens));
     let load = dispatch.counts.iter().map(|&count| count as u32).collect();
     let dropped = dispatch.dropped as u32;
     if train {
         between.keep(at, (dispatch, saved));
     }
-    Ok(Routed { y, aux_loss, load, dropped })
+    Ok(Routed { y, aux_loss, entropy, load, dropped })
 }
 
 async fn backward<B: Compute>(
@@ -145,6 +162,7 @@ async fn backward<B: Compute>(
     between: &Between<(Arc<Dispatch>, B::Saved)>,
     at: At,
     dy: B::Tensor,
+    flow: &Flow,
 ) -> Computed<B::Tensor> {
     let node = &keeper.node;
     let plan = Plan::new(node, layer, at)?;
@@ -154,13 +172,17 @@ async fn backward<B: Compute>(
         let (rows, saved) = backend.combine_backward(&own, saved, dy)?;
         Ok((cut.cut(backend, &own, &rows)?, saved))
     };
-    let (outgoing, saved) = node.executor.run(Priority::Urgent, split).await?;
-    let returned = plan.send(node, Kind::Backward, true, &dispatch, outgoing).await?;
+    let mut span = flow.span("router.combine.backward", layer);
+    let (outgoing, saved) = node.executor.run(&span.meter(), split).await?;
+    drop(span);
+    let returned = plan.send(node, Kind::Backward, true, &dispatch, outgoing, flow).await?;
     let finish = move |backend: &B| {
         let inputs = plan.join(backend, &dispatch, returned)?;
         backend.gate_backward(&dispatch, saved, inputs)
     };
-    let (dx, gradient) = node.executor.run(Priority::Urgent, finish).await?;
+    let mut span = flow.span("router.gate.backward", layer);
+    let (dx, gradient) = node.executor.run(&span.meter(), finish).await?;
+    drop(span);
     drop(node.reducer().cast(ReducerMsg::lane_leaf(at, keeper.id, Ok(gradient))));
     Ok(dx)
 }
@@ -231,22 +253,35 @@ impl Plan {
         train: bool,
         dispatch: &Dispatch,
         outgoing: Vec<Outgoing<B>>,
+        flow: &Flow,
     ) -> Computed<Vec<Returned<B>>> {
         let send = |out: Outgoing<B>| async move {
+            let server = match &out {
+                Outgoing::Local(_) => self.local.clone(),
+                Outgoing::Remote(server, _) => server.clone(),
+            };
+            let mut span = self.dispatch_span(kind, dispatch, &server, flow);
             match out {
                 Outgoing::Local(parts) => {
-                    Ok(Returned::Local(self.call_experts(node, kind, train, parts).await?))
+                    let batch = self.batch(&server, dispatch);
+                    let mut experts = expert_span(&span.scope(), kind, self.layer, self.at.lane, &batch);
+                    let meter = experts.meter();
+                    let outputs = call_experts(node, self.layer, self.at, kind, train, parts, &meter).await?;
+                    Ok(Returned::Local(outputs))
                 }
-                Outgoing::Remote(server, rows) => {
-                    let experts = self.servers[&server].iter();
-                    let batch = Batch {
-                        layer: self.layer,
-                        lane: self.at.lane,
-                        train,
-                        experts: experts.map(|&e| (e, dispatch.counts[usize::from(e)] as u32)).collect(),
-                    };
-                    let frame = wire::frame(kind, self.at.epoch, self.at.step, &batch, vec![rows])?;
+                Outgoing::Remote(_, rows) => {
+                    let experts = self.batch(&server, dispatch);
+                    let batch = Batch { layer: self.layer, lane: self.at.lane, train, experts };
+                    let mut frame = wire::frame(kind, self.at.epoch, self.at.step, &batch, vec![rows])?;
+                    frame.trace = wire::trace(span.identity());
+                    let sent = Instant::now();
                     let reply = node.peers.request(&server, frame).await?;
+                    if span.is_recorded() {
+                        let there = Duration::from_micros(wire::decode::<Answered>(&reply)?.here_us);
+                        let wire = sent.elapsed().saturating_sub(there);
+                        span.set("volary.wire_us", wire.as_micros() as i64);
+                        span.set("volary.remote_us", there.as_micros() as i64);
+                    }
                     Ok(Returned::Remote(server, reply))
                 }
             }
@@ -254,14 +289,25 @@ impl Plan {
         try_join_all(outgoing.into_iter().map(send)).await
     }
 
-    async fn call_experts<B: Compute>(
-        &self,
-        node: &NodeContext<B>,
-        kind: Kind,
-        train: bool,
-        parts: Vec<(u16, B::Tensor)>,
-    ) -> Computed<Vec<(u16, B::Tensor)>> {
-        call_experts(node, self.layer, self.at, kind, train, parts).await
+    /// The experts of a node and the rows that each gets.
+    fn batch(&self, server: &NodeId, dispatch: &Dispatch) -> Vec<(u16, u32)> {
+        let rows = |&expert: &u16| (expert, dispatch.counts[usize::from(expert)] as u32);
+        self.servers[server].iter().map(rows).collect()
+    }
+
+    /// A batch of rows on its way to the experts of one node and back.
+    fn dispatch_span(&self, kind: Kind, dispatch: &Dispatch, server: &NodeId, flow: &Flow) -> Span {
+        let name = if kind == Kind::Backward { "router.dispatch.backward" } else { "router.dispatch" };
+        let mut span = flow.scope.span_of(name, SpanKind::Producer);
+        if span.is_recorded() {
+            let rows: u32 = self.batch(server, dispatch).into_iter().map(|(_, rows)| rows).sum();
+            span.set("volary.layer", i64::from(self.layer));
+            span.set("messaging.system", "volary");
+            span.set("messaging.batch.message_count", i64::from(rows));
+            span.set("volary.to", server.0.clone());
+            span.set("volary.local", *server == self.local);
+        }
+        span
     }
 
     /// What came back, one tensor per expert in the order of their numbers.
@@ -290,6 +336,21 @@ impl Plan {
     }
 }
 
+/// The experts of one node at work on a batch of rows.
+pub(crate) fn expert_span(scope: &Scope, kind: Kind, layer: u16, lane: Lane, experts: &[(u16, u32)]) -> Span {
+    let name = if kind == Kind::Backward { "expert.backward" } else { "expert.forward" };
+    let mut span = scope.span_of(name, SpanKind::Consumer);
+    if span.is_recorded() {
+        let rows: u32 = experts.iter().map(|(_, rows)| rows).sum();
+        span.set("volary.layer", i64::from(layer));
+        span.set("volary.lane", i64::from(lane));
+        span.set("messaging.system", "volary");
+        span.set("messaging.batch.message_count", i64::from(rows));
+        span.set_list("volary.experts", experts.iter().map(|(expert, rows)| format!("{expert}:{rows}")));
+    }
+    span
+}
+
 /// Calls experts on this node, all at once; for this node's routers and for those of others.
 pub(crate) async fn call_experts<B: Compute>(
     node: &NodeContext<B>,
@@ -298,15 +359,18 @@ pub(crate) async fn call_experts<B: Compute>(
     kind: Kind,
     train: bool,
     parts: Vec<(u16, B::Tensor)>,
+    meter: &Meter,
 ) -> Computed<Vec<(u16, B::Tensor)>> {
     let directory = node.directory();
     let call = |(expert, x): (u16, B::Tensor)| {
-        let actor = directory.expert(layer, expert);
+        let (actor, meter) = (directory.expert(layer, expert), meter.clone());
         async move {
             let actor = actor?;
             let y = match kind {
-                Kind::Backward => ask(&actor, |reply| ExpertMsg::Backward { at, dy: x, reply }).await?,
-                _ => ask(&actor, |reply| ExpertMsg::Forward { at, x, train, reply }).await?,
+                Kind::Backward => {
+                    ask(&actor, |reply| ExpertMsg::Backward { at, dy: x, meter, reply }).await?
+                }
+                _ => ask(&actor, |reply| ExpertMsg::Forward { at, x, train, meter, reply }).await?,
             };
             Ok((expert, y))
         }

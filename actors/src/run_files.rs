@@ -18,6 +18,8 @@ pub(crate) struct MetricsLine {
     pub loss: f64,
     /// Mean load-balancing loss; 1 when even.
     pub aux_loss: f64,
+    /// Mean entropy of the gates' probabilities, nats.
+    pub gate_entropy: f64,
     /// Norm of the mean gradient before clipping.
     pub grad_norm: f64,
     /// Learning rate.
@@ -49,6 +51,7 @@ impl MetricsLine {
             epoch: committed.epoch,
             loss: committed.loss,
             aux_loss: committed.aux_loss,
+            gate_entropy: committed.gate_entropy,
             grad_norm: committed.grad_norm,
             lr: committed.update.rate,
             tokens: committed.tokens,

@@ -1,5 +1,6 @@
 //! The supervisor's process: who is let in, and what becomes of the links of nodes and operators.
 
+use crate::feed::Feed;
 use crate::host::{Error, Result};
 use crate::limits::HELLO_MAX;
 use crate::operator::{OperatorReply, OperatorRequest};
@@ -17,6 +18,8 @@ use volary_core::compute::{ComputeError, Computed};
 use volary_core::machine::{Event, Settings};
 use volary_data::Dataset;
 use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, Table, journal};
+use volary_telemetry::metrics::SupervisorMetrics;
+use volary_telemetry::{Identity, Pipeline, SpanRecord, TraceStore};
 use volary_transport::{
     Accepted, Admit, Authority, Canary, CanaryKey, CanaryWatch, ControlReceiver, ControlSender, Endpoint,
     Frame, InboundFrame, Kind, Link, Role, SUPERVISOR, Token, TokenError, TokenRecord, TokenRole,
@@ -39,8 +42,8 @@ pub struct SupervisorOptions {
     pub config_hash: Digest,
     /// The address to listen on.
     pub listen: SocketAddr,
-    /// Steps between two lines of the log about a step; 0 never.
-    pub log_every: u64,
+    /// What it measures, for whoever scrapes it.
+    pub metrics: Arc<SupervisorMetrics>,
     /// Whether no node has anything in memory any more, so that the run goes on from its last checkpoint.
     pub nodes_are_gone: bool,
 }
@@ -50,7 +53,37 @@ pub struct Supervisor {
     address: SocketAddr,
     ended: oneshot::Receiver<RunEnd>,
     endpoint: Endpoint,
-    actor: ActorRef<SupervisorMsg>,
+    door: Arc<Door>,
+    pipeline: Pipeline,
+    feed: Feed,
+}
+
+/// What others in the supervisor's process may ask of it.
+#[derive(Clone)]
+pub struct Desk {
+    door: Arc<Door>,
+    feed: Feed,
+}
+
+impl Desk {
+    /// Asks the supervisor.
+    pub async fn ask(&self, request: OperatorRequest) -> OperatorReply {
+        ask_operator(&self.door.actor, request).await
+    }
+
+    /// Whether a token's text lets somebody operate the run.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_operate(&self, token: &str) -> std::result::Result<(), String> {
+        self.door.check(token, TokenRole::Operator)
+    }
+
+    /// What happens from now on.
+    #[must_use]
+    pub fn feed(&self) -> &Feed {
+        &self.feed
+    }
 }
 
 impl Supervisor {
@@ -59,8 +92,7 @@ impl Supervisor {
     /// # Errors
     /// When the address is in use, or the state is damaged or another run's.
     pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
-        let SupervisorOptions { run, settings, dir, config_hash, listen, log_every, nodes_are_gone } =
-            options;
+        let SupervisorOptions { run, settings, dir, config_hash, listen, metrics, nodes_are_gone } = options;
         let store = Store::open(&dir)?;
         store.identify(&RunIdentity {
             name: run.run.clone(),
@@ -79,6 +111,9 @@ impl Supervisor {
         for (role, file) in [(TokenRole::Node, "node.token"), (TokenRole::Operator, "operator.token")] {
             hand_out_token(&authority, &store, &dir, role, file)?;
         }
+        let pipeline = start_telemetry(&run, &dir)?;
+        let feed = Feed::default();
+        look_before_scrapes(&metrics, &pipeline, &store, &dir);
         let (end, ended) = oneshot::channel();
         let args = SupervisorArgs {
             run,
@@ -89,7 +124,9 @@ impl Supervisor {
             config_hash,
             dataset: Arc::new(dataset),
             address: address.to_string(),
-            log_every,
+            pipeline: pipeline.clone(),
+            metrics,
+            feed: feed.clone(),
             nodes_are_gone,
             end,
         };
@@ -100,9 +137,10 @@ impl Supervisor {
         // Without it a death is noticed all the same, only later.
         let canary = Canary::listen(address);
         let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
-        let door = Arc::new(Door { authority, store, checkpoints, actor: actor.clone(), sessions, canary });
-        tokio::spawn(accept(door, endpoint.clone()));
-        Ok(Self { address, ended, endpoint, actor })
+        let keep = pipeline.clone();
+        let door = Arc::new(Door { authority, store, checkpoints, actor, sessions, canary, pipeline: keep });
+        tokio::spawn(accept(Arc::clone(&door), endpoint.clone()));
+        Ok(Self { address, ended, endpoint, door, pipeline, feed })
     }
 
     /// Where it listens.
@@ -111,10 +149,16 @@ impl Supervisor {
         self.address
     }
 
+    /// For others in this process.
+    #[must_use]
+    pub fn desk(&self) -> Desk {
+        Desk { door: Arc::clone(&self.door), feed: self.feed.clone() }
+    }
+
     /// Waits until the run has ended and its nodes have heard so. When `interrupted` comes first, the run is asked
     /// to write a checkpoint and end.
     pub async fn ended(self, interrupted: impl Future<Output = ()>) -> RunEnd {
-        let Self { mut ended, endpoint, actor, .. } = self;
+        let Self { mut ended, endpoint, door, pipeline, .. } = self;
         let first = tokio::select! {
             end = &mut ended => Some(end),
             () = interrupted => None,
@@ -122,7 +166,7 @@ impl Supervisor {
         let end = match first {
             Some(end) => end,
             None => {
-                drop(actor.cast(SupervisorMsg::Event(Event::StopRequested)));
+                drop(door.actor.cast(SupervisorMsg::Event(Event::StopRequested)));
                 ended.await
             }
         };
@@ -135,8 +179,45 @@ impl Supervisor {
         })
         .await;
         drop(endpoint);
+        pipeline.flush().await;
         end
     }
+}
+
+/// The pipeline of the supervisor's spans, which keeps those of the nodes too.
+fn start_telemetry(run: &RunInfo, dir: &RunDir) -> Result<Pipeline> {
+    let failed = |what: &str, error: std::io::Error| Error::Start(format!("{what}: {error}"));
+    let folder = dir.traces();
+    let mut traces = TraceStore::open(&folder, run.telemetry.keep)
+        .map_err(|error| failed(&folder.display().to_string(), error))?;
+    let mut failing = false;
+    let keep = move |records: Vec<SpanRecord>| match traces.append(&records) {
+        Ok(dropped) => dropped,
+        Err(error) => {
+            if !std::mem::replace(&mut failing, true) {
+                tracing::warn!(%error, "traces cannot be kept with the run; training goes on without them");
+            }
+            records.len() as u64
+        }
+    };
+    let identity = Identity { run: run.run.clone(), process: SUPERVISOR.to_owned(), device: None };
+    let pipeline = Pipeline::start(&run.telemetry, &identity, Box::new(keep))
+        .map_err(|error| failed("the telemetry thread does not start", error))?;
+    volary_telemetry::layer::install(pipeline.sdk_tracer());
+    Ok(pipeline)
+}
+
+/// What is looked up when somebody asks for the supervisor's figures.
+fn look_before_scrapes(metrics: &Arc<SupervisorMetrics>, pipeline: &Pipeline, store: &Store, dir: &RunDir) {
+    let (weak, counts) = (Arc::downgrade(metrics), pipeline.counts());
+    let (store, blobs) = (store.clone(), dir.blobs());
+    metrics.scrape().before_scrape(move || {
+        let Some(metrics) = weak.upgrade() else { return };
+        metrics.spans(&counts);
+        let sizes = std::fs::read_dir(&blobs).into_iter().flatten().flatten();
+        let bytes = sizes.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum();
+        metrics.disk(store.bytes_on_disk(), bytes);
+    });
 }
 
 fn now_unix_s() -> u64 {
@@ -174,6 +255,7 @@ struct Door {
     actor: ActorRef<SupervisorMsg>,
     sessions: AtomicU64,
     canary: Option<Canary>,
+    pipeline: Pipeline,
 }
 
 async fn accept(door: Arc<Door>, endpoint: Endpoint) {
@@ -294,6 +376,11 @@ impl Door {
             let node = node.clone();
             let told = match receiver.recv::<Up>().await {
                 Ok(Some(Up::Say(message))) => SupervisorMsg::Said { node, session, message },
+                Ok(Some(Up::Spans(spans))) => {
+                    self.pipeline
+                        .keep(spans.iter().filter_map(|span| serde_json::from_str(span).ok()).collect());
+                    continue;
+                }
                 Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
                 Ok(Some(Up::Hello(..))) => continue,
                 Ok(None) => return "it ended its control stream".to_owned(),
@@ -356,6 +443,13 @@ async fn serve_shards(door: Arc<Door>, link: Link) {
     }
 }
 
+async fn ask_operator(actor: &ActorRef<SupervisorMsg>, request: OperatorRequest) -> OperatorReply {
+    match actor.call(|reply| SupervisorMsg::Operator { request, reply }, None).await {
+        Ok(CallResult::Success(answer)) => answer,
+        _ => OperatorReply::Failed { reason: "the supervisor has ended".into() },
+    }
+}
+
 async fn serve_operator(
     actor: &ActorRef<SupervisorMsg>,
     link: Link,
@@ -363,14 +457,9 @@ async fn serve_operator(
     mut receiver: ControlReceiver,
 ) {
     while let Ok(Some(request)) = receiver.recv::<OperatorRequest>().await {
-        let ask = actor.call(|reply| SupervisorMsg::Operator { request, reply }, None);
         let answer = tokio::select! {
-            answer = ask => answer,
+            answer = ask_operator(actor, request) => answer,
             _ = link.closed() => return,
-        };
-        let answer = match answer {
-            Ok(CallResult::Success(answer)) => answer,
-            _ => OperatorReply::Failed { reason: "the supervisor has ended".into() },
         };
         if sender.send(&answer).await.is_err() {
             return;

@@ -1,6 +1,5 @@
 //! How a node gets the shards that a placement gives it, and how it hands its own to a checkpoint.
 
-use crate::executor::Priority;
 use crate::node_context::NodeContext;
 use crate::peers::refused;
 use crate::wire::{self, ShardAt, ShardWish};
@@ -11,6 +10,7 @@ use volary_core::agent::Trouble;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::messages::Source;
 use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_telemetry::Meter;
 use volary_transport::{Kind, Link};
 
 /// Shards that are fetched at a time: enough to hide round trips, few enough to bound memory.
@@ -118,11 +118,11 @@ async fn fetch<B: Compute>(
         })?,
         Source::Initial | Source::Held => {
             let initial = move |backend: &B| backend.initial(shard);
-            return node.executor.run(Priority::Urgent, initial).await.map_err(fatal);
+            return node.executor.run(&Meter::default(), initial).await.map_err(fatal);
         }
     };
     let load = move |backend: &B| backend.load(shard, &bytes);
-    node.executor.run(Priority::Urgent, load).await.map_err(fatal)
+    node.executor.run(&Meter::default(), load).await.map_err(fatal)
 }
 
 /// Copies a shard from the first of `from` at whatever version it has, beside the training.
@@ -136,7 +136,7 @@ pub(crate) async fn learn<B: Compute>(
     let nobody = || Trouble { reason: format!("nobody has {shard}"), fatal: false, suspect: None };
     let (version, bytes) = copy(node, shard, from.first().ok_or_else(nobody)?, None, epoch).await?;
     let load = move |backend: &B| backend.load(shard, &bytes);
-    let state = node.executor.run(Priority::Urgent, load).await;
+    let state = node.executor.run(&Meter::default(), load).await;
     let state = state.map_err(|error| Trouble { reason: error.to_string(), fatal: false, suspect: None })?;
     arrivals.put(shard, version, state);
     Ok(version)

@@ -5,10 +5,16 @@
 //! `effects` carries them out, `people` answers who asks. It supervises the checkpointer actor. When it fails, the process ends; nothing that was committed is lost.
 
 mod effects;
+mod observed;
 mod people;
+mod traces;
+
+use observed::Observed;
+use traces::Traces;
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg};
 use crate::durations::Durations;
+use crate::feed::Feed;
 use crate::limits::TICK;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::run_files::{MetricsLine, RunFiles};
@@ -24,6 +30,9 @@ use volary_core::messages::{FromNode, Held, LastCommit, ToNode};
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
 use volary_storage::{Checkpoints, Digest, RunDir, Store, Table};
+use volary_telemetry::Pipeline;
+use volary_telemetry::metrics::SupervisorMetrics;
+use volary_telemetry::tensorboard::EventFile;
 use volary_transport::{CanaryKey, Link};
 
 /// Under which name the store keeps what the machine must not forget.
@@ -90,7 +99,9 @@ pub(crate) struct SupervisorArgs {
     pub(crate) config_hash: Digest,
     pub(crate) dataset: Arc<Dataset>,
     pub(crate) address: String,
-    pub(crate) log_every: u64,
+    pub(crate) pipeline: Pipeline,
+    pub(crate) metrics: Arc<SupervisorMetrics>,
+    pub(crate) feed: Feed,
     /// Whether nobody has anything in memory any more.
     pub(crate) nodes_are_gone: bool,
     pub(crate) end: oneshot::Sender<RunEnd>,
@@ -117,7 +128,9 @@ pub(crate) struct SupervisorState {
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
     address: String,
-    log_every: u64,
+    observed: Observed,
+    /// The expert load of the last committed step.
+    load: Vec<Vec<u64>>,
     last_commit: Instant,
     last_tick: Instant,
     durations: Durations,
@@ -151,10 +164,23 @@ impl Actor for SupervisorActor {
             config_hash,
             dataset,
             address,
-            log_every,
+            pipeline,
+            metrics,
+            feed,
             nodes_are_gone,
             end,
         } = args;
+        let telemetry = run.telemetry.clone();
+        let model = (&run.architecture, &run.training, run.seed);
+        let board = EventFile::create(&dir.tensorboard());
+        let board = board.inspect_err(|error| tracing::warn!(%error, "no TensorBoard file")).ok();
+        let observed = Observed {
+            sample_every: telemetry.sample_every,
+            traces: Traces::new(pipeline.tracer(), telemetry, model),
+            metrics,
+            feed,
+            board,
+        };
         let durable = checkpoints.latest_intact()?.map(|record| record.step);
         checkpoints.truncate_after(durable.unwrap_or(0))?;
         let mut remembered: Remembered = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
@@ -167,6 +193,7 @@ impl Actor for SupervisorActor {
             Some(step) => store.committed(step)?,
             None => None,
         };
+        let last_load = last.as_ref().map(|committed| committed.load.clone()).unwrap_or_default();
         let files = RunFiles::open(&dir, &store)?;
         let restarted = !remembered.members.is_empty();
         let last = last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update });
@@ -190,7 +217,8 @@ impl Actor for SupervisorActor {
             files,
             checkpointer,
             address,
-            log_every,
+            observed,
+            load: last_load,
             last_commit: Instant::now(),
             last_tick: Instant::now(),
             durations: Durations::new(restarted),
@@ -268,7 +296,7 @@ impl SupervisorState {
             }
             // A run that is going on does not end for a newcomer that is too small for it.
             tracing::warn!(reason, "a node was sent away");
-            drop(down.send(Down::Say(ToNode::Leave { reason })).await);
+            drop(down.send(Down::Say(ToNode::Leave { reason }, None)).await);
             return Ok(());
         }
         let (capacity, address) = (info.capacity, info.address.clone());
@@ -289,13 +317,19 @@ impl SupervisorState {
     async fn on_said(&mut self, node: NodeId, session: u64, message: FromNode) -> Outcome {
         let Some(known) = self.session(&node, session) else { return Ok(()) };
         known.last_word = Instant::now();
+        if matches!(message, FromNode::Prepared { .. }) {
+            self.observed.traces.prepared(&node.0);
+        }
         self.on_event(Event::Said { node, message }).await
     }
 
     fn on_links(&mut self, node: &NodeId, session: u64, links: Vec<LinkReport>) {
-        if let Some(known) = self.session(node, session) {
+        if let Some(known) = self.sessions.get_mut(node).filter(|known| known.session == session) {
             known.links = links;
             known.last_word = Instant::now();
+            for LinkReport { peer, sent_bytes, received_bytes, .. } in &known.links {
+                self.observed.metrics.link(&node.0, peer, *sent_bytes, *received_bytes);
+            }
         }
     }
 
@@ -333,7 +367,7 @@ impl SupervisorState {
     /// The last word to everybody.
     async fn dismiss(&mut self, reason: &str) {
         for session in self.sessions.values() {
-            drop(session.down.send(Down::Say(ToNode::Leave { reason: reason.to_owned() })).await);
+            drop(session.down.send(Down::Say(ToNode::Leave { reason: reason.to_owned() }, None)).await);
         }
     }
 }

@@ -1,14 +1,16 @@
 //! The words that nodes say to each other, and how they become frames. Messages with reply ports never cross the wire.
 
+use crate::flow::Traced;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed, HostDtype, HostTensor};
 use volary_core::messages::{FromNode, Held, ToNode};
-use volary_core::options::TrainingOptions;
+use volary_core::options::{TelemetryOptions, TrainingOptions};
 use volary_core::tree::Span;
 use volary_core::{Epoch, Lane, ShardId, Step};
+use volary_telemetry::SpanIdentity;
 use volary_transport::{CanaryKey, Dtype, Frame, Kind, Part, TraceContext};
 
 /// What a node tells the supervisor about itself when it joins.
@@ -26,6 +28,8 @@ pub struct NodeInfo {
     pub memory_bytes: u64,
     /// Where its peers reach it.
     pub address: String,
+    /// Where its figures are served, if they are.
+    pub http: Option<String>,
     /// A number that its process drew when it started: a process that comes back is told from another of its name.
     pub instance: u64,
 }
@@ -58,6 +62,8 @@ pub struct RunInfo {
     pub node_timeout_ms: u64,
     /// How long a node keeps its state and waits for a supervisor that is gone, in milliseconds.
     pub supervisor_timeout_ms: u64,
+    /// What is traced, and where to.
+    pub telemetry: TelemetryOptions,
 }
 
 impl RunInfo {
@@ -74,8 +80,8 @@ pub(crate) enum Down {
     Welcome(Box<Welcome>),
     /// The name is taken by a living process: try again later, or under another name.
     Taken,
-    /// The protocol.
-    Say(ToNode),
+    /// The protocol, and the trace that it belongs to.
+    Say(ToNode, Option<Traced>),
 }
 
 /// Node to supervisor, on the control stream.
@@ -87,6 +93,8 @@ pub(crate) enum Up {
     Say(FromNode),
     /// Now and then: the links to other nodes.
     Links(Vec<LinkReport>),
+    /// Spans that have ended, as JSON: the run keeps them.
+    Spans(Vec<String>),
 }
 
 /// What a node is told when it is let in.
@@ -110,6 +118,14 @@ pub(crate) struct Batch {
     pub(crate) experts: Vec<(u16, u32)>,
 }
 
+/// The words with the answer to a [`Batch`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Answered {
+    pub(crate) lane: Lane,
+    /// How long the rows were here: what the asker waited beyond that, they were on the wire.
+    pub(crate) here_us: u64,
+}
+
 /// The words with a sum over some leaves of a shard's gradient; no parts mean that no token met the expert.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SumOf {
@@ -129,6 +145,17 @@ pub(crate) struct ShardWish {
 pub(crate) struct ShardAt {
     pub(crate) shard: ShardId,
     pub(crate) version: Step,
+}
+
+/// The trace context of a frame's header.
+pub(crate) fn trace(SpanIdentity { trace_id, span_id, flags }: SpanIdentity) -> TraceContext {
+    TraceContext { trace_id, span_id, flags }
+}
+
+/// The span that a frame came from.
+pub(crate) fn origin(frame: &Frame) -> SpanIdentity {
+    let TraceContext { trace_id, span_id, flags } = frame.trace;
+    SpanIdentity { trace_id, span_id, flags }
 }
 
 pub(crate) fn frame(

@@ -16,6 +16,7 @@ pub mod commands;
 pub mod config;
 pub mod environment;
 pub mod follow;
+pub mod http;
 pub mod local;
 pub mod log;
 mod member;

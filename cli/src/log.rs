@@ -2,7 +2,9 @@
 
 use clap::ValueEnum;
 use std::io::IsTerminal;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// How the log is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -22,10 +24,13 @@ pub fn start(verbose: u8, format: Format) {
     };
     let default = format!("{level},quinn=error,sled=error,tokenizers=error");
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // A second start, in a test process, keeps the first.
-    let _ = match format {
-        Format::Text => builder.with_target(false).with_ansi(std::io::stderr().is_terminal()).try_init(),
-        Format::Json => builder.json().try_init(),
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let lines = match format {
+        Format::Text => lines.with_target(false).with_ansi(std::io::stderr().is_terminal()).boxed(),
+        Format::Json => lines.json().boxed(),
     };
+    let subscriber =
+        tracing_subscriber::registry().with(lines.with_filter(filter)).with(volary_telemetry::layer::layer());
+    // A second start, in a test process, keeps the first.
+    let _ = subscriber.try_init();
 }

@@ -24,6 +24,9 @@ pub struct Contact {
     pub pid: u32,
     /// Its QUIC address.
     pub address: String,
+    /// Where its page is, if it has one.
+    #[serde(default)]
+    pub http: Option<String>,
 }
 
 /// The file with the token that nodes join with.

@@ -20,6 +20,8 @@ pub enum Purpose {
     Generate = 5,
     /// Fault schedules in tests.
     Faults = 6,
+    /// What is shown to people.
+    Telemetry = 7,
 }
 
 fn mix(mut z: u64) -> u64 {

@@ -115,10 +115,17 @@ impl Store {
         self.make_durable()
     }
 
+    /// Bytes of the database on the disk; 0 when that cannot be said.
+    #[must_use]
+    pub fn bytes_on_disk(&self) -> u64 {
+        self.disk.db.size_on_disk().unwrap_or(0)
+    }
+
     /// Commits a step, for good: when this returns, it survives whatever happens to the process or the power.
     ///
     /// The same step with the same content is welcome again (a supervisor that died may not know that it committed);
     /// with another content it is an error, and so is a step that does not follow the last one.
+    #[tracing::instrument(target = "volary::trace", name = "journal.write", skip_all)]
     pub fn commit<T: Serialize>(&self, step: Step, value: &T) -> Result<()> {
         let key = step.to_be_bytes();
         let bytes = record::seal(Place { tree: JOURNAL, key: &key }, value)?;

@@ -118,6 +118,18 @@ impl RunDir {
         self.root.join("supervisor.json")
     }
 
+    /// The folder of the event files for TensorBoard.
+    #[must_use]
+    pub fn tensorboard(&self) -> PathBuf {
+        self.root.join("tensorboard")
+    }
+
+    /// The folder of the traces that are kept.
+    #[must_use]
+    pub fn traces(&self) -> PathBuf {
+        self.root.join("traces")
+    }
+
     /// The tokenizer that the data was prepared with.
     #[must_use]
     pub fn tokenizer(&self) -> PathBuf {

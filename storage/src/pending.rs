@@ -47,6 +47,7 @@ impl<D: Disk> Pending<D> {
     }
 
     /// Writes a shard's bytes; from several threads at once if need be. The same bytes again change nothing.
+    #[tracing::instrument(target = "volary::trace", name = "shard.write", skip_all, fields(%shard, bytes = bytes.len()))]
     pub fn add(&self, shard: ShardId, bytes: &[u8]) -> Result<Digest> {
         let step = self.step;
         if !self.expected.contains(&shard) {
@@ -68,6 +69,7 @@ impl<D: Disk> Pending<D> {
     }
 
     /// Makes the checkpoint exist. When this returns, it survives whatever happens to the process or the power.
+    #[tracing::instrument(target = "volary::trace", name = "catalogue.write", skip_all)]
     pub fn complete(self) -> Result<CheckpointRecord> {
         let missing = self.missing();
         if !missing.is_empty() {

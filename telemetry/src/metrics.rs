@@ -3,7 +3,7 @@
 mod node;
 mod supervisor;
 
-pub use node::{NodeMetrics, Phase};
+pub use node::{ExecutorTotals, NodeMetrics, Phase};
 pub use supervisor::SupervisorMetrics;
 
 use crate::pipeline::SpanCounts;

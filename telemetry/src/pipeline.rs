@@ -270,7 +270,10 @@ impl Worker {
                 // More of the same step is on its way.
                 tokio::time::sleep(BATCH_WAIT).await;
             }
-            flushed.into_iter().for_each(|done| drop(done.send(())));
+            for done in flushed {
+                // Whoever waited may have given up.
+                let _ = done.send(());
+            }
         }
     }
 

@@ -195,9 +195,9 @@ impl Span {
     }
 
     /// Something that happened in it, now.
-    pub fn event(&mut self, name: &'static str, attributes: Vec<KeyValue>) {
+    pub fn event(&mut self, name: &'static str, key: &'static str, value: impl Into<Value>) {
         if let Some(live) = &mut self.0 {
-            live.span.add_event(name, attributes);
+            live.span.add_event(name, vec![KeyValue::new(key, value)]);
         }
     }
 

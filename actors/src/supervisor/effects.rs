@@ -27,7 +27,8 @@ impl SupervisorState {
                 blocking(move || store.put(Table::Facts, CLUSTER, &remembered)).await
             }
             Effect::OpenCheckpoint { step, epoch, shards } => {
-                drop(self.checkpointer.cast(CheckpointerMsg::Open { step, epoch, shards }));
+                let scope = self.observed.traces.checkpoint(step, shards.len());
+                drop(self.checkpointer.cast(CheckpointerMsg::Open { step, epoch, shards, scope }));
                 Ok(())
             }
             Effect::DropCheckpoint { step } => {
@@ -37,7 +38,9 @@ impl SupervisorState {
             Effect::GoBack { step } => self.go_back(step).await,
             Effect::Validated { step, loss, tokens } => {
                 self.last_commit = Instant::now();
-                self.files.validation(&ValidationLine { step, loss, tokens }).map_err(|e| e.to_string())
+                let line = ValidationLine { step, loss, tokens };
+                self.observed.validated(&line);
+                self.files.validation(&line).map_err(|e| e.to_string())
             }
             Effect::Notice(notice) => self.on_notice(notice).await,
             Effect::Done => {
@@ -62,28 +65,37 @@ impl SupervisorState {
                 *tokens = read.map_err(|error| format!("tokens of step {step}, lane {lane}: {error}"))?;
             }
         }
+        let traced = self.observed.traces.sent(&message, &self.dataset);
         if let Some(session) = self.sessions.get(node) {
             // A node whose link is gone is told apart; its words may be dropped.
-            drop(session.down.send(Down::Say(message)).await);
+            drop(session.down.send(Down::Say(message, traced)).await);
         }
         Ok(())
     }
 
     async fn journal(&mut self, committed: Committed) -> Outcome {
         let (store, record) = (self.store.clone(), committed.clone());
-        blocking(move || store.commit(record.step, &record)).await?;
+        let (prepared, span) = self.observed.traces.committing();
+        let (began, scope) = (Instant::now(), span.scope());
+        blocking(move || scope.enter(|| store.commit(record.step, &record))).await?;
+        drop(span);
+        self.observed.metrics.journalled(began.elapsed());
+        prepared.into_iter().for_each(|took| self.observed.metrics.prepared(took));
         let seconds = self.last_commit.elapsed().as_secs_f64();
         self.last_commit = Instant::now();
-        for line in self.durations.committed(committed.step) {
-            self.event_line(&line)?;
+        let costs = self.durations.committed(committed.step);
+        for line in &costs {
+            self.event_line(line)?;
         }
         let line = MetricsLine::new(&committed, Some(seconds));
         self.files.metrics(&line).map_err(|error| error.to_string())?;
-        if self.log_every > 0 && line.step.is_multiple_of(self.log_every) {
+        self.observed.committed(&committed, &line, &costs);
+        if self.observed.sample_every > 0 && line.step.is_multiple_of(self.observed.sample_every) {
             let (loss, busiest_expert) = (line.loss, line.busiest_expert);
             tracing::info!(step = line.step, loss, seconds, busiest_expert, load = ?committed.load, "committed");
         }
         self.last_metrics = Some(line);
+        self.load = committed.load;
         Ok(())
     }
 
@@ -125,12 +137,19 @@ impl SupervisorState {
             _ => tracing::info!(?notice, "event"),
         }
         self.durations.noticed(&notice);
+        self.observed.noticed(&notice);
         self.event_line(&notice)
     }
 
     fn event_line(&mut self, event: &impl Serialize) -> Outcome {
         let line = EventLine { unix_ms: unix_ms(), event };
         self.files.event(&line).map_err(|error| error.to_string())?;
+        self.observed.feed.tell("event", &line);
+        if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(&line)
+            && let Some(name) = fields.get("event").and_then(serde_json::Value::as_str)
+        {
+            self.observed.metrics.event(name);
+        }
         if let Ok(text) = serde_json::to_string(&line) {
             self.events.push_back(text);
         }

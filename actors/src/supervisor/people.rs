@@ -88,6 +88,7 @@ impl SupervisorState {
                 .count(),
             lanes: placement.lanes_of(node),
             links: session.links.clone(),
+            http: session.info.http.clone(),
         };
         let shard = |shard: ShardId| ShardStatus {
             name: shard.to_string(),
@@ -101,6 +102,7 @@ impl SupervisorState {
             steps: self.settings.training.steps,
             activity: if self.end.is_some() { self.machine.activity() } else { Activity::Done },
             checkpoint: self.machine.durable(),
+            load: self.load.clone(),
             loss: self.last_metrics.as_ref().map(|line| line.loss),
             tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
             supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },

@@ -1,13 +1,16 @@
 //! `volary node`: joins a run and does its share of it.
 
+use crate::http;
 use crate::rundir::{self, Role};
 use anyhow::bail;
 use std::path::PathBuf;
+use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use volary_actors::{Disturbance, Interference, NodeEnd, NodeOptions, RunInfo};
 use volary_core::compute::ComputeError;
 use volary_model::{Glam, device};
+use volary_telemetry::metrics::NodeMetrics;
 
 /// Orders and signals that wait to be looked at.
 const ORDERS_AHEAD: usize = 16;
@@ -39,6 +42,12 @@ pub struct Args {
     /// A file with a node's token (or VOLARY_TOKEN).
     #[arg(long)]
     token_file: Option<PathBuf>,
+    /// Where this node's figures are served; this machine only, any port, when left out.
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// Serve no figures.
+    #[arg(long, conflicts_with = "http")]
+    no_http: bool,
     /// End when standard input does: for a parent that starts nodes.
     #[arg(long, hide = true)]
     tethered: bool,
@@ -65,7 +74,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         (None, true) => 1,
         (None, false) => cores,
     };
+    let metrics = Arc::new(NodeMetrics::default());
+    let http = args.http.as_deref().map(rundir::resolve).transpose()?;
+    let door = if args.no_http { None } else { Some(http::listen(http, 0)?) };
+    let http = door.as_ref().map(|door| door.address);
+    if let Some(door) = door {
+        door.serve(http::node_routes(Arc::clone(&metrics)))?;
+    }
     let options = NodeOptions {
+        metrics,
+        http,
         supervisor: target.address,
         token: target.token,
         name: args.name,

@@ -159,13 +159,18 @@ pub fn status(args: StatusArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The status as JSON, with events as objects.
+/// The status as JSON text.
 fn json(status: &Status) -> anyhow::Result<String> {
+    Ok(serde_json::to_string_pretty(&to_json(status)?)?)
+}
+
+/// The status as a JSON object, with events as objects.
+pub(crate) fn to_json(status: &Status) -> serde_json::Result<serde_json::Value> {
     let mut value = serde_json::to_value(status)?;
     let events: Vec<serde_json::Value> =
         status.events.iter().filter_map(|e| serde_json::from_str(e).ok()).collect();
     value["events"] = events.into();
-    Ok(serde_json::to_string_pretty(&value)?)
+    Ok(value)
 }
 
 fn print(status: &Status) {

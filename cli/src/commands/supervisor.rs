@@ -1,13 +1,16 @@
 //! `volary supervisor`: holds a run together; nodes join it from anywhere.
 
 use crate::config::Config;
+use crate::http;
 use crate::rundir::{self, Contact};
 use anyhow::{Context, bail};
 use std::path::PathBuf;
+use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use volary_actors::{RunEnd, RunInfo, Supervisor, SupervisorOptions};
 use volary_data::Dataset;
 use volary_storage::{Digest, RunDir, RunLock};
+use volary_telemetry::metrics::SupervisorMetrics;
 
 /// Run the supervisor of a run by hand.
 #[derive(clap::Args)]
@@ -30,6 +33,12 @@ pub struct Args {
     /// A TOML value for any key of the configuration.
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
+    /// Where the page and the figures are served; this machine only, port 7680 or another one, when left out.
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// Serve no page and no figures.
+    #[arg(long, conflicts_with = "http")]
+    no_http: bool,
     /// End when standard input does: for a parent that starts the supervisor.
     #[arg(long, hide = true)]
     tethered: bool,
@@ -48,6 +57,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     let config = Config::load(&args.config, &args.set)?;
     let listen = rundir::resolve(&args.listen)?;
+    let http = args.http.as_deref().map(rundir::resolve).transpose()?;
+    let door = if args.no_http { None } else { Some(http::listen(http, http::PAGE_PORT)?) };
     let dir = RunDir::create(&args.dir)?;
     let lock = RunLock::acquire(&dir, std::process::id(), &args.listen)?;
     same_run(&config, &dir)?;
@@ -56,7 +67,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         std::fs::write(dir.config(), text).with_context(|| dir.config().display().to_string())?;
     }
     prepare_data(&config, &dir, &mut |_| {})?;
-    let end = serve(&config, &dir, listen, args.nodes_are_gone);
+    let end = serve(&config, &dir, listen, door, args.nodes_are_gone);
     // Nobody may take the directory before the last word is written.
     let _ = std::fs::remove_file(dir.supervisor());
     drop(lock);
@@ -84,6 +95,7 @@ fn serve(
     config: &Config,
     dir: &RunDir,
     listen: std::net::SocketAddr,
+    door: Option<http::Door>,
     nodes_are_gone: bool,
 ) -> anyhow::Result<RunEnd> {
     let training = &config.training;
@@ -101,14 +113,16 @@ fn serve(
         node_timeout_ms: config.cluster.node_timeout_ms,
         supervisor_timeout_ms: config.cluster.supervisor_timeout_ms,
         training: training.clone(),
+        telemetry: config.telemetry.clone(),
     };
+    let metrics = Arc::new(SupervisorMetrics::new());
     let options = SupervisorOptions {
         run,
         settings: config.settings(),
         dir: dir.clone(),
         config_hash: Digest::of(config.identity().as_bytes()),
         listen,
-        log_every: config.telemetry.sample_every,
+        metrics: Arc::clone(&metrics),
         nodes_are_gone,
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -116,9 +130,14 @@ fn serve(
         let supervisor = Supervisor::start(options, dataset).await?;
         let address = supervisor.address().to_string();
         eprintln!("listening on {address}");
+        let http = door.as_ref().map(|door| door.address.to_string());
+        if let Some(door) = door {
+            eprintln!("page at http://{}", door.address);
+            door.serve(http::supervisor_routes(supervisor.desk(), dir.clone(), metrics))?;
+        }
         rundir::write_contact(
             dir,
-            &Contact { run: config.run.name.clone(), pid: std::process::id(), address },
+            &Contact { run: config.run.name.clone(), pid: std::process::id(), address, http },
         )?;
         let mut interrupts = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         let interrupted = async move {

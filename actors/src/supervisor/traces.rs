@@ -1,0 +1,272 @@
+//! The traces that the supervisor begins: one per step that is sampled, and one for each change of the cluster, recovery,
+//! move of shards and checkpoint, linked to the step in which they happened.
+
+use crate::durations::Cost;
+use crate::flow::{Followed, Traced};
+use std::time::{Duration, Instant, SystemTime};
+use volary_core::architecture::Architecture;
+use volary_core::machine::Notice;
+use volary_core::messages::{Pass, ToNode};
+use volary_core::options::{TelemetryOptions, TrainingOptions};
+use volary_core::random::{Purpose, Stream};
+use volary_core::{Epoch, Lane, Step};
+use volary_data::Dataset;
+use volary_telemetry::{Scope, Span, SpanIdentity, Tracer};
+
+/// The traces that are under way.
+pub(crate) struct Traces {
+    tracer: Tracer,
+    options: TelemetryOptions,
+    seed: u64,
+    lanes: u32,
+    /// Lanes of a traced step that have all their spans.
+    whole_lanes: u32,
+    attempt: Option<Attempt>,
+    /// The last step that was traced, for what is linked to it.
+    last_step: SpanIdentity,
+    /// The cluster changed: the next step is traced.
+    changed: bool,
+    /// Somebody came or went.
+    membership: Option<Span>,
+    /// From a loss until the next commit.
+    recovery: Option<Span>,
+    /// From the placement that began to copy shards until the commit after they were used.
+    migration: Option<Span>,
+    checkpoint: Option<(Span, Instant)>,
+}
+
+/// A step in flight.
+struct Attempt {
+    epoch: Epoch,
+    step: Step,
+    began: (SystemTime, Instant),
+    span: Span,
+    why: &'static str,
+}
+
+/// About how many spans a lane makes: its layers forward and back, and in MoE layers the gate, the combination, a way to each of a few
+/// nodes with its experts, and the followed tokens.
+fn spans_of_lane(architecture: &Architecture, options: &TelemetryOptions) -> usize {
+    let moe = architecture.moe_layers().count();
+    5 + 2 * architecture.layers as usize + moe * (2 * (2 + 2 * 3) + options.tokens_per_lane)
+}
+
+impl Traces {
+    pub(crate) fn new(
+        tracer: Tracer,
+        options: TelemetryOptions,
+        (architecture, training, seed): (&Architecture, &TrainingOptions, u64),
+    ) -> Self {
+        let whole = options.spans_per_step / spans_of_lane(architecture, &options).max(1);
+        let whole_lanes = training.lanes.min(u32::try_from(whole).unwrap_or(u32::MAX).max(1));
+        Self {
+            tracer,
+            options,
+            seed,
+            lanes: training.lanes,
+            whole_lanes,
+            attempt: None,
+            last_step: SpanIdentity::default(),
+            changed: false,
+            membership: None,
+            recovery: None,
+            migration: None,
+            checkpoint: None,
+        }
+    }
+
+    /// A message goes out: the trace that it belongs to.
+    pub(crate) fn sent(&mut self, message: &ToNode, dataset: &Dataset) -> Option<Traced> {
+        match message {
+            ToNode::Begin { epoch, step, pass: Pass::Train, lanes } => {
+                self.begin(*epoch, *step);
+                let span = &self.attempt.as_ref()?.span;
+                let mut traced = Traced::below(span)?;
+                traced.lanes =
+                    lanes.iter().map(|(lane, _)| *lane).filter(|&l| self.is_whole(*step, l)).collect();
+                traced.followed = self.follow(*step, lanes, dataset);
+                Some(traced)
+            }
+            ToNode::Commit { .. } => Traced::below(&self.attempt.as_ref()?.span),
+            ToNode::Assign(_) => [&self.recovery, &self.migration, &self.membership]
+                .into_iter()
+                .flatten()
+                .find_map(Traced::below),
+            ToNode::Checkpoint { .. } => Traced::below(&self.checkpoint.as_ref()?.0),
+            _ => None,
+        }
+    }
+
+    fn begin(&mut self, epoch: Epoch, step: Step) {
+        if self.attempt.as_ref().is_some_and(|attempt| (attempt.epoch, attempt.step) == (epoch, step)) {
+            return;
+        }
+        let every = self.options.sample_every;
+        let why = match () {
+            () if every == 0 => "",
+            () if std::mem::take(&mut self.changed) => "the cluster changed",
+            () if step.is_multiple_of(every) => "sampled",
+            () => "",
+        };
+        let began = (SystemTime::now(), Instant::now());
+        let span = if why.is_empty() { Span::none() } else { self.step_span(epoch, step, began.0, why) };
+        self.attempt = Some(Attempt { epoch, step, began, span, why });
+    }
+
+    fn step_span(&mut self, epoch: Epoch, step: Step, began: SystemTime, why: &'static str) -> Span {
+        let span = self.tracer.root("step", Some(began)).with("volary.step", step as i64);
+        let span = span.with("volary.epoch", epoch as i64).with("volary.traced_because", why);
+        self.last_step = span.identity();
+        span
+    }
+
+    /// Which lanes are traced as a whole turns with the steps.
+    fn is_whole(&self, step: Step, lane: Lane) -> bool {
+        let first = (step / self.options.sample_every.max(1) % u64::from(self.lanes.max(1))) as u32;
+        (lane + self.lanes - first) % self.lanes.max(1) < self.whole_lanes
+    }
+
+    /// Chooses tokens to follow, the same ones whenever the step is done again.
+    fn follow(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<Followed> {
+        let mut followed = Vec::new();
+        for (lane, tokens) in lanes.iter().filter(|(lane, _)| self.is_whole(step, *lane)) {
+            let mut stream = Stream::new(self.seed, Purpose::Telemetry, &[step, u64::from(*lane)]);
+            let length = dataset.sequence_length();
+            let count = dataset.sequences_per_lane() * length;
+            for _ in 0..self.options.tokens_per_lane.min(count) {
+                let position = ((stream.next_f64() * count as f64) as usize).min(count.saturating_sub(1));
+                // A row has one token more than the lane computes: the last one's successor.
+                let Some(&id) = tokens.get(position / length * (length + 1) + position % length) else {
+                    continue;
+                };
+                let text = dataset.tokenizer().token(id);
+                followed.push(Followed { lane: *lane, position: position as u32, id, text });
+            }
+        }
+        followed.sort_by_key(|token| (token.lane, token.position));
+        followed.dedup();
+        followed
+    }
+
+    /// A node has done its part of a step.
+    pub(crate) fn prepared(&mut self, node: &str) {
+        if let Some(attempt) = &mut self.attempt
+            && attempt.span.is_recorded()
+        {
+            attempt.span.event("prepared", "volary.node", node.to_owned());
+        }
+    }
+
+    /// The step's own time so far, and the span of its commit.
+    pub(crate) fn committing(&self) -> (Option<Duration>, Span) {
+        match &self.attempt {
+            Some(attempt) => (Some(attempt.began.1.elapsed()), attempt.span.scope().span("commit")),
+            None => (None, Span::none()),
+        }
+    }
+
+    /// A step is journalled; it ends what it is the end of. Its own span ends with the next step's beginning, after the
+    /// commit was sent.
+    pub(crate) fn committed(&mut self, loss: f64, costs: &[Cost]) {
+        let this = self.attempt.as_mut().map(|attempt| {
+            attempt.span.set("volary.loss", loss);
+            attempt.span.identity()
+        });
+        for cost in costs {
+            let span = match cost {
+                Cost::Recovered { .. } => self.recovery.take(),
+                Cost::Resized { .. } => self.migration.take(),
+            };
+            let Some(mut span) = span else { continue };
+            span.link(this.unwrap_or_default());
+            cost.parts().into_iter().for_each(|(part, ms)| span.set(part, ms));
+        }
+        self.membership = None;
+    }
+
+    /// Something happened.
+    pub(crate) fn noticed(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Joined { node, .. } => self.changed_by("joined", &node.0),
+            Notice::Returned { node, .. } => self.changed_by("returned", &node.0),
+            Notice::Lost { node, .. } => self.changed_by("lost", &node.0),
+            Notice::Fenced { node, .. } => self.changed_by("fenced", &node.0),
+            Notice::Draining { node } => self.changed_by("draining", &node.0),
+            Notice::Left { node } => self.changed_by("left", &node.0),
+            Notice::Aborted { epoch, step, reason } => self.aborted(*epoch, *step, reason),
+            Notice::WentBack { from, to, .. } => {
+                let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
+                span.set("volary.went_back_from", *from as i64);
+                span.set("volary.went_back_to", *to as i64);
+            }
+            Notice::Placed { epoch, step, cause, learning, .. } => {
+                self.changed = true;
+                if *learning > 0 && self.migration.is_none() {
+                    let mut span = self.tracer.root("migration", None).with("volary.cause", cause.clone());
+                    span.set("volary.step", *step as i64);
+                    span.set("volary.epoch", *epoch as i64);
+                    span.set("volary.shards", *learning as i64);
+                    span.link(self.last_step);
+                    self.migration = Some(span);
+                }
+            }
+            Notice::MigrationFailed { reason, .. } => {
+                if let Some(mut span) = self.migration.take() {
+                    span.fail(reason);
+                }
+            }
+            Notice::Checkpoint { .. } => self.checkpoint = None,
+            Notice::CheckpointFailed { reason, .. } => {
+                if let Some((mut span, _)) = self.checkpoint.take() {
+                    span.fail(reason);
+                }
+            }
+            Notice::Migrated { .. } | Notice::Rebalancing { .. } | Notice::ReplicasDiffer { .. } => {}
+        }
+    }
+
+    /// The trace of a change lasts until the first commit after it.
+    fn changed_by(&mut self, what: &'static str, node: &str) {
+        let last_step = self.last_step;
+        let span = self.membership.get_or_insert_with(|| {
+            let mut span = self.tracer.root("membership", None);
+            span.link(last_step);
+            span
+        });
+        span.event(what, "volary.node", node.to_owned());
+        span.set("volary.change", what);
+        span.set("volary.node", node.to_owned());
+    }
+
+    /// A step that was not traced shows at least that it was begun and dropped.
+    fn aborted(&mut self, epoch: Epoch, step: Step, reason: &str) {
+        if let Some(Attempt { began, mut span, why, .. }) =
+            self.attempt.take_if(|attempt| (attempt.epoch, attempt.step) == (epoch, step))
+        {
+            if why.is_empty() && self.options.sample_every > 0 {
+                span = self.step_span(epoch, step, began.0, "aborted");
+            }
+            span.fail(reason);
+        }
+        let last_step = self.last_step;
+        let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
+        span.set("volary.cause", reason.to_owned());
+        span.set("volary.step", step as i64);
+        span.link(last_step);
+    }
+
+    /// A checkpoint begins: where its spans go.
+    pub(crate) fn checkpoint(&mut self, step: Step, shards: usize) -> Scope {
+        let mut span = self.tracer.root("checkpoint", None).with("volary.step", step as i64);
+        span.set("volary.shards", shards as i64);
+        span.link(self.last_step);
+        let scope = span.scope();
+        self.checkpoint = Some((span, Instant::now()));
+        scope
+    }
+
+    /// How long the checkpoint that is under way has taken so far.
+    pub(crate) fn checkpoint_took(&self) -> Option<Duration> {
+        self.checkpoint.as_ref().map(|(_, began)| began.elapsed())
+    }
+}

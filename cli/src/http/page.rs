@@ -1,0 +1,173 @@
+//! The supervisor's page: what it shows, live, and what can be done from it by whoever has the operator's token.
+
+use super::history::history;
+use super::{common_routes, encode};
+use crate::commands::operate;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use futures::Stream;
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
+use volary_actors::Desk;
+use volary_actors::operator::{OperatorReply, OperatorRequest};
+use volary_storage::RunDir;
+use volary_telemetry::metrics::SupervisorMetrics;
+use volary_telemetry::{render, store};
+
+/// How often a watcher gets the state of the cluster.
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// Watchers at a time.
+const WATCHERS_MAX: usize = 64;
+/// Nothing is loaded from anywhere else, and no other page may put this one in a frame.
+const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+                      img-src data:; frame-ancestors 'none'";
+
+#[derive(Clone)]
+struct Shown {
+    desk: Desk,
+    dir: RunDir,
+    watchers: Arc<AtomicUsize>,
+}
+
+/// What a supervisor answers.
+pub fn supervisor_routes(desk: Desk, dir: RunDir, metrics: Arc<SupervisorMetrics>) -> Router {
+    let shown = Shown { desk, dir, watchers: Arc::default() };
+    Router::new()
+        .route("/", get(|| async { page(include_str!("page.html").to_owned()) }))
+        .route("/api/status", get(status))
+        .route("/api/history", get(|State(shown): State<Shown>| async move { Json(history(&shown.dir)) }))
+        .route("/api/stream", get(stream))
+        .route("/api/traces", get(traces))
+        .route("/trace/{id}", get(trace))
+        .route("/api/drain/{node}", post(drain))
+        .route("/api/checkpoint", post(checkpoint))
+        .with_state(shown)
+        .merge(common_routes(move || encode(metrics.scrape())))
+}
+
+fn page(text: String) -> Response {
+    ([(header::CONTENT_SECURITY_POLICY, POLICY)], Html(text)).into_response()
+}
+
+fn failure(code: StatusCode, reason: impl Into<String>) -> Response {
+    (code, Json(serde_json::json!({ "error": reason.into() }))).into_response()
+}
+
+async fn current(shown: &Shown) -> Option<serde_json::Value> {
+    match shown.desk.ask(OperatorRequest::Status).await {
+        OperatorReply::Status(status) => operate::to_json(&status).ok(),
+        _ => None,
+    }
+}
+
+async fn status(State(shown): State<Shown>) -> Response {
+    match current(&shown).await {
+        Some(status) => Json(status).into_response(),
+        None => failure(StatusCode::SERVICE_UNAVAILABLE, "the run has ended"),
+    }
+}
+
+/// One less watcher when it is dropped.
+struct Watcher(Arc<AtomicUsize>);
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+async fn stream(State(shown): State<Shown>) -> Response {
+    if shown.watchers.fetch_add(1, Ordering::Relaxed) >= WATCHERS_MAX {
+        shown.watchers.fetch_sub(1, Ordering::Relaxed);
+        return failure(StatusCode::SERVICE_UNAVAILABLE, format!("{WATCHERS_MAX} others are watching"));
+    }
+    Sse::new(news(shown)).keep_alive(KeepAlive::default()).into_response()
+}
+
+/// What happens, as it happens, and the state of the cluster now and then.
+fn news(shown: Shown) -> impl Stream<Item = Result<Event, Infallible>> {
+    let watcher = Watcher(Arc::clone(&shown.watchers));
+    let feed = shown.desk.feed().listen();
+    let ticks = tokio::time::interval(STATUS_EVERY);
+    futures::stream::unfold(
+        (shown, feed, ticks, watcher),
+        |(shown, mut feed, mut ticks, watcher)| async move {
+            let event = loop {
+                tokio::select! {
+                    news = feed.recv() => match news {
+                        Ok(news) => break Event::default().event(news.kind).data(&*news.json),
+                        // It was too slow and has missed some: it starts over from the history.
+                        Err(RecvError::Lagged(_)) => break Event::default().event("missed").data("{}"),
+                        Err(RecvError::Closed) => return None,
+                    },
+                    _ = ticks.tick() => {
+                        let status = current(&shown).await?;
+                        break Event::default().event("status").data(status.to_string());
+                    }
+                }
+            };
+            Some((Ok(event), (shown, feed, ticks, watcher)))
+        },
+    )
+}
+
+async fn traces(State(shown): State<Shown>) -> Response {
+    let Ok(found) = store::read(&shown.dir.traces()) else {
+        return Json(serde_json::json!([])).into_response();
+    };
+    let line = |trace: &volary_telemetry::Trace| {
+        let root = trace.root()?;
+        Some(serde_json::json!({
+            "id": root.trace, "name": root.name, "step": trace.step(), "spans": trace.spans.len(),
+            "ms": root.duration_ns as f64 / 1e6,
+        }))
+    };
+    Json(found.iter().rev().filter_map(line).collect::<Vec<_>>()).into_response()
+}
+
+async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Response {
+    let found = store::read(&shown.dir.traces()).unwrap_or_default();
+    match found.iter().find(|trace| trace.spans[0].trace == id) {
+        Some(trace) => page(render::html(trace, None)),
+        None => failure(StatusCode::NOT_FOUND, format!("no trace {id} is kept")),
+    }
+}
+
+/// Checks the operator's token before anything is done.
+fn allowed(shown: &Shown, headers: &HeaderMap) -> Result<(), Response> {
+    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+    let token = given.and_then(|value| value.strip_prefix("Bearer "));
+    let checked = match token {
+        Some(token) => shown.desk.may_operate(token.trim()),
+        None => Err("an operator's token is needed: RUN_DIR/identity/operator.token".to_owned()),
+    };
+    checked.map_err(|reason| failure(StatusCode::UNAUTHORIZED, reason))
+}
+
+async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> Response {
+    if let Err(refused) = allowed(shown, headers) {
+        return refused;
+    }
+    match shown.desk.ask(request).await {
+        OperatorReply::Done { step } => Json(serde_json::json!({ "step": step })).into_response(),
+        OperatorReply::Failed { reason } => failure(StatusCode::CONFLICT, reason),
+        OperatorReply::Status(_) => {
+            failure(StatusCode::INTERNAL_SERVER_ERROR, "an answer to another question")
+        }
+    }
+}
+
+async fn drain(State(shown): State<Shown>, Path(node): Path<String>, headers: HeaderMap) -> Response {
+    order(&shown, &headers, OperatorRequest::Drain { node }).await
+}
+
+async fn checkpoint(State(shown): State<Shown>, headers: HeaderMap) -> Response {
+    order(&shown, &headers, OperatorRequest::Checkpoint).await
+}
