@@ -111,7 +111,9 @@ pub(crate) fn token_spans(
                 dropped.push(which.to_owned());
             }
         }
-        span.set_list("volary.token.dropped", dropped);
+        if !dropped.is_empty() {
+            span.set_list("volary.token.dropped", dropped);
+        }
         span
     };
     flow.followed.iter().zip(weights).map(span).collect()

@@ -2,7 +2,7 @@
 
 use crate::local::{Process, Signal};
 use crate::member::Member;
-use crate::rundir::{self, LISTEN_LOOK_EVERY, LISTEN_MAX};
+use crate::rundir::{self, Contact, LISTEN_LOOK_EVERY, LISTEN_MAX};
 use crate::script::{Action, node_name};
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
@@ -31,6 +31,10 @@ pub struct ClusterOptions {
     pub threads: usize,
     /// Whether a node that ends unexpectedly is started again.
     pub respawn: bool,
+    /// Where the page is served; wherever there is room when left out.
+    pub http: Option<String>,
+    /// Whether there is a page, and figures of the nodes.
+    pub serves_http: bool,
     /// Whether a script disturbs the nodes' network.
     pub disturbed: bool,
     /// Whether the run went on before, with nodes that live no more.
@@ -45,6 +49,7 @@ pub struct Cluster {
     logs: PathBuf,
     /// Where the supervisor listens, also when it is started again.
     address: String,
+    page: Page,
     supervisor: Process,
     supervisor_restarts: u32,
     nodes: Vec<Member>,
@@ -62,9 +67,11 @@ impl Cluster {
     pub fn start(options: ClusterOptions, dir: &RunDir) -> anyhow::Result<Self> {
         let logs = dir.root().join("logs");
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
-        let mut supervisor = start_supervisor(dir, &logs, "127.0.0.1:0", options.nodes_are_gone)?;
-        let address = wait_for_address(&mut supervisor, dir)?;
+        let page = Page { address: options.http.clone(), served: options.serves_http };
+        let mut supervisor = start_supervisor(dir, &logs, "127.0.0.1:0", &page, options.nodes_are_gone)?;
+        let Contact { address, http, .. } = wait_for_contact(&mut supervisor, dir)?;
         let mut cluster = Self {
+            page: Page { address: http, ..page },
             options,
             dir: dir.clone(),
             logs,
@@ -81,6 +88,12 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// Where the page is, if there is one.
+    #[must_use]
+    pub fn page(&self) -> Option<&str> {
+        self.page.address.as_deref()
+    }
+
     /// Starts one more node.
     fn join(&mut self) -> anyhow::Result<()> {
         let process = self.start_node(&node_name(self.nodes.len() + 1))?;
@@ -94,7 +107,8 @@ impl Cluster {
         let words = ["-v", "node", "--tethered", "--join", &self.address, "--name", name];
         let more = ["--device", &self.options.device, "--threads", &threads, "--token-file", &token];
         let hook: &[&str] = if self.options.disturbed { &["--disturbed"] } else { &[] };
-        Process::start(name, &self.logs, &[words.as_slice(), &more, hook].concat())
+        let http: &[&str] = if self.page.served { &[] } else { &["--no-http"] };
+        Process::start(name, &self.logs, &[words.as_slice(), &more, hook, http].concat())
     }
 
     /// How the supervisor ended, if it did.
@@ -117,7 +131,7 @@ impl Cluster {
             );
         }
         self.supervisor_restarts += 1;
-        self.supervisor = start_supervisor(&self.dir, &self.logs, &self.address, false)?;
+        self.supervisor = start_supervisor(&self.dir, &self.logs, &self.address, &self.page, false)?;
         Ok(format!("the supervisor ended ({status}): started again at {}", self.address))
     }
 
@@ -222,9 +236,27 @@ fn died(status: ExitStatus) -> bool {
     status.code().is_none_or(|code| code == PANICKED)
 }
 
-fn start_supervisor(dir: &RunDir, logs: &Path, listen: &str, gone: bool) -> anyhow::Result<Process> {
+/// Where a supervisor serves its page.
+#[derive(Clone, Debug)]
+struct Page {
+    address: Option<String>,
+    served: bool,
+}
+
+fn start_supervisor(
+    dir: &RunDir,
+    logs: &Path,
+    listen: &str,
+    page: &Page,
+    gone: bool,
+) -> anyhow::Result<Process> {
     let (config, root) = (dir.config().display().to_string(), dir.root().display().to_string());
     let mut words = vec!["-v", "supervisor", &config, "--listen", listen, "--tethered", "--dir", &root];
+    match &page.address {
+        _ if !page.served => words.push("--no-http"),
+        Some(address) => words.extend(["--http", address]),
+        None => {}
+    }
     if gone {
         words.push("--nodes-are-gone");
     }
@@ -233,11 +265,11 @@ fn start_supervisor(dir: &RunDir, logs: &Path, listen: &str, gone: bool) -> anyh
     Process::start("supervisor", logs, &words)
 }
 
-fn wait_for_address(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<String> {
+fn wait_for_contact(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<Contact> {
     let start = Instant::now();
     while start.elapsed() < LISTEN_MAX {
         if let Some(contact) = rundir::contact(dir).filter(|contact| contact.pid == supervisor.pid()) {
-            return Ok(contact.address);
+            return Ok(contact);
         }
         if supervisor.ended().is_some() {
             bail!("{}", supervisor.reason());

@@ -7,4 +7,6 @@ pub mod node;
 pub mod operate;
 pub mod plan;
 pub mod supervisor;
+pub mod top;
+pub mod trace;
 pub mod train;

@@ -9,6 +9,7 @@
 //! | [`follow`] | a run on this machine, from its first step to its end |
 //! | [`script`] | what happens to a scripted run |
 //! | [`progress`] | the progress bar |
+//! | [`http`] | the page of the supervisor, figures for Prometheus |
 //! | [`environment`], [`log`] | what must be set before libtorch runs; the log |
 
 pub mod cluster;

@@ -38,6 +38,10 @@ enum Command {
     Node(commands::node::Args),
     /// Show how a run is going.
     Status(commands::operate::StatusArgs),
+    /// Show a run on the terminal, live.
+    Top(commands::top::Args),
+    /// Show the traces that are kept with a run.
+    Trace(commands::trace::Args),
     /// Let a node hand over what it has and leave.
     Drain(commands::operate::DrainArgs),
     /// Write a checkpoint now.
@@ -78,6 +82,8 @@ fn main() -> ExitCode {
         Command::Supervisor(args) => commands::supervisor::run(args),
         Command::Node(args) => commands::node::run(args),
         Command::Status(args) => commands::operate::status(args),
+        Command::Top(args) => commands::top::run(args),
+        Command::Trace(args) => commands::trace::run(args),
         Command::Drain(args) => commands::operate::drain(args),
         Command::Checkpoint(args) => commands::operate::checkpoint(args),
         Command::Stop(args) => commands::operate::stop(args),

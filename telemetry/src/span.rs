@@ -271,7 +271,8 @@ impl Drop for Span {
     }
 }
 
-/// Adds up how long the jobs of a span waited for the device and how long they took on it.
+/// How long the jobs of a span waited for the device, the longest of them, and how long they took on it, added up: several may run
+/// at once.
 #[derive(Clone, Debug, Default)]
 pub struct Meter(Option<Arc<Measured>>);
 
@@ -286,7 +287,7 @@ impl Meter {
     pub fn add(&self, queued: Instant, began: Instant) {
         if let Some(measured) = &self.0 {
             let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-            measured.queue_ns.fetch_add(ns(began.saturating_duration_since(queued)), Ordering::Relaxed);
+            measured.queue_ns.fetch_max(ns(began.saturating_duration_since(queued)), Ordering::Relaxed);
             measured.compute_ns.fetch_add(ns(began.elapsed()), Ordering::Relaxed);
         }
     }

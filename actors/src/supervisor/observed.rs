@@ -37,10 +37,10 @@ impl Observed {
             }
         }
         self.feed.tell("step", line);
-        self.to_board(committed, line);
+        self.write_figures(committed, line);
     }
 
-    fn to_board(&mut self, committed: &Committed, line: &MetricsLine) {
+    fn write_figures(&mut self, committed: &Committed, line: &MetricsLine) {
         let scalars = [
             ("loss", Some(committed.loss)),
             ("aux_loss", Some(committed.aux_loss)),

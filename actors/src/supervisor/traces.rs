@@ -48,7 +48,7 @@ struct Attempt {
 /// nodes with its experts, and the followed tokens.
 fn spans_of_lane(architecture: &Architecture, options: &TelemetryOptions) -> usize {
     let moe = architecture.moe_layers().count();
-    5 + 2 * architecture.layers as usize + moe * (2 * (2 + 2 * 3) + options.tokens_per_lane)
+    5 + 2 * architecture.layers + moe * (2 * (2 + 2 * 3) + options.tokens_per_lane)
 }
 
 impl Traces {

@@ -18,13 +18,13 @@ Examples:
 pub struct Args {
     /// The run's directory.
     #[arg(long)]
-    dir: Option<PathBuf>,
+    pub(super) dir: Option<PathBuf>,
     /// The supervisor's address.
     #[arg(long, value_name = "ADDR")]
-    supervisor: Option<String>,
+    pub(super) supervisor: Option<String>,
     /// A file with an operator's token; RUN_DIR/identity/operator.token when left out.
     #[arg(long)]
-    token_file: Option<PathBuf>,
+    pub(super) token_file: Option<PathBuf>,
 }
 
 /// Show how a run is going.

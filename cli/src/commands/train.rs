@@ -50,6 +50,12 @@ pub struct Args {
     /// Start a node that ends unexpectedly again, under its name.
     #[arg(long)]
     respawn: bool,
+    /// Where the run's page is served; this machine only, port 7680 or another one, when left out.
+    #[arg(long, value_name = "ADDR")]
+    http: Option<String>,
+    /// Serve no page and no figures.
+    #[arg(long, conflicts_with = "http")]
+    no_http: bool,
     /// Refuse text that is not UTF-8 instead of replacing it.
     #[arg(long)]
     strict: bool,
@@ -74,11 +80,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         device: args.device.clone(),
         threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
         respawn: args.respawn,
+        http: args.http.clone(),
+        serves_http: !args.no_http,
         disturbed: script.disturbs(),
         // Nodes end with the train that started them.
         nodes_are_gone: args.resume,
     };
     let mut cluster = Cluster::start(options, &dir)?;
+    if let Some(page) = cluster.page() {
+        display.say(&format!("page at http://{page}"));
+    }
     let (finished, last) = follow(&mut cluster, &dir, display, script)?;
     cluster.end();
     if !args.quiet {

@@ -99,19 +99,14 @@ fn news(shown: Shown) -> impl Stream<Item = Result<Event, Infallible>> {
     futures::stream::unfold(
         (shown, feed, ticks, watcher),
         |(shown, mut feed, mut ticks, watcher)| async move {
-            let event = loop {
-                tokio::select! {
-                    news = feed.recv() => match news {
-                        Ok(news) => break Event::default().event(news.kind).data(&*news.json),
-                        // It was too slow and has missed some: it starts over from the history.
-                        Err(RecvError::Lagged(_)) => break Event::default().event("missed").data("{}"),
-                        Err(RecvError::Closed) => return None,
-                    },
-                    _ = ticks.tick() => {
-                        let status = current(&shown).await?;
-                        break Event::default().event("status").data(status.to_string());
-                    }
-                }
+            let event = tokio::select! {
+                news = feed.recv() => match news {
+                    Ok(news) => Event::default().event(news.kind).data(&*news.json),
+                    // It was too slow and has missed some: it starts over from the history.
+                    Err(RecvError::Lagged(_)) => Event::default().event("missed").data("{}"),
+                    Err(RecvError::Closed) => return None,
+                },
+                _ = ticks.tick() => Event::default().event("status").data(current(&shown).await?.to_string()),
             };
             Some((Ok(event), (shown, feed, ticks, watcher)))
         },
@@ -140,20 +135,15 @@ async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Response {
     }
 }
 
-/// Checks the operator's token before anything is done.
-fn allowed(shown: &Shown, headers: &HeaderMap) -> Result<(), Response> {
+/// Does what is asked, if it comes with the operator's token.
+async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> Response {
     let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let token = given.and_then(|value| value.strip_prefix("Bearer "));
-    let checked = match token {
+    let allowed = match given.and_then(|value| value.strip_prefix("Bearer ")) {
         Some(token) => shown.desk.may_operate(token.trim()),
         None => Err("an operator's token is needed: RUN_DIR/identity/operator.token".to_owned()),
     };
-    checked.map_err(|reason| failure(StatusCode::UNAUTHORIZED, reason))
-}
-
-async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> Response {
-    if let Err(refused) = allowed(shown, headers) {
-        return refused;
+    if let Err(reason) = allowed {
+        return failure(StatusCode::UNAUTHORIZED, reason);
     }
     match shown.desk.ask(request).await {
         OperatorReply::Done { step } => Json(serde_json::json!({ "step": step })).into_response(),

@@ -7,6 +7,8 @@
     reason = "tests; not every file uses everything"
 )]
 
+pub mod collector;
+
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -197,6 +199,11 @@ pub fn alive(pid: u64) -> bool {
 pub fn signal(pid: u32, name: &str) {
     let status = Command::new("kill").args([name, &pid.to_string()]).status().expect("kill");
     assert!(status.success());
+}
+
+/// An address of this machine where nobody listens.
+pub fn free_port() -> std::net::SocketAddr {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
 }
 
 pub fn lines(path: &Path) -> usize {

@@ -1,0 +1,307 @@
+//! What the traces of a run say, at a real receiver of the OpenTelemetry protocol and in the run's own directory.
+#![allow(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
+
+mod common;
+
+use common::collector::{Collector, Received};
+use common::{World, lines, text, volary};
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+const THREE: [&str; 5] = ["--nodes", "3", "--threads", "1", "--quiet"];
+
+fn traced(world: &World, collector: &Collector, protocol: &str, args: &[&str]) {
+    let mut command = world.train(&[&THREE, args].concat());
+    command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &collector.endpoint);
+    command.env("OTEL_EXPORTER_OTLP_PROTOCOL", protocol);
+    let output = command.output().expect("the binary");
+    assert!(output.status.success(), "{}\n{}", text(&output.stderr), world.logs());
+}
+
+/// The spans below one, in the order of their beginnings.
+fn children<'a>(all: &'a [Received], parent: &Received) -> Vec<&'a Received> {
+    let is_child = |one: &&Received| {
+        one.span.parent_span_id == parent.span.span_id && one.span.trace_id == parent.span.trace_id
+    };
+    let mut found: Vec<&Received> = all.iter().filter(is_child).collect();
+    found.sort_by_key(|one| one.span.start_time_unix_nano);
+    found
+}
+
+/// The time in which at least one of the spans was under way.
+fn covered(spans: &[&Received]) -> u64 {
+    let (mut total, mut until) = (0, 0);
+    for one in spans {
+        let (start, end) = (one.span.start_time_unix_nano.max(until), one.span.end_time_unix_nano);
+        total += end.saturating_sub(start);
+        until = until.max(end);
+    }
+    total
+}
+
+fn the_step<'a>(all: &'a [Received], step: &str) -> &'a Received {
+    let is_it = |one: &&Received| one.is("step") && one.get("volary.step").as_deref() == Some(step);
+    all.iter().find(is_it).unwrap_or_else(|| panic!("step {step} was not traced"))
+}
+
+/// The tree of a step: lanes, layers, experts, sums, commit, over all processes.
+#[test]
+fn a_step_of_three_nodes_is_one_tree_at_a_real_receiver() {
+    let world = World::new();
+    let collector = Collector::grpc();
+    let options = ["--set", "telemetry.sample_every=2", "--set", "telemetry.spans_per_step=4000"];
+    traced(&world, &collector, "grpc", &options);
+    let all = collector.spans();
+    every_parent_is_there(&all);
+    every_process_says_who_it_is(&all);
+    let step = the_step(&all, "4");
+    assert_eq!((step.node(), step.get("volary.traced_because").as_deref()), ("supervisor", Some("sampled")));
+    // What is placed at the start is a change, and the step that follows it is traced.
+    assert_eq!(the_step(&all, "1").get("volary.traced_because").as_deref(), Some("the cluster changed"));
+    let below = children(&all, step);
+    let count = |name: &str| below.iter().filter(|one| one.is(name)).count();
+    assert_eq!((count("lane"), count("reduce"), count("commit"), count("apply")), (6, 3, 1, 3));
+    let lanes: BTreeSet<_> =
+        below.iter().filter(|one| one.is("lane")).filter_map(|one| one.get("volary.lane")).collect();
+    assert_eq!(lanes.len(), 6);
+    for lane in below.iter().filter(|one| one.is("lane")) {
+        a_lane_is_the_sum_of_its_parts(&all, lane);
+    }
+    experts_hang_below_the_dispatch_that_called_them(&all);
+    tokens_say_where_they_went(&all);
+    commits_and_checkpoints_show_the_disk(&all);
+}
+
+fn every_parent_is_there(all: &[Received]) {
+    let known: BTreeSet<_> = all.iter().map(|one| (&one.span.trace_id, &one.span.span_id)).collect();
+    assert_eq!(known.len(), all.len(), "no span comes twice");
+    for one in all.iter().filter(|one| !one.span.parent_span_id.is_empty()) {
+        let parent = (&one.span.trace_id, &one.span.parent_span_id);
+        assert!(known.contains(&parent), "{} of {} has no parent", one.span.name, one.node());
+    }
+}
+
+fn every_process_says_who_it_is(all: &[Received]) {
+    let mut instances = BTreeMap::new();
+    for one in all {
+        assert_eq!(one.resource["service.name"], "volary");
+        assert_eq!(one.resource["volary.run"], "tiny");
+        let instance = &one.resource["service.instance.id"];
+        assert_eq!(instances.entry(one.node()).or_insert(instance), &instance);
+        assert_eq!(one.resource.contains_key("volary.device"), one.node() != "supervisor");
+    }
+    assert_eq!(instances.keys().copied().collect::<Vec<_>>(), ["node-1", "node-2", "node-3", "supervisor"]);
+    assert_eq!(instances.values().collect::<BTreeSet<_>>().len(), 4);
+}
+
+fn a_lane_is_the_sum_of_its_parts(all: &[Received], lane: &Received) {
+    let parts = children(all, lane);
+    // Tokens last as long as the way to the experts and back, beside the spans that make it up.
+    let parts: Vec<&Received> = parts.into_iter().filter(|one| !one.is("token")).collect();
+    let names: Vec<&str> = parts.iter().map(|one| one.span.name.as_str()).collect();
+    let count = |name: &str| names.iter().filter(|other| **other == name).count();
+    // Four layers, two of them with experts.
+    for (name, times) in
+        [("dense.forward", 4), ("dense.backward", 4), ("router.gate", 2), ("router.combine", 2)]
+    {
+        assert_eq!(count(name), times, "{name} in {names:?}");
+    }
+    assert_eq!((count("router.gate.backward"), count("dense.loss"), count("dense.embed")), (2, 1, 1));
+    for part in &parts {
+        assert!(part.span.start_time_unix_nano >= lane.span.start_time_unix_nano, "{}", part.span.name);
+        assert!(part.span.end_time_unix_nano <= lane.span.end_time_unix_nano, "{}", part.span.name);
+        if part.kind() == SpanKind::Internal && !part.is("lane.wait") {
+            let us = |key: &str| part.get(key).and_then(|us| us.parse::<u64>().ok()).expect("a time") * 1000;
+            // Whole microseconds, cut off: never more than the span.
+            assert!(us("volary.queue_us") + us("volary.compute_us") <= part.nanoseconds(), "{part:?}");
+        }
+    }
+    // What is missing are the steps from one actor to the next, on a machine that may be busy with other tests.
+    let share = covered(&parts) as f64 / lane.nanoseconds() as f64;
+    assert!(share > 0.5, "the parts of a lane cover {share:.2} of it");
+}
+
+fn experts_hang_below_the_dispatch_that_called_them(all: &[Received]) {
+    let by_id: BTreeMap<_, _> = all.iter().map(|one| (&one.span.span_id, one)).collect();
+    let mut crossed = 0;
+    for one in all.iter().filter(|one| one.is("expert.forward") || one.is("expert.backward")) {
+        let dispatch = by_id[&one.span.parent_span_id];
+        assert!(dispatch.span.name.starts_with("router.dispatch"), "{}", dispatch.span.name);
+        assert_eq!((dispatch.kind(), one.kind()), (SpanKind::Producer, SpanKind::Consumer));
+        assert_eq!(dispatch.get("volary.to").as_deref(), Some(one.node()));
+        let rows = "messaging.batch.message_count";
+        assert_eq!(
+            (dispatch.get(rows), dispatch.get("volary.layer")),
+            (one.get(rows), one.get("volary.layer"))
+        );
+        let remote = dispatch.node() != one.node();
+        assert_eq!(dispatch.get("volary.wire_us").is_some(), remote);
+        crossed += usize::from(remote);
+    }
+    assert!(crossed > 0, "no batch went to another node");
+}
+
+fn tokens_say_where_they_went(all: &[Received]) {
+    let tokens: Vec<&Received> = all.iter().filter(|one| one.is("token")).collect();
+    assert!(!tokens.is_empty());
+    let by_id: BTreeMap<_, _> = all.iter().map(|one| (&one.span.span_id, one)).collect();
+    for token in tokens {
+        let number = |key: &str| {
+            token
+                .get(key)
+                .and_then(|value| value.parse::<f64>().ok())
+                .unwrap_or_else(|| panic!("{key}: {token:?}"))
+        };
+        assert!(token.get("volary.token.text").is_some_and(|text| !text.is_empty()));
+        assert!(number("volary.token.position") < 48.0);
+        assert!((number("volary.gate.first") + number("volary.gate.second") - 1.0).abs() < 1e-4, "{token:?}");
+        assert!(number("volary.gate.first") >= number("volary.gate.second"));
+        assert!(number("volary.expert.first") < 6.0 && number("volary.expert.second") < 6.0);
+        let lane = by_id[&token.span.parent_span_id];
+        assert_eq!(lane.get("volary.lane"), token.get("volary.lane"));
+        // Its experts are among those that its lane called there, in its layer.
+        for which in ["first", "second"] {
+            let node = token.get(&format!("volary.expert.{which}.node")).expect("a node");
+            let is_it = |one: &&Received| {
+                one.is("router.dispatch")
+                    && one.get("volary.layer") == token.get("volary.layer")
+                    && one.get("volary.to").as_ref() == Some(&node)
+            };
+            assert!(children(all, lane).into_iter().any(|one| is_it(&one)), "{token:?}");
+        }
+    }
+}
+
+fn commits_and_checkpoints_show_the_disk(all: &[Received]) {
+    let commit = all.iter().find(|one| one.is("commit")).expect("a commit");
+    assert_eq!(children(all, commit)[0].span.name, "journal.write");
+    let checkpoint = all.iter().find(|one| one.is("checkpoint")).expect("a checkpoint");
+    let below = children(all, checkpoint);
+    assert!(below.iter().any(|one| one.is("catalogue.write")));
+    // Embedding, 4 dense layers, 2 routers, 12 experts.
+    assert_eq!(below.iter().filter(|one| one.is("shard.write")).count(), 19);
+    let steps: BTreeSet<_> =
+        all.iter().filter(|one| one.is("step")).map(|one| one.span.span_id.clone()).collect();
+    assert!(checkpoint.span.links.iter().any(|link| steps.contains(&link.span_id)), "linked to a step");
+}
+
+#[test]
+fn traces_over_http_arrive_and_tracing_changes_no_bit() {
+    let world = World::new();
+    let collector = Collector::http();
+    traced(
+        &world,
+        &collector,
+        "http/protobuf",
+        &["--set", "telemetry.sample_every=1", "--dir", "runs/traced"],
+    );
+    world.run_train(&[&THREE[..], &["--set", "telemetry.sample_every=0", "--dir", "runs/untraced"]].concat());
+    assert_eq!(collector.spans().iter().filter(|one| one.is("step")).count(), 6);
+    assert_eq!(world.curve("traced"), world.curve("untraced"));
+    assert_eq!(world.digest("traced"), world.digest("untraced"));
+    let kept = std::fs::read_dir(world.path("runs/untraced/traces")).expect("a folder");
+    let steps = kept
+        .flatten()
+        .filter(|file| text(&std::fs::read(file.path()).unwrap()).contains("\"name\":\"lane\""));
+    assert_eq!(steps.count(), 0, "a run that samples nothing traces no lane");
+}
+
+/// Nobody answers at the endpoint: the run ends as always, with one warning for each process that exports.
+#[test]
+fn a_collector_that_is_not_there_is_one_warning() {
+    let world = World::new();
+    let nobody = Collector::nobody();
+    traced(&world, &nobody, "grpc", &["--set", "telemetry.sample_every=1", "--set", "training.steps=12"]);
+    assert_eq!(world.metrics("tiny").len(), 12);
+    for name in ["supervisor", "node-1", "node-2", "node-3"] {
+        let log = std::fs::read_to_string(world.path(&format!("runs/tiny/logs/{name}.log"))).expect("a log");
+        let warnings = log.lines().filter(|line| line.contains("the collector does not take traces")).count();
+        assert_eq!(warnings, 1, "{name}: {log}");
+        // The exporters' own crates stay silent about it.
+        assert!(
+            log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).count() <= 2,
+            "{log}"
+        );
+    }
+    // The run keeps its traces all the same.
+    assert!(std::fs::read_dir(world.path("runs/tiny/traces")).expect("a folder").count() >= 12);
+}
+
+#[test]
+fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
+    let world = World::new();
+    let script = "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-2\"\n";
+    std::fs::write(world.path("script.toml"), script).expect("a file");
+    let args =
+        ["--events", "script.toml", "--set", "training.steps=12", "--set", "telemetry.sample_every=1000"];
+    world.run_train(&[&THREE[..], &args].concat());
+    let show = |args: &[&str]| {
+        let output =
+            volary().arg("trace").arg(world.path("runs/tiny")).args(args).output().expect("the binary");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    let list = show(&[]);
+    assert!(list.lines().any(|line| line.contains("recovery") && line.contains("detected_ms=")), "{list}");
+    assert!(list.lines().any(|line| line.contains("membership") && line.contains("change=lost")), "{list}");
+    let dropped = list.lines().find(|line| line.contains("FAILED")).unwrap_or_else(|| panic!("{list}"));
+    let step = dropped.split_whitespace().next().expect("a step");
+    // The same step again, this time traced as a whole, since the cluster changed.
+    let tree = show(&["--step", step]);
+    assert!(
+        tree.contains("traced_because=\"the cluster changed\"") && tree.contains("dense.forward"),
+        "{tree}"
+    );
+    let chrome: serde_json::Value = serde_json::from_str(&show(&["--format", "chrome"])).expect("JSON");
+    assert!(chrome["traceEvents"].as_array().expect("events").len() > 100);
+    let page = show(&["--step", step, "--format", "html"]);
+    assert!(page.starts_with("<!DOCTYPE html>") && page.contains("volary.token.text"));
+    assert!(
+        world.fails(&["trace", "runs/tiny", "--token", "no such token"]).contains("among those that were")
+    );
+    assert!(world.fails(&["trace", "runs/tiny", "--step", "11"]).contains("step 11 was not traced"));
+}
+
+/// A collector that others have written, where it is installed: VOLARY_OTLP_COLLECTOR names a program that takes `start` and writes
+/// the spans that it gets to its standard output, as rotel does.
+#[test]
+fn a_collector_of_others_takes_the_traces() {
+    let Some(program) = std::env::var_os("VOLARY_OTLP_COLLECTOR") else {
+        return eprintln!("skipped: VOLARY_OTLP_COLLECTOR names no collector (`pip install rotel`)");
+    };
+    let world = World::new();
+    let (grpc, http) = (common::free_port(), common::free_port());
+    let out = world.path("collector.txt");
+    let collector = Command::new(program)
+        .args([
+            "start",
+            "--exporter",
+            "blackhole",
+            "--debug-log",
+            "traces",
+            "--debug-log-verbosity",
+            "detailed",
+        ])
+        .args(["--otlp-grpc-endpoint", &grpc.to_string(), "--otlp-http-endpoint", &http.to_string()])
+        .stdin(Stdio::null())
+        .stdout(std::fs::File::create(&out).expect("a file"))
+        .stderr(std::fs::File::create(world.path("collector.err")).expect("a file"))
+        .spawn()
+        .expect("the collector");
+    let _guard = common::Guard(collector);
+    common::until("the collector listens", Duration::from_secs(20), || {
+        std::net::TcpStream::connect(grpc).is_ok()
+    });
+    let endpoint = Collector::at(grpc);
+    traced(&world, &endpoint, "grpc", &["--set", "telemetry.sample_every=2"]);
+    let printed = || {
+        std::fs::read_to_string(&out).unwrap_or_default()
+            + &std::fs::read_to_string(world.path("collector.err")).unwrap_or_default()
+    };
+    common::until("the collector prints the spans", Duration::from_secs(20), || {
+        ["expert.forward", "router.dispatch", "volary.token.text"].iter().all(|name| printed().contains(name))
+    });
+    assert!(lines(&out) > 0 || !printed().is_empty());
+}
