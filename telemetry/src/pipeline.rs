@@ -9,7 +9,8 @@ use crate::record::SpanRecord;
 use crate::span::Tracer;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry::{Context, KeyValue};
-use opentelemetry_otlp::{Protocol, WithExportConfig};
+use opentelemetry_otlp::tonic_types::transport::ClientTlsConfig;
+use opentelemetry_otlp::{Protocol, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider, Span, SpanData, SpanExporter, SpanProcessor};
@@ -178,6 +179,8 @@ fn resource(identity: &Identity) -> Resource {
 struct Target {
     endpoint: Option<String>,
     protocol: OtlpProtocol,
+    /// Whether the collector is spoken to over TLS.
+    secure: bool,
 }
 
 impl Target {
@@ -203,7 +206,9 @@ impl Target {
         };
         // The exporter itself reads the variables when nothing is given.
         let endpoint = if named.is_some() { None } else { options.endpoint.clone() };
-        Some(Self { endpoint, protocol })
+        let url = named.as_ref().or(options.endpoint.as_ref());
+        let secure = url.is_some_and(|url| url.starts_with("https://"));
+        Some(Self { endpoint, protocol, secure })
     }
 
     fn exporter(self, resource: &Resource) -> Option<opentelemetry_otlp::SpanExporter> {
@@ -211,6 +216,10 @@ impl Target {
             OtlpProtocol::Grpc => {
                 let mut builder =
                     opentelemetry_otlp::SpanExporter::builder().with_tonic().with_timeout(EXPORT_MAX);
+                if self.secure {
+                    let trusted = ClientTlsConfig::new().with_enabled_roots();
+                    builder = builder.with_tls_config(trusted);
+                }
                 if let Some(endpoint) = self.endpoint {
                     builder = builder.with_endpoint(endpoint);
                 }
