@@ -4,13 +4,16 @@ CARGO ?= cargo
 CONFIG ?= examples/quickstart.toml
 NODES ?= 3
 
-.PHONY: train test test-gpu soak build lint bench bundle setup clean help
+.PHONY: train test test-gpu soak build lint bench bundle setup setup-browser clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: ## Find or install libtorch, and tell cargo where it is
 	@scripts/setup-libtorch
+
+setup-browser: ## Debian's Chromium for the test of the page, where it can be installed
+	@scripts/setup-browser
 
 build: setup ## The release binary, target/release/volary
 	$(CARGO) build --release --bin volary

@@ -81,6 +81,8 @@ pub(crate) struct ValidationLine {
 pub(crate) struct EventLine<'a, T> {
     /// When, in milliseconds since 1970.
     pub unix_ms: u64,
+    /// The last step that was committed by then.
+    pub at_step: Step,
     /// What.
     #[serde(flatten)]
     pub event: &'a T,

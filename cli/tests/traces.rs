@@ -195,10 +195,15 @@ fn traces_over_http_arrive_and_tracing_changes_no_bit() {
         &world,
         &collector,
         "http/protobuf",
-        &["--set", "telemetry.sample_every=1", "--dir", "runs/traced"],
+        &["--set", "telemetry.sample_every=1", "--set", "telemetry.spans_per_step=1", "--dir", "runs/traced"],
     );
     world.run_train(&[&THREE[..], &["--set", "telemetry.sample_every=0", "--dir", "runs/untraced"]].concat());
-    assert_eq!(collector.spans().iter().filter(|one| one.is("step")).count(), 6);
+    let all = collector.spans();
+    assert_eq!(all.iter().filter(|one| one.is("step")).count(), 6);
+    // The bound on spans leaves one lane of each step as a whole, another one each time.
+    let whole: Vec<_> = all.iter().filter(|one| one.is("lane") && !children(&all, one).is_empty()).collect();
+    assert_eq!((all.iter().filter(|one| one.is("lane")).count(), whole.len()), (36, 6));
+    assert_eq!(whole.iter().filter_map(|one| one.get("volary.lane")).collect::<BTreeSet<_>>().len(), 6);
     assert_eq!(world.curve("traced"), world.curve("untraced"));
     assert_eq!(world.digest("traced"), world.digest("untraced"));
     let kept = std::fs::read_dir(world.path("runs/untraced/traces")).expect("a folder");

@@ -142,7 +142,7 @@ impl SupervisorState {
     }
 
     fn event_line(&mut self, event: &impl Serialize) -> Outcome {
-        let line = EventLine { unix_ms: unix_ms(), event };
+        let line = EventLine { unix_ms: unix_ms(), at_step: self.machine.committed(), event };
         self.files.event(&line).map_err(|error| error.to_string())?;
         self.observed.feed.tell("event", &line);
         if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(&line)

@@ -40,8 +40,11 @@ struct Attempt {
     epoch: Epoch,
     step: Step,
     began: (SystemTime, Instant),
+    /// Ends with the commit.
     span: Span,
     why: &'static str,
+    /// Where the nodes' part in the commit belongs.
+    committed: Option<Traced>,
 }
 
 /// About how many spans a lane makes: its layers forward and back, and in MoE layers the gate, the combination, a way to each of a few
@@ -87,7 +90,7 @@ impl Traces {
                 traced.followed = self.follow(*step, lanes, dataset);
                 Some(traced)
             }
-            ToNode::Commit { .. } => Traced::below(&self.attempt.as_ref()?.span),
+            ToNode::Commit { .. } => self.attempt.as_ref()?.committed.clone(),
             ToNode::Assign(_) => [&self.recovery, &self.migration, &self.membership]
                 .into_iter()
                 .flatten()
@@ -110,7 +113,7 @@ impl Traces {
         };
         let began = (SystemTime::now(), Instant::now());
         let span = if why.is_empty() { Span::none() } else { self.step_span(epoch, step, began.0, why) };
-        self.attempt = Some(Attempt { epoch, step, began, span, why });
+        self.attempt = Some(Attempt { epoch, step, began, span, why, committed: None });
     }
 
     fn step_span(&mut self, epoch: Epoch, step: Step, began: SystemTime, why: &'static str) -> Span {
@@ -165,12 +168,12 @@ impl Traces {
         }
     }
 
-    /// A step is journalled; it ends what it is the end of. Its own span ends with the next step's beginning, after the
-    /// commit was sent.
+    /// A step is journalled: its span ends, and what it is the end of.
     pub(crate) fn committed(&mut self, loss: f64, costs: &[Cost]) {
         let this = self.attempt.as_mut().map(|attempt| {
             attempt.span.set("volary.loss", loss);
-            attempt.span.identity()
+            attempt.committed = Traced::below(&attempt.span);
+            std::mem::replace(&mut attempt.span, Span::none()).identity()
         });
         for cost in costs {
             let span = match cost {

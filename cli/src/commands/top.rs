@@ -242,9 +242,9 @@ fn draw_events(frame: &mut Frame<'_>, area: Rect, status: &Status) {
         let event: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
         let name = event["event"].as_str().unwrap_or_default().to_owned();
         let rest = event.as_object().into_iter().flatten();
-        let rest = rest.filter(|(key, _)| !["event", "unix_ms"].contains(&key.as_str()));
+        let rest = rest.filter(|(key, _)| !["event", "unix_ms", "at_step"].contains(&key.as_str()));
         let words: Vec<String> = rest.map(|(key, value)| format!("{key}={value}")).collect();
-        format!("{name:<18} {}", words.join("  "))
+        format!("step {:<6} {name:<18} {}", event["at_step"], words.join("  "))
     });
     frame.render_widget(List::new(lines).block(Block::bordered().title("events")), area);
 }
@@ -288,7 +288,7 @@ mod tests {
             supervisor: SupervisorStatus { pid: 2, address: "127.0.0.1:1".into() },
             nodes: vec![node],
             shards: Vec::new(),
-            events: vec!["{\"unix_ms\":1,\"event\":\"joined\",\"node\":\"node-1\"}".into()],
+            events: vec!["{\"unix_ms\":1,\"at_step\":7,\"event\":\"joined\",\"node\":\"node-1\"}".into()],
         };
         let mut seen = Seen::default();
         seen.take(Ok(OperatorReply::Status(Box::new(status))));
@@ -303,7 +303,7 @@ mod tests {
             "1.5 ms     2.5 MB     0 2",
             "  0  ▄▄ ▄▄ ▄▄ ▄▄",
             "  1  ██",
-            "joined             node=\"node-1\"",
+            "step 7      joined             node=\"node-1\"",
         ] {
             assert!(text.contains(words), "{words}\n{text}");
         }
