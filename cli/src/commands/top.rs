@@ -244,7 +244,7 @@ fn draw_events(frame: &mut Frame<'_>, area: Rect, status: &Status) {
         let rest = event.as_object().into_iter().flatten();
         let rest = rest.filter(|(key, _)| !["event", "unix_ms", "at_step"].contains(&key.as_str()));
         let words: Vec<String> = rest.map(|(key, value)| format!("{key}={value}")).collect();
-        format!("step {:<6} {name:<18} {}", event["at_step"], words.join("  "))
+        format!("step {:<6} {name:<18} {}", event["at_step"].as_u64().unwrap_or_default(), words.join("  "))
     });
     frame.render_widget(List::new(lines).block(Block::bordered().title("events")), area);
 }
