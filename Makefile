@@ -4,7 +4,7 @@ CARGO ?= cargo
 CONFIG ?= examples/quickstart.toml
 NODES ?= 3
 
-.PHONY: train test test-gpu soak build lint bench bundle setup setup-browser clean help
+.PHONY: train test test-gpu soak build lint bench bundle setup setup-tools clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,8 +12,8 @@ help: ## This list
 setup: ## Find or install libtorch, and tell cargo where it is
 	@scripts/setup-libtorch
 
-setup-browser: ## Debian's Chromium for the test of the page, where it can be installed
-	@scripts/setup-browser
+setup-tools: ## A browser and a collector of traces for two of the tests, where they can be installed
+	@scripts/setup-tools
 
 build: setup ## The release binary, target/release/volary
 	$(CARGO) build --release --bin volary

@@ -377,8 +377,7 @@ impl Door {
             let told = match receiver.recv::<Up>().await {
                 Ok(Some(Up::Say(message))) => SupervisorMsg::Said { node, session, message },
                 Ok(Some(Up::Spans(spans))) => {
-                    self.pipeline
-                        .keep(spans.iter().filter_map(|span| serde_json::from_str(span).ok()).collect());
+                    self.keep_spans(&node, &spans);
                     continue;
                 }
                 Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
@@ -390,6 +389,16 @@ impl Door {
                 return "the supervisor has ended".to_owned();
             }
         }
+    }
+
+    /// Keeps what a node has traced. It speaks for itself only, whatever it says.
+    fn keep_spans(&self, node: &NodeId, spans: &[String]) {
+        let own = |mut record: SpanRecord| {
+            record.process.clone_from(&node.0);
+            record
+        };
+        self.pipeline
+            .keep(spans.iter().filter_map(|span| serde_json::from_str(span).ok().map(own)).collect());
     }
 
     async fn stored_shard(&self, frame: &Frame) -> Computed<Frame> {

@@ -243,9 +243,7 @@ impl Drop for Browser {
 fn a_browser_draws_the_page_and_a_trace() {
     let watched = watched("2");
     let Some(browser) = Browser::start(&watched.world) else {
-        return eprintln!(
-            "skipped: no chromedriver on this machine (Debian: apt-get install chromium-driver)"
-        );
+        return eprintln!("skipped: no chromedriver on this machine (make setup-tools)");
     };
     browser.open(&format!("http://{}/", watched.page));
     let drawn = [

@@ -4,9 +4,10 @@
 mod common;
 
 use common::collector::{Collector, Received};
-use common::{World, lines, text, volary};
+use common::{World, text, volary};
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -269,12 +270,17 @@ fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
     assert!(world.fails(&["trace", "runs/tiny", "--step", "11"]).contains("step 11 was not traced"));
 }
 
-/// A collector that others have written, where it is installed: VOLARY_OTLP_COLLECTOR names a program that takes `start` and writes
-/// the spans that it gets to its standard output, as rotel does.
+/// rotel, a collector that others have written, where `make setup-tools` could install it.
+fn rotel() -> Option<PathBuf> {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/lib");
+    let pythons = std::fs::read_dir(tools).ok()?.flatten();
+    pythons.map(|python| python.path().join("site-packages/rotel/rotel-agent")).find(|path| path.is_file())
+}
+
 #[test]
 fn a_collector_of_others_takes_the_traces() {
-    let Some(program) = std::env::var_os("VOLARY_OTLP_COLLECTOR") else {
-        return eprintln!("skipped: VOLARY_OTLP_COLLECTOR names no collector (`pip install rotel`)");
+    let Some(program) = rotel() else {
+        return eprintln!("skipped: no collector of traces here (make setup-tools)");
     };
     let world = World::new();
     let (grpc, http) = (common::free_port(), common::free_port());
@@ -308,5 +314,4 @@ fn a_collector_of_others_takes_the_traces() {
     common::until("the collector prints the spans", Duration::from_secs(20), || {
         ["expert.forward", "router.dispatch", "volary.token.text"].iter().all(|name| printed().contains(name))
     });
-    assert!(lines(&out) > 0 || !printed().is_empty());
 }

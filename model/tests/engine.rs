@@ -264,6 +264,50 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
     }
 }
 
+/// What the gate says of itself, against the same in scalars of double precision: entropy, choices and weights. The tolerance is
+/// that of f32 sums over 24 numbers.
+#[test]
+fn what_a_gate_says_of_itself_is_what_it_did() {
+    let (a, t) = (architecture(), training());
+    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let id = ShardId::Router { layer: 2 };
+    let stored = hand.glam.store(id, 0, &hand.shards[&id]).expect("bytes");
+    let stored = safetensors::SafeTensors::deserialize(&stored).expect("safetensors");
+    let find = |shape: &[usize]| {
+        let found = stored.tensors().into_iter().find(|(_, tensor)| tensor.shape() == shape);
+        floats(found.expect("a parameter of this shape").1.data())
+    };
+    let (gain, gate) = (find(&[a.hidden]), find(&[a.hidden, a.experts]));
+    let mut stream = Stream::new(11, Purpose::Faults, &[]);
+    let x: Vec<f32> = (0..40 * a.hidden).map(|_| (stream.next_f64() * 4.0 - 2.0) as f32).collect();
+    let input = Tensor::from_slice(&x).reshape([40, a.hidden as i64]).to_device(test_device());
+    let gated = hand.glam.gate(2, hand.params(id), input, (1, 0), true).expect("a gate");
+    let weights = hand.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
+    let mut entropy = 0.0;
+    for (token, row) in x.chunks(a.hidden).enumerate() {
+        let square = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / a.hidden as f64;
+        let normed =
+            row.iter().zip(&gain).map(|(&v, &g)| f64::from(v) * f64::from(g) / (square + 1e-6).sqrt());
+        let mut logits = vec![0.0; a.experts];
+        for (index, value) in normed.enumerate() {
+            let weights = &gate[index * a.experts..][..a.experts];
+            logits.iter_mut().zip(weights).for_each(|(logit, &w)| *logit += value * f64::from(w));
+        }
+        let total: f64 = logits.iter().map(|logit| logit.exp()).sum();
+        let p: Vec<f64> = logits.iter().map(|logit| logit.exp() / total).collect();
+        entropy -= p.iter().map(|p| p * p.ln()).sum::<f64>() / 40.0;
+        let mut order: Vec<usize> = (0..a.experts).collect();
+        order.sort_by(|&i, &j| p[j].total_cmp(&p[i]));
+        let sum = p[order[0]] + p[order[1]];
+        for k in 0..2 {
+            assert_eq!(gated.choices[k][token], order[k] as i64, "choice {k} of token {token}");
+            assert!((weights[token][k] - p[order[k]] / sum).abs() < 1e-5, "weight {k} of token {token}");
+        }
+    }
+    assert!((gated.entropy - entropy).abs() < 1e-5, "{} and {entropy}", gated.entropy);
+    assert!(entropy > 0.5 && entropy < (a.experts as f64).ln());
+}
+
 #[test]
 fn the_random_policy_drops_second_choices_alike_on_every_node() {
     let (mut a, t) = (architecture(), training());
