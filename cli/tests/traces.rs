@@ -9,7 +9,11 @@ use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::{Duration, Instant};
+use volary_core::options::TelemetryOptions;
+use volary_telemetry::limits::{BATCH_SPANS, QUEUE_SPANS};
+use volary_telemetry::{Identity, Pipeline};
 
 const THREE: [&str; 5] = ["--nodes", "3", "--threads", "1", "--quiet"];
 
@@ -268,6 +272,45 @@ fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
         world.fails(&["trace", "runs/tiny", "--token", "no such token"]).contains("among those that were")
     );
     assert!(world.fails(&["trace", "runs/tiny", "--step", "11"]).contains("step 11 was not traced"));
+}
+
+fn pipeline(endpoint: Option<String>, keep: volary_telemetry::Keep) -> Pipeline {
+    let options = TelemetryOptions { endpoint, ..TelemetryOptions::default() };
+    let identity = Identity { run: "tiny".into(), process: "node-1".into(), device: None };
+    Pipeline::start(&options, &identity, keep).expect("a thread")
+}
+
+#[test]
+fn more_spans_than_one_request_holds_arrive_without_being_asked_for() {
+    let collector = Collector::grpc();
+    let pipeline = pipeline(Some(collector.endpoint.clone()), Box::new(|_| 0));
+    let tracer = pipeline.tracer();
+    let count = 4 * BATCH_SPANS + 7;
+    (0..count).for_each(|_| drop(tracer.root("step", None)));
+    let counts = pipeline.counts();
+    common::until("all spans come", Duration::from_secs(20), || {
+        counts.exported.load(Relaxed) == count as u64
+    });
+    assert_eq!((collector.spans().len(), counts.dropped.load(Relaxed)), (count, 0));
+}
+
+/// Whoever makes spans never waits for whoever keeps them, and every span is accounted for.
+#[test]
+fn a_burst_that_finds_no_room_is_dropped_counted_and_stalls_nobody() {
+    let slow = |_| {
+        std::thread::sleep(Duration::from_secs(3));
+        0
+    };
+    let pipeline = pipeline(None, Box::new(slow));
+    let tracer = pipeline.tracer();
+    let (began, count) = (Instant::now(), 5 * QUEUE_SPANS);
+    (0..count).for_each(|_| drop(tracer.root("step", None)));
+    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    let counts = pipeline.counts();
+    assert!(counts.dropped.load(Relaxed) >= 2 * QUEUE_SPANS as u64);
+    common::until("every span is accounted for", Duration::from_secs(30), || {
+        counts.kept.load(Relaxed) + counts.dropped.load(Relaxed) == count as u64
+    });
 }
 
 /// rotel, a collector that others have written, where `make setup-tools` could install it.

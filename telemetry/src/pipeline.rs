@@ -257,7 +257,21 @@ impl Worker {
     /// Until nobody makes spans any more.
     async fn run(mut self, mut queue: mpsc::Receiver<Word>) {
         let mut words = Vec::new();
-        while queue.recv_many(&mut words, QUEUE_SPANS).await > 0 {
+        loop {
+            if let Some(export) = self.export.as_mut().filter(|export| export.is_busy()) {
+                // The collector's answer is looked at, and what waits is sent, also when nothing new comes.
+                let more = tokio::time::timeout(BATCH_WAIT, queue.recv_many(&mut words, QUEUE_SPANS)).await;
+                match more {
+                    Ok(0) => return,
+                    Ok(_) => {}
+                    Err(_) => {
+                        export.send(false).await;
+                        continue;
+                    }
+                }
+            } else if queue.recv_many(&mut words, QUEUE_SPANS).await == 0 {
+                return;
+            }
             let (mut records, mut flushed) = (Vec::new(), Vec::new());
             for word in words.drain(..) {
                 match word {
@@ -313,6 +327,10 @@ impl Export {
     fn new(exporter: opentelemetry_otlp::SpanExporter, counts: Arc<SpanCounts>) -> Self {
         let exporter = Arc::new(exporter);
         Self { exporter, waiting: Vec::new(), under_way: None, rests_until: None, failing: false, counts }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.under_way.is_some() || !self.waiting.is_empty()
     }
 
     fn drop_spans(&self, count: u64) {
