@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use volary_core::options::TelemetryOptions;
+use volary_data::Dataset;
 use volary_telemetry::limits::{BATCH_SPANS, QUEUE_SPANS};
 use volary_telemetry::{Identity, Pipeline};
 
@@ -76,6 +77,7 @@ fn a_step_of_three_nodes_is_one_tree_at_a_real_receiver() {
     }
     experts_hang_below_the_dispatch_that_called_them(&all);
     tokens_say_where_they_went(&all);
+    tokens_are_those_of_the_data(&all, &world);
     commits_and_checkpoints_show_the_disk(&all);
 }
 
@@ -114,6 +116,14 @@ fn a_lane_is_the_sum_of_its_parts(all: &[Received], lane: &Received) {
         assert_eq!(count(name), times, "{name} in {names:?}");
     }
     assert_eq!((count("router.gate.backward"), count("dense.loss"), count("dense.embed")), (2, 1, 1));
+    for layer in ["0", "2"] {
+        let sent = parts
+            .iter()
+            .filter(|one| one.is("router.dispatch") && one.get("volary.layer").as_deref() == Some(layer));
+        let rows =
+            sent.filter_map(|one| one.get("messaging.batch.message_count")?.parse::<u64>().ok()).sum::<u64>();
+        assert_eq!(rows, 2 * 48, "every token of the lane goes to two experts");
+    }
     for part in &parts {
         assert!(part.span.start_time_unix_nano >= lane.span.start_time_unix_nano, "{}", part.span.name);
         assert!(part.span.end_time_unix_nano <= lane.span.end_time_unix_nano, "{}", part.span.name);
@@ -176,6 +186,28 @@ fn tokens_say_where_they_went(all: &[Received]) {
             };
             assert!(children(all, lane).into_iter().any(|one| is_it(&one)), "{token:?}");
         }
+    }
+}
+
+/// Position, number and text of followed tokens, looked up in the run's own data.
+fn tokens_are_those_of_the_data(all: &[Received], world: &World) {
+    let data = Dataset::open(&world.path("runs/tiny/data"), 24, 2, 6, 5).expect("the run's data");
+    let steps: BTreeMap<_, _> = all
+        .iter()
+        .filter(|one| one.is("step"))
+        .map(|one| {
+            (&one.span.trace_id, one.get("volary.step").and_then(|step| step.parse().ok()).expect("a step"))
+        })
+        .collect();
+    for token in all.iter().filter(|one| one.is("token")) {
+        let number =
+            |key: &str| token.get(key).and_then(|value| value.parse::<u32>().ok()).expect("a number");
+        let (lane, position) = (number("volary.lane"), number("volary.token.position") as usize);
+        // Rows have 24 tokens and the successor of the last.
+        let tokens = data.lane(steps[&token.span.trace_id], lane).expect("tokens");
+        let id = tokens[position / 24 * 25 + position % 24];
+        assert_eq!(number("volary.token.id"), id);
+        assert_eq!(token.get("volary.token.text"), Some(data.tokenizer().token(id)));
     }
 }
 
