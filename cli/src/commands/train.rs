@@ -101,6 +101,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 /// The configuration as this run uses it, the directory that holds it from now on, and what is to happen to it.
 fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
     let mut config = Config::load(&args.config, &args.set)?;
+    // The supervisor takes it; what is wrong with it is said before anything starts.
+    args.http.as_deref().map(rundir::resolve).transpose()?;
     config.cluster.nodes = args.nodes.map_or_else(|| config.cluster.nodes.max(1), usize::from);
     config.data.strict |= args.strict;
     let script = args.events.as_deref().map(|path| Script::load(path, config.cluster.nodes)).transpose()?;
