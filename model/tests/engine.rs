@@ -274,7 +274,9 @@ fn what_a_gate_says_of_itself_is_what_it_did() {
     let stored = hand.glam.store(id, 0, &hand.shards[&id]).expect("bytes");
     let stored = safetensors::SafeTensors::deserialize(&stored).expect("safetensors");
     let find = |shape: &[usize]| {
-        let found = stored.tensors().into_iter().find(|(_, tensor)| tensor.shape() == shape);
+        // The optimizer's state may have the same shape; its name is the parameter's with something behind it.
+        let same = stored.tensors().into_iter().filter(|(_, tensor)| tensor.shape() == shape);
+        let found = same.min_by_key(|(name, _)| (name.matches('.').count(), name.clone()));
         floats(found.expect("a parameter of this shape").1.data())
     };
     let (gain, gate) = (find(&[a.hidden]), find(&[a.hidden, a.experts]));
