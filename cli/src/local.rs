@@ -84,7 +84,11 @@ impl Process {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
         let ordinary =
             |line: &str| line.trim().is_empty() || line.contains("  INFO ") || line.contains("\"INFO\"");
-        let words = text.lines().rev().find(|line| !ordinary(line)).unwrap_or("it said nothing");
+        // The network's own thread may warn of a connection after the last word was said.
+        let warning = |line: &str| line.contains("  WARN ") || line.contains("\"WARN\"");
+        let mut lines = text.lines().rev().filter(|line| !ordinary(line));
+        let last = lines.clone().next();
+        let words = lines.find(|line| !warning(line)).or(last).unwrap_or("it said nothing");
         words.strip_prefix("volary: ").unwrap_or(words).to_owned()
     }
 
