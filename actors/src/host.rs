@@ -150,7 +150,7 @@ pub async fn run_node<B: Compute>(
                 asked = true;
                 drop(agent.cast(NodeMsg::WantsToLeave));
             }
-            Some(ended) = spans.recv() => served.send_spans(ended),
+            Some(ended) = spans.recv() => served.send_spans(&pipeline, &ended),
             reason = served.ended() => {
                 served.close();
                 drop(agent.cast(NodeMsg::SupervisorGone));
@@ -184,7 +184,7 @@ pub async fn run_node<B: Compute>(
     drop(running.await);
     pipeline.flush().await;
     while let Ok(ended) = spans.try_recv() {
-        served.send_spans(ended);
+        served.send_spans(&pipeline, &ended);
     }
     served.link.close("the node leaves");
     Ok(end)
@@ -348,10 +348,12 @@ impl Served {
         }
     }
 
-    /// Spans that find no room are not kept.
-    fn send_spans(&self, spans: Vec<String>) {
+    /// Spans that find no room are not kept, and counted.
+    fn send_spans(&self, pipeline: &Pipeline, spans: &[String]) {
         for part in spans.chunks(SPANS_PER_WORD) {
-            drop(self.up.try_send(Up::Spans(part.to_vec())));
+            if self.up.try_send(Up::Spans(part.to_vec())).is_err() {
+                pipeline.lost(part.len() as u64);
+            }
         }
     }
 

@@ -122,6 +122,7 @@ struct Traces {
     step: Scope,
     /// The placement that was assigned, with its shards on their way.
     change: Scope,
+    checkpoint: Scope,
 }
 
 /// See the module.
@@ -245,7 +246,8 @@ impl<B: Compute> NodeState<B> {
                 waited.into_iter().for_each(|waited| self.node.metrics.phase(Phase::Commit, waited));
             }
             ToNode::Assign(_) => self.traces.change = scope,
-            ToNode::Abort { .. } | ToNode::Checkpoint { .. } | ToNode::Leave { .. } => {}
+            ToNode::Checkpoint { .. } => self.traces.checkpoint = scope,
+            ToNode::Abort { .. } | ToNode::Leave { .. } => {}
         }
         self.on_event(Event::Told(message)).await;
     }
@@ -420,8 +422,10 @@ impl<B: Compute> NodeState<B> {
     async fn store(&mut self, epoch: Epoch, step: Step, shards: Vec<ShardId>) {
         let Some(connection) = &self.connection else { return };
         let (uplink, up) = (connection.uplink.clone(), connection.up.clone());
+        let span = self.traces.checkpoint.span("shards.store").with("volary.shards", shards.len() as i64);
         let stored = self.holdings.store(step, shards).await;
         tokio::spawn(async move {
+            let _span = span;
             let sent = match stored {
                 Ok(stored) => uplink.send_checkpoint(epoch, step, stored).await,
                 Err(error) => Err(error),

@@ -217,6 +217,7 @@ fn commits_and_checkpoints_show_the_disk(all: &[Received]) {
     let checkpoint = all.iter().find(|one| one.is("checkpoint")).expect("a checkpoint");
     let below = children(all, checkpoint);
     assert!(below.iter().any(|one| one.is("catalogue.write")));
+    assert!(below.iter().any(|one| one.is("shards.store") && one.node() != "supervisor"));
     // Embedding, 4 dense layers, 2 routers, 12 experts.
     assert_eq!(below.iter().filter(|one| one.is("shard.write")).count(), 19);
     let steps: BTreeSet<_> =

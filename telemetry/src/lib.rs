@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`span`] | spans and where they go; nothing, where a step is not traced |
 //! | [`pipeline`] | from the span's end to the collector and to the run's own traces, never in the way of training |
+//! | `export` | the way to a collector |
 //! | [`record`], [`store`] | a span as it is kept, and the bounded folder of traces |
 //! | [`render`] | a trace as a tree, as a file for Perfetto, as a page |
 //! | [`metrics`] | OpenMetrics of supervisor and node |
@@ -12,6 +13,7 @@
 //! Other crates make no traces by themselves: what lies below the actors speaks `tracing`, and [`layer`] brings it into a trace
 //! where one is under way.
 
+mod export;
 pub mod layer;
 pub mod limits;
 pub mod metrics;

@@ -9,6 +9,7 @@ pub use supervisor::SupervisorMetrics;
 use crate::pipeline::SpanCounts;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -66,6 +67,19 @@ struct LinkLabel {
     node: String,
     peer: String,
     direction: &'static str,
+}
+
+/// What links have carried, in both directions.
+#[derive(Clone, Debug, Default)]
+struct LinkBytes(Family<LinkLabel, Counter>);
+
+impl LinkBytes {
+    fn set(&self, node: &str, peer: &str, sent: u64, received: u64) {
+        for (direction, bytes) in [("sent", sent), ("received", received)] {
+            let label = LinkLabel { node: node.to_owned(), peer: peer.to_owned(), direction };
+            set_total(&self.0.get_or_create(&label), bytes);
+        }
+    }
 }
 
 /// A link.

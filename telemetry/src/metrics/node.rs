@@ -1,6 +1,6 @@
 //! What a node measures.
 
-use super::{LinkLabel, PartLabel, PeerLabel, Scrape, SpanTotals, seconds_histogram, set_total};
+use super::{LinkBytes, PartLabel, PeerLabel, Scrape, SpanTotals, seconds_histogram, set_total};
 use crate::pipeline::SpanCounts;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -64,7 +64,7 @@ pub struct NodeMetrics {
     busy: Counter<f64, AtomicU64>,
     waited: Counter<f64, AtomicU64>,
     jobs: Counter,
-    link_bytes: Family<LinkLabel, Counter>,
+    link_bytes: LinkBytes,
     round_trip: Family<PeerLabel, Gauge<f64, AtomicU64>>,
     spans: SpanTotals,
 }
@@ -99,7 +99,7 @@ impl Default for NodeMetrics {
             busy: Counter::default(),
             waited: Counter::default(),
             jobs: Counter::default(),
-            link_bytes: Family::default(),
+            link_bytes: LinkBytes::default(),
             round_trip: Family::default(),
             spans: SpanTotals::default(),
             scrape: Scrape::default(),
@@ -144,7 +144,7 @@ impl Default for NodeMetrics {
             "volary_link",
             "UDP bytes of the links to other nodes",
             Unit::Bytes,
-            metrics.link_bytes.clone(),
+            metrics.link_bytes.0.clone(),
         );
         registry.register_with_unit(
             "volary_link_round_trip",
@@ -201,15 +201,7 @@ impl NodeMetrics {
 
     /// What a link has carried since it was made.
     pub fn link(&self, node: &str, peer: &str, sent: u64, received: u64, round_trip: Duration) {
-        let bytes = |direction| {
-            self.link_bytes.get_or_create_owned(&LinkLabel {
-                node: node.to_owned(),
-                peer: peer.to_owned(),
-                direction,
-            })
-        };
-        set_total(&bytes("sent"), sent);
-        set_total(&bytes("received"), received);
+        self.link_bytes.set(node, peer, sent, received);
         let label = PeerLabel { node: node.to_owned(), peer: peer.to_owned() };
         self.round_trip.get_or_create(&label).set(round_trip.as_secs_f64());
     }

@@ -1,6 +1,6 @@
 //! What the supervisor measures.
 
-use super::{LinkLabel, PartLabel, Scrape, SpanTotals, seconds_histogram, set_total};
+use super::{LinkBytes, PartLabel, Scrape, SpanTotals, seconds_histogram};
 use crate::pipeline::SpanCounts;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -46,7 +46,7 @@ pub struct SupervisorMetrics {
     skipped: Counter,
     expert_tokens: Family<ExpertLabel, Counter>,
     events: Family<EventLabel, Counter>,
-    link_bytes: Family<LinkLabel, Counter>,
+    link_bytes: LinkBytes,
     steps_lost: Counter,
     checkpoint_step: Whole,
     checkpoint_bytes: Whole,
@@ -130,7 +130,7 @@ impl SupervisorMetrics {
             "volary_cluster_link",
             "UDP bytes between nodes, as they report them",
             Unit::Bytes,
-            self.link_bytes.clone(),
+            self.link_bytes.0.clone(),
         );
         r.register(
             "volary_checkpoint_step",
@@ -232,15 +232,7 @@ impl SupervisorMetrics {
 
     /// What a node's link to another one has carried.
     pub fn link(&self, node: &str, peer: &str, sent: u64, received: u64) {
-        let bytes = |direction| {
-            self.link_bytes.get_or_create_owned(&LinkLabel {
-                node: node.to_owned(),
-                peer: peer.to_owned(),
-                direction,
-            })
-        };
-        set_total(&bytes("sent"), sent);
-        set_total(&bytes("received"), received);
+        self.link_bytes.set(node, peer, sent, received);
     }
 
     /// What became of the spans.
