@@ -12,6 +12,8 @@
 //! | [`dispatch`] | top-2 choices to batches per expert |
 //! | [`tree`] | the fixed order in which gradients are summed |
 //! | [`placement`] | who holds what and runs what |
+//! | [`costs`], [`profile`] | what a model costs, and what a node can do |
+//! | [`planner`] | from these two to a placement and the time of its steps |
 //! | [`messages`] | what the supervisor and the nodes say |
 //! | [`machine`] | the step and recovery protocol, as the supervisor sees it |
 //! | [`agent`] | the same, as a node sees it |
@@ -20,12 +22,15 @@
 pub mod agent;
 pub mod architecture;
 pub mod compute;
+pub mod costs;
 pub mod dispatch;
 pub mod ids;
 pub mod machine;
 pub mod messages;
 pub mod options;
 pub mod placement;
+pub mod planner;
+pub mod profile;
 pub mod random;
 pub mod schedule;
 pub mod tree;

@@ -31,6 +31,7 @@ pub use types::{Activity, Committed, Effect, Event, Notice, Remembered, Restored
 use crate::ids::{Lane, NodeId, ShardId, Step};
 use crate::messages::{FromNode, Held, LaneReport, LastCommit, Norm, ToNode};
 use crate::placement::Placement;
+use crate::profile::Profile;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How often one step is tried again before the run gives up.
@@ -58,10 +59,10 @@ enum Phase {
 
 #[derive(Clone, Debug)]
 struct Node {
-    /// As the node declared it.
+    /// Capacity as it measured itself.
     declared: f64,
-    /// As the planner takes it: declared at first, then as measured.
-    capacity: f64,
+    /// What it can do, as the planner takes it: as it measured itself at first, then as was seen of it.
+    profile: Profile,
     /// Lanes per second of computing, a moving average.
     speed: Option<f64>,
     address: String,
@@ -172,8 +173,8 @@ impl Machine {
         let draining = self.nodes.get(node).is_some_and(|n| n.draining);
         match () {
             () if draining => "draining",
-            () if self.placement.members.contains(node) => "member",
-            () if self.placement.learning_nodes().contains(node) => "learning",
+            () if self.placement.is_member(node) => "member",
+            () if self.placement.is_learning(node) => "learning",
             () if self.suspicion.is_suspended(node) => "suspended",
             () => "joined",
         }
@@ -182,7 +183,7 @@ impl Machine {
     /// What a node does in a second relative to the others, as the planner takes it.
     #[must_use]
     pub fn capacity(&self, node: &NodeId) -> Option<f64> {
-        self.nodes.get(node).map(|n| n.capacity)
+        self.nodes.get(node).map(|n| n.profile.capacity())
     }
 
     /// The nodes that hold a shard, its owner first, then those that copy it and have it already.
@@ -213,8 +214,8 @@ impl Machine {
     pub fn handle(&mut self, event: Event) -> Vec<Effect> {
         if !matches!(self.phase, Phase::Done) {
             match event {
-                Event::Joined { node, capacity, address, held } => {
-                    self.on_joined(node, capacity, address, &held)
+                Event::Joined { node, profile, address, held } => {
+                    self.on_joined(node, *profile, address, &held)
                 }
                 Event::Lost { node, reason } => self.on_lost(&node, &reason),
                 Event::Said { node, message } => self.on_said(node, message),
@@ -229,8 +230,9 @@ impl Machine {
         std::mem::take(&mut self.effects)
     }
 
-    fn on_joined(&mut self, node: NodeId, declared: f64, address: String, held: &Held) {
+    fn on_joined(&mut self, node: NodeId, mut profile: Profile, address: String, held: &Held) {
         self.awaited.remove(&node);
+        let declared = profile.capacity();
         if self.takes_back(held) {
             let (version, shards) = (held.version, held.shards.len());
             self.notice(Notice::Returned { node: node.clone(), version, shards });
@@ -238,10 +240,11 @@ impl Machine {
                 self.holders.entry(shard).or_default().insert(node.clone());
             }
         } else {
-            self.notice(Notice::Joined { node: node.clone(), capacity: declared, address: address.clone() });
+            let capacity = declared;
+            self.notice(Notice::Joined { node: node.clone(), capacity, address: address.clone() });
         }
-        let capacity = declared * self.balance.scale(self.nodes.values());
-        self.nodes.insert(node, Node { declared, capacity, speed: None, address, draining: false });
+        profile.scale(self.balance.scale(self.nodes.values()));
+        self.nodes.insert(node, Node { declared, profile, speed: None, address, draining: false });
         self.unsettled = true;
         self.gather();
     }
@@ -259,8 +262,7 @@ impl Machine {
         self.holders.values_mut().for_each(|nodes| {
             nodes.remove(node);
         });
-        let (member, learner) =
-            (self.placement.members.contains(node), self.placement.learning_nodes().contains(node));
+        let (member, learner) = (self.placement.is_member(node), self.placement.is_learning(node));
         if let (Some(step), true) = (self.checkpointing, member) {
             self.checkpointing = None;
             self.effects.push(Effect::DropCheckpoint { step });

@@ -60,6 +60,21 @@ impl Span {
         self == Self::root(leaves) || self.parent(leaves).is_some()
     }
 
+    /// How many nodes [`Span::fragments`] finds when `held` are consecutive leaves.
+    #[must_use]
+    pub fn parts_of_run(leaves: u32, held: std::ops::Range<u32>) -> u32 {
+        fn parts(node: Span, held: &std::ops::Range<u32>) -> u32 {
+            if node.end <= held.start || held.end <= node.start || node.start >= node.end {
+                return 0;
+            }
+            if held.start <= node.start && node.end <= held.end {
+                return 1;
+            }
+            node.children().map_or(0, |(left, right)| parts(left, held) + parts(right, held))
+        }
+        parts(Self::root(leaves), &held)
+    }
+
     /// The largest nodes of the tree over `leaves` leaves all of whose leaves satisfy `held`, from left to right.
     pub fn fragments(leaves: u32, held: impl Fn(u32) -> bool) -> Vec<Self> {
         let mut found = Vec::new();
@@ -202,6 +217,20 @@ mod tests {
             let by_leaves = whole(&mut stream, false);
             prop_assert_eq!(by_fragments.len(), 1);
             prop_assert_eq!(by_fragments, by_leaves);
+        }
+    }
+
+    #[test]
+    fn the_parts_of_a_run_are_counted_without_listing_its_leaves() {
+        for leaves in 1..24 {
+            for (start, end) in (0..=leaves).flat_map(|a| (a..=leaves).map(move |b| (a, b))) {
+                let listed = Span::fragments(leaves, |leaf| (start..end).contains(&leaf)).len();
+                assert_eq!(
+                    Span::parts_of_run(leaves, start..end) as usize,
+                    listed,
+                    "{start}..{end} of {leaves}"
+                );
+            }
         }
     }
 

@@ -9,6 +9,7 @@ use volary_core::machine::{self, Event, Machine, Notice, Settings};
 use volary_core::messages::{FromNode, ToNode};
 use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use volary_core::placement::Placement;
+use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Schedule;
 use volary_core::{Epoch, NodeId, ShardId, Step, agent};
@@ -399,7 +400,12 @@ impl World {
             }
         }
         self.reported.insert(node.clone(), held.shards.iter().copied().collect());
-        self.event(Event::Joined { node, capacity: 1.0, address: String::new(), held });
+        self.event(Event::Joined {
+            node,
+            profile: Box::new(Profile::relative(1.0)),
+            address: String::new(),
+            held,
+        });
     }
 
     fn note_report(&mut self, node: &NodeId, message: &FromNode) {

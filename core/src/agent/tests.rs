@@ -65,9 +65,10 @@ impl Driven {
 
 fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) -> Assignment {
     let members = vec![id("a"), id("b")];
+    let stage = crate::placement::Stage { layers: 0..u16::MAX, holders: members.clone(), lanes: vec![0, 1] };
     let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
     Assignment {
-        placement: Placement { epoch, members, learners, ..Placement::default() },
+        placement: Placement { epoch, stages: vec![stage], members, learners, ..Placement::default() },
         timeline: 0,
         version,
         last: None,

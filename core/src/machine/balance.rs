@@ -4,8 +4,9 @@
 //! two looks. None of this shows in the mathematics, since no placement does.
 
 use super::{Machine, Node, Notice};
+use crate::costs::Costs;
 use crate::ids::{NodeId, ShardId};
-use crate::placement::{Member, share_lanes};
+use crate::planner::{self, Member, Request, predict};
 use std::collections::BTreeMap;
 
 /// Weight of the newest measurement in a moving average.
@@ -30,11 +31,11 @@ pub(super) struct Balance {
 }
 
 impl Balance {
-    /// Planner's capacity per declared one, so that newcomers are compared with what was measured.
+    /// What nodes turned out to do by what they had measured of themselves, so that newcomers are compared fairly.
     pub(super) fn scale<'a>(&self, nodes: impl Iterator<Item = &'a Node>) -> f64 {
-        let (capacity, declared) =
-            nodes.fold((0.0, 0.0), |sum, node| (sum.0 + node.capacity, sum.1 + node.declared));
-        if declared > 0.0 { capacity / declared } else { 1.0 }
+        let (now, declared) =
+            nodes.fold((0.0, 0.0), |sum, node| (sum.0 + node.profile.capacity(), sum.1 + node.declared));
+        if declared > 0.0 { now / declared } else { 1.0 }
     }
 }
 
@@ -73,35 +74,43 @@ impl Machine {
     }
 
     fn look_at_speeds(&mut self) -> Option<String> {
-        let measured = self
-            .placement
-            .members
-            .iter()
-            .filter_map(|name| self.nodes.get(name)?.speed.zip(self.nodes.get(name)));
-        let (speeds, capacities) =
-            measured.fold((0.0, 0.0), |sum, (speed, node)| (sum.0 + speed, sum.1 + node.capacity));
-        if capacities <= 0.0 {
+        let costs = Costs::new(&self.settings.architecture, &self.settings.training);
+        let whole = costs.lane_flops(0..costs.layers());
+        let nodes: Option<Vec<(&NodeId, &Node)>> =
+            self.placement.members.iter().map(|name| self.nodes.get_key_value(name)).collect();
+        let nodes = nodes?;
+        let factor = |node: &Node| node.speed.map(|speed| speed * node.profile.dense.seconds(whole));
+        let measured: Vec<f64> = nodes.iter().filter_map(|(_, node)| factor(node)).collect();
+        if measured.is_empty() {
             return None;
         }
-        let scale = speeds / capacities;
-        let now = |node: &Node| node.speed.unwrap_or(node.capacity * scale);
-        let members: Vec<Member> = self
-            .placement
-            .members
-            .iter()
-            .filter_map(|name| Some(Member { node: name.clone(), capacity: now(self.nodes.get(name)?) }))
-            .collect();
-        let seconds = |lanes: &[NodeId]| {
-            let of = |m: &Member| lanes.iter().filter(|&n| n == &m.node).count() as f64 / m.capacity;
-            members.iter().map(of).fold(0.0, f64::max)
+        // Who ran no lane is taken to differ from its figures as the others do.
+        let usual = measured.iter().sum::<f64>() / measured.len() as f64;
+        let member = |(name, node): (&NodeId, &Node)| {
+            let mut profile = node.profile.clone();
+            profile.scale(factor(node).unwrap_or(usual));
+            Member { node: name.clone(), profile }
         };
-        let (before, after) =
-            (seconds(&self.placement.lanes), seconds(&share_lanes(&members, self.settings.training.lanes)));
+        let members: Vec<Member> = nodes.into_iter().map(member).collect();
+        let request = Request {
+            epoch: 0,
+            members: &members,
+            architecture: &self.settings.architecture,
+            training: &self.settings.training,
+            replication: self.settings.cluster.replication,
+            hot: &self.balance.hot,
+            moves_max: self.moves_max(),
+            previous: Some(&self.placement),
+        };
+        let before = predict(&self.placement, &members, &costs).step_s;
+        let after = planner::plan(&request).prediction.step_s;
         if after >= WORTH_IT * before {
             return None;
         }
-        for node in self.nodes.values_mut() {
-            node.capacity = now(node);
+        for member in members {
+            if let Some(node) = self.nodes.get_mut(&member.node) {
+                node.profile = member.profile;
+            }
         }
         Some(format!("measured speeds promise a step of {:.0} % of the present one", 100.0 * after / before))
     }

@@ -21,7 +21,7 @@ impl Machine {
         let mut senders: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
         for &shard in &shards {
             if let Some(owner) = self.placement.owner(shard) {
-                senders.entry(owner).or_default().push(shard);
+                senders.entry(owner.clone()).or_default().push(shard);
             }
         }
         self.effects.push(Effect::OpenCheckpoint { step, epoch, shards });

@@ -9,7 +9,8 @@
 use super::{Effect, Machine, Notice, Phase, Remembered};
 use crate::ids::{NodeId, ShardId};
 use crate::messages::{Assignment, Source, ToNode};
-use crate::placement::{Member, Placement, Request};
+use crate::placement::Placement;
+use crate::planner::{self, Member, Request};
 use std::collections::BTreeSet;
 
 impl Machine {
@@ -105,29 +106,23 @@ impl Machine {
         if self.placement.members.is_empty() && !self.holders.is_empty() {
             // A supervisor that came back: what the nodes hold is the placement that was.
             let was = self.survivors(self.placement.epoch);
-            return self.request(&members, Some(&was), Placement::plan);
+            return self.request(&members, Some(&was), planner::plan).placement;
         }
         let previous = (!self.placement.members.is_empty()).then_some(&self.placement);
-        self.request(&members, previous, Placement::plan)
+        self.request(&members, previous, planner::plan).placement
     }
 
-    /// Who can go on at once: every node that has all but experts, or, where there is none, that has anything.
+    /// Who can go on at once: whoever has all of a stage's layers, or had a part without any.
     fn survivors(&self, epoch: u64) -> Placement {
-        let shards = self.settings.architecture.shards();
-        let has = |node: &NodeId, shard: &ShardId| self.holders.get(shard).is_some_and(|h| h.contains(node));
-        let whole = |node: &&NodeId| shards.iter().all(|shard| shard.is_expert() || has(node, shard));
-        let mut names: Vec<&NodeId> = self.nodes.keys().filter(whole).collect();
-        if names.is_empty() {
-            names = self.nodes.keys().filter(|node| shards.iter().any(|shard| has(node, shard))).collect();
-        }
-        let make = |request: &Request<'_>| Placement::of_survivors(request, &self.holders, &self.placement);
-        let mut placement = self.request(&self.members(names), None, make);
+        let make = |request: &Request<'_>| planner::of_survivors(request, &self.holders, &self.placement);
+        let mut placement = self.request(&self.members(self.nodes.keys().collect()), None, make);
         placement.epoch = epoch;
         placement
     }
 
     fn members(&self, names: Vec<&NodeId>) -> Vec<Member> {
-        names.into_iter().map(|n| Member { node: n.clone(), capacity: self.nodes[n].capacity }).collect()
+        let member = |n: &NodeId| Member { node: n.clone(), profile: self.nodes[n].profile.clone() };
+        names.into_iter().map(member).collect()
     }
 
     fn request<T>(
@@ -136,13 +131,11 @@ impl Machine {
         previous: Option<&Placement>,
         make: impl FnOnce(&Request<'_>) -> T,
     ) -> T {
-        let training = &self.settings.training;
         make(&Request {
             epoch: self.placement.epoch + 1,
             members,
             architecture: &self.settings.architecture,
-            lanes: training.lanes,
-            lane_group: training.lane_group,
+            training: &self.settings.training,
             replication: self.settings.cluster.replication,
             hot: &self.balance.hot,
             moves_max: self.moves_max(),

@@ -60,7 +60,8 @@ impl Machine {
         norms: Vec<(ShardId, Norm)>,
         reports: Vec<(Lane, LaneReport)>,
     ) {
-        let voter = self.voters().contains(&node);
+        let voter = self.placement.is_member(&node) || self.placement.is_learning(&node);
+        let voter = voter && self.nodes.contains_key(&node);
         let Phase::Training { prepared, lanes } = &mut self.phase else { return };
         if step != self.committed + 1 || !voter {
             return;
@@ -71,8 +72,12 @@ impl Machine {
     }
 
     pub(super) fn when_prepared(&mut self) {
-        let voters = self.voters();
         let Phase::Training { prepared, .. } = &self.phase else { return };
+        // Who is gone is no member any more, so that the number tells first.
+        if prepared.len() < self.placement.members.len() {
+            return;
+        }
+        let voters = self.voters();
         if voters.iter().all(|node| prepared.contains_key(node)) {
             self.commit();
         }
@@ -142,7 +147,7 @@ impl Machine {
 
     pub(super) fn on_validated(&mut self, node: NodeId, at: u64, reports: Vec<(Lane, LaneReport)>) {
         let Phase::Validating { round, done, lanes } = &mut self.phase else { return };
-        if at != *round || !self.placement.members.contains(&node) {
+        if at != *round || !self.placement.is_member(&node) {
             return;
         }
         lanes.extend(reports.into_iter().map(|(lane, report)| ((at, lane), report)));

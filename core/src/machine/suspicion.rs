@@ -62,7 +62,7 @@ impl Suspicion {
 
 impl Machine {
     pub(super) fn on_failed(&mut self, node: &NodeId, reason: &str, fatal: bool, suspect: Option<NodeId>) {
-        let learner = !self.placement.members.contains(node);
+        let learner = !self.placement.is_member(node);
         if learner {
             // It has no part in the step yet; the run must not hang on it.
             return self.on_cannot_learn(node, reason.to_owned());
@@ -90,7 +90,7 @@ impl Machine {
         let mut named: Vec<&NodeId> =
             named.into_iter().filter(|node| self.nodes.contains_key(node) && !self.is_needed(node)).collect();
         named.sort_by_key(|node| {
-            let capacity = self.nodes.get(*node).map_or(0.0, |n| n.capacity);
+            let capacity = self.nodes.get(*node).map_or(0.0, |n| n.profile.capacity());
             (about(node), std::cmp::Reverse(capacity.to_bits()), *node)
         });
         named.last().map(|node| (*node).clone())
@@ -114,12 +114,12 @@ impl Machine {
 
     /// A copy beside the training failed: the newcomer waits a while, and so does whatever was to move.
     pub(super) fn on_cannot_learn(&mut self, node: &NodeId, reason: String) {
-        if !self.placement.learning_nodes().contains(node) {
+        if !self.placement.is_learning(node) {
             return;
         }
         self.notice(Notice::MigrationFailed { node: node.clone(), reason: reason.clone() });
         self.unsettled = true;
-        if self.placement.members.contains(node) {
+        if self.placement.is_member(node) {
             self.suspicion.paused_ms = PAUSE_MS;
         } else {
             self.fence(node, &reason);

@@ -62,7 +62,8 @@ impl Driven {
 
     fn join(&mut self, node: usize, held: Held) -> &[Effect] {
         let node = id(node);
-        self.handle(Event::Joined { address: format!("{node}:1"), node, capacity: 1.0, held })
+        let profile = Box::new(Profile::relative(1.0));
+        self.handle(Event::Joined { address: format!("{node}:1"), node, profile, held })
     }
 
     fn say(&mut self, node: usize, message: FromNode) -> &[Effect] {

@@ -4,6 +4,7 @@ use crate::architecture::Architecture;
 use crate::ids::{Epoch, NodeId, ShardId, Step};
 use crate::messages::{FromNode, Held, LastCommit, ToNode};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use crate::profile::Profile;
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
 
@@ -51,8 +52,8 @@ pub enum Event {
     Joined {
         /// The node.
         node: NodeId,
-        /// How much it does in a second, relative to the others, as far as it knows.
-        capacity: f64,
+        /// What it can do, as it measured itself.
+        profile: Box<Profile>,
         /// Where its peers reach it.
         address: String,
         /// What it has in memory; nothing, when it is new.

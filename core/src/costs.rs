@@ -1,0 +1,151 @@
+//! What a run costs: operations, bytes of state and bytes on the wire of each part of its model.
+//!
+//! Operations are counted as two per parameter and token (GLaM, section 4), plus attention's products over half the
+//! sequence; bytes as f32. Activations are an estimate of what one lane keeps between its two directions.
+
+use crate::architecture::Architecture;
+use crate::dispatch::TOP_K;
+use crate::ids::ShardId;
+use crate::options::{Optimizer, TrainingOptions};
+
+/// Bytes of a number, in memory and on the wire.
+const NUMBER: u64 = 4;
+/// Gradients of a held shard that are in memory at the same time: the sum, and one on its way into it.
+const GRADIENTS: u64 = 2;
+
+/// The costs of a run's model at its shapes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Costs {
+    /// Lanes of the run.
+    pub lanes: u32,
+    /// Lanes that share one leaf of an expert's gradient.
+    pub lane_group: u32,
+    /// Tokens in a lane.
+    pub tokens_per_lane: usize,
+    /// The layers that have experts.
+    pub moe_layers: Vec<u16>,
+    /// Experts in each of them.
+    pub experts: usize,
+    /// Forward operations of one token in each layer's dense part; the first layer has the embedding's and the loss's too.
+    pub dense_flops: Vec<f64>,
+    /// Forward operations of one row in one expert.
+    pub expert_flops: f64,
+    /// Memory for each layer's dense part where it is held: parameters, optimizer state and gradients; the first layer
+    /// has the embedding's too.
+    pub dense_bytes: Vec<u64>,
+    /// Memory for one expert where it is held.
+    pub expert_bytes: u64,
+    /// Parameters of each layer's dense part, in bytes: what a gradient is on the wire.
+    pub dense_wire: Vec<u64>,
+    /// Parameters of one expert, in bytes.
+    pub expert_wire: u64,
+    /// What one lane in flight keeps of each layer.
+    pub activation_bytes: Vec<u64>,
+    /// The residual stream of one lane, in bytes.
+    pub lane_wire: u64,
+    /// One row to or from an expert, in bytes.
+    pub row_wire: u64,
+}
+
+impl Costs {
+    /// The costs of a run.
+    #[must_use]
+    pub fn new(a: &Architecture, training: &TrainingOptions) -> Self {
+        let tokens = training.tokens_per_lane();
+        let (hidden, length) = (a.hidden as u64, training.sequence_length as u64);
+        let state = match training.optimizer {
+            // The factored second moment is one row and one column: below a hundredth.
+            Optimizer::Adafactor { .. } => 1,
+            Optimizer::Adamw { .. } => 3,
+        };
+        let held = |parameters: u64| parameters * NUMBER * (state + GRADIENTS);
+        let width = (a.heads * a.head_dim) as u64;
+        let mut costs = Self {
+            lanes: training.lanes,
+            lane_group: training.lane_group,
+            tokens_per_lane: tokens,
+            moe_layers: a.moe_layers().map(|layer| layer as u16).collect(),
+            experts: a.experts,
+            dense_flops: Vec::new(),
+            expert_flops: 0.0,
+            dense_bytes: Vec::new(),
+            expert_bytes: 0,
+            dense_wire: Vec::new(),
+            expert_wire: 0,
+            activation_bytes: Vec::new(),
+            lane_wire: tokens as u64 * hidden * NUMBER,
+            row_wire: hidden * NUMBER,
+        };
+        if a.experts > 0 {
+            let parameters = a.shard_parameters(ShardId::Expert { layer: 0, expert: 0 });
+            costs.expert_flops = 2.0 * parameters as f64;
+            costs.expert_bytes = held(parameters);
+            costs.expert_wire = parameters * NUMBER;
+        }
+        for layer in 0..a.layers {
+            let moe = a.is_moe(layer);
+            let mut parameters = a.shard_parameters(ShardId::Dense { layer: layer as u16 });
+            if moe {
+                parameters += a.shard_parameters(ShardId::Router { layer: layer as u16 });
+            }
+            let embedding = if layer == 0 { a.shard_parameters(ShardId::Embedding) } else { 0 };
+            // Scores and their sum over values: two products over half the sequence.
+            let attention = 2.0 * width as f64 * (length + 1) as f64;
+            costs.dense_flops.push(2.0 * (parameters + embedding) as f64 + attention);
+            costs.dense_bytes.push(held(parameters + embedding));
+            costs.dense_wire.push((parameters + embedding) * NUMBER);
+            let inner = if moe {
+                TOP_K as u64 * (2 * hidden + 2 * a.expert_width() as u64)
+            } else {
+                3 * a.feed_forward as u64
+            };
+            let head = if layer == 0 { a.vocabulary as u64 } else { 0 };
+            let numbers = 6 * hidden + 4 * width + 2 * a.heads as u64 * length + inner + head;
+            costs.activation_bytes.push(tokens as u64 * numbers * NUMBER);
+        }
+        costs
+    }
+
+    /// The number of layers.
+    #[must_use]
+    pub fn layers(&self) -> u16 {
+        self.dense_flops.len() as u16
+    }
+
+    /// Forward operations of one lane in the dense parts of some layers.
+    #[must_use]
+    pub fn lane_flops(&self, layers: std::ops::Range<u16>) -> f64 {
+        let own = &self.dense_flops[usize::from(layers.start)..usize::from(layers.end)];
+        own.iter().sum::<f64>() * self.tokens_per_lane as f64
+    }
+
+    /// Rows that a lane sends to the experts of one layer, none dropped.
+    #[must_use]
+    pub fn rows_per_lane(&self) -> f64 {
+        (TOP_K * self.tokens_per_lane) as f64
+    }
+
+    /// Forward operations of all experts in one step.
+    #[must_use]
+    pub fn all_expert_flops(&self) -> f64 {
+        f64::from(self.lanes) * self.rows_per_lane() * self.moe_layers.len() as f64 * self.expert_flops
+    }
+
+    /// Memory that a node needs for the dense parts of some layers, with `in_flight` lanes at a time.
+    #[must_use]
+    pub fn stage_bytes(&self, layers: std::ops::Range<u16>, in_flight: usize) -> u64 {
+        let own = usize::from(layers.start)..usize::from(layers.end);
+        let state: u64 = self.dense_bytes[own.clone()].iter().sum();
+        let activations: u64 = self.activation_bytes[own].iter().sum();
+        state.saturating_add(activations.saturating_mul(in_flight as u64))
+    }
+}
+
+/// Lanes that a node has in flight beyond one per thread, so that one's rows on the wire hide behind another's work.
+pub const LANES_AHEAD: usize = 1;
+
+/// Lanes that a device has in flight at a time.
+#[must_use]
+pub fn lanes_in_flight(threads: usize) -> usize {
+    threads.saturating_add(LANES_AHEAD)
+}

@@ -1,0 +1,267 @@
+//! Where the experts' replicas go: by speed over the memory that is left, apart in zones, moving little.
+
+use super::Request;
+use super::site::Site;
+use super::stages::Staged;
+use crate::architecture::Architecture;
+use crate::costs::Costs;
+use crate::ids::ShardId;
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Nodes that are looked at for one move, the lightest first.
+const LIGHTEST: usize = 8;
+
+/// The holders of each expert, its owner first, as places in the site.
+pub(super) type Spread = BTreeMap<ShardId, Vec<usize>>;
+
+/// Replicas that a run has at least: one of each expert.
+pub(super) fn least_replicas(a: &Architecture) -> usize {
+    a.moe_layers().count() * a.experts
+}
+
+/// Every expert with as many copies as there is room for; `None` when one has none.
+pub(super) fn spread(
+    site: &Site<'_>,
+    costs: &Costs,
+    request: &Request<'_>,
+    stages: &[Staged],
+) -> Option<Spread> {
+    let copies = |shard: &ShardId| {
+        let wanted = request.hot.get(shard).copied().unwrap_or(0).max(request.replication);
+        wanted.clamp(1, site.len())
+    };
+    let experts: Vec<ShardId> = request.architecture.shards().into_iter().filter(|s| s.is_expert()).collect();
+    let mut loads = Loads::new(site, weights(site, costs, stages), slots(site, costs, stages));
+    let mut spread = Spread::new();
+    for &shard in &experts {
+        let before = request.previous.and_then(|placement| placement.experts.get(&shard));
+        let kept: Vec<usize> = before.into_iter().flatten().filter_map(|node| site.place(node)).collect();
+        let mut holders = Vec::new();
+        for node in kept {
+            if holders.len() < copies(&shard) && loads.has_slot(node) {
+                loads.add(node, shard);
+                holders.push(node);
+            }
+        }
+        spread.insert(shard, holders);
+    }
+    // One copy of everything before a second one of anything.
+    let most = experts.iter().map(copies).max().unwrap_or(0);
+    for round in 1..=most {
+        for &shard in &experts {
+            let Some(holders) = spread.get_mut(&shard) else { continue };
+            if holders.len() >= round.min(copies(&shard)) {
+                continue;
+            }
+            match loads.lightest(holders) {
+                Some(node) => {
+                    loads.add(node, shard);
+                    holders.push(node);
+                }
+                None if holders.is_empty() => return None,
+                None => {}
+            }
+        }
+    }
+    let moved = loads.part_zones(&mut spread, request.moves_max);
+    loads.level(&mut spread, (request.moves_max - moved).min(experts.len() * most.max(1)));
+    take_turns(&mut spread, site.len());
+    Some(spread)
+}
+
+/// Replicas that each node has room for beside its stage.
+fn slots(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<usize> {
+    let mut slots: Vec<usize> = (0..site.len()).map(|node| site.slots(costs, node, None)).collect();
+    for stage in stages {
+        for &node in &stage.nodes {
+            slots[node] = site.slots(costs, node, Some(&stage.layers));
+        }
+    }
+    slots
+}
+
+/// How many replicas each node should have, relative to the others: such that nodes with a stage and nodes without end
+/// at the same time, both as fast as their experts' rates.
+fn weights(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<f64> {
+    let rate = |node: usize| site.members[node].profile.expert.both();
+    let mut weights: Vec<f64> = (0..site.len()).map(rate).collect();
+    let staged: Vec<usize> = stages.iter().flat_map(|stage| stage.nodes.iter().copied()).collect();
+    if staged.len() == site.len() {
+        return weights;
+    }
+    // All times in seconds of a whole stage group: dense work D takes d seconds of all its nodes, which could do e
+    // expert operations meanwhile. T is when everybody ends.
+    let dense: f64 = stages
+        .iter()
+        .map(|stage| {
+            let together: f64 =
+                stage.nodes.iter().map(|&n| 1.0 / site.lane_seconds(costs, n, &stage.layers)).sum();
+            f64::from(costs.lanes) / together
+        })
+        .fold(0.0, f64::max);
+    let of_staged: f64 = staged.iter().map(|&node| rate(node)).sum();
+    let all: f64 = weights.iter().sum();
+    let end = (3.0 * costs.all_expert_flops() + dense * of_staged) / all;
+    let free = (1.0 - dense / end).max(0.0);
+    for node in staged {
+        weights[node] *= free.max(1e-6);
+    }
+    weights
+}
+
+/// Replicas held by weight, the lightest nodes at hand.
+struct Loads<'a> {
+    site: &'a Site<'a>,
+    weights: Vec<f64>,
+    slots: Vec<usize>,
+    held: Vec<BTreeSet<ShardId>>,
+    /// Nodes with room by zone, keyed by what they would have with one replica more.
+    zones: Vec<BTreeSet<(u64, usize)>>,
+    /// The lightest of each zone.
+    heads: BTreeSet<(u64, usize)>,
+    /// All nodes, keyed by what they have.
+    full: BTreeSet<(u64, usize)>,
+}
+
+impl<'a> Loads<'a> {
+    fn new(site: &'a Site<'a>, weights: Vec<f64>, slots: Vec<usize>) -> Self {
+        let mut loads = Self {
+            site,
+            weights,
+            slots,
+            held: vec![BTreeSet::new(); site.len()],
+            zones: vec![BTreeSet::new(); site.zone_count],
+            heads: BTreeSet::new(),
+            full: BTreeSet::new(),
+        };
+        (0..site.len()).for_each(|node| loads.enter(node));
+        loads
+    }
+
+    /// Held replicas, and so many more, by weight. The bits of positive numbers have their order.
+    fn key(&self, node: usize, more: usize) -> u64 {
+        ((self.held[node].len() + more) as f64 / self.weights[node]).to_bits()
+    }
+
+    fn has_slot(&self, node: usize) -> bool {
+        self.held[node].len() < self.slots[node]
+    }
+
+    fn enter(&mut self, node: usize) {
+        self.full.insert((self.key(node, 0), node));
+        if self.has_slot(node) {
+            self.with_head(node, |zone, entry| _ = zone.insert(entry));
+        }
+    }
+
+    fn leave(&mut self, node: usize) {
+        self.full.remove(&(self.key(node, 0), node));
+        self.with_head(node, |zone, entry| _ = zone.remove(&entry));
+    }
+
+    fn with_head(&mut self, node: usize, change: impl FnOnce(&mut BTreeSet<(u64, usize)>, (u64, usize))) {
+        let entry = (self.key(node, 1), node);
+        let zone = &mut self.zones[self.site.zones[node]];
+        if let Some(head) = zone.first() {
+            self.heads.remove(head);
+        }
+        change(zone, entry);
+        if let Some(head) = zone.first() {
+            self.heads.insert(*head);
+        }
+    }
+
+    fn add(&mut self, node: usize, shard: ShardId) {
+        self.leave(node);
+        self.held[node].insert(shard);
+        self.enter(node);
+    }
+
+    fn take(&mut self, node: usize, shard: ShardId) {
+        self.leave(node);
+        self.held[node].remove(&shard);
+        self.enter(node);
+    }
+
+    /// The node with room that would have least with one replica more, in a zone without one of `holders` if there is any.
+    fn lightest(&self, holders: &[usize]) -> Option<usize> {
+        let known = |zone: usize| holders.iter().any(|&holder| self.site.zones[holder] == zone);
+        let apart = self.heads.iter().find(|(_, node)| !known(self.site.zones[*node]));
+        if let Some(&(_, node)) = apart {
+            return Some(node);
+        }
+        let of_zone =
+            |zone: &BTreeSet<(u64, usize)>| zone.iter().find(|(_, node)| !holders.contains(node)).copied();
+        self.zones.iter().filter_map(of_zone).min().map(|(_, node)| node)
+    }
+
+    fn zones_of(&self, holders: &[usize]) -> usize {
+        holders.iter().map(|&node| self.site.zones[node]).collect::<BTreeSet<_>>().len()
+    }
+
+    /// Replicas that share a zone move to one that has none, as many as may. How many moved.
+    fn part_zones(&mut self, spread: &mut Spread, moves_max: usize) -> usize {
+        let mut moved = 0;
+        for (&shard, holders) in spread.iter_mut() {
+            let possible = holders.len().min(self.site.zone_count);
+            while moved < moves_max && self.zones_of(holders) < possible {
+                let Some(node) = self.lightest(holders) else { break };
+                let mut wider = holders.clone();
+                let shared = (0..holders.len()).rev().find(|&i| {
+                    let zone = self.site.zones[holders[i]];
+                    holders.iter().filter(|&&other| self.site.zones[other] == zone).count() > 1
+                });
+                let Some(place) = shared else { break };
+                wider[place] = node;
+                if self.zones_of(&wider) <= self.zones_of(holders) {
+                    break;
+                }
+                self.take(holders[place], shard);
+                self.add(node, shard);
+                holders[place] = node;
+                moved += 1;
+            }
+        }
+        moved
+    }
+
+    /// Moves replicas from the fullest node to a light one until a move would no longer help, or enough have moved.
+    fn level(&mut self, spread: &mut Spread, moves_max: usize) {
+        for _ in 0..moves_max {
+            let Some(&(load, full)) = self.full.last() else { return };
+            let light = self.heads.iter().take(LIGHTEST).filter(|(after, _)| *after < load);
+            let found = light.filter(|(_, node)| *node != full).find_map(|&(_, light)| {
+                self.held[full]
+                    .iter()
+                    .find(|&shard| self.may_move(&spread[shard], full, light))
+                    .map(|s| (*s, light))
+            });
+            let Some((shard, light)) = found else { return };
+            self.take(full, shard);
+            self.add(light, shard);
+            if let Some(holder) = spread.get_mut(&shard).and_then(|h| h.iter_mut().find(|n| **n == full)) {
+                *holder = light;
+            }
+        }
+    }
+
+    fn may_move(&self, holders: &[usize], from: usize, to: usize) -> bool {
+        if holders.contains(&to) {
+            return false;
+        }
+        let after: Vec<usize> = holders.iter().map(|&node| if node == from { to } else { node }).collect();
+        self.zones_of(&after) >= self.zones_of(holders)
+    }
+}
+
+/// Spreads ownership over the holders: each expert is owned by the holder that owns fewest so far.
+pub(super) fn take_turns(spread: &mut Spread, nodes: usize) {
+    let mut owned = vec![0usize; nodes];
+    for holders in spread.values_mut() {
+        let fewest = (0..holders.len()).min_by_key(|&i| owned[holders[i]]);
+        if let Some(index) = fewest {
+            holders.swap(0, index);
+            owned[holders[0]] += 1;
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! The time of a step under a placement, part by part, and the bytes over each link.
+//!
+//! A step has two parts that do not overlap: lanes on their way forward and back, and then the sums of the gradients with the
+//! update. While lanes run, a node's device, its network and the chain of one lane's layers hide behind each other, and the
+//! longest of them counts; the step is as long as its slowest node makes it. Routing is taken as even.
+
+use super::Member;
+use crate::costs::{Costs, lanes_in_flight};
+use crate::ids::{NodeId, ShardId};
+use crate::placement::{Placement, Stage};
+use crate::tree::Span;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// What one node does in a step. Times are in seconds, sizes in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct NodePart {
+    /// Attention, dense feed-forward, gates and the loss of its lanes.
+    pub dense_s: f64,
+    /// The rows that its experts get.
+    pub expert_s: f64,
+    /// Sums of gradients and the optimizer.
+    pub update_s: f64,
+    /// Rows and residual streams on the wire, in the slower direction.
+    pub network_s: f64,
+    /// Its lanes' layers one after the other, with the round trips between them.
+    pub chain_s: f64,
+    /// Gradients on the wire after the lanes, in the slower direction.
+    pub exchange_s: f64,
+    /// Rows, residual streams and gradients received.
+    pub received_bytes: u64,
+    /// The same, sent.
+    pub sent_bytes: u64,
+    /// Parameters, optimizer state, gradients and activations.
+    pub memory_bytes: u64,
+    /// Replicas of experts.
+    pub experts: usize,
+    /// Lanes that it takes through its stage.
+    pub lanes: usize,
+}
+
+impl NodePart {
+    /// From the first lane's start to the last one's end.
+    #[must_use]
+    pub fn lanes_s(&self) -> f64 {
+        (self.dense_s + self.expert_s).max(self.network_s).max(self.chain_s)
+    }
+}
+
+/// What a placement promises.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Prediction {
+    /// Seconds from one commit to the next.
+    pub step_s: f64,
+    /// Of these, until the last lane is done.
+    pub lanes_s: f64,
+    /// Of these, gradients on the wire, the optimizer and the words of the commit.
+    pub commit_s: f64,
+    /// Tokens per second.
+    pub tokens_per_s: f64,
+    /// The node that the others wait for.
+    pub slowest: Option<NodeId>,
+    /// Each member's part, in the order of the placement's members.
+    #[serde(skip)]
+    pub nodes: Vec<NodePart>,
+}
+
+/// Bytes in and out of one node.
+#[derive(Clone, Copy, Default)]
+struct Traffic {
+    received: f64,
+    sent: f64,
+}
+
+impl Traffic {
+    fn seconds(self, bandwidth: f64) -> f64 {
+        self.received.max(self.sent) / bandwidth
+    }
+}
+
+/// What a placement promises of these nodes.
+#[must_use]
+pub fn predict(placement: &Placement, members: &[Member], costs: &Costs) -> Prediction {
+    let known: BTreeMap<&NodeId, &Member> = members.iter().map(|member| (&member.node, member)).collect();
+    let ordered: Option<Vec<&Member>> =
+        placement.members.iter().map(|node| known.get(node).copied()).collect();
+    // A placement of other nodes promises nothing.
+    let Some(members) = ordered else { return Prediction { step_s: f64::INFINITY, ..Prediction::default() } };
+    let mut count = Count::new(placement, members, costs);
+    count.lanes();
+    count.experts();
+    count.gradients();
+    count.total()
+}
+
+/// A prediction under way. Nodes are their places among the members.
+struct Count<'a> {
+    placement: &'a Placement,
+    members: Vec<&'a Member>,
+    costs: &'a Costs,
+    places: BTreeMap<&'a NodeId, usize>,
+    parts: Vec<NodePart>,
+    rows: Vec<Traffic>,
+    gradients: Vec<Traffic>,
+    /// Bytes that the optimizer and the sums go over.
+    updated: Vec<f64>,
+    /// Share of a lane's rows that leave the node, of those that it drives through MoE layers.
+    away: Vec<f64>,
+}
+
+impl<'a> Count<'a> {
+    fn new(placement: &'a Placement, members: Vec<&'a Member>, costs: &'a Costs) -> Self {
+        let places = placement.members.iter().enumerate().map(|(place, node)| (node, place)).collect();
+        let nodes = members.len();
+        Self {
+            placement,
+            members,
+            costs,
+            places,
+            parts: vec![NodePart::default(); nodes],
+            rows: vec![Traffic::default(); nodes],
+            gradients: vec![Traffic::default(); nodes],
+            updated: vec![0.0; nodes],
+            away: vec![0.0; nodes],
+        }
+    }
+
+    /// The places of a stage's holders, each with its number of lanes.
+    fn runners(&self, stage: &Stage) -> Vec<(usize, f64)> {
+        let mut counts = vec![0u32; stage.holders.len()];
+        stage.lanes.iter().for_each(|&holder| counts[holder as usize] += 1);
+        stage.holders.iter().map(|node| self.places[node]).zip(counts.into_iter().map(f64::from)).collect()
+    }
+
+    /// The dense work, what is held for it, and residual streams from stage to stage.
+    fn lanes(&mut self) {
+        for (number, stage) in self.placement.stages.iter().enumerate() {
+            let flops = self.costs.lane_flops(stage.layers.clone());
+            for (place, lanes) in self.runners(stage) {
+                let profile = &self.members[place].profile;
+                let part = &mut self.parts[place];
+                part.dense_s += profile.dense.seconds(flops * lanes);
+                part.lanes += lanes as usize;
+                part.memory_bytes +=
+                    self.costs.stage_bytes(stage.layers.clone(), lanes_in_flight(profile.threads));
+            }
+            if number == 0 {
+                continue;
+            }
+            // To the stage and back to who drives the lane, in both passes.
+            let wire = 2.0 * self.costs.lane_wire as f64;
+            for (lane, &runner) in stage.lanes.iter().enumerate() {
+                let Some(driver) = self.placement.stages[0].runner(lane as u32) else { continue };
+                let (there, here) = (self.places[&stage.holders[runner as usize]], self.places[driver]);
+                if there != here {
+                    for place in [there, here] {
+                        self.rows[place].received += wire;
+                        self.rows[place].sent += wire;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The experts' work and the rows on the wire, both passes.
+    fn experts(&mut self) {
+        let group = f64::from(self.costs.lane_group.max(1));
+        for stage in &self.placement.stages {
+            let runners: BTreeMap<usize, f64> = self.runners(stage).into_iter().collect();
+            let mut own_rows = 0.0;
+            let mut kept: BTreeMap<usize, f64> = BTreeMap::new();
+            let first = ShardId::Expert { layer: stage.layers.start, expert: 0 };
+            let last = ShardId::Expert { layer: stage.layers.end, expert: 0 };
+            for (_, holders) in self.placement.experts.range(first..last) {
+                let rows_per_lane = self.costs.rows_per_lane() / self.costs.experts.max(1) as f64;
+                own_rows += rows_per_lane;
+                // Groups of lanes are served where they run if they can be; the others are shared evenly.
+                let places: Vec<usize> = holders.iter().map(|node| self.places[node]).collect();
+                let local: Vec<f64> = places.iter().map(|p| runners.get(p).copied().unwrap_or(0.0)).collect();
+                let others = f64::from(self.costs.lanes) - local.iter().sum::<f64>();
+                for (&place, local) in places.iter().zip(local) {
+                    let remote = others.max(0.0) / places.len() as f64;
+                    let rows = (local + remote) * rows_per_lane;
+                    let profile = &self.members[place].profile;
+                    let wire = 2.0 * remote * rows_per_lane * self.costs.row_wire as f64;
+                    self.rows[place].received += wire;
+                    self.rows[place].sent += wire;
+                    *kept.entry(place).or_default() += local * rows_per_lane;
+                    let part = &mut self.parts[place];
+                    part.expert_s += profile.expert.seconds(rows * self.costs.expert_flops);
+                    part.experts += 1;
+                    part.memory_bytes += self.costs.expert_bytes;
+                    let leaves = (local + remote) / group;
+                    self.updated[place] += (1.0 + leaves) * self.costs.expert_wire as f64;
+                }
+            }
+            for (&place, &lanes) in &runners {
+                let all = lanes * own_rows;
+                let gone = (all - kept.get(&place).copied().unwrap_or(0.0)).max(0.0);
+                let wire = 2.0 * gone * self.costs.row_wire as f64;
+                self.rows[place].sent += wire;
+                self.rows[place].received += wire;
+                self.away[place] += if all > 0.0 { gone / all } else { 0.0 };
+            }
+        }
+    }
+
+    /// Sums for the owners and roots from them; every holder applies.
+    fn gradients(&mut self) {
+        for stage in &self.placement.stages {
+            let runners = self.runners(stage);
+            let (mut sums, mut first) = (Vec::new(), 0);
+            for &(_, lanes) in &runners {
+                sums.push(f64::from(Span::parts_of_run(self.costs.lanes, first..first + lanes as u32)));
+                first += lanes as u32;
+            }
+            let all: f64 = sums.iter().sum();
+            for layer in stage.layers.clone() {
+                let owner = self.placement.owner(ShardId::Dense { layer }).map(|node| self.places[node]);
+                let wire = self.costs.dense_wire[usize::from(layer)] as f64;
+                for (&(place, lanes), sums) in runners.iter().zip(&sums) {
+                    // The owner gets the others' sums and sends them the root.
+                    let (sent, received) = match owner == Some(place) {
+                        true => (runners.len() as f64 - 1.0, all - sums),
+                        false => (*sums, 1.0),
+                    };
+                    self.gradients[place].sent += wire * sent;
+                    self.gradients[place].received += wire * received;
+                    self.updated[place] += wire * (1.0 + lanes);
+                }
+            }
+        }
+        let leaves = self.costs.lanes.div_ceil(self.costs.lane_group.max(1));
+        for (shard, holders) in self.placement.experts.iter().filter(|(_, holders)| holders.len() > 1) {
+            let wire = self.costs.expert_wire as f64;
+            let mut parts: BTreeMap<&NodeId, u32> = BTreeMap::new();
+            // Leaves that run together are one sum; what is shared by turns goes leaf by leaf.
+            let mut last = None;
+            for leaf in 0..leaves {
+                let home = self.placement.home(*shard, leaf);
+                if home != last {
+                    home.into_iter().for_each(|home| *parts.entry(home).or_default() += 1);
+                }
+                last = home;
+            }
+            let sums: u32 = parts.values().sum();
+            for (i, node) in holders.iter().enumerate() {
+                let place = self.places[node];
+                let own = parts.get(node).copied().unwrap_or(0);
+                let others = holders.len() as f64 - 1.0;
+                let (sent, received) =
+                    if i == 0 { (others, f64::from(sums - own)) } else { (f64::from(own), 1.0) };
+                self.gradients[place].sent += wire * sent;
+                self.gradients[place].received += wire * received;
+            }
+        }
+    }
+
+    fn total(mut self) -> Prediction {
+        let slowest_trip = self.members.iter().map(|m| m.profile.round_trip_s).fold(0.0, f64::max);
+        let chain = self.chain_of_one_lane();
+        let (mut lanes_s, mut commit_s, mut slowest) = (0.0, 0.0f64, None);
+        for (place, member) in self.members.iter().enumerate() {
+            let (profile, part) = (&member.profile, &mut self.parts[place]);
+            let (rows, gradients) = (self.rows[place], self.gradients[place]);
+            let handling = profile.network_s_per_byte / profile.threads as f64;
+            part.network_s = rows.seconds(profile.bandwidth);
+            part.exchange_s =
+                gradients.seconds(profile.bandwidth) + (gradients.sent + gradients.received) * handling;
+            part.update_s = self.updated[place] / profile.update_bytes_per_s;
+            // What the network takes of the processors, the lanes do not get.
+            part.dense_s += (rows.sent + rows.received) * handling;
+            if let Some(stage) = self.placement.stages.first() {
+                let driven = stage.lanes_of(&member.node).len();
+                part.chain_s = chain * driven.div_ceil(lanes_in_flight(profile.threads)) as f64;
+            }
+            part.received_bytes = (rows.received + gradients.received) as u64;
+            part.sent_bytes = (rows.sent + gradients.sent) as u64;
+            if part.lanes_s() > lanes_s || slowest.is_none() {
+                (lanes_s, slowest) = (part.lanes_s(), Some(member.node.clone()));
+            }
+            commit_s = commit_s.max(part.exchange_s + part.update_s);
+        }
+        // Sums to the owners and roots back, and what is prepared and committed: three ways there and back.
+        let commit_s = commit_s + 3.0 * slowest_trip;
+        let step_s = lanes_s + commit_s;
+        let tokens = f64::from(self.costs.lanes) * self.costs.tokens_per_lane as f64;
+        Prediction { step_s, lanes_s, commit_s, tokens_per_s: tokens / step_s, slowest, nodes: self.parts }
+    }
+
+    /// Seconds of one lane that has all nodes to itself, as the slowest of each stage would take it.
+    fn chain_of_one_lane(&self) -> f64 {
+        let mut seconds = 0.0;
+        for (number, stage) in self.placement.stages.iter().enumerate() {
+            let flops = self.costs.lane_flops(stage.layers.clone());
+            let moe =
+                self.costs.moe_layers.iter().filter(|layer| stage.layers.contains(layer)).count() as f64;
+            let rows = self.costs.rows_per_lane();
+            let of = |(place, lanes): (usize, f64)| {
+                if lanes == 0.0 {
+                    return 0.0;
+                }
+                let profile = &self.members[place].profile;
+                // A lane's dense calls run on one thread, its experts on all.
+                let dense = profile.dense.seconds(flops) * profile.threads as f64;
+                let experts = profile.expert.seconds(rows * moe * self.costs.expert_flops);
+                let away = self.away[place];
+                let trips = if away > 0.0 { 2.0 * moe * profile.round_trip_s } else { 0.0 };
+                let wire = 4.0 * moe * rows * away * self.costs.row_wire as f64 / profile.bandwidth;
+                let hop = if number > 0 {
+                    2.0 * (profile.round_trip_s + 2.0 * self.costs.lane_wire as f64 / profile.bandwidth)
+                } else {
+                    0.0
+                };
+                dense + experts + trips + wire + hop
+            };
+            seconds += self.runners(stage).into_iter().map(of).fold(0.0, f64::max);
+        }
+        seconds
+    }
+}
+
+/// Bytes of a step over each link, sender first: rows, residual streams and gradients, leaf by leaf.
+#[must_use]
+pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId), u64> {
+    let mut bytes: BTreeMap<(NodeId, NodeId), u64> = BTreeMap::new();
+    let mut add = |from: &NodeId, to: &NodeId, amount: u64| {
+        if from != to {
+            *bytes.entry((from.clone(), to.clone())).or_default() += amount;
+        }
+    };
+    let rows = (costs.rows_per_lane() / costs.experts.max(1) as f64 * costs.row_wire as f64) as u64;
+    for &shard in placement.experts.keys() {
+        let ShardId::Expert { layer, .. } = shard else { continue };
+        for leaf in 0..placement.leaves(shard) {
+            let Some(server) = placement.home(shard, leaf) else { continue };
+            for lane in placement.group_lanes(leaf) {
+                if let Some(runner) = placement.stage_of(layer).and_then(|stage| stage.runner(lane)) {
+                    add(runner, server, 2 * rows);
+                    add(server, runner, 2 * rows);
+                }
+            }
+        }
+    }
+    let Some(first) = placement.stages.first() else { return bytes };
+    for stage in &placement.stages[1..] {
+        for lane in 0..placement.lanes() {
+            if let (Some(driver), Some(runner)) = (first.runner(lane), stage.runner(lane)) {
+                add(driver, runner, 2 * costs.lane_wire);
+                add(runner, driver, 2 * costs.lane_wire);
+            }
+        }
+    }
+    let layers =
+        (0..costs.layers()).map(|layer| (ShardId::Dense { layer }, costs.dense_wire[usize::from(layer)]));
+    let experts = placement.experts.keys().map(|&shard| (shard, costs.expert_wire));
+    for (shard, wire) in layers.chain(experts) {
+        let holders = placement.holders(shard);
+        let Some((owner, others)) = holders.split_first() else { continue };
+        let leaves = placement.leaves(shard);
+        let mut sums: BTreeMap<&NodeId, Vec<u32>> = BTreeMap::new();
+        for leaf in 0..leaves {
+            if let Some(home) = placement.home(shard, leaf) {
+                sums.entry(home).or_default().push(leaf);
+            }
+        }
+        for (home, own) in sums {
+            let parts = Span::fragments(leaves, |leaf| own.binary_search(&leaf).is_ok()).len() as u64;
+            add(home, owner, parts * wire);
+        }
+        others.iter().for_each(|other| add(owner, other, wire));
+    }
+    bytes
+}

@@ -1,0 +1,91 @@
+//! The nodes as the planner sees them, numbered in the order of their names.
+
+use super::Member;
+use crate::costs::{Costs, lanes_in_flight};
+use crate::ids::NodeId;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+/// The nodes of a plan. Elsewhere a node is its place in here.
+#[derive(Debug)]
+pub(super) struct Site<'a> {
+    pub(super) members: Vec<&'a Member>,
+    /// The number of each node's zone.
+    pub(super) zones: Vec<usize>,
+    pub(super) zone_count: usize,
+    memory: Vec<u64>,
+    places: BTreeMap<&'a NodeId, usize>,
+}
+
+impl<'a> Site<'a> {
+    pub(super) fn new(members: &'a [Member]) -> Self {
+        let mut members: Vec<&Member> = members.iter().collect();
+        members.sort_by(|a, b| a.node.cmp(&b.node));
+        let mut names: BTreeMap<&str, usize> = BTreeMap::new();
+        let zones: Vec<usize> = members
+            .iter()
+            .map(|member| {
+                let next = names.len();
+                *names.entry(&member.profile.zone).or_insert(next)
+            })
+            .collect();
+        Self {
+            zone_count: names.len(),
+            zones,
+            memory: members.iter().map(|member| member.profile.memory_bytes).collect(),
+            places: members.iter().enumerate().map(|(place, member)| (&member.node, place)).collect(),
+            members,
+        }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    pub(super) fn name(&self, place: usize) -> &NodeId {
+        &self.members[place].node
+    }
+
+    pub(super) fn place(&self, node: &NodeId) -> Option<usize> {
+        self.places.get(node).copied()
+    }
+
+    pub(super) fn names(&self, places: &[usize]) -> Vec<NodeId> {
+        places.iter().map(|&place| self.name(place).clone()).collect()
+    }
+
+    /// What a node has in memory for the dense parts of some layers.
+    pub(super) fn stage_bytes(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> u64 {
+        costs.stage_bytes(layers.clone(), lanes_in_flight(self.members[place].profile.threads))
+    }
+
+    pub(super) fn has_room(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> bool {
+        self.stage_bytes(costs, place, layers) <= self.memory[place]
+    }
+
+    /// Experts that fit beside the dense parts of some layers.
+    pub(super) fn slots(&self, costs: &Costs, place: usize, layers: Option<&Range<u16>>) -> usize {
+        if self.memory[place] == u64::MAX || costs.expert_bytes == 0 {
+            return usize::MAX;
+        }
+        let dense = layers.map_or(0, |layers| self.stage_bytes(costs, place, layers));
+        usize::try_from(self.memory[place].saturating_sub(dense) / costs.expert_bytes).unwrap_or(usize::MAX)
+    }
+
+    /// By how much all memory together falls short of one copy of everything.
+    pub(super) fn short_bytes(&self, costs: &Costs, experts: usize) -> u64 {
+        let wanted = costs.stage_bytes(0..costs.layers(), lanes_in_flight(1)) as u128
+            + costs.expert_bytes as u128 * experts as u128;
+        let there: u128 = self.memory.iter().map(|&bytes| u128::from(bytes)).sum();
+        u64::try_from(wanted.saturating_sub(there)).unwrap_or(u64::MAX)
+    }
+
+    pub(super) fn ignore_memory(&mut self) {
+        self.memory.fill(u64::MAX);
+    }
+
+    /// Seconds that a node needs for a lane's dense part in some layers.
+    pub(super) fn lane_seconds(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> f64 {
+        self.members[place].profile.dense.seconds(costs.lane_flops(layers.clone()))
+    }
+}

@@ -1,0 +1,152 @@
+//! Cutting the layers into stages, and giving nodes their stages.
+
+use super::site::Site;
+use super::{Request, STAGES_WORTH_IT};
+use crate::costs::Costs;
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+/// The nodes of one stage, in the order of their names.
+#[derive(Clone, Debug)]
+pub(super) struct Staged {
+    pub(super) layers: Range<u16>,
+    pub(super) nodes: Vec<usize>,
+}
+
+/// The numbers of stages to try: the present one first, then every power of two, then one layer each.
+pub(super) fn counts(costs: &Costs, present: usize) -> Vec<usize> {
+    let layers = usize::from(costs.layers()).max(1);
+    let powers = std::iter::successors(Some(1usize), |n| n.checked_mul(2)).take_while(|&n| n < layers);
+    let mut counts = vec![present.min(layers)];
+    for count in powers.chain([layers]) {
+        if !counts.contains(&count) {
+            counts.push(count);
+        }
+    }
+    counts
+}
+
+/// Layers in `count` runs with about the same operations in each.
+pub(super) fn cut(costs: &Costs, count: usize) -> Vec<Range<u16>> {
+    let total: f64 = costs.dense_flops.iter().sum();
+    let layers = costs.layers();
+    let mut cuts = vec![0u16];
+    let mut sum = 0.0;
+    for layer in 0..layers {
+        sum += costs.dense_flops[usize::from(layer)];
+        let (made, left) = (cuts.len(), layers - layer - 1);
+        // Enough layers must stay for the other stages, one each.
+        let must = usize::from(left) == count.saturating_sub(made);
+        let may = made < count && sum >= total * made as f64 / count as f64;
+        if made < count && (must || may) {
+            cuts.push(layer + 1);
+        }
+    }
+    cuts.push(layers);
+    cuts.windows(2).map(|pair| pair[0]..pair[1]).filter(|layers| !layers.is_empty()).collect()
+}
+
+/// The stages with their nodes; `None` when some stage fits no node.
+pub(super) fn assign(
+    site: &Site<'_>,
+    costs: &Costs,
+    request: &Request<'_>,
+    count: usize,
+) -> Option<Vec<Staged>> {
+    let same_cut = request.previous.filter(|placement| placement.stages.len() == count);
+    let cuts = match same_cut {
+        Some(placement) => placement.stages.iter().map(|stage| stage.layers.clone()).collect(),
+        None => cut(costs, count),
+    };
+    if let [layers] = cuts.as_slice() {
+        let nodes: Vec<usize> = (0..site.len()).filter(|&n| site.has_room(costs, n, layers)).collect();
+        return (!nodes.is_empty()).then(|| vec![Staged { layers: layers.clone(), nodes }]);
+    }
+    let mut groups = Groups::new(site, costs, &cuts);
+    if let Some(placement) = same_cut {
+        groups.keep(placement);
+    }
+    groups.fill();
+    if groups.is_lopsided() {
+        groups = Groups::new(site, costs, &cuts);
+        groups.fill();
+    }
+    groups.finish()
+}
+
+/// Stages that are being filled.
+struct Groups<'a> {
+    site: &'a Site<'a>,
+    costs: &'a Costs,
+    cuts: &'a [Range<u16>],
+    /// Lanes per second of all nodes of a stage.
+    load: Vec<f64>,
+    nodes: Vec<Vec<usize>>,
+    zones: Vec<BTreeSet<usize>>,
+    stage: Vec<Option<usize>>,
+}
+
+impl<'a> Groups<'a> {
+    fn new(site: &'a Site<'a>, costs: &'a Costs, cuts: &'a [Range<u16>]) -> Self {
+        let (nodes, zones) = (vec![Vec::new(); cuts.len()], vec![BTreeSet::new(); cuts.len()]);
+        Self { site, costs, cuts, load: vec![0.0; cuts.len()], nodes, zones, stage: vec![None; site.len()] }
+    }
+
+    /// Lanes per second that a node adds to a stage.
+    fn share(&self, node: usize, stage: usize) -> f64 {
+        1.0 / self.site.lane_seconds(self.costs, node, &self.cuts[stage])
+    }
+
+    fn put(&mut self, node: usize, stage: usize) {
+        self.load[stage] += self.share(node, stage);
+        self.nodes[stage].push(node);
+        self.zones[stage].insert(self.site.zones[node]);
+        self.stage[node] = Some(stage);
+    }
+
+    /// Nodes keep the stages that they have.
+    fn keep(&mut self, placement: &crate::placement::Placement) {
+        for (number, stage) in placement.stages.iter().enumerate() {
+            for node in stage.holders.iter().filter_map(|node| self.site.place(node)) {
+                if self.stage[node].is_none() && self.site.has_room(self.costs, node, &self.cuts[number]) {
+                    self.put(node, number);
+                }
+            }
+        }
+    }
+
+    /// Every other node gets the stage that does least so far, of those for which it has room; the fastest nodes
+    /// first. Of stages that are a node apart, one without the node's zone comes first.
+    fn fill(&mut self) {
+        let rate = |n: usize| self.site.members[n].profile.dense.both();
+        let mut order: Vec<usize> = (0..self.site.len()).filter(|&n| self.stage[n].is_none()).collect();
+        order.sort_by(|&a, &b| rate(b).total_cmp(&rate(a)).then(a.cmp(&b)));
+        for node in order {
+            let room: Vec<usize> = (0..self.cuts.len())
+                .filter(|&stage| self.site.has_room(self.costs, node, &self.cuts[stage]))
+                .collect();
+            let least = room.iter().map(|&stage| self.load[stage]).fold(f64::INFINITY, f64::min);
+            let near = room.into_iter().filter(|&s| self.load[s] <= least + self.share(node, s));
+            let known = |stage: usize| self.zones[stage].contains(&self.site.zones[node]);
+            let best =
+                near.min_by(|&a, &b| known(a).cmp(&known(b)).then(self.load[a].total_cmp(&self.load[b])));
+            if let Some(stage) = best {
+                self.put(node, stage);
+            }
+        }
+    }
+
+    fn is_lopsided(&self) -> bool {
+        let most = self.load.iter().copied().fold(0.0, f64::max);
+        let least = self.load.iter().copied().fold(f64::INFINITY, f64::min);
+        least < STAGES_WORTH_IT * STAGES_WORTH_IT * most
+    }
+
+    fn finish(self) -> Option<Vec<Staged>> {
+        let sorted = |(layers, mut nodes): (&Range<u16>, Vec<usize>)| {
+            nodes.sort_unstable();
+            (!nodes.is_empty()).then(|| Staged { layers: layers.clone(), nodes })
+        };
+        self.cuts.iter().zip(self.nodes).map(sorted).collect()
+    }
+}

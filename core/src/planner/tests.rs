@@ -1,0 +1,265 @@
+//! What the planner promises, against every way there is where that can be counted.
+
+use super::*;
+use crate::architecture::presets;
+use proptest::prelude::*;
+use std::collections::BTreeSet;
+
+fn small(experts: usize) -> Architecture {
+    let mut a = presets().swap_remove(1).architecture;
+    (a.layers, a.experts) = (4, experts);
+    a
+}
+
+fn members(capacities: &[f64]) -> Vec<Member> {
+    let member = |(i, &capacity): (usize, &f64)| Member {
+        node: NodeId::new(format!("node-{i}")),
+        profile: Profile::relative(capacity),
+    };
+    capacities.iter().enumerate().map(member).collect()
+}
+
+fn training() -> TrainingOptions {
+    TrainingOptions {
+        steps: 1,
+        lanes: 12,
+        lane_group: 4,
+        sequences_per_lane: 2,
+        sequence_length: 64,
+        optimizer: Default::default(),
+        schedule: Default::default(),
+        clip_norm: None,
+        aux_loss: 0.01,
+        z_loss: 0.0,
+    }
+}
+
+fn whole_plan(members: &[Member], experts: usize, replication: usize, previous: Option<&Placement>) -> Plan {
+    super::plan(&Request {
+        epoch: 1,
+        members,
+        architecture: &small(experts),
+        training: &training(),
+        replication,
+        hot: &BTreeMap::new(),
+        moves_max: usize::MAX,
+        previous,
+    })
+}
+
+fn plan(members: &[Member], experts: usize, replication: usize, previous: Option<&Placement>) -> Placement {
+    whole_plan(members, experts, replication, previous).placement
+}
+
+proptest! {
+    #[test]
+    fn every_shard_has_its_copies_and_every_lane_its_runner(
+        capacities in proptest::collection::vec(0.1f64..4.0, 1..7), experts in 2usize..20, replication in 1usize..4,
+    ) {
+        let members = members(&capacities);
+        let placement = plan(&members, experts, replication, None);
+        prop_assert_eq!(placement.lanes(), 12);
+        for (shard, holders) in &placement.experts {
+            prop_assert_eq!(holders.len(), replication.min(members.len()));
+            let distinct: BTreeSet<_> = holders.iter().collect();
+            prop_assert_eq!(distinct.len(), holders.len());
+            for leaf in 0..placement.leaves(*shard) {
+                prop_assert!(holders.contains(placement.home(*shard, leaf).expect("a home")));
+            }
+        }
+        for shard in small(experts).shards() {
+            let covered: u32 = placement.members.iter()
+                .flat_map(|node| placement.fragments(shard, node)).map(|span| span.end - span.start).sum();
+            prop_assert_eq!(covered, placement.leaves(shard));
+        }
+    }
+
+    /// A node that joins takes only its share, and one that leaves disturbs only what it held.
+    #[test]
+    fn little_moves_when_one_node_comes_or_goes(nodes in 2usize..6, experts in 8usize..24) {
+        let capacities = vec![1.0; nodes + 1];
+        let all = members(&capacities);
+        let before = plan(&all[..nodes], experts, 2, None);
+        let after = plan(&all, experts, 2, Some(&before));
+        let moved = after.experts.iter().map(|(s, h)| h.iter().filter(|n| !before.experts[s].contains(n)).count()).sum::<usize>();
+        let share = (after.experts.len() * 2).div_ceil(nodes + 1);
+        prop_assert!(moved <= share, "moved {} of a share of {}", moved, share);
+    }
+}
+
+/// Against every way of sharing 12 lanes among three nodes that are busy with their experts first.
+#[test]
+fn lanes_follow_speed_in_contiguous_runs() {
+    for busy in [[0.0, 0.0, 0.0], [0.5, 0.0, 3.0]] {
+        for speeds in [[4.0, 2.0, 1.0], [1.0, 1.0, 1.0], [9.0, 1.0, 0.2], [0.7, 1.3, 1.1]] {
+            let seconds: Vec<(f64, f64)> = busy.iter().zip(speeds).map(|(&b, s)| (b, 1.0 / s)).collect();
+            let slowest = |counts: [u32; 3]| {
+                let end = |(n, &count): (usize, &u32)| seconds[n].0 + seconds[n].1 * f64::from(count);
+                counts.iter().enumerate().map(end).fold(0.0, f64::max)
+            };
+            let counts = lanes::share(&seconds, 12);
+            let splits = (0..=12).flat_map(|a| (0..=12 - a).map(move |b| [a, b, 12 - a - b]));
+            let best = splits.map(slowest).fold(f64::INFINITY, f64::min);
+            assert_eq!(slowest([counts[0], counts[1], counts[2]]), best, "{counts:?} for {seconds:?}");
+            assert!(lanes::runs(&counts).is_sorted());
+        }
+    }
+}
+
+/// Nodes of `count` in each of `zones` with memory for so much of the model.
+fn site(count: usize, zones: usize, memory_bytes: u64) -> Vec<Member> {
+    let node = |i: usize| {
+        let zone = format!("zone-{}", i % zones);
+        let profile = Profile { memory_bytes, zone, ..Profile::relative(1.0) };
+        Member { node: NodeId::new(format!("node-{i}")), profile }
+    };
+    (0..count).map(node).collect()
+}
+
+fn zones_of<'a>(holders: &[NodeId], members: &'a [Member]) -> BTreeSet<&'a str> {
+    let zone = |node| members.iter().find(|m| &m.node == node).map_or("", |m| m.profile.zone.as_str());
+    holders.iter().map(zone).collect()
+}
+
+proptest! {
+    /// Whatever was placed before, and whoever has come or gone since.
+    #[test]
+    fn replicas_never_share_a_zone_while_another_choice_exists(
+        nodes in 2usize..12, zones in 1usize..5, gone in 0usize..3, replication in 1usize..4,
+    ) {
+        let all = site(nodes + gone, zones, u64::MAX);
+        let before = plan(&all, 6, replication, None);
+        let left = &all[gone..];
+        for (members, placement) in [(&all[..], before.clone()), (left, plan(left, 6, replication, Some(&before)))] {
+            let present: BTreeSet<&str> = members.iter().map(|m| m.profile.zone.as_str()).collect();
+            for (shard, holders) in &placement.experts {
+                let possible = holders.len().min(present.len());
+                prop_assert_eq!(zones_of(holders, members).len(), possible, "{} on {:?}", shard, holders);
+            }
+        }
+    }
+
+    /// Nobody holds more than its memory, and everything is held.
+    #[test]
+    fn a_plan_that_fits_keeps_every_node_within_its_memory(
+        sizes in proptest::collection::vec(0.05f64..1.2, 2..10), experts in 2usize..12,
+    ) {
+        let costs = Costs::new(&small(experts), &training());
+        let whole = costs.stage_bytes(0..costs.layers(), 2) + costs.expert_bytes * 2 * experts as u64;
+        let mut members = site(sizes.len(), 2, 0);
+        for (member, size) in members.iter_mut().zip(&sizes) {
+            member.profile.memory_bytes = (whole as f64 * size) as u64;
+        }
+        let plan = whole_plan(&members, experts, 2, None);
+        if plan.short_bytes == 0 {
+            for (member, part) in members.iter().zip(&plan.prediction.nodes) {
+                prop_assert!(part.memory_bytes <= member.profile.memory_bytes, "{:?} on {:?}", part, member);
+            }
+        }
+        for shard in small(experts).shards() {
+            prop_assert!(!plan.placement.holders(shard).is_empty());
+            let covered: u32 = plan.placement.members.iter()
+                .flat_map(|node| plan.placement.fragments(shard, node)).map(|span| span.end - span.start).sum();
+            prop_assert_eq!(covered, plan.placement.leaves(shard));
+        }
+    }
+}
+
+#[test]
+fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_all() {
+    let costs = Costs::new(&small(8), &training());
+    let dense = costs.stage_bytes(0..costs.layers(), 2);
+    let members = site(8, 2, dense * 7 / 10);
+    let plan = whole_plan(&members, 8, 2, None);
+    let placement = &plan.placement;
+    assert_eq!(plan.short_bytes, 0);
+    assert!(placement.stages.len() > 1, "{:?}", placement.stages);
+    for (stage, next) in placement.stages.iter().zip(&placement.stages[1..]) {
+        assert_eq!(stage.layers.end, next.layers.start);
+    }
+    for stage in &placement.stages {
+        assert_eq!(zones_of(&stage.holders, &members).len(), 2, "both zones: {:?}", stage.holders);
+        assert_eq!(stage.lanes.len(), 12);
+    }
+    assert!(placement.experts.values().all(|holders| holders.len() == 2));
+    // What is kept is kept: one node more moves no layer of the others.
+    let more = site(9, 2, dense * 7 / 10);
+    let after = whole_plan(&more, 8, 2, Some(placement)).placement;
+    for (stage, now) in placement.stages.iter().zip(&after.stages) {
+        assert!(stage.holders.iter().all(|node| now.holds(node)), "{stage:?} became {now:?}");
+    }
+}
+
+#[test]
+fn a_node_without_room_for_layers_hosts_experts_and_drives_no_lane() {
+    let costs = Costs::new(&small(8), &training());
+    let mut members = site(3, 1, u64::MAX);
+    members[1].profile.memory_bytes = costs.expert_bytes * 5;
+    let placement = plan(&members, 8, 1, None);
+    let node = &members[1].node;
+    assert_eq!(placement.stages.len(), 1);
+    assert!(placement.lanes_of(node).is_empty() && !placement.stages[0].holds(node));
+    let hosted = placement.experts.values().filter(|holders| holders.contains(node)).count();
+    assert_eq!(hosted, 5);
+}
+
+#[test]
+fn what_fits_nowhere_is_said_with_the_bytes_that_are_missing() {
+    let costs = Costs::new(&small(8), &training());
+    let plan = whole_plan(&site(2, 1, costs.expert_bytes), 8, 1, None);
+    assert!(plan.short_bytes > costs.stage_bytes(0..costs.layers(), 2) - costs.expert_bytes);
+    assert_eq!(plan.placement.lanes(), 12, "a placement is made all the same");
+}
+
+/// Totals per node, which are counted by formula, against the links, which are counted leaf by leaf.
+#[test]
+fn bytes_per_node_are_those_of_its_links() {
+    for (nodes, memory) in [(1, u64::MAX), (2, u64::MAX), (3, u64::MAX), (6, 0)] {
+        let costs = Costs::new(&small(6), &training());
+        let dense = costs.stage_bytes(0..costs.layers(), 2);
+        let members = site(nodes, 1, if memory == 0 { dense * 3 / 4 } else { memory });
+        let plan = whole_plan(&members, 6, 1, None);
+        let links = links(&plan.placement, &costs);
+        for (node, part) in plan.placement.members.iter().zip(&plan.prediction.nodes) {
+            let sent: u64 = links.iter().filter(|((from, _), _)| from == node).map(|(_, bytes)| bytes).sum();
+            let off = (sent as f64 - part.sent_bytes as f64).abs() / (sent.max(1) as f64);
+            // A node that is not one subtree sends its sums in several parts: these the formula leaves out.
+            assert!(off < 0.25, "{node} of {nodes} sends {sent}, and {} by the formula", part.sent_bytes);
+        }
+    }
+}
+
+#[test]
+fn survivors_keep_what_they_hold_and_share_the_lanes() {
+    let members = members(&[1.0, 1.0, 1.0]);
+    let before = plan(&members, 8, 2, None);
+    let mut holders: BTreeMap<ShardId, BTreeSet<NodeId>> = BTreeMap::new();
+    for shard in small(8).shards() {
+        let alive = before.holders(shard).into_iter().filter(|node| node != &members[1].node);
+        holders.insert(shard, alive.collect());
+    }
+    let left: Vec<Member> = members.iter().filter(|m| m.node != members[1].node).cloned().collect();
+    let request = Request {
+        epoch: 2,
+        members: &left,
+        architecture: &small(8),
+        training: &training(),
+        replication: 2,
+        hot: &BTreeMap::new(),
+        moves_max: 0,
+        previous: None,
+    };
+    let after = of_survivors(&request, &holders, &before);
+    assert_eq!(after.members.len(), 2);
+    assert_eq!(after.lanes(), 12);
+    for (shard, held) in &after.experts {
+        assert!(
+            !held.is_empty() && held.iter().all(|node| holders[shard].contains(node)),
+            "{shard}: {held:?}"
+        );
+    }
+    // A supervisor that comes back knows no placement, and finds the same from what is held.
+    let found = of_survivors(&request, &holders, &Placement::default());
+    assert_eq!(found.stages[0].holders, after.stages[0].holders);
+    assert_eq!(found.stages.len(), 1);
+}
