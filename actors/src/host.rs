@@ -6,6 +6,7 @@ use crate::inbound;
 use crate::limits::{
     DIAL_MAX, DIAL_PAUSE, IDLE_MS, LINKS_EVERY, SPAN_BATCHES_AHEAD, SPANS_PER_WORD, WELCOME_MAX,
 };
+use crate::measure;
 use crate::node::{Connection, NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
 use crate::peers::Peers;
@@ -22,6 +23,7 @@ use tokio::sync::{mpsc, oneshot};
 use volary_core::NodeId;
 use volary_core::compute::{Compute, Computed};
 use volary_core::messages::{Held, ToNode};
+use volary_core::profile::Profile;
 use volary_telemetry::metrics::NodeMetrics;
 use volary_telemetry::{Pipeline, SpanRecord};
 use volary_transport::canary::CanaryHeld;
@@ -60,6 +62,9 @@ impl Error {
 /// The result of starting a process.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Seconds of a processor per byte on the wire: encryption, checksums and copies, as measured on loopback.
+const NETWORK_S_PER_BYTE: f64 = 1.3e-9;
+
 /// What a node is told.
 #[derive(Debug)]
 pub struct NodeOptions {
@@ -75,10 +80,10 @@ pub struct NodeOptions {
     pub device: String,
     /// Threads of its device executor.
     pub threads: usize,
-    /// How much it does in a second, relative to the others.
-    pub capacity: f64,
     /// Memory that it may use, in bytes.
     pub memory_bytes: u64,
+    /// What fails together with it; empty when that is not known.
+    pub zone: String,
     /// Called on every thread of the executor before its first computation.
     pub prepare_thread: fn(),
     /// What this node measures, for whoever scrapes it.
@@ -113,7 +118,7 @@ pub async fn run_node<B: Compute>(
         }
         None => Endpoint::bind(listen, identity, Admit::Certified, &transport)?,
     };
-    let mut way = Way { instance: rand_instance(), endpoint, options };
+    let mut way = Way { instance: rand_instance(), endpoint, options, profile: None };
     let first = way.connect(Held::default(), Instant::now() + DIAL_MAX).await?;
     let run = first.run.clone();
     tracing::info!(node = %name, run = run.run, device = way.options.device, "joined");
@@ -122,7 +127,7 @@ pub async fn run_node<B: Compute>(
         .map_err(|error| Error::Start(format!("the device's threads do not start: {error}")))?;
     let peers = Peers::new(way.endpoint.clone());
     let (pipeline, mut spans) = start_telemetry(&run, &name, &way.options.device)?;
-    let shape = (run.architecture.clone(), run.training.tokens_per_lane());
+    let shape = (&run.architecture, &run.training);
     let observed = (pipeline.tracer(), Arc::clone(&way.options.metrics));
     let node = Arc::new(NodeContext::new(name, shape, executor, peers, observed));
     look_before_scrapes(&node, &pipeline);
@@ -135,7 +140,11 @@ pub async fn run_node<B: Compute>(
     if let Some((interference, orders)) = way.options.disturbed.take() {
         tokio::spawn(disturb(Arc::clone(&node), interference, orders));
     }
+    let profile = measure_all(&node, &way.options, &run, &first.link).await;
+    way.profile = Some(profile.clone());
     let mut served = Served::start(first, &agent, &node);
+    // Now it may be placed.
+    drop(served.up.send(Up::Profile(Box::new(profile))).await);
     let mut asked = false;
     let end = loop {
         tokio::select! {
@@ -190,6 +199,45 @@ pub async fn run_node<B: Compute>(
     Ok(end)
 }
 
+/// What this node can do. A device that cannot be measured is left to what is seen of it later.
+async fn measure_all<B: Compute>(
+    node: &NodeContext<B>,
+    options: &NodeOptions,
+    run: &RunInfo,
+    link: &Link,
+) -> Profile {
+    let began = Instant::now();
+    let mut profile = Profile {
+        memory_bytes: options.memory_bytes,
+        zone: options.zone.clone(),
+        threads: node.executor.threads(),
+        network_s_per_byte: NETWORK_S_PER_BYTE,
+        ..Profile::relative(node.executor.threads() as f64)
+    };
+    let measured = measure::device(&node.executor, &run.architecture, &run.training, &mut profile).await;
+    if let Err(error) = measured {
+        tracing::warn!(%error, "the device cannot be measured; its speed is learned while it trains");
+    }
+    if let Some(carried) = measure::link(link).await {
+        profile.round_trip_s = carried.round_trip.as_secs_f64();
+        profile.bandwidth = carried.bandwidth;
+    }
+    let costs = &node.costs;
+    let tokens = |flops: f64, rate: f64| (rate / flops).round();
+    let whole: f64 = costs.dense_flops.iter().sum();
+    tracing::info!(
+        dense_forward_tokens_per_s = tokens(whole, profile.dense.forward),
+        dense_backward_tokens_per_s = tokens(2.0 * whole, profile.dense.backward),
+        expert_forward_rows_per_s = tokens(costs.expert_flops, profile.expert.forward),
+        expert_backward_rows_per_s = tokens(2.0 * costs.expert_flops, profile.expert.backward),
+        round_trip_ms = profile.round_trip_s * 1e3,
+        bandwidth_mb_per_s = (profile.bandwidth / 1e6).round(),
+        took_ms = began.elapsed().as_millis() as u64,
+        "measured"
+    );
+    profile
+}
+
 /// The pipeline of this node's spans, and those that have ended, for the supervisor to keep.
 fn start_telemetry(
     run: &RunInfo,
@@ -219,7 +267,7 @@ fn look_before_scrapes<B: Compute>(node: &Arc<NodeContext<B>>, pipeline: &Pipeli
         let Some(node) = weak.upgrade() else { return };
         node.metrics.executor(node.executor.totals());
         node.metrics.spans(&counts);
-        for LinkReport { peer, round_trip_ms, sent_bytes, received_bytes } in node.peers.reports() {
+        for LinkReport { peer, round_trip_ms, sent_bytes, received_bytes, .. } in node.peers.reports() {
             let round_trip = Duration::from_secs_f64(round_trip_ms / 1e3);
             node.metrics.link(&node.id.0, &peer, sent_bytes, received_bytes, round_trip);
         }
@@ -247,6 +295,8 @@ struct Way {
     instance: u64,
     endpoint: Endpoint,
     options: NodeOptions,
+    /// What was measured, once it was.
+    profile: Option<Profile>,
 }
 
 impl Way {
@@ -278,8 +328,7 @@ impl Way {
             pid: std::process::id(),
             device: options.device.clone(),
             threads: options.threads,
-            capacity: options.capacity,
-            memory_bytes: options.memory_bytes,
+            profile: self.profile.clone(),
             address: self.endpoint.local_addr().to_string(),
             http: options.http.map(|address| address.to_string()),
             instance: self.instance,
@@ -405,6 +454,7 @@ async fn read_down(mut receiver: ControlReceiver, agent: ActorRef<NodeMsg>) -> S
 async fn report_links<B: Compute>(node: Arc<NodeContext<B>>, up: mpsc::Sender<Up>) {
     loop {
         tokio::time::sleep(LINKS_EVERY).await;
+        node.peers.measure_new_links().await;
         if up.send(Up::Links(node.peers.reports())).await.is_err() {
             return;
         }

@@ -2,6 +2,7 @@
 
 use crate::executor::Priority;
 use crate::keeper::{At, ShardMsg};
+use crate::leg;
 use crate::limits::ANSWERS_MAX;
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerMsg, with_norm};
@@ -42,6 +43,9 @@ async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: In
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     let answer = match kind {
         Kind::Forward | Kind::Backward => experts(&node, frame).await.map(Some),
+        Kind::LegForward | Kind::LegBackward => leg::serve(&node, frame).await.map(Some),
+        // As long as it is large: what it measures is the way here.
+        Kind::Probe => wire::frame(Kind::Reply, epoch, step, &(), Vec::new()).map(Some),
         Kind::Partial | Kind::Sum => gradient(&node, frame).await.map(|()| None),
         Kind::ShardRequest => shard(&node, &frame).await.map(Some),
         other => Err(ComputeError(format!("a {other:?} frame has no business here"))),

@@ -1,16 +1,16 @@
 //! The lane actor: takes one lane's tokens through the model and back.
 //!
-//! Supervised by the node's agent. It calls the dense and router actors of its node layer by layer; experts may be
-//! anywhere. The way of a token, top to bottom, is [`Trip::forward`], and [`Trip::backward`] is the same in reverse. A lane in flight is dropped
-//! when its epoch ends; one that fails tells the agent.
+//! Supervised by the node's agent. It calls the dense and router actors layer by layer, through [`crate::leg`], stage
+//! after stage; experts may be anywhere. The way of a token, top to bottom, is [`Trip::forward`]; the rest of [`Trip::run`] is the
+//! way back. A lane in flight is dropped when its epoch ends; one that fails tells the agent.
 
 use crate::ask::ask;
 use crate::dense::DenseMsg;
 use crate::flow::{Flow, Followed};
 use crate::keeper::At;
+use crate::leg::{LayerFound, Leg};
 use crate::node::NodeMsg;
 use crate::node_context::NodeContext;
-use crate::router::RouterMsg;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -18,6 +18,7 @@ use std::time::Instant;
 use tokio::task::JoinHandle;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::messages::{LaneReport, Pass};
+use volary_core::placement::Stage;
 use volary_telemetry::metrics::Phase;
 use volary_telemetry::{Scope, Span};
 
@@ -134,14 +135,15 @@ struct Trip<'a, B: Compute> {
 
 impl<B: Compute> Trip<'_, B> {
     async fn run(self, tokens: Vec<u32>) -> Computed<LaneReport> {
-        let Self { node, at, train, .. } = self;
+        let Self { node, at, train, flow } = self;
         let (tokens, began) = (Arc::new(tokens), Instant::now());
+        let (placement, leg) = (node.placement(), Leg { node, at, train, flow });
         let mut report = LaneReport::default();
-        let x = self.forward(&tokens, &mut report).await?;
+        let x = self.forward(&placement.stages, &leg, &tokens, &mut report).await?;
         let embedding = node.directory().embedding()?;
         let own = Arc::clone(&tokens);
         let looked_at = Instant::now();
-        let mut span = self.flow.scope.span("dense.loss");
+        let mut span = flow.scope.span("dense.loss");
         let meter = span.meter();
         let (loss, dx) =
             ask(&embedding, |reply| DenseMsg::Loss { at, x, tokens: own, train, meter, reply }).await?;
@@ -151,9 +153,12 @@ impl<B: Compute> Trip<'_, B> {
             return Ok(report);
         }
         let turned = Instant::now();
-        let dx = dx.ok_or_else(|| ComputeError("a lane in training came back without a gradient".into()))?;
-        let dx = self.backward(dx).await?;
-        let mut span = self.flow.scope.span("dense.embed.backward");
+        let mut dx =
+            dx.ok_or_else(|| ComputeError("a lane in training came back without a gradient".into()))?;
+        for stage in placement.stages.iter().rev() {
+            dx = leg.backward(stage, dx).await?;
+        }
+        let mut span = flow.scope.span("dense.embed.backward");
         let meter = span.meter();
         ask(&embedding, |reply| DenseMsg::EmbedBackward { at, dx, tokens, meter, reply }).await?;
         drop(span);
@@ -164,53 +169,32 @@ impl<B: Compute> Trip<'_, B> {
         Ok(report)
     }
 
-    /// The way of the tokens: embedding, then layer by layer attention and either the feed-forward or the experts.
-    async fn forward(&self, tokens: &Arc<Vec<u32>>, report: &mut LaneReport) -> Computed<B::Tensor> {
-        let Self { node, at, train, flow } = *self;
-        let directory = node.directory();
+    /// The way of the tokens: embedding, then stage by stage the layers.
+    async fn forward(
+        &self,
+        stages: &[Stage],
+        leg: &Leg<'_, B>,
+        tokens: &Arc<Vec<u32>>,
+        report: &mut LaneReport,
+    ) -> Computed<B::Tensor> {
+        let Self { node, flow, .. } = *self;
         let own = Arc::clone(tokens);
         let mut span = flow.scope.span("dense.embed");
         let meter = span.meter();
-        let mut x =
-            ask(&directory.embedding()?, |reply| DenseMsg::Embed { tokens: own, meter, reply }).await?;
+        let embedding = node.directory().embedding()?;
+        let mut x = ask(&embedding, |reply| DenseMsg::Embed { tokens: own, meter, reply }).await?;
         drop(span);
         let moe_layers = node.architecture.moe_layers().count().max(1) as f64;
-        for layer in 0..node.architecture.layers as u16 {
-            let mut span = flow.span("dense.forward", layer);
-            let meter = span.meter();
-            x = ask(&directory.dense(layer)?, |reply| DenseMsg::Forward { at, x, train, meter, reply })
-                .await?;
-            drop(span);
-            if node.architecture.is_moe(layer.into()) {
-                let flow = flow.clone();
-                let routed =
-                    ask(&directory.router(layer)?, |reply| RouterMsg::Forward { at, x, train, flow, reply })
-                        .await?;
-                x = routed.y;
-                report.aux_loss += routed.aux_loss / moe_layers;
-                report.gate_entropy += routed.entropy / moe_layers;
-                report.load.push(routed.load);
-                report.dropped += routed.dropped;
+        for stage in stages {
+            let found;
+            (x, found) = leg.forward(stage, x).await?;
+            for LayerFound { aux_loss, entropy, load, dropped } in found {
+                report.aux_loss += aux_loss / moe_layers;
+                report.gate_entropy += entropy / moe_layers;
+                report.load.push(load);
+                report.dropped += dropped;
             }
         }
         Ok(x)
-    }
-
-    /// The way of the gradient, from the loss to the embedded input.
-    async fn backward(&self, mut dx: B::Tensor) -> Computed<B::Tensor> {
-        let Self { node, at, flow, .. } = *self;
-        let directory = node.directory();
-        for layer in (0..node.architecture.layers as u16).rev() {
-            if node.architecture.is_moe(layer.into()) {
-                let flow = flow.clone();
-                let router = directory.router(layer)?;
-                dx = ask(&router, |reply| RouterMsg::Backward { at, dy: dx, flow, reply }).await?;
-            }
-            let mut span = flow.span("dense.backward", layer);
-            let meter = span.meter();
-            dx = ask(&directory.dense(layer)?, |reply| DenseMsg::Backward { at, dy: dx, meter, reply })
-                .await?;
-        }
-        Ok(dx)
     }
 }

@@ -5,11 +5,12 @@
 //! | [`sessions`], `supervisor` | the supervisor's process: who is let in; the actor around the state machine |
 //! | `checkpointer`, `run_files`, `durations` | durable checkpoints; the files that people read; how long a change took |
 //! | [`host`], `node`, `holdings` | the node's process; its agent; the shards in its memory |
-//! | `lane` | a lane's way through the model and back: **start reading here** |
+//! | `lane`, `leg` | a lane's way through the model and back: **start reading here**; through one stage of it |
 //! | `dense`, `router`, `expert` | the actors that each own one shard |
 //! | `flow` | what a lane carries through a traced step |
 //! | `reducer` | gradients, summed over the fixed tree |
 //! | `inbound`, `peers`, `shards`, `wire` | between nodes |
+//! | `measure` | what a node finds out about itself before it is placed |
 //! | `executor` | the threads on which all tensor operations run |
 //! | [`operator`] | what people ask |
 //!
@@ -30,7 +31,9 @@ pub mod host;
 mod inbound;
 mod keeper;
 mod lane;
+mod leg;
 mod limits;
+mod measure;
 mod node;
 mod node_context;
 pub mod operator;

@@ -6,8 +6,6 @@ use std::time::Duration;
 pub(crate) const CALL_MAX: Duration = Duration::from_secs(600);
 /// The longest that a frame of a step that has not begun here yet waits for it.
 pub(crate) const EARLY_MAX: Duration = Duration::from_secs(60);
-/// Lanes in flight on a node beyond its threads: while one waits for the network another computes.
-pub(crate) const LANES_AHEAD: usize = 1;
 /// Jobs that wait for a node's device executor.
 pub(crate) const JOBS_MAX: usize = 1 << 16;
 /// The longest that the supervisor waits for a new node's first words.
@@ -34,3 +32,9 @@ pub(crate) const SPAN_BATCHES_AHEAD: usize = 64;
 pub(crate) const SPANS_PER_WORD: usize = 256;
 /// What the supervisor's feed keeps for a listener that is slow.
 pub(crate) const FEED_AHEAD: usize = 1024;
+/// Bytes of one measurement of a link.
+pub(crate) const PROBE_BYTES: usize = 1 << 20;
+/// The longest that a measurement of a link may take.
+pub(crate) const PROBE_MAX: Duration = Duration::from_secs(10);
+/// How long a node measures each kind of its computations, unless one call takes longer.
+pub(crate) const MEASURE: Duration = Duration::from_millis(40);

@@ -347,7 +347,7 @@ impl<B: Compute> NodeState<B> {
             let placement = self.node.placement();
             drop(self.node.reducer().cast(ReducerMsg::Begin { epoch, step, placement }));
         }
-        self.node.take_speed(0);
+        self.node.take_speed(0.0);
         // Only now, when the reducer has begun, may frames of this step come in.
         self.node.set_begun(Begun { epoch, step, train: pass == Pass::Train });
         for (lane, tokens) in lanes {
@@ -409,7 +409,7 @@ impl<B: Compute> NodeState<B> {
         let Some(Part { epoch, step, pass, lanes, norms, .. }) = self.part.take() else { return };
         let message = match pass {
             Pass::Train => {
-                let speed = self.node.take_speed(lanes.len());
+                let speed = self.node.take_speed(self.node.lane_work());
                 self.prepared = Some(Instant::now());
                 FromNode::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes, speed }
             }

@@ -2,7 +2,7 @@
 
 use crate::directory::Directory;
 use crate::executor::Executor;
-use crate::limits::{EARLY_MAX, LANES_AHEAD};
+use crate::limits::EARLY_MAX;
 use crate::peers::Peers;
 use crate::reducer::ReducerMsg;
 use ractor::ActorRef;
@@ -12,6 +12,8 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed};
+use volary_core::costs::{Costs, lanes_in_flight};
+use volary_core::options::TrainingOptions;
 use volary_core::placement::Placement;
 use volary_core::{Epoch, NodeId, Step};
 use volary_telemetry::Tracer;
@@ -21,6 +23,7 @@ use volary_telemetry::metrics::NodeMetrics;
 pub(crate) struct NodeContext<B: Compute> {
     pub(crate) id: NodeId,
     pub(crate) architecture: Architecture,
+    pub(crate) costs: Costs,
     pub(crate) tokens_per_lane: usize,
     pub(crate) executor: Executor<B>,
     pub(crate) peers: Peers,
@@ -46,16 +49,17 @@ pub(crate) struct Begun {
 impl<B: Compute> NodeContext<B> {
     pub(crate) fn new(
         id: NodeId,
-        (architecture, tokens_per_lane): (Architecture, usize),
+        (architecture, training): (&Architecture, &TrainingOptions),
         executor: Executor<B>,
         peers: Peers,
         (tracer, metrics): (Tracer, Arc<NodeMetrics>),
     ) -> Self {
-        let lanes = executor.threads() + LANES_AHEAD;
+        let lanes = lanes_in_flight(executor.threads());
         Self {
             id,
-            architecture,
-            tokens_per_lane,
+            architecture: architecture.clone(),
+            costs: Costs::new(architecture, training),
+            tokens_per_lane: training.tokens_per_lane(),
             executor,
             peers,
             lanes_in_flight: Semaphore::new(lanes),
@@ -73,10 +77,19 @@ impl<B: Compute> NodeContext<B> {
         self.lane_time.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
+    /// Lanes that this node computes under the present placement, whole ones: half of the layers of two lanes are one.
+    pub(crate) fn lane_work(&self) -> f64 {
+        let whole: f64 = self.costs.dense_flops.iter().sum();
+        self.placement().lane_work(&self.id, |layers| {
+            self.costs.dense_flops[usize::from(layers.start)..usize::from(layers.end)].iter().sum::<f64>()
+                / whole
+        })
+    }
+
     /// Lanes that the device would do in a second of computing, from those that it has done since the last call.
-    pub(crate) fn take_speed(&self, lanes: usize) -> Option<f64> {
+    pub(crate) fn take_speed(&self, lanes: f64) -> Option<f64> {
         let seconds = self.lane_time.swap(0, Ordering::Relaxed) as f64 / 1e9;
-        (lanes > 0 && seconds > 0.0).then(|| lanes as f64 * self.executor.threads() as f64 / seconds)
+        (lanes > 0.0 && seconds > 0.0).then(|| lanes * self.executor.threads() as f64 / seconds)
     }
 
     pub(crate) fn set_reducer(&self, reducer: ActorRef<ReducerMsg<B>>) {

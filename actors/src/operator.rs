@@ -93,6 +93,8 @@ pub struct NodeStatus {
     pub device: String,
     /// How much it does in a second, relative to the others.
     pub capacity: f64,
+    /// What fails together with it; empty when that is not known.
+    pub zone: String,
     /// Shards that it holds.
     pub shards: usize,
     /// Lanes that it runs.

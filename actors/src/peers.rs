@@ -1,6 +1,7 @@
 //! Links to the other nodes, dialled when they are first needed and again when they broke.
 
 use crate::limits::CALL_MAX;
+use crate::measure;
 use crate::wire::LinkReport;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -22,6 +23,8 @@ struct State {
     /// A cell each: two senders to one peer share its dialling, and one that does not answer holds up no other.
     links: HashMap<NodeId, Arc<OnceCell<Link>>>,
     suspect: Option<NodeId>,
+    /// Bytes per second to others, measured once for each link.
+    bandwidths: HashMap<NodeId, f64>,
 }
 
 impl Peers {
@@ -37,7 +40,8 @@ impl Peers {
     pub(crate) fn set_members(&self, addresses: &[(NodeId, String)]) {
         let mut state = self.lock();
         let before = std::mem::replace(&mut state.addresses, addresses.iter().cloned().collect());
-        let State { addresses, links, suspect } = &mut *state;
+        let State { addresses, links, suspect, bandwidths } = &mut *state;
+        bandwidths.retain(|node, _| addresses.contains_key(node));
         // A node of the same name at another address is another process.
         links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
         *suspect = None;
@@ -63,9 +67,27 @@ impl Peers {
                 round_trip_ms: stats.round_trip.as_secs_f64() * 1e3,
                 sent_bytes: stats.bytes_sent,
                 received_bytes: stats.bytes_received,
+                bandwidth: state.bandwidths.get(node).copied(),
             })
         };
         state.links.iter().filter_map(report).collect()
+    }
+
+    /// Measures the links that have not been measured yet, one after the other: a probe is a moment of training.
+    pub(crate) async fn measure_new_links(&self) {
+        let new: Vec<(NodeId, Link)> = {
+            let state = self.lock();
+            let unknown = |(node, cell): (&NodeId, &Arc<OnceCell<Link>>)| {
+                let link = cell.get().filter(|_| !state.bandwidths.contains_key(node))?;
+                Some((node.clone(), link.clone()))
+            };
+            state.links.iter().filter_map(unknown).collect()
+        };
+        for (node, link) in new {
+            // A link that cannot be measured is not asked again.
+            let bandwidth = measure::link(&link).await.map_or(0.0, |carried| carried.bandwidth);
+            self.lock().bandwidths.insert(node, bandwidth);
+        }
     }
 
     async fn link(&self, node: &NodeId) -> Computed<Link> {

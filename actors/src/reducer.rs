@@ -116,7 +116,7 @@ impl<B: Compute> ReducerState<B> {
             held += usize::from(placement.keeps(me, shard));
             let leaves = placement.leaves(shard);
             let wanted = match placement.owner(shard) {
-                Some(owner) if owner == *me => vec![Span::root(leaves)],
+                Some(owner) if *owner == *me => vec![Span::root(leaves)],
                 _ => placement.fragments(shard, me),
             };
             folds.insert(shard, Fold::new(leaves, wanted));

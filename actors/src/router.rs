@@ -8,6 +8,7 @@ use crate::ask::ask;
 use crate::expert::ExpertMsg;
 use crate::flow::{Flow, token_spans, weights_of};
 use crate::keeper::{At, Between, Keeper, ShardMsg};
+use crate::leg::LayerFound;
 use crate::node_context::NodeContext;
 use crate::reducer::ReducerMsg;
 use crate::wire::{self, Answered, Batch};
@@ -26,10 +27,7 @@ use volary_transport::{Frame, Kind};
 /// What came of a lane in one MoE layer.
 pub(crate) struct Routed<B: Compute> {
     pub(crate) y: B::Tensor,
-    pub(crate) aux_loss: f64,
-    pub(crate) entropy: f64,
-    pub(crate) load: Vec<u32>,
-    pub(crate) dropped: u32,
+    pub(crate) found: LayerFound,
 }
 
 /// What a router is asked.
@@ -153,7 +151,7 @@ async fn forward<B: Compute>(
     if train {
         between.keep(at, (dispatch, saved));
     }
-    Ok(Routed { y, aux_loss, entropy, load, dropped })
+    Ok(Routed { y, found: LayerFound { aux_loss, entropy, load, dropped } })
 }
 
 async fn backward<B: Compute>(

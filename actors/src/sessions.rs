@@ -381,6 +381,10 @@ impl Door {
                     continue;
                 }
                 Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
+                Ok(Some(Up::Profile(profile))) => match profile.check() {
+                    Ok(()) => SupervisorMsg::Measured { node, session, profile },
+                    Err(reason) => return format!("it measured what cannot be: {reason}"),
+                },
                 Ok(Some(Up::Hello(..))) => continue,
                 Ok(None) => return "it ended its control stream".to_owned(),
                 Err(error) => return error.to_string(),
@@ -435,6 +439,11 @@ async fn serve_shards(door: Arc<Door>, link: Link) {
                     Err(error) => {
                         tracing::warn!(peer = link.peer(), %error, "a checkpoint's shard is malformed")
                     }
+                }
+            }
+            Kind::Probe => {
+                if let (Some(reply), Ok(answer)) = (reply, wire::frame(Kind::Reply, 0, 0, &(), Vec::new())) {
+                    drop(reply.reply(answer).await);
                 }
             }
             Kind::ShardRequest => {

@@ -25,8 +25,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
-use volary_core::machine::{Activity, Committed, Event, Machine, Remembered, Restored, Settings};
+use volary_core::machine::{Committed, Event, Machine, Remembered, Restored, Settings};
 use volary_core::messages::{FromNode, Held, LastCommit, ToNode};
+use volary_core::profile::Profile;
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
 use volary_storage::{Checkpoints, Digest, RunDir, Store, Table};
@@ -48,6 +49,8 @@ pub(crate) enum SupervisorMsg {
     Joined(Box<Arrival>),
     /// A node said something.
     Said { node: NodeId, session: u64, message: FromNode },
+    /// What a node can do.
+    Measured { node: NodeId, session: u64, profile: Box<Profile> },
     /// What a node knows of its links.
     Links { node: NodeId, session: u64, links: Vec<LinkReport> },
     /// A node's link ended.
@@ -114,6 +117,8 @@ struct Session {
     link: Link,
     links: Vec<LinkReport>,
     last_word: Instant,
+    /// What it came with, until it has measured itself and is one of the cluster.
+    newcomer: Option<Held>,
 }
 
 /// The supervisor's state.
@@ -240,10 +245,10 @@ impl Actor for SupervisorActor {
             SupervisorMsg::Event(event) => state.on_event(event).await,
             SupervisorMsg::Joined(arrival) => state.on_joined(*arrival).await,
             SupervisorMsg::Said { node, session, message } => state.on_said(node, session, message).await,
-            SupervisorMsg::Links { node, session, links } => {
-                state.on_links(&node, session, links);
-                Ok(())
+            SupervisorMsg::Measured { node, session, profile } => {
+                state.on_measured(node, session, profile).await
             }
+            SupervisorMsg::Links { node, session, links } => state.on_links(node, session, links).await,
             SupervisorMsg::Lost { node, session, reason } => state.on_lost(node, session, reason).await,
             SupervisorMsg::Shard { step, shard, bytes } => {
                 drop(state.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes }));
@@ -290,23 +295,28 @@ impl SupervisorState {
             }
             self.lose(&node, "its process came back on another link").await?;
         }
-        if let Err(reason) = self.check_memory(&node, &info) {
-            if self.machine.activity() == Activity::Gathering {
-                return Err(reason);
-            }
-            // A run that is going on does not end for a newcomer that is too small for it.
-            tracing::warn!(reason, "a node was sent away");
-            drop(down.send(Down::Say(ToNode::Leave { reason }, None)).await);
-            return Ok(());
-        }
-        let (capacity, address) = (info.capacity, info.address.clone());
         let run = serde_json::to_string(&self.run).map_err(|error| error.to_string())?;
         let keep = self.machine.takes_back(&held);
         drop(down.send(Down::Welcome(Box::new(Welcome { run, keep, canary }))).await);
-        let known = Session { info, session, down, link, links: Vec::new(), last_word: Instant::now() };
-        self.sessions.insert(node.clone(), known);
         let held = if keep { held } else { Held::default() };
-        self.on_event(Event::Joined { node, capacity, address, held }).await
+        let profile = info.profile.clone();
+        let (links, last_word) = (Vec::new(), Instant::now());
+        let known = Session { info, session, down, link, links, last_word, newcomer: Some(held) };
+        self.sessions.insert(node.clone(), known);
+        match profile {
+            Some(profile) => self.on_measured(node, session, Box::new(profile)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A node knows what it can do: now it is one of the cluster.
+    async fn on_measured(&mut self, node: NodeId, session: u64, profile: Box<Profile>) -> Outcome {
+        let Some(known) = self.session(&node, session) else { return Ok(()) };
+        known.last_word = Instant::now();
+        known.info.profile = Some((*profile).clone());
+        let Some(held) = known.newcomer.take() else { return Ok(()) };
+        let address = known.info.address.clone();
+        self.on_event(Event::Joined { node, profile, address, held }).await
     }
 
     /// The current session of a node, if these are its words.
@@ -323,14 +333,22 @@ impl SupervisorState {
         self.on_event(Event::Said { node, message }).await
     }
 
-    fn on_links(&mut self, node: &NodeId, session: u64, links: Vec<LinkReport>) {
-        if let Some(known) = self.sessions.get_mut(node).filter(|known| known.session == session) {
-            known.links = links;
-            known.last_word = Instant::now();
-            for LinkReport { peer, sent_bytes, received_bytes, .. } in &known.links {
-                self.observed.metrics.link(&node.0, peer, *sent_bytes, *received_bytes);
-            }
+    async fn on_links(&mut self, node: NodeId, session: u64, links: Vec<LinkReport>) -> Outcome {
+        let Some(known) = self.sessions.get_mut(&node).filter(|known| known.session == session) else {
+            return Ok(());
+        };
+        known.last_word = Instant::now();
+        for LinkReport { peer, sent_bytes, received_bytes, .. } in &links {
+            self.observed.metrics.link(&node.0, peer, *sent_bytes, *received_bytes);
         }
+        let mut carried: Vec<(f64, f64)> = links
+            .iter()
+            .filter_map(|link| Some((link.bandwidth.filter(|b| *b > 0.0)?, link.round_trip_ms / 1e3)))
+            .collect();
+        known.links = links;
+        carried.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let Some(&(bandwidth, round_trip_s)) = carried.get(carried.len() / 2) else { return Ok(()) };
+        self.on_event(Event::Carried { node, bandwidth, round_trip_s }).await
     }
 
     async fn on_lost(&mut self, node: NodeId, session: u64, reason: String) -> Outcome {

@@ -1,6 +1,7 @@
 //! The words that nodes say to each other, and how they become frames. Messages with reply ports never cross the wire.
 
-use crate::flow::Traced;
+use crate::flow::{Followed, Traced};
+use crate::leg::LayerFound;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -8,6 +9,7 @@ use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed, HostDtype, HostTensor};
 use volary_core::messages::{FromNode, Held, ToNode};
 use volary_core::options::{TelemetryOptions, TrainingOptions};
+use volary_core::profile::Profile;
 use volary_core::tree::Span;
 use volary_core::{Epoch, Lane, ShardId, Step};
 use volary_telemetry::SpanIdentity;
@@ -22,10 +24,8 @@ pub struct NodeInfo {
     pub device: String,
     /// Threads of its device executor.
     pub threads: usize,
-    /// How much it does in a second, relative to the others.
-    pub capacity: f64,
-    /// Memory that it may use, in bytes.
-    pub memory_bytes: u64,
+    /// What it can do; nothing before it has measured itself, for which it must know the run.
+    pub profile: Option<Profile>,
     /// Where its peers reach it.
     pub address: String,
     /// Where its figures are served, if they are.
@@ -45,6 +45,8 @@ pub struct LinkReport {
     pub sent_bytes: u64,
     /// Bytes received since the link was made.
     pub received_bytes: u64,
+    /// Bytes per second in one direction, as measured once; nothing before.
+    pub bandwidth: Option<f64>,
 }
 
 /// What a node must know of the run before it can do anything.
@@ -91,6 +93,8 @@ pub(crate) enum Up {
     Hello(NodeInfo, Held),
     /// The protocol.
     Say(FromNode),
+    /// What it measured of itself: now it can be placed.
+    Profile(Box<Profile>),
     /// Now and then: the links to other nodes.
     Links(Vec<LinkReport>),
     /// Spans that have ended, as JSON: the run keeps them.
@@ -124,6 +128,26 @@ pub(crate) struct Answered {
     pub(crate) lane: Lane,
     /// How long the rows were here: what the asker waited beyond that, they were on the wire.
     pub(crate) here_us: u64,
+}
+
+/// The words with a lane's residual stream, or its gradient, for the layers of a stage; the stream is the frame's only part.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LegOf {
+    pub(crate) lane: Lane,
+    pub(crate) layers: std::ops::Range<u16>,
+    pub(crate) train: bool,
+    /// Tokens of the lane that are followed.
+    pub(crate) followed: Vec<Followed>,
+}
+
+/// The words with the answer to a [`LegOf`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct LegDone {
+    pub(crate) lane: Lane,
+    /// How long the stream was here.
+    pub(crate) here_us: u64,
+    /// What the layers with experts found; nothing on the way back.
+    pub(crate) found: Vec<LayerFound>,
 }
 
 /// The words with a sum over some leaves of a shard's gradient; no parts mean that no token met the expert.

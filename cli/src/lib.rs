@@ -10,6 +10,7 @@
 //! | [`script`] | what happens to a scripted run |
 //! | [`progress`] | the progress bar |
 //! | [`http`] | the page of the supervisor, figures for Prometheus |
+//! | [`units`] | sizes and times as people write them |
 //! | [`environment`], [`log`] | what must be set before libtorch runs; the log |
 
 pub mod cluster;
@@ -24,3 +25,4 @@ mod member;
 pub mod progress;
 pub mod rundir;
 pub mod script;
+pub mod units;

@@ -180,10 +180,10 @@ impl Machine {
         }
     }
 
-    /// What a node does in a second relative to the others, as the planner takes it.
+    /// What a node can do, as the planner takes it.
     #[must_use]
-    pub fn capacity(&self, node: &NodeId) -> Option<f64> {
-        self.nodes.get(node).map(|n| n.profile.capacity())
+    pub fn profile(&self, node: &NodeId) -> Option<&Profile> {
+        self.nodes.get(node).map(|n| &n.profile)
     }
 
     /// The nodes that hold a shard, its owner first, then those that copy it and have it already.
@@ -216,6 +216,9 @@ impl Machine {
             match event {
                 Event::Joined { node, profile, address, held } => {
                     self.on_joined(node, *profile, address, &held)
+                }
+                Event::Carried { node, bandwidth, round_trip_s } => {
+                    self.carried(&node, bandwidth, round_trip_s);
                 }
                 Event::Lost { node, reason } => self.on_lost(&node, &reason),
                 Event::Said { node, message } => self.on_said(node, message),

@@ -49,10 +49,14 @@ pub enum Kind {
     Blob = 9,
     /// A measurement.
     Probe = 10,
+    /// A lane's residual stream for a stage's layers.
+    LegForward = 11,
+    /// The gradient of what came of it.
+    LegBackward = 12,
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 12] = [
         Self::Forward,
         Self::Backward,
         Self::Reply,
@@ -63,6 +67,8 @@ impl Kind {
         Self::Shard,
         Self::Blob,
         Self::Probe,
+        Self::LegForward,
+        Self::LegBackward,
     ];
 
     fn from_wire(number: u8) -> Result<Self> {

@@ -2,9 +2,9 @@
 
 use super::{Outcome, Session, SupervisorState};
 use crate::operator::{NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus};
-use crate::wire::NodeInfo;
 use ractor::RpcReplyPort;
 use volary_core::machine::{Activity, Event};
+use volary_core::profile::Profile;
 use volary_core::{NodeId, ShardId};
 
 impl SupervisorState {
@@ -30,6 +30,11 @@ impl SupervisorState {
                 drop(reply.send(OperatorReply::Failed { reason }));
                 return Ok(());
             }
+            OperatorRequest::Drain { ref node } if self.sessions[&NodeId::new(node)].newcomer.is_some() => {
+                let reason = format!("{node} has not joined yet: it is still measuring itself");
+                drop(reply.send(OperatorReply::Failed { reason }));
+                return Ok(());
+            }
             OperatorRequest::Drain { ref node } => Event::DrainRequested { node: NodeId::new(node) },
         };
         self.waiting.push((request, reply));
@@ -42,35 +47,6 @@ impl SupervisorState {
         }
     }
 
-    /// Refuses a model that cannot fit: what every node holds, and the experts divided by all nodes that are wanted.
-    pub(super) fn check_memory(&self, node: &NodeId, info: &NodeInfo) -> Outcome {
-        let a = &self.settings.architecture;
-        // Weights, gradient and, for AdamW, two moments; Adafactor's factors are negligible.
-        let words = match self.settings.training.optimizer {
-            volary_core::options::Optimizer::Adafactor { .. } => 2,
-            volary_core::options::Optimizer::Adamw { .. } => 4,
-        };
-        let bytes = |expert: bool| -> u64 {
-            let shards = a.shards().into_iter().filter(|shard| shard.is_expert() == expert);
-            shards.map(|shard| a.shard_parameters(shard) * 4 * words).sum()
-        };
-        let cluster = &self.settings.cluster;
-        let nodes = cluster.nodes.max(1) as u64;
-        let copies = (cluster.replication.max(1) as u64).min(nodes);
-        let needed = bytes(false) + bytes(true) * copies / nodes;
-        if needed <= info.memory_bytes {
-            return Ok(());
-        }
-        let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-        Err(format!(
-            "the model does not fit: {node} has {:.1} GiB of memory, and its share of {} parameters (weights, gradients and optimizer, \
-             {copies} copies of each expert over {nodes} nodes) takes {:.1} GiB; add nodes, or choose a smaller model",
-            gib(info.memory_bytes),
-            a.parameters(),
-            gib(needed),
-        ))
-    }
-
     fn status(&self) -> Status {
         let placement = self.machine.placement();
         let node = |(node, session): (&NodeId, &Session)| NodeStatus {
@@ -78,7 +54,8 @@ impl SupervisorState {
             pid: session.info.pid,
             state: self.machine.standing(node).into(),
             device: session.info.device.clone(),
-            capacity: self.machine.capacity(node).unwrap_or(session.info.capacity),
+            capacity: self.machine.profile(node).map_or(0.0, Profile::capacity),
+            zone: session.info.profile.as_ref().map_or_else(String::new, |profile| profile.zone.clone()),
             shards: self
                 .settings
                 .architecture

@@ -2,6 +2,7 @@
 
 use crate::http;
 use crate::rundir::{self, Role};
+use crate::units::Size;
 use anyhow::bail;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -36,6 +37,12 @@ pub struct Args {
     /// The node's name; the supervisor gives one when left out.
     #[arg(long)]
     name: Option<String>,
+    /// Memory that the run may use, as 8GiB; what the machine has left when left out.
+    #[arg(long, value_name = "SIZE")]
+    memory: Option<Size>,
+    /// What fails together with this node: a rack, a data centre, a spot pool. Replicas keep to different zones.
+    #[arg(long, default_value = "", env = "VOLARY_ZONE", value_parser = zone)]
+    zone: String,
     /// Where peers reach this node; the address that the supervisor is reached from, and any port, when left out.
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
@@ -54,6 +61,15 @@ pub struct Args {
     /// Take orders on standard input that disturb the network: for tests of faults.
     #[arg(long, hide = true, requires = "tethered")]
     disturbed: bool,
+}
+
+/// A zone's name; empty is none.
+fn zone(text: &str) -> Result<String, String> {
+    let most = volary_core::profile::ZONE_MAX;
+    if text.len() > most {
+        return Err(format!("expected at most {most} bytes"));
+    }
+    Ok(text.to_owned())
 }
 
 /// Runs the command.
@@ -90,9 +106,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         listen: args.listen.as_deref().map(rundir::resolve).transpose()?,
         device: device::name(device),
         threads,
-        // A GPU counts for as many CPU threads as make it the obvious place for work; measured speeds come later.
-        capacity: if device.is_cuda() { 64.0 } else { threads as f64 },
-        memory_bytes: memory_bytes(),
+        memory_bytes: args.memory.map_or_else(memory_bytes, |memory| memory.0),
+        zone: args.zone,
         prepare_thread: device::single_thread,
         disturbed: args.disturbed.then(|| (Interference::default(), disturbances)),
     };

@@ -270,6 +270,7 @@ mod tests {
             state: "member".into(),
             device: "cpu".into(),
             capacity: 1.25,
+            zone: String::new(),
             shards: 17,
             lanes: vec![0, 2],
             links,

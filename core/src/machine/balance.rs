@@ -47,6 +47,14 @@ impl Machine {
         }
     }
 
+    /// Links are looked at together with speeds, and move nothing by themselves.
+    pub(super) fn carried(&mut self, node: &NodeId, bandwidth: f64, round_trip_s: f64) {
+        let sound = bandwidth > 0.0 && round_trip_s.is_finite() && round_trip_s >= 0.0;
+        if let Some(known) = self.nodes.get_mut(node).filter(|_| sound) {
+            (known.profile.bandwidth, known.profile.round_trip_s) = (bandwidth, round_trip_s);
+        }
+    }
+
     pub(super) fn loaded(&mut self, load: &[Vec<u64>]) {
         let layers: Vec<usize> = self.settings.architecture.moe_layers().collect();
         for (layer, counts) in layers.into_iter().zip(load) {

@@ -55,6 +55,9 @@ impl Machine {
             return self.wait_for_nodes();
         }
         self.go_back_if_a_shard_is_lost();
+        if let Some(reason) = self.has_no_room() {
+            return self.end(Effect::Fatal { reason });
+        }
         let next = self.next_placement();
         self.begin_epoch(next, cause);
     }
@@ -93,6 +96,27 @@ impl Machine {
         }
         // Where everybody fetches at once what is missing, nothing is left to learn.
         if base.learners.is_empty() { target } else { base }
+    }
+
+    /// Why a run cannot begin on these nodes. One that is going on tries to, whatever the estimate says.
+    fn has_no_room(&self) -> Option<String> {
+        if self.committed > 0 || !self.holders.is_empty() {
+            return None;
+        }
+        let members = self.members(self.nodes.keys().collect());
+        let short = self.request(&members, None, planner::plan).short_bytes;
+        let there: u128 = members.iter().map(|m| u128::from(m.profile.memory_bytes)).sum();
+        let gib = |bytes: f64| bytes / f64::from(1 << 30);
+        (short > 0).then(|| {
+            format!(
+                "the model does not fit: {} parameters with gradients, optimizer and activations take {:.1} GiB more than \
+                 the {:.1} GiB of {} together; add nodes, or choose a smaller model",
+                self.settings.architecture.parameters(),
+                gib(short as f64),
+                gib(there as f64),
+                members.iter().map(|m| m.node.0.as_str()).collect::<Vec<_>>().join(", "),
+            )
+        })
     }
 
     /// The planner's wish, for every node that may be used.

@@ -59,6 +59,15 @@ pub enum Event {
         /// What it has in memory; nothing, when it is new.
         held: Held,
     },
+    /// What a node's links to its peers carry, as was seen of them.
+    Carried {
+        /// The node.
+        node: NodeId,
+        /// Bytes per second in one direction.
+        bandwidth: f64,
+        /// Seconds there and back.
+        round_trip_s: f64,
+    },
     /// A node is gone.
     Lost {
         /// The node.
