@@ -4,6 +4,7 @@ use crate::local::{Process, Signal};
 use crate::member::Member;
 use crate::rundir::{self, Contact, LISTEN_LOOK_EVERY, LISTEN_MAX};
 use crate::script::{Action, node_name};
+use crate::units::Size;
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -29,6 +30,10 @@ pub struct ClusterOptions {
     pub device: String,
     /// Threads of each node.
     pub threads: usize,
+    /// Memory that each node may use, by turns; what the machine has left where there is none.
+    pub memory: Vec<Size>,
+    /// The nodes' zones, by turns.
+    pub zones: Vec<String>,
     /// Whether a node that ends unexpectedly is started again.
     pub respawn: bool,
     /// Where the page is served; wherever there is room when left out.
@@ -96,19 +101,27 @@ impl Cluster {
 
     /// Starts one more node.
     fn join(&mut self) -> anyhow::Result<()> {
-        let process = self.start_node(&node_name(self.nodes.len() + 1))?;
+        let process = self.start_node(self.nodes.len())?;
         self.nodes.push(Member::new(process));
         Ok(())
     }
 
-    fn start_node(&self, name: &str) -> anyhow::Result<Process> {
+    /// Starts the node in one place: the first one is `node-1`.
+    fn start_node(&self, place: usize) -> anyhow::Result<Process> {
+        fn turn<T>(all: &[T], place: usize) -> Option<&T> {
+            all.get(place % all.len().max(1))
+        }
+        let name = &node_name(place + 1);
+        let memory = turn(&self.options.memory, place).map(|size| format!("--memory={}", size.0));
+        let zone = turn(&self.options.zones, place).map(|zone| format!("--zone={zone}"));
+        let site: Vec<&str> = memory.iter().chain(&zone).map(String::as_str).collect();
         let (threads, token) =
             (self.options.threads.to_string(), rundir::node_token(&self.dir).display().to_string());
         let words = ["-v", "node", "--tethered", "--join", &self.address, "--name", name];
         let more = ["--device", &self.options.device, "--threads", &threads, "--token-file", &token];
         let hook: &[&str] = if self.options.disturbed { &["--disturbed"] } else { &[] };
         let http: &[&str] = if self.page.served { &[] } else { &["--no-http"] };
-        Process::start(name, &self.logs, &[words.as_slice(), &more, hook, http].concat())
+        Process::start(name, &self.logs, &[words.as_slice(), &more, hook, http, &site].concat())
     }
 
     /// How the supervisor ended, if it did.
@@ -182,7 +195,7 @@ impl Cluster {
         let mut said: Vec<String> = self.notes.1.try_iter().collect();
         for index in 0..self.nodes.len() {
             if self.nodes[index].may_start_again() {
-                let process = self.start_node(&self.nodes[index].process.name)?;
+                let process = self.start_node(index)?;
                 self.nodes[index].start_again(process);
             }
             said.extend(self.nodes[index].look(self.options.respawn));

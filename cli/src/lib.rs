@@ -19,6 +19,7 @@ pub mod config;
 pub mod environment;
 pub mod follow;
 pub mod http;
+pub mod inventory;
 pub mod local;
 pub mod log;
 mod member;

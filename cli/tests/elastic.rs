@@ -83,6 +83,51 @@ fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed
     assert_eq!(world.digest("killed"), world.digest("quiet"));
 }
 
+/// Costs of the tiny model, as the planner counts them: what each node may have of it is chosen by them.
+fn tiny_costs(world: &World) -> volary_core::costs::Costs {
+    let config = volary_cli::config::Config::load(&world.path("tiny.toml"), &[]).expect("a configuration");
+    volary_core::costs::Costs::new(&config.model, &config.training)
+}
+
+#[test]
+fn a_model_that_fits_no_node_is_spread_over_stages_and_gives_the_same_bits() {
+    let world = World::new();
+    let costs = tiny_costs(&world);
+    let room = costs.stage_bytes(0..costs.layers(), 2) * 3 / 4;
+    let steps = ["--set", "training.steps=30", "--set", "checkpoint.every=100", "--threads", "1", "--quiet"];
+    world.run_train(&[&["--nodes", "1", "--dir", "runs/whole"], steps.as_slice()].concat());
+    let memory = room.to_string();
+    std::fs::write(
+        world.path("events.toml"),
+        "[[event]]\nat_step = 8\ndo = \"kill\"\nnode = \"node-2\"\n[[event]]\nat_step = 14\ndo = \"join\"\n",
+    )
+    .expect("a file");
+    let more = ["--memory", &memory, "--zones", "a,b", "--events", "events.toml"];
+    world.run_train(&[&["--nodes", "4", "--dir", "runs/spread"], more.as_slice(), &steps].concat());
+    assert_eq!(world.curve("spread"), world.curve("whole"));
+    assert_eq!(world.digest("spread"), world.digest("whole"));
+    let events = std::fs::read_to_string(world.path("runs/spread/events.jsonl")).expect("events");
+    assert!(events.contains("\"stages\":2"), "{events}");
+    assert!(events.contains("\"lost\"") && !events.contains("went_back"), "{events}");
+}
+
+#[test]
+fn a_node_without_room_for_layers_hosts_experts_and_does_not_show() {
+    let world = World::new();
+    let costs = tiny_costs(&world);
+    let few = costs.expert_bytes * 3;
+    let memory = format!("1GiB,{few}");
+    let steps = ["--threads", "1", "--quiet"];
+    world.run_train(&[&["--nodes", "1", "--dir", "runs/whole"], steps.as_slice()].concat());
+    world.run_train(
+        &[&["--nodes", "2", "--dir", "runs/host", "--memory", &memory], steps.as_slice()].concat(),
+    );
+    assert_eq!(world.curve("host"), world.curve("whole"));
+    assert_eq!(world.digest("host"), world.digest("whole"));
+    let events = std::fs::read_to_string(world.path("runs/host/events.jsonl")).expect("events");
+    assert!(events.contains("\"experts_only\":1"), "{events}");
+}
+
 /// The supervisor's and the nodes' processes.
 fn status_pids(world: &World, dir: &str) -> Vec<u64> {
     let output = volary()

@@ -1,18 +1,25 @@
-//! `volary plan`: what a model costs, before anything starts.
+//! `volary plan`: what a model costs, and what it would do on given machines, before anything starts.
+
+mod cluster;
 
 use crate::config::Config;
+use crate::inventory::Inventory;
+use cluster::{ClusterPlan, Site};
 use serde::Serialize;
 use std::path::PathBuf;
 use volary_core::ShardId;
 use volary_core::architecture::{Architecture, Preset, presets};
-use volary_core::options::Optimizer;
+use volary_core::options::{ClusterOptions, Optimizer, TrainingOptions};
+use volary_core::schedule::Schedule;
 
-/// Count parameters, operations and bytes of a model.
+/// Count parameters, operations and bytes of a model, and plan it on machines that nobody has rented yet.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   volary plan examples/quickstart.toml
   volary plan --preset 1.7b-64e --json
+  volary plan examples/quickstart.toml --inventory examples/cluster.toml
+  volary plan --preset 64b-64e --inventory cluster.toml --lanes 2048
   volary plan --preset list")]
 pub struct Args {
     /// A configuration file.
@@ -21,6 +28,12 @@ pub struct Args {
     /// A row of the GLaM paper's table 4, or `list`.
     #[arg(long, conflicts_with = "config")]
     preset: Option<String>,
+    /// Machines, as a TOML file (examples/cluster.toml): what goes where, how long a step takes, what joins and losses would do.
+    #[arg(long, value_name = "FILE")]
+    inventory: Option<PathBuf>,
+    /// Lanes of a preset, of one sequence of 1,024 tokens each.
+    #[arg(long, default_value = "1024", value_parser = clap::value_parser!(u32).range(1..=65536), conflicts_with = "config")]
+    lanes: u32,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -45,6 +58,8 @@ pub struct Plan {
     state_bytes: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
     paper: Option<Paper>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster: Option<ClusterPlan>,
 }
 
 #[derive(Debug, Serialize)]
@@ -70,18 +85,20 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         presets().iter().for_each(|preset| println!("{}", preset.name));
         return Ok(());
     }
-    let plan = match (&args.config, &args.preset) {
-        (Some(path), _) => {
-            let config = Config::load(path, &args.set)?;
-            Plan::new(
-                &config.run.name,
-                &config.model,
-                &config.training.optimizer,
-                config.training.sequence_length,
-            )
+    let inventory = args.inventory.as_deref().map(Inventory::load).transpose()?;
+    let (mut plan, architecture, training, replication) = match &args.config {
+        Some(path) => {
+            let Config { run, model, training, cluster, .. } = Config::load(path, &args.set)?;
+            (Plan::new(&run.name, &model, &training), model, training, cluster.replication)
         }
-        (None, name) => of_preset(name.as_deref().unwrap_or_default())?,
+        None => {
+            let training = of_lanes(args.lanes);
+            let (plan, model) = of_preset(args.preset.as_deref().unwrap_or_default(), &training)?;
+            (plan, model, training, ClusterOptions::default().replication)
+        }
     };
+    let site = Site { architecture: &architecture, training: &training, replication };
+    plan.cluster = inventory.map(|inventory| site.on(&inventory));
     if args.json {
         println!("{}", serde_json::to_string_pretty(&plan)?);
     } else {
@@ -90,7 +107,23 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn of_preset(name: &str) -> anyhow::Result<Plan> {
+/// How a preset trains: sequences of 1,024 tokens (GLaM, section 5.1), one in a lane.
+fn of_lanes(lanes: u32) -> TrainingOptions {
+    TrainingOptions {
+        steps: 1,
+        lanes,
+        lane_group: 4.min(lanes),
+        sequences_per_lane: 1,
+        sequence_length: 1024,
+        optimizer: Optimizer::default(),
+        schedule: Schedule::default(),
+        clip_norm: None,
+        aux_loss: 0.01,
+        z_loss: 0.0,
+    }
+}
+
+fn of_preset(name: &str, training: &TrainingOptions) -> anyhow::Result<(Plan, Architecture)> {
     let all = presets();
     let names: Vec<&str> = all.iter().map(|preset| preset.name).collect();
     let Some(Preset { architecture, paper_parameters, paper_activated, .. }) =
@@ -98,13 +131,14 @@ fn of_preset(name: &str) -> anyhow::Result<Plan> {
     else {
         anyhow::bail!("--preset {name}: expected one of {}", names.join(", "));
     };
-    let mut plan = Plan::new(name, architecture, &Optimizer::default(), 1024);
+    let mut plan = Plan::new(name, architecture, training);
     plan.paper = Some(Paper { parameters: paper_parameters, activated_parameters: paper_activated });
-    Ok(plan)
+    Ok((plan, architecture.clone()))
 }
 
 impl Plan {
-    fn new(name: &str, a: &Architecture, optimizer: &Optimizer, sequence_length: usize) -> Self {
+    fn new(name: &str, a: &Architecture, training: &TrainingOptions) -> Self {
+        let (optimizer, sequence_length) = (&training.optimizer, training.sequence_length);
         let mut shards: Vec<Kind> = Vec::new();
         for shard in a.shards() {
             let kind = match shard {
@@ -135,6 +169,7 @@ impl Plan {
             state_bytes: shards.iter().map(|kind| kind.state_bytes * kind.count as u64).sum(),
             shards,
             paper: None,
+            cluster: None,
         }
     }
 
@@ -166,6 +201,7 @@ impl Plan {
             let (parameters, state) = (short(kind.parameters), bytes(kind.state_bytes));
             println!("    {:>6} x {:<27}{parameters:>10}   {state:>10} of state each", kind.count, kind.kind);
         }
+        self.cluster.iter().for_each(ClusterPlan::print);
     }
 }
 

@@ -7,6 +7,7 @@ use crate::follow::follow;
 use crate::progress::{Display, Seen, validations};
 use crate::rundir;
 use crate::script::Script;
+use crate::units::Size;
 use anyhow::{Context, bail};
 use std::path::PathBuf;
 use volary_data::Stage;
@@ -35,6 +36,12 @@ pub struct Args {
     /// Device of each node: auto, cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
+    /// Memory that each node may use, as 8GiB; several for several nodes, by turns.
+    #[arg(long, value_name = "SIZE", value_delimiter = ',')]
+    memory: Vec<Size>,
+    /// Zone of each node, by turns: replicas keep to different ones.
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    zones: Vec<String>,
     /// A TOML value for any key of the configuration.
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
@@ -79,6 +86,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         nodes: config.cluster.nodes,
         device: args.device.clone(),
         threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
+        memory: args.memory.clone(),
+        zones: args.zones.clone(),
         respawn: args.respawn,
         http: args.http.clone(),
         serves_http: !args.no_http,

@@ -188,7 +188,10 @@ impl Machine {
             members: members.clone(),
         }));
         let cause = cause.to_owned();
-        self.notice(Notice::Placed { epoch, step, cause, nodes: members, fetched, learning });
+        let (nodes, stages) = (members, self.placement.stages.len());
+        let staged = |node: &&NodeId| self.placement.stages.iter().any(|stage| stage.holds(node));
+        let experts_only = nodes.len() - nodes.iter().filter(staged).count();
+        self.notice(Notice::Placed { epoch, step, cause, nodes, fetched, learning, stages, experts_only });
         for (node, assignment) in assignments {
             self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
         }

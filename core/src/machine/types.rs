@@ -154,8 +154,18 @@ pub enum Notice {
     Draining { node: NodeId },
     /// A node has handed everything over and left.
     Left { node: NodeId },
-    /// A new placement was made, in which so many shards are fetched before the next step and so many beside it.
-    Placed { epoch: Epoch, step: Step, cause: String, nodes: Vec<NodeId>, fetched: usize, learning: usize },
+    /// A new placement was made, in which so many shards are fetched before the next step and so many beside it. Layers
+    /// are cut into so many stages; so many of the nodes have none and host experts.
+    Placed {
+        epoch: Epoch,
+        step: Step,
+        cause: String,
+        nodes: Vec<NodeId>,
+        fetched: usize,
+        learning: usize,
+        stages: usize,
+        experts_only: usize,
+    },
     /// What was copied beside the training is there, and the next placement uses it.
     Migrated { epoch: Epoch, step: Step, shards: usize },
     /// Shards could not be copied to a node.
