@@ -29,8 +29,10 @@ use crate::ids::{Epoch, NodeId, ShardId};
 use crate::options::TrainingOptions;
 use crate::placement::Placement;
 use crate::profile::Profile;
+use serde::Serialize;
 use site::Site;
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// Another number of stages must promise a step shorter by this factor than the present one, or than one alone.
 const STAGES_WORTH_IT: f64 = 0.8;
@@ -72,8 +74,28 @@ pub struct Plan {
     pub placement: Placement,
     /// What it promises.
     pub prediction: Prediction,
-    /// Memory that is missing, in bytes, when the model fits in no way: the placement takes no account of it then.
-    pub short_bytes: u64,
+    /// What is missing when the model fits in no way: the placement takes no account of memory then.
+    pub short: Option<Shortage>,
+}
+
+/// Memory that is not there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Shortage {
+    /// How much, in bytes.
+    pub bytes: u64,
+    /// The layer that is too large for every single node; none when all nodes together are too small.
+    pub layer: Option<u16>,
+}
+
+impl fmt::Display for Shortage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let gib = self.bytes as f64 / f64::from(1 << 30);
+        match self.layer {
+            Some(0) => write!(f, "layer 0 with the embedding takes {gib:.1} GiB more than any node has"),
+            Some(layer) => write!(f, "layer {layer} takes {gib:.1} GiB more than any node has"),
+            None => write!(f, "all nodes together have {gib:.1} GiB too little"),
+        }
+    }
 }
 
 /// The placement that promises the shortest step.
@@ -83,8 +105,10 @@ pub fn plan(request: &Request<'_>) -> Plan {
     let mut site = Site::new(request.members);
     let present = request.previous.map_or(1, |placement| placement.stages.len().max(1));
     let mut best: Option<(usize, Plan)> = None;
-    for count in stages::counts(&costs, present) {
-        let Some(placement) = attempt(&site, &costs, request, count) else { continue };
+    let counts = stages::counts(&costs, present).into_iter();
+    let lean = request.previous.is_some_and(|placement| is_lean(placement, &site));
+    for (count, lean) in counts.flat_map(|count| [(count, lean), (count, !lean)]) {
+        let Some(placement) = attempt(&site, &costs, request, count, lean) else { continue };
         let prediction = predict(&placement, request.members, &costs);
         // Copies come before speed.
         let copies = placement.experts.values().map(Vec::len).sum();
@@ -93,25 +117,45 @@ pub fn plan(request: &Request<'_>) -> Plan {
                 || (copies == *most && prediction.step_s < STAGES_WORTH_IT * plan.prediction.step_s)
         });
         if better {
-            best = Some((copies, Plan { placement, prediction, short_bytes: 0 }));
+            best = Some((copies, Plan { placement, prediction, short: None }));
         }
     }
     if let Some((_, best)) = best {
         return best;
     }
-    let short_bytes = site.short_bytes(&costs, experts::least_replicas(request.architecture)).max(1);
+    let short = Some(site.shortage(&costs, experts::least_replicas(request.architecture)));
     site.ignore_memory();
     // One stage of everybody has no way to fail where memory does not count.
-    let placement = attempt(&site, &costs, request, 1).unwrap_or_default();
+    let placement = attempt(&site, &costs, request, 1, false).unwrap_or_default();
     let prediction = predict(&placement, request.members, &costs);
-    Plan { placement, prediction, short_bytes }
+    Plan { placement, prediction, short }
 }
 
-/// A placement with so many stages, if memory allows it.
-fn attempt(site: &Site, costs: &Costs, request: &Request<'_>, count: usize) -> Option<Placement> {
-    let stages = stages::assign(site, costs, request, count)?;
-    let experts = experts::spread(site, costs, request, &stages)?;
+/// A placement with so many stages, if memory allows it. In a lean one nodes for which no lane is left hold no layers
+/// either, so that nobody sends them gradients.
+fn attempt(
+    site: &Site<'_>,
+    costs: &Costs,
+    request: &Request<'_>,
+    count: usize,
+    lean: bool,
+) -> Option<Placement> {
+    let mut stages = stages::assign(site, costs, request, count)?;
+    let mut experts = experts::spread(site, costs, request, &stages)?;
+    if lean {
+        if !lanes::drop_idle(site, costs, request, &mut stages, &experts) {
+            return None;
+        }
+        experts = experts::spread(site, costs, request, &stages)?;
+    }
     Some(lanes::complete(site, costs, request, stages, experts))
+}
+
+/// Whether there are members without a stage.
+fn is_lean(placement: &Placement, site: &Site<'_>) -> bool {
+    let staged = |node: &NodeId| placement.stages.iter().any(|stage| stage.holds(node));
+    let known = placement.members.iter().filter(|node| site.place(node).is_some());
+    known.into_iter().any(|node| !staged(node))
 }
 
 pub use survivors::of_survivors;

@@ -7,6 +7,7 @@
 //! step, and a join or a drain costs no abort.
 
 use super::{Effect, Machine, Notice, Phase, Remembered};
+use crate::costs::Costs;
 use crate::ids::{NodeId, ShardId};
 use crate::messages::{Assignment, Source, ToNode};
 use crate::placement::Placement;
@@ -104,19 +105,14 @@ impl Machine {
             return None;
         }
         let members = self.members(self.nodes.keys().collect());
-        let short = self.request(&members, None, planner::plan).short_bytes;
-        let there: u128 = members.iter().map(|m| u128::from(m.profile.memory_bytes)).sum();
-        let gib = |bytes: f64| bytes / f64::from(1 << 30);
-        (short > 0).then(|| {
-            format!(
-                "the model does not fit: {} parameters with gradients, optimizer and activations take {:.1} GiB more than \
-                 the {:.1} GiB of {} together; add nodes, or choose a smaller model",
-                self.settings.architecture.parameters(),
-                gib(short as f64),
-                gib(there as f64),
-                members.iter().map(|m| m.node.0.as_str()).collect::<Vec<_>>().join(", "),
-            )
-        })
+        let short = self.request(&members, None, planner::plan).short?;
+        let parameters = self.settings.architecture.parameters();
+        let names: Vec<&str> = members.iter().map(|m| m.node.0.as_str()).collect();
+        Some(format!(
+            "the model does not fit on {}: of its {parameters} parameters, with gradients, optimizer and activations, {short}; \
+             add nodes with more memory, or choose a smaller model",
+            names.join(", "),
+        ))
     }
 
     /// The planner's wish, for every node that may be used.
@@ -191,12 +187,32 @@ impl Machine {
         let (nodes, stages) = (members, self.placement.stages.len());
         let staged = |node: &&NodeId| self.placement.stages.iter().any(|stage| stage.holds(node));
         let experts_only = nodes.len() - nodes.iter().filter(staged).count();
-        self.notice(Notice::Placed { epoch, step, cause, nodes, fetched, learning, stages, experts_only });
+        let predicted_step_ms = 1e3 * self.predicted_step_s();
+        self.notice(Notice::Placed {
+            epoch,
+            step,
+            cause,
+            nodes,
+            fetched,
+            learning,
+            stages,
+            experts_only,
+            predicted_step_ms,
+        });
         for (node, assignment) in assignments {
             self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
         }
         self.phase = Phase::Placing { waiting: voters };
         self.let_go_of_drained();
+    }
+
+    /// What the planner thinks of the present placement.
+    #[must_use]
+    pub fn predicted_step_s(&self) -> f64 {
+        let costs = Costs::new(&self.settings.architecture, &self.settings.training);
+        let there = self.placement.members.iter().filter(|node| self.nodes.contains_key(*node)).collect();
+        let step_s = planner::predict(&self.placement, &self.members(there), &costs).step_s;
+        if step_s.is_finite() { step_s } else { 0.0 }
     }
 
     /// Nodes that were to leave, and have no part in the run any more.

@@ -155,7 +155,7 @@ pub enum Notice {
     /// A node has handed everything over and left.
     Left { node: NodeId },
     /// A new placement was made, in which so many shards are fetched before the next step and so many beside it. Layers
-    /// are cut into so many stages; so many of the nodes have none and host experts.
+    /// are cut into so many stages; so many of the nodes have none and host experts. A step should take so long.
     Placed {
         epoch: Epoch,
         step: Step,
@@ -165,6 +165,7 @@ pub enum Notice {
         learning: usize,
         stages: usize,
         experts_only: usize,
+        predicted_step_ms: f64,
     },
     /// What was copied beside the training is there, and the next placement uses it.
     Migrated { epoch: Epoch, step: Step, shards: usize },

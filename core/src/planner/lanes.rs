@@ -41,6 +41,42 @@ pub(super) fn complete(
     }
 }
 
+/// Takes the layers from nodes that would run no lane, as long as `replication` others hold them, in as many zones as there are.
+/// Whether there was any.
+pub(super) fn drop_idle(
+    site: &Site<'_>,
+    costs: &Costs,
+    request: &Request<'_>,
+    stages: &mut [Staged],
+    experts: &Spread,
+) -> bool {
+    let busy = expert_seconds(site, costs, experts);
+    let mut dropped = false;
+    for stage in stages {
+        let seconds: Vec<(f64, f64)> =
+            stage.nodes.iter().map(|&n| (busy[n], site.lane_seconds(costs, n, &stage.layers))).collect();
+        let counts = share(&seconds, costs.lanes);
+        let mut kept: Vec<usize> = Vec::new();
+        let (with, without): (Vec<_>, Vec<_>) =
+            stage.nodes.iter().zip(counts).partition(|(_, lanes)| *lanes > 0);
+        kept.extend(with.into_iter().map(|(&node, _)| node));
+        let idle: Vec<usize> = without.into_iter().map(|(&node, _)| node).collect();
+        // Copies beside those who run lanes: first in zones that have none.
+        for apart in [true, false] {
+            for &node in &idle {
+                let known = kept.iter().any(|&other| site.zones[other] == site.zones[node]);
+                if kept.len() < request.replication.max(1) && !kept.contains(&node) && known != apart {
+                    kept.push(node);
+                }
+            }
+        }
+        kept.sort_unstable();
+        dropped |= kept.len() < stage.nodes.len();
+        stage.nodes = kept;
+    }
+    dropped
+}
+
 /// Seconds of a step that each node spends on its experts, when an expert's rows are shared evenly by its replicas.
 fn expert_seconds(site: &Site<'_>, costs: &Costs, experts: &Spread) -> Vec<f64> {
     let mut busy = vec![0.0; site.len()];

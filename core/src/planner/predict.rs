@@ -259,7 +259,7 @@ impl<'a> Count<'a> {
     fn total(mut self) -> Prediction {
         let slowest_trip = self.members.iter().map(|m| m.profile.round_trip_s).fold(0.0, f64::max);
         let chain = self.chain_of_one_lane();
-        let (mut lanes_s, mut commit_s, mut slowest) = (0.0, 0.0f64, None);
+        let (mut lanes_s, mut commit_s, mut longest, mut slowest) = (0.0f64, 0.0f64, 0.0, None);
         for (place, member) in self.members.iter().enumerate() {
             let (profile, part) = (&member.profile, &mut self.parts[place]);
             let (rows, gradients) = (self.rows[place], self.gradients[place]);
@@ -276,10 +276,11 @@ impl<'a> Count<'a> {
             }
             part.received_bytes = (rows.received + gradients.received) as u64;
             part.sent_bytes = (rows.sent + gradients.sent) as u64;
-            if part.lanes_s() > lanes_s || slowest.is_none() {
-                (lanes_s, slowest) = (part.lanes_s(), Some(member.node.clone()));
+            let commit = part.exchange_s + part.update_s;
+            (lanes_s, commit_s) = (lanes_s.max(part.lanes_s()), commit_s.max(commit));
+            if part.lanes_s() + commit > longest || slowest.is_none() {
+                (longest, slowest) = (part.lanes_s() + commit, Some(member.node.clone()));
             }
-            commit_s = commit_s.max(part.exchange_s + part.update_s);
         }
         // Sums to the owners and roots back, and what is prepared and committed: three ways there and back.
         let commit_s = commit_s + 3.0 * slowest_trip;

@@ -1,6 +1,6 @@
 //! The nodes as the planner sees them, numbered in the order of their names.
 
-use super::Member;
+use super::{Member, Shortage};
 use crate::costs::{Costs, lanes_in_flight};
 use crate::ids::NodeId;
 use std::collections::BTreeMap;
@@ -72,12 +72,19 @@ impl<'a> Site<'a> {
         usize::try_from(self.memory[place].saturating_sub(dense) / costs.expert_bytes).unwrap_or(usize::MAX)
     }
 
-    /// By how much all memory together falls short of one copy of everything.
-    pub(super) fn short_bytes(&self, costs: &Costs, experts: usize) -> u64 {
+    /// Why there is no room for one copy of everything.
+    pub(super) fn shortage(&self, costs: &Costs, experts: usize) -> Shortage {
+        let most = self.memory.iter().copied().max().unwrap_or(0);
+        let layers =
+            (0..costs.layers()).map(|layer| (costs.stage_bytes(layer..layer + 1, lanes_in_flight(1)), layer));
+        if let Some((bytes, layer)) = layers.max().filter(|(bytes, _)| *bytes > most) {
+            return Shortage { bytes: bytes - most, layer: Some(layer) };
+        }
         let wanted = costs.stage_bytes(0..costs.layers(), lanes_in_flight(1)) as u128
             + costs.expert_bytes as u128 * experts as u128;
         let there: u128 = self.memory.iter().map(|&bytes| u128::from(bytes)).sum();
-        u64::try_from(wanted.saturating_sub(there)).unwrap_or(u64::MAX)
+        let bytes = u64::try_from(wanted.saturating_sub(there)).unwrap_or(u64::MAX).max(1);
+        Shortage { bytes, layer: None }
     }
 
     pub(super) fn ignore_memory(&mut self) {

@@ -151,7 +151,7 @@ proptest! {
             member.profile.memory_bytes = (whole as f64 * size) as u64;
         }
         let plan = whole_plan(&members, experts, 2, None);
-        if plan.short_bytes == 0 {
+        if plan.short.is_none() {
             for (member, part) in members.iter().zip(&plan.prediction.nodes) {
                 prop_assert!(part.memory_bytes <= member.profile.memory_bytes, "{:?} on {:?}", part, member);
             }
@@ -172,7 +172,7 @@ fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_
     let members = site(8, 2, dense * 7 / 10);
     let plan = whole_plan(&members, 8, 2, None);
     let placement = &plan.placement;
-    assert_eq!(plan.short_bytes, 0);
+    assert_eq!(plan.short, None);
     assert!(placement.stages.len() > 1, "{:?}", placement.stages);
     for (stage, next) in placement.stages.iter().zip(&placement.stages[1..]) {
         assert_eq!(stage.layers.end, next.layers.start);
@@ -207,8 +207,14 @@ fn a_node_without_room_for_layers_hosts_experts_and_drives_no_lane() {
 fn what_fits_nowhere_is_said_with_the_bytes_that_are_missing() {
     let costs = Costs::new(&small(8), &training());
     let plan = whole_plan(&site(2, 1, costs.expert_bytes), 8, 1, None);
-    assert!(plan.short_bytes > costs.stage_bytes(0..costs.layers(), 2) - costs.expert_bytes);
+    let layer = plan.short.expect("a shortage").layer.expect("a layer");
+    let largest = (0..costs.layers()).max_by_key(|&l| costs.stage_bytes(l..l + 1, 2));
+    assert_eq!(Some(layer), largest);
     assert_eq!(plan.placement.lanes(), 12, "a placement is made all the same");
+    let largest = costs.stage_bytes(layer..layer + 1, 2);
+    let short = whole_plan(&site(2, 1, largest), 8, 1, None).short.expect("a shortage");
+    let wanted = costs.stage_bytes(0..costs.layers(), 2) + 16 * costs.expert_bytes;
+    assert_eq!(short, Shortage { bytes: wanted - 2 * largest, layer: None });
 }
 
 /// Totals per node, which are counted by formula, against the links, which are counted leaf by leaf.

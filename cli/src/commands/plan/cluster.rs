@@ -8,7 +8,7 @@ use volary_core::architecture::Architecture;
 use volary_core::costs::Costs;
 use volary_core::options::TrainingOptions;
 use volary_core::placement::Placement;
-use volary_core::planner::{self, Member, NodePart, Plan, Request};
+use volary_core::planner::{self, Member, NodePart, Plan, Request, Shortage};
 use volary_core::{NodeId, ShardId};
 
 /// Links are listed one by one in clusters of at most so many nodes.
@@ -20,8 +20,8 @@ const SHORTER: f64 = 0.01;
 #[derive(Debug, Serialize)]
 pub(super) struct ClusterPlan {
     fits: bool,
-    /// Memory that is missing when it does not fit.
-    short_bytes: u64,
+    /// What is missing when it does not fit.
+    short: Option<Shortage>,
     nodes: usize,
     memory_bytes: u64,
     step_s: f64,
@@ -134,8 +134,8 @@ impl Site<'_> {
         let price = inventory.price();
         let what_if = self.what_if(inventory, &members, &plan, &costs);
         ClusterPlan {
-            fits: plan.short_bytes == 0,
-            short_bytes: plan.short_bytes,
+            fits: plan.short.is_none(),
+            short: plan.short,
             nodes: members.len(),
             memory_bytes: members.iter().map(|m| m.profile.memory_bytes).fold(0, u64::saturating_add),
             step_s: prediction.step_s,
@@ -162,7 +162,7 @@ impl Site<'_> {
             WhatIf {
                 change,
                 kind: kind.name.clone(),
-                fits: after.short_bytes == 0,
+                fits: after.short.is_none(),
                 step_s: after.prediction.step_s,
                 tokens_per_s: after.prediction.tokens_per_s,
                 moved_bytes: moved(&plan.placement, &after.placement, costs),
@@ -285,7 +285,7 @@ fn cheapest(inventory: &Inventory, plan: &Plan, what_if: &[WhatIf]) -> Option<Ch
         })
     };
     let more = what_if.iter().filter(|at| at.change == "one more" && at.fits);
-    if plan.short_bytes > 0 {
+    if plan.short.is_some() {
         return more.filter_map(priced).min_by(|a, b| a.price_per_hour.total_cmp(&b.price_per_hour));
     }
     let shorter = more.filter(|at| at.step_s < (1.0 - SHORTER) * plan.prediction.step_s);
@@ -299,15 +299,12 @@ fn seconds(s: f64) -> String {
 impl ClusterPlan {
     pub(super) fn print(&self) {
         println!();
-        if self.fits {
-            println!("fits on {} nodes with {} of memory", self.nodes, bytes(self.memory_bytes));
-        } else {
-            println!(
-                "DOES NOT FIT: {} nodes have {} of memory, {} too little; what follows takes no account of that",
-                self.nodes,
-                bytes(self.memory_bytes),
-                bytes(self.short_bytes)
-            );
+        let (nodes, memory) = (self.nodes, bytes(self.memory_bytes));
+        match self.short {
+            None => println!("fits on {nodes} nodes with {memory} of memory"),
+            Some(short) => println!(
+                "DOES NOT FIT on {nodes} nodes with {memory} of memory: {short}. What follows takes no account of that"
+            ),
         }
         println!(
             "  step                  {:>10}   {} tokens/s",
