@@ -3,6 +3,7 @@
 use crate::disturb::{Disturbance, disturb};
 use crate::executor::Executor;
 use crate::inbound;
+use crate::keys::NO_CERTIFICATE;
 use crate::limits::{
     DIAL_MAX, DIAL_PAUSE, IDLE_MS, LINKS_EVERY, SPAN_BATCHES_AHEAD, SPANS_PER_WORD, WELCOME_MAX,
 };
@@ -28,8 +29,8 @@ use volary_telemetry::metrics::NodeMetrics;
 use volary_telemetry::{Pipeline, SpanRecord};
 use volary_transport::canary::CanaryHeld;
 use volary_transport::{
-    Admit, ControlReceiver, ControlSender, Endpoint, Identity, Interference, Link, Token, TransportOptions,
-    join, local_ip,
+    Admit, ControlReceiver, ControlSender, Endpoint, Identity, Interference, Issued, KeyRequest, Link, Token,
+    TransportOptions, join, local_ip,
 };
 
 /// An error of a process as a whole.
@@ -53,6 +54,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether this node is known and its certificate is not good any more.
+    fn says_that_the_certificate_is_over(&self) -> bool {
+        matches!(self, Self::Transport(volary_transport::Error::Refused(reason)) if reason.starts_with(NO_CERTIFICATE))
+    }
+
     /// Whether another attempt may mend it.
     fn may_pass(&self) -> bool {
         matches!(self, Self::NotYet(_) | Self::Transport(volary_transport::Error::Connection { .. }))
@@ -118,7 +124,7 @@ pub async fn run_node<B: Compute>(
         }
         None => Endpoint::bind(listen, identity, Admit::Certified, &transport)?,
     };
-    let mut way = Way { instance: rand_instance(), endpoint, options, profile: None };
+    let mut way = Way { instance: rand_instance(), name: name.0.clone(), endpoint, options, profile: None };
     let first = way.connect(Held::default(), Instant::now() + DIAL_MAX).await?;
     let run = first.run.clone();
     tracing::info!(node = %name, run = run.run, device = way.options.device, "joined");
@@ -142,7 +148,7 @@ pub async fn run_node<B: Compute>(
     }
     let profile = measure_all(&node, &way.options, &run, &first.link).await;
     way.profile = Some(profile.clone());
-    let mut served = Served::start(first, &agent, &node);
+    let mut served = Served::start(first, &agent, &node, &way.endpoint);
     // Now it may be placed.
     drop(served.up.send(Up::Profile(Box::new(profile))).await);
     let mut asked = false;
@@ -175,7 +181,7 @@ pub async fn run_node<B: Compute>(
                 match back {
                     Ok(connected) if connected.run.same_model(&run) => {
                         tracing::info!(keep = connected.keep, "the supervisor is back");
-                        served = Served::start(connected, &agent, &node);
+                        served = Served::start(connected, &agent, &node, &way.endpoint);
                         if asked {
                             drop(agent.cast(NodeMsg::WantsToLeave));
                         }
@@ -214,11 +220,14 @@ async fn measure_all<B: Compute>(
         network_s_per_byte: NETWORK_S_PER_BYTE,
         ..Profile::relative(node.executor.threads() as f64)
     };
+    if !run.measure {
+        return profile;
+    }
     let measured = measure::device(&node.executor, &run.architecture, &run.training, &mut profile).await;
     if let Err(error) = measured {
         tracing::warn!(%error, "the device cannot be measured; its speed is learned while it trains");
     }
-    if let Some(carried) = measure::link(link).await {
+    if let Some(carried) = measure::link(link, || link.stats().bytes_sent).await {
         profile.round_trip_s = carried.round_trip.as_secs_f64();
         profile.bandwidth = carried.bandwidth;
     }
@@ -293,6 +302,7 @@ struct Connected {
 /// The way to the supervisor.
 struct Way {
     instance: u64,
+    name: String,
     endpoint: Endpoint,
     options: NodeOptions,
     /// What was measured, once it was.
@@ -311,7 +321,13 @@ impl Way {
 
     async fn connect(&self, held: Held, deadline: Instant) -> Result<Connected> {
         loop {
+            // While the supervisor was away nobody could renew it.
+            if self.endpoint.identity()?.left().is_zero() {
+                drop(self.join_anew().await);
+            }
             match self.connect_once(held.clone()).await {
+                // Shut out, it may join anew: with its token, if that is still good, and another certificate.
+                Err(error) if error.says_that_the_certificate_is_over() => self.join_anew().await?,
                 Err(error) if Instant::now() < deadline && error.may_pass() => {
                     tracing::debug!(%error, "not yet");
                     tokio::time::sleep(DIAL_PAUSE).await;
@@ -319,6 +335,15 @@ impl Way {
                 connected => return connected,
             }
         }
+    }
+
+    async fn join_anew(&self) -> Result<()> {
+        tokio::time::sleep(DIAL_PAUSE).await;
+        let NodeOptions { supervisor, token, .. } = &self.options;
+        let name = Some(self.name.clone());
+        let identity = join(*supervisor, token, name, &TransportOptions::default()).await?;
+        self.endpoint.set_identity(identity)?;
+        Ok(())
     }
 
     async fn connect_once(&self, held: Held) -> Result<Connected> {
@@ -365,6 +390,7 @@ struct Served {
     reader: tokio::task::JoinHandle<String>,
     canary: Option<CanaryHeld>,
     reports: tokio::task::JoinHandle<()>,
+    renewals: tokio::task::JoinHandle<()>,
 }
 
 impl Served {
@@ -372,15 +398,18 @@ impl Served {
         connected: Connected,
         agent: &ActorRef<NodeMsg>,
         node: &Arc<NodeContext<B>>,
+        endpoint: &Endpoint,
     ) -> Self {
         let Connected { link, sender, receiver, keep, canary, .. } = connected;
         let (up, words) = mpsc::channel(WORDS_AHEAD);
         let connection = Connection { up: up.clone(), uplink: Uplink { link: link.clone() }, keep };
         drop(agent.cast(NodeMsg::Connected(connection)));
         tokio::spawn(write_up(sender, words));
-        let reader = tokio::spawn(read_down(receiver, agent.clone()));
+        let (renewed, answers) = mpsc::channel(1);
+        let reader = tokio::spawn(read_down(receiver, agent.clone(), renewed));
+        let renewals = tokio::spawn(renew(endpoint.clone(), up.clone(), answers));
         let reports = tokio::spawn(report_links(Arc::clone(node), up.clone()));
-        Self { link, up, reader, canary, reports }
+        Self { link, up, reader, canary, reports, renewals }
     }
 
     /// Resolves when the supervisor cannot be heard any more, with the reason.
@@ -410,6 +439,7 @@ impl Served {
         self.link.close("the link is given up");
         self.reader.abort();
         self.reports.abort();
+        self.renewals.abort();
     }
 }
 
@@ -435,7 +465,32 @@ async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<Up>) {
     sender.finish().await;
 }
 
-async fn read_down(mut receiver: ControlReceiver, agent: ActorRef<NodeMsg>) -> String {
+/// Asks for another certificate, for a new key, when half of the present one's time has passed.
+async fn renew(endpoint: Endpoint, up: mpsc::Sender<Up>, mut answers: mpsc::Receiver<Issued>) {
+    let (name, authority) = match endpoint.identity() {
+        Ok(own) => (own.name().to_owned(), own.authority().to_vec()),
+        Err(error) => return tracing::warn!(%error, "there is nothing to renew"),
+    };
+    loop {
+        let left = endpoint.identity().map_or(Duration::ZERO, |own| own.left());
+        tokio::time::sleep(left / 2).await;
+        let Ok(request) = KeyRequest::new() else { continue };
+        if up.send(Up::Renew(request.der().to_vec())).await.is_err() {
+            return;
+        }
+        let Some(issued) = answers.recv().await else { return };
+        match endpoint.set_identity(request.into_identity(&name, issued, authority.clone())) {
+            Ok(()) => tracing::info!("this node's certificate was renewed"),
+            Err(error) => tracing::warn!(%error, "a renewed certificate is no good"),
+        }
+    }
+}
+
+async fn read_down(
+    mut receiver: ControlReceiver,
+    agent: ActorRef<NodeMsg>,
+    renewed: mpsc::Sender<Issued>,
+) -> String {
     loop {
         match receiver.recv::<Down>().await {
             Ok(Some(Down::Say(message, traced))) => {
@@ -443,6 +498,7 @@ async fn read_down(mut receiver: ControlReceiver, agent: ActorRef<NodeMsg>) -> S
                     return "the node's agent has ended".to_owned();
                 }
             }
+            Ok(Some(Down::Renewed(issued))) => drop(renewed.try_send(issued)),
             Ok(Some(Down::Welcome(_) | Down::Taken)) => {}
             Ok(None) => return "it ended the control stream".to_owned(),
             Err(error) => return error.to_string(),

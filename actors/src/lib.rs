@@ -3,6 +3,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | [`sessions`], `supervisor` | the supervisor's process: who is let in; the actor around the state machine |
+//! | `keys` | tokens and certificates |
 //! | `checkpointer`, `run_files`, `durations` | durable checkpoints; the files that people read; how long a change took |
 //! | [`host`], `node`, `holdings` | the node's process; its agent; the shards in its memory |
 //! | `lane`, `leg` | a lane's way through the model and back: **start reading here**; through one stage of it |
@@ -30,6 +31,7 @@ mod holdings;
 pub mod host;
 mod inbound;
 mod keeper;
+mod keys;
 mod lane;
 mod leg;
 mod limits;

@@ -37,4 +37,4 @@ pub(crate) const PROBE_BYTES: usize = 1 << 20;
 /// The longest that a measurement of a link may take.
 pub(crate) const PROBE_MAX: Duration = Duration::from_secs(10);
 /// How long a node measures each kind of its computations, unless one call takes longer.
-pub(crate) const MEASURE: Duration = Duration::from_millis(40);
+pub(crate) const MEASURE: Duration = Duration::from_millis(80);

@@ -2,7 +2,8 @@
 //! its link to the supervisor is.
 //!
 //! Every thread of the device does the same at the same time, since that is how it will be used. Of each kind of computation
-//! the quickest call counts: what else happens on the machine makes calls longer, never shorter.
+//! the mean of several calls counts, as it does in training: a device that is held to a part of its time by somebody else
+//! has quick calls too.
 
 use crate::executor::Executor;
 use crate::limits::{MEASURE, PROBE_BYTES, PROBE_MAX};
@@ -50,19 +51,20 @@ pub(crate) async fn device<B: Compute>(
         executor.run(&meter, move |backend| own.measure(backend, &a, &training))
     });
     let all = futures::future::try_join_all(all).await?;
-    let mean = |of: fn(&Times) -> f64| all.iter().map(of).sum::<f64>() / threads as f64;
+    let of_all = |of: fn(&Times) -> f64| all.iter().map(of).sum::<f64>() / threads as f64;
     let rate = |flops: f64, forward: f64, backward: f64| Rate {
         forward: threads as f64 * flops / forward.max(1e-9),
         backward: threads as f64 * 2.0 * flops / backward.max(1e-9),
     };
     let lane = costs.lane_flops(0..costs.layers());
-    profile.dense = rate(lane, mean(|t| t.dense[0]), mean(|t| t.dense[1]));
+    profile.dense = rate(lane, of_all(|t| t.dense[0]), of_all(|t| t.dense[1]));
     profile.expert = profile.dense;
     profile.threads = threads;
     if costs.experts > 0 {
         let rows = rows(&costs) as f64 * costs.expert_flops;
-        profile.expert = rate(rows, mean(|t| t.expert[0]), mean(|t| t.expert[1]));
-        profile.update_bytes_per_s = threads as f64 * costs.expert_wire as f64 / mean(|t| t.update).max(1e-9);
+        profile.expert = rate(rows, of_all(|t| t.expert[0]), of_all(|t| t.expert[1]));
+        profile.update_bytes_per_s =
+            threads as f64 * costs.expert_wire as f64 / of_all(|t| t.update).max(1e-9);
     }
     Ok(())
 }
@@ -108,7 +110,7 @@ impl<B: Compute> Model<B> {
         Ok(Self { embedding: make(ShardId::Embedding)?, layers, router, expert })
     }
 
-    /// The quickest of several calls of everything, on one thread.
+    /// The mean of several calls of everything, on one thread.
     fn measure(&self, backend: &B, a: &Architecture, training: &TrainingOptions) -> Computed<Times> {
         let rows_of = training.sequence_length + 1;
         let tokens: Vec<u32> =
@@ -119,7 +121,7 @@ impl<B: Compute> Model<B> {
             *sum = [sum[0] + count as f64 * forward, sum[1] + count as f64 * backward];
         };
         let embed = || backend.embed(params(backend, &self.embedding), &tokens);
-        let head = quickest(|| {
+        let head = mean(|| {
             let start = Instant::now();
             let x = embed()?;
             let embedded = start.elapsed();
@@ -134,7 +136,7 @@ impl<B: Compute> Model<B> {
         })?;
         add(|times| &mut times.dense, 1, head);
         for (layer, count, shard) in &self.layers {
-            let own = quickest(|| {
+            let own = mean(|| {
                 let (x, dy) = (embed()?, embed()?);
                 timed(
                     || backend.dense(*layer, params(backend, shard), x, true),
@@ -144,7 +146,7 @@ impl<B: Compute> Model<B> {
             add(|times| &mut times.dense, *count, own);
         }
         if let Some((layer, count, shard)) = &self.router {
-            let gate = quickest(|| {
+            let gate = mean(|| {
                 let (x, dy) = (embed()?, embed()?);
                 let forward = || {
                     let gated = backend.gate(*layer, params(backend, shard), x, (1, 0), true)?;
@@ -169,7 +171,7 @@ impl<B: Compute> Model<B> {
         if let Some((shard, state)) = &self.expert {
             let count = rows(&Costs::new(a, training));
             let group = training.lane_group.max(1) as usize;
-            let own = quickest(|| {
+            let own = mean(|| {
                 let x = row_block(backend, a, count)?;
                 let dy = row_block(backend, a, count)?;
                 timed(
@@ -181,7 +183,7 @@ impl<B: Compute> Model<B> {
                 )
             })?;
             add(|times| &mut times.expert, 1, own);
-            let update = quickest(|| self.update(backend, *shard, state, a, count * group))?;
+            let update = mean(|| self.update(backend, *shard, state, a, count * group))?;
             times.update = update[0];
         }
         Ok(times)
@@ -232,20 +234,17 @@ fn timed<T, U>(
     Ok([turned.as_secs_f64(), (start.elapsed() - turned).as_secs_f64()])
 }
 
-/// The quickest of as many calls as there is time for, at least two: the first call of anything is slow.
-fn quickest(mut call: impl FnMut() -> Computed<[f64; 2]>) -> Computed<[f64; 2]> {
+/// The mean of as many calls as there is time for, beside the first one: the first call of anything is slow.
+fn mean(mut call: impl FnMut() -> Computed<[f64; 2]>) -> Computed<[f64; 2]> {
+    call()?;
     let start = Instant::now();
-    let mut best = [f64::INFINITY; 2];
-    for round in 0.. {
+    let (mut sum, mut calls) = ([0.0; 2], 0.0);
+    while calls == 0.0 || start.elapsed() < MEASURE {
         let [forward, backward] = call()?;
-        if round > 0 {
-            best = [best[0].min(forward), best[1].min(backward)];
-        }
-        if round > 0 && start.elapsed() > MEASURE {
-            break;
-        }
+        sum = [sum[0] + forward, sum[1] + backward];
+        calls += 1.0;
     }
-    Ok(best)
+    Ok([sum[0] / calls, sum[1] / calls])
 }
 
 /// A link's round trip, and the bytes per second that it carries in one direction.
@@ -255,8 +254,9 @@ pub(crate) struct Carried {
     pub(crate) bandwidth: f64,
 }
 
-/// Measures a link with two frames, of which the second counts: the first finds out how fast it may go.
-pub(crate) async fn link(link: &Link) -> Option<Carried> {
+/// Measures a link with two frames, of which the second counts: the first finds out how fast it may go. What else this node
+/// sends meanwhile, as `sent` counts it, goes the same way and counts as well.
+pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<Carried> {
     let part =
         Part { dtype: Dtype::U8, shape: vec![PROBE_BYTES as u64], data: vec![0u8; PROBE_BYTES].into() };
     let meta = wire::frame(Kind::Probe, 0, 0, &(), Vec::new()).ok()?.meta;
@@ -270,11 +270,12 @@ pub(crate) async fn link(link: &Link) -> Option<Carried> {
     };
     let mut carried = None;
     for _ in 0..2 {
-        let start = Instant::now();
+        let (start, before) = (Instant::now(), sent());
         tokio::time::timeout(PROBE_MAX, link.request(probe.clone())).await.ok()?.ok()?;
         let round_trip = link.stats().round_trip;
         let seconds = start.elapsed().saturating_sub(round_trip).as_secs_f64().max(1e-6);
-        carried = Some(Carried { round_trip, bandwidth: PROBE_BYTES as f64 / seconds });
+        let bytes = sent().saturating_sub(before).max(PROBE_BYTES as u64);
+        carried = Some(Carried { round_trip, bandwidth: bytes as f64 / seconds });
     }
     carried
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use volary_core::machine::Activity;
 use volary_core::{Epoch, Lane, Step};
+use volary_transport::{TokenRole, TokenTerms};
 
 use crate::wire::LinkReport;
 
@@ -15,6 +16,20 @@ pub enum OperatorRequest {
     Checkpoint,
     /// Write a checkpoint and end; answered when it is done.
     Stop,
+    /// Make a token.
+    TokenCreate {
+        /// What it allows.
+        role: TokenRole,
+        /// For how long, how often, and what is written on it.
+        terms: TokenTerms,
+    },
+    /// List the tokens.
+    TokenList,
+    /// Make a token good for nothing.
+    TokenRevoke {
+        /// Its name.
+        id: String,
+    },
     /// Let a node hand over what it has and leave; answered when it has left.
     Drain {
         /// The node's name.
@@ -22,11 +37,35 @@ pub enum OperatorRequest {
     },
 }
 
+/// One token at a glance; its secret is nowhere.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenStatus {
+    /// Its name.
+    pub id: String,
+    /// What it allows.
+    pub role: TokenRole,
+    /// When it was made, in seconds since 1970.
+    pub created_unix_s: u64,
+    /// When it ends, in seconds since 1970; `None` is never.
+    pub expires_unix_s: Option<u64>,
+    /// How often it may still be used; `None` is without end.
+    pub uses_left: Option<u32>,
+    /// What is written on it.
+    pub labels: Vec<(String, String)>,
+}
+
 /// The answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum OperatorReply {
     /// To [`OperatorRequest::Status`].
     Status(Box<Status>),
+    /// To [`OperatorRequest::TokenCreate`]: the token, which is shown once.
+    Token {
+        /// Its text.
+        text: String,
+    },
+    /// To [`OperatorRequest::TokenList`].
+    Tokens(Vec<TokenStatus>),
     /// Done, and after which step.
     Done {
         /// The step.
@@ -60,6 +99,8 @@ pub struct Status {
     pub loss: Option<f64>,
     /// Tokens per second of the last committed step.
     pub tokens_per_second: Option<f64>,
+    /// How long a step should take, in milliseconds, by what was seen of the nodes; 0 where nothing is placed.
+    pub predicted_step_ms: f64,
     /// The supervisor's process.
     pub supervisor: SupervisorStatus,
     /// The nodes.

@@ -85,7 +85,8 @@ impl Peers {
         };
         for (node, link) in new {
             // A link that cannot be measured is not asked again.
-            let bandwidth = measure::link(&link).await.map_or(0.0, |carried| carried.bandwidth);
+            let sent = || self.reports().iter().map(|report| report.sent_bytes).sum();
+            let bandwidth = measure::link(&link, sent).await.map_or(0.0, |carried| carried.bandwidth);
             self.lock().bandwidths.insert(node, bandwidth);
         }
     }

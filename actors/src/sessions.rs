@@ -2,6 +2,7 @@
 
 use crate::feed::Feed;
 use crate::host::{Error, Result};
+use crate::keys::Keys;
 use crate::limits::HELLO_MAX;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::supervisor::{Arrival, RunEnd, SupervisorActor, SupervisorArgs, SupervisorMsg, WORDS_AHEAD};
@@ -9,6 +10,7 @@ use crate::wire::{self, Down, RunInfo, ShardAt, ShardWish, Up};
 use ractor::rpc::CallResult;
 use ractor::{Actor, ActorRef};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -17,13 +19,12 @@ use volary_core::NodeId;
 use volary_core::compute::{ComputeError, Computed};
 use volary_core::machine::{Event, Settings};
 use volary_data::Dataset;
-use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, Table, journal};
+use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, journal};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_telemetry::{Identity, Pipeline, SpanRecord, TraceStore};
 use volary_transport::{
     Accepted, Admit, Authority, Canary, CanaryKey, CanaryWatch, ControlReceiver, ControlSender, Endpoint,
-    Frame, InboundFrame, Kind, Link, Role, SUPERVISOR, Token, TokenError, TokenRecord, TokenRole,
-    TransportOptions, check_name, write_secret,
+    Frame, InboundFrame, Kind, Link, Role, SUPERVISOR, Token, TokenRole, TransportOptions,
 };
 
 /// How long the last words may take to reach the nodes.
@@ -44,6 +45,11 @@ pub struct SupervisorOptions {
     pub listen: SocketAddr,
     /// What it measures, for whoever scrapes it.
     pub metrics: Arc<SupervisorMetrics>,
+    /// A folder with an authority that was made elsewhere (`ca.crt`, `ca.key`) and tokens (`join-token`, and maybe
+    /// `operator-token`); the run's own authority when left out.
+    pub identity: Option<PathBuf>,
+    /// How long a node's certificate is good for; it is renewed when half of that has passed.
+    pub certificate_lifetime: Duration,
     /// Whether no node has anything in memory any more, so that the run goes on from its last checkpoint.
     pub nodes_are_gone: bool,
 }
@@ -76,7 +82,15 @@ impl Desk {
     /// # Errors
     /// Why not.
     pub fn may_operate(&self, token: &str) -> std::result::Result<(), String> {
-        self.door.check(token, TokenRole::Operator)
+        self.door.keys.check(token, TokenRole::Operator)
+    }
+
+    /// Whether a token's text lets somebody look: a viewer's does, and an operator's.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn may_look(&self, token: &str) -> std::result::Result<(), String> {
+        self.door.keys.check(token, TokenRole::Viewer).or_else(|_| self.may_operate(token))
     }
 
     /// What happens from now on.
@@ -92,8 +106,10 @@ impl Supervisor {
     /// # Errors
     /// When the address is in use, or the state is damaged or another run's.
     pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
-        let SupervisorOptions { run, settings, dir, config_hash, listen, metrics, nodes_are_gone } = options;
-        let store = Store::open(&dir)?;
+        let store = Store::open(&options.dir)?;
+        let keys = Arc::new(open_keys(&options, &store)?);
+        let SupervisorOptions { run, settings, dir, config_hash, listen, metrics, nodes_are_gone, .. } =
+            options;
         store.identify(&RunIdentity {
             name: run.run.clone(),
             seed: run.seed,
@@ -101,16 +117,12 @@ impl Supervisor {
             format: journal::FORMAT,
         })?;
         let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
-        let authority = Authority::load_or_create(&dir.identity())?;
-        let identity = authority.identity(SUPERVISOR)?;
+        let identity = keys.authority().identity(SUPERVISOR)?;
         let idle_timeout_ms = settings.cluster.node_timeout_ms.max(100);
         let keep_alive_ms = (idle_timeout_ms / 6).min(TransportOptions::default().keep_alive_ms);
         let transport = TransportOptions { keep_alive_ms, idle_timeout_ms };
         let endpoint = Endpoint::bind(listen, identity, Admit::Anybody, &transport)?;
         let address = endpoint.local_addr();
-        for (role, file) in [(TokenRole::Node, "node.token"), (TokenRole::Operator, "operator.token")] {
-            hand_out_token(&authority, &store, &dir, role, file)?;
-        }
         let pipeline = start_telemetry(&run, &dir)?;
         let feed = Feed::default();
         look_before_scrapes(&metrics, &pipeline, &store, &dir);
@@ -120,6 +132,7 @@ impl Supervisor {
             settings,
             dir,
             store: store.clone(),
+            keys: Arc::clone(&keys),
             checkpoints: checkpoints.clone(),
             config_hash,
             dataset: Arc::new(dataset),
@@ -138,7 +151,7 @@ impl Supervisor {
         let canary = Canary::listen(address);
         let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
         let keep = pipeline.clone();
-        let door = Arc::new(Door { authority, store, checkpoints, actor, sessions, canary, pipeline: keep });
+        let door = Arc::new(Door { keys, checkpoints, actor, sessions, canary, pipeline: keep });
         tokio::spawn(accept(Arc::clone(&door), endpoint.clone()));
         Ok(Self { address, ended, endpoint, door, pipeline, feed })
     }
@@ -220,42 +233,57 @@ fn look_before_scrapes(metrics: &Arc<SupervisorMetrics>, pipeline: &Pipeline, st
     });
 }
 
-fn now_unix_s() -> u64 {
-    crate::run_files::unix_ms() / 1000
-}
-
-/// Leaves a token in the run's directory, unless a good one lies there already.
-fn hand_out_token(
-    authority: &Authority,
-    store: &Store,
-    dir: &RunDir,
-    role: TokenRole,
-    file: &str,
-) -> Result<()> {
-    let path = dir.identity().join(file);
-    let there = std::fs::read_to_string(&path).ok().and_then(|text| text.parse::<Token>().ok());
-    if let Some(token) = there
-        && let Ok(Some(record)) = store.get::<TokenRecord>(Table::Tokens, token.id())
-        && record.verify(&token, role, now_unix_s()).is_ok()
-        && token.fingerprint() == authority.fingerprint()
-    {
-        return Ok(());
+/// The authority, made here or brought along, and the tokens in the run's directory.
+fn open_keys(options: &SupervisorOptions, store: &Store) -> Result<Keys> {
+    let dir = &options.dir;
+    let read = |folder: &Path, file: &str| {
+        let path = folder.join(file);
+        std::fs::read_to_string(&path).map_err(|error| Error::Start(format!("{}: {error}", path.display())))
+    };
+    let authority = match &options.identity {
+        Some(folder) => Authority::from_pem(&read(folder, "ca.crt")?, &read(folder, "ca.key")?)?,
+        None => Authority::load_or_create(&dir.identity())?,
+    };
+    let keys = Keys::new(authority, store.clone(), options.certificate_lifetime);
+    if let Some(folder) = &options.identity {
+        for (role, file) in [(TokenRole::Node, "join-token"), (TokenRole::Operator, "operator-token")] {
+            let path = folder.join(file);
+            if path.exists() {
+                let taken = keys.take_in(role, &read(folder, file)?);
+                taken.map_err(|reason| Error::Start(format!("{}: {reason}", path.display())))?;
+            }
+        }
     }
-    let (token, record) = Token::mint(authority.fingerprint(), role, now_unix_s(), None)?;
-    store.put(Table::Tokens, token.id(), &record)?;
-    write_secret(&path, format!("{}\n", token.reveal()).as_bytes())?;
-    Ok(())
+    let own = [
+        (TokenRole::Node, "node.token"),
+        (TokenRole::Operator, "operator.token"),
+        (TokenRole::Viewer, "viewer.token"),
+    ];
+    for (role, file) in own {
+        keys.hand_out(role, &dir.identity().join(file)).map_err(Error::Start)?;
+    }
+    Ok(keys)
 }
 
 /// What is needed to let somebody in.
 struct Door {
-    authority: Authority,
-    store: Store,
+    keys: Arc<Keys>,
     checkpoints: Checkpoints,
     actor: ActorRef<SupervisorMsg>,
     sessions: AtomicU64,
     canary: Option<Canary>,
     pipeline: Pipeline,
+}
+
+/// Whose words are heard.
+struct Heard {
+    node: NodeId,
+    session: u64,
+    /// The certificate that it came with, or its last one since.
+    certificate: [u8; 32],
+    /// The zone that its token gave it.
+    zone: Option<String>,
+    down: mpsc::Sender<Down>,
 }
 
 async fn accept(door: Arc<Door>, endpoint: Endpoint) {
@@ -270,19 +298,13 @@ async fn accept(door: Arc<Door>, endpoint: Endpoint) {
 }
 
 impl Door {
-    fn check(&self, text: &str, role: TokenRole) -> std::result::Result<(), String> {
-        let token: Token = text.parse().map_err(|error: TokenError| error.to_string())?;
-        let record =
-            self.store.get::<TokenRecord>(Table::Tokens, token.id()).map_err(|error| error.to_string())?;
-        let record = record.ok_or_else(|| TokenError::Unknown.to_string())?;
-        record.verify(&token, role, now_unix_s()).map_err(|error| error.to_string())
-    }
-
     async fn admit(self: Arc<Self>, accepted: Accepted) -> std::result::Result<(), String> {
+        let mut zone = None;
+        let certificate = accepted.certificate.unwrap_or_default();
         let verdict = match &accepted.role {
-            Role::Join { token, .. } => self.check(token, TokenRole::Node),
-            Role::Operator { token } => self.check(token, TokenRole::Operator),
-            Role::Node { .. } => Ok(()),
+            Role::Join { token, .. } => self.keys.check(token, TokenRole::Node),
+            Role::Operator { token } => self.keys.check(token, TokenRole::Operator),
+            Role::Node { name } => self.keys.admit(name, accepted.certificate).map(|of| zone = of),
             Role::Peer { .. } => Err("this is the supervisor, not a node".into()),
         };
         if let Err(reason) = verdict {
@@ -290,15 +312,15 @@ impl Door {
             return Err(reason);
         }
         match accepted.role.clone() {
-            Role::Join { request, name, .. } => self.certify(accepted, &request, name).await,
+            Role::Join { token, request, name } => self.certify(accepted, &token, &request, name).await,
             Role::Operator { .. } => {
                 let (link, sender, receiver) = accepted.welcome().await.map_err(|e| e.to_string())?;
-                serve_operator(&self.actor, link, sender, receiver).await;
+                self.serve_operator(link, sender, receiver).await;
                 Ok(())
             }
             Role::Node { .. } | Role::Peer { .. } => {
                 let (link, sender, receiver) = accepted.welcome().await.map_err(|e| e.to_string())?;
-                self.serve_node(link, sender, receiver).await
+                self.serve_node((link, certificate, zone), sender, receiver).await
             }
         }
     }
@@ -306,21 +328,14 @@ impl Door {
     async fn certify(
         &self,
         accepted: Accepted,
+        token: &str,
         request: &[u8],
         name: Option<String>,
     ) -> std::result::Result<(), String> {
-        let name = match name {
-            Some(name) => name,
-            None => format!("node-{:08x}", crate::run_files::unix_ms() as u32),
-        };
-        let reserved = if name == SUPERVISOR { Err(format!("the name {name} is taken")) } else { Ok(()) };
-        let issued = reserved
-            .and_then(|()| check_name(&name).map_err(|error| error.to_string()))
-            .and_then(|()| self.authority.issue(request, &name).map_err(|error| error.to_string()));
-        match issued {
-            Ok(certificate) => {
-                let ca = self.authority.certificate().to_vec();
-                accepted.certify(name, certificate, ca).await.map_err(|error| error.to_string())
+        match self.keys.exchange(token, request, name) {
+            Ok((name, issued)) => {
+                let ca = self.keys.authority().certificate().to_vec();
+                accepted.certify(name, issued, ca).await.map_err(|error| error.to_string())
             }
             Err(reason) => {
                 accepted.refuse(&reason).await;
@@ -332,7 +347,7 @@ impl Door {
     /// A node, from its first words to the end of its link.
     async fn serve_node(
         self: Arc<Self>,
-        link: Link,
+        (link, certificate, zone): (Link, [u8; 32], Option<String>),
         sender: ControlSender,
         mut receiver: ControlReceiver,
     ) -> std::result::Result<(), String> {
@@ -344,6 +359,7 @@ impl Door {
         let session = self.sessions.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(WORDS_AHEAD);
         tokio::spawn(write_down(sender, words));
+        let mut heard = Heard { node: node.clone(), session, certificate, zone, down: down.clone() };
         let (key, mut watch) = self.expect_canary().unzip();
         let arrival =
             Arrival { node: node.clone(), info, held, session, down, link: link.clone(), canary: key };
@@ -356,7 +372,7 @@ impl Door {
             }
         };
         let reason = tokio::select! {
-            reason = self.hear(&node, session, &mut receiver) => reason,
+            reason = self.hear(&mut heard, &mut receiver) => reason,
             () = died => "its process has ended".to_owned(),
         };
         link.close("the control stream ended");
@@ -371,9 +387,9 @@ impl Door {
     }
 
     /// Hands on what a node says, until it says no more.
-    async fn hear(&self, node: &NodeId, session: u64, receiver: &mut ControlReceiver) -> String {
+    async fn hear(&self, heard: &mut Heard, receiver: &mut ControlReceiver) -> String {
         loop {
-            let node = node.clone();
+            let (node, session) = (heard.node.clone(), heard.session);
             let told = match receiver.recv::<Up>().await {
                 Ok(Some(Up::Say(message))) => SupervisorMsg::Said { node, session, message },
                 Ok(Some(Up::Spans(spans))) => {
@@ -381,9 +397,23 @@ impl Door {
                     continue;
                 }
                 Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
-                Ok(Some(Up::Profile(profile))) => match profile.check() {
-                    Ok(()) => SupervisorMsg::Measured { node, session, profile },
-                    Err(reason) => return format!("it measured what cannot be: {reason}"),
+                Ok(Some(Up::Profile(mut profile))) => {
+                    if let Err(reason) = profile.check() {
+                        return format!("it measured what cannot be: {reason}");
+                    }
+                    if let (true, Some(zone)) = (profile.zone.is_empty(), &heard.zone) {
+                        profile.zone.clone_from(zone);
+                    }
+                    SupervisorMsg::Measured { node, session, profile }
+                }
+                Ok(Some(Up::Renew(request))) => match self.keys.renew(&node.0, heard.certificate, &request) {
+                    Ok(issued) => {
+                        tracing::info!(%node, "its certificate was renewed");
+                        heard.certificate = issued.fingerprint();
+                        drop(heard.down.send(Down::Renewed(issued)).await);
+                        continue;
+                    }
+                    Err(reason) => return reason,
                 },
                 Ok(Some(Up::Hello(..))) => continue,
                 Ok(None) => return "it ended its control stream".to_owned(),
@@ -391,6 +421,21 @@ impl Door {
             };
             if self.actor.cast(told).is_err() {
                 return "the supervisor has ended".to_owned();
+            }
+        }
+    }
+
+    async fn serve_operator(&self, link: Link, mut sender: ControlSender, mut receiver: ControlReceiver) {
+        while let Ok(Some(request)) = receiver.recv::<OperatorRequest>().await {
+            let answer = match self.keys.answer(&request) {
+                Some(answer) => answer,
+                None => tokio::select! {
+                    answer = ask_operator(&self.actor, request) => answer,
+                    _ = link.closed() => return,
+                },
+            };
+            if sender.send(&answer).await.is_err() {
+                return;
             }
         }
     }
@@ -465,23 +510,6 @@ async fn ask_operator(actor: &ActorRef<SupervisorMsg>, request: OperatorRequest)
     match actor.call(|reply| SupervisorMsg::Operator { request, reply }, None).await {
         Ok(CallResult::Success(answer)) => answer,
         _ => OperatorReply::Failed { reason: "the supervisor has ended".into() },
-    }
-}
-
-async fn serve_operator(
-    actor: &ActorRef<SupervisorMsg>,
-    link: Link,
-    mut sender: ControlSender,
-    mut receiver: ControlReceiver,
-) {
-    while let Ok(Some(request)) = receiver.recv::<OperatorRequest>().await {
-        let answer = tokio::select! {
-            answer = ask_operator(actor, request) => answer,
-            _ = link.closed() => return,
-        };
-        if sender.send(&answer).await.is_err() {
-            return;
-        }
     }
 }
 

@@ -15,6 +15,7 @@ use traces::Traces;
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg};
 use crate::durations::Durations;
 use crate::feed::Feed;
+use crate::keys::Keys;
 use crate::limits::TICK;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::run_files::{MetricsLine, RunFiles};
@@ -98,6 +99,7 @@ pub(crate) struct SupervisorArgs {
     pub(crate) settings: Settings,
     pub(crate) dir: RunDir,
     pub(crate) store: Store,
+    pub(crate) keys: Arc<Keys>,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) config_hash: Digest,
     pub(crate) dataset: Arc<Dataset>,
@@ -128,6 +130,7 @@ pub(crate) struct SupervisorState {
     machine: Machine,
     sessions: BTreeMap<NodeId, Session>,
     store: Store,
+    keys: Arc<Keys>,
     checkpoints: Checkpoints,
     dataset: Arc<Dataset>,
     files: RunFiles,
@@ -165,6 +168,7 @@ impl Actor for SupervisorActor {
             settings,
             dir,
             store,
+            keys,
             checkpoints,
             config_hash,
             dataset,
@@ -217,6 +221,7 @@ impl Actor for SupervisorActor {
             settings,
             sessions: BTreeMap::new(),
             store,
+            keys,
             checkpoints,
             dataset,
             files,

@@ -13,7 +13,7 @@ use volary_core::profile::Profile;
 use volary_core::tree::Span;
 use volary_core::{Epoch, Lane, ShardId, Step};
 use volary_telemetry::SpanIdentity;
-use volary_transport::{CanaryKey, Dtype, Frame, Kind, Part, TraceContext};
+use volary_transport::{CanaryKey, Dtype, Frame, Issued, Kind, Part, TraceContext};
 
 /// What a node tells the supervisor about itself when it joins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,6 +64,8 @@ pub struct RunInfo {
     pub node_timeout_ms: u64,
     /// How long a node keeps its state and waits for a supervisor that is gone, in milliseconds.
     pub supervisor_timeout_ms: u64,
+    /// Whether nodes measure themselves before they are placed.
+    pub measure: bool,
     /// What is traced, and where to.
     pub telemetry: TelemetryOptions,
 }
@@ -82,6 +84,8 @@ pub(crate) enum Down {
     Welcome(Box<Welcome>),
     /// The name is taken by a living process: try again later, or under another name.
     Taken,
+    /// The answer to [`Up::Renew`].
+    Renewed(Issued),
     /// The protocol, and the trace that it belongs to.
     Say(ToNode, Option<Traced>),
 }
@@ -95,6 +99,8 @@ pub(crate) enum Up {
     Say(FromNode),
     /// What it measured of itself: now it can be placed.
     Profile(Box<Profile>),
+    /// A request for another certificate, for a new key, before the present one ends.
+    Renew(Vec<u8>),
     /// Now and then: the links to other nodes.
     Links(Vec<LinkReport>),
     /// Spans that have ended, as JSON: the run keeps them.

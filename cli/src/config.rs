@@ -112,6 +112,12 @@ impl Config {
         if self.cluster.replication == 0 {
             return Err("cluster.replication = 0: expected at least 1".into());
         }
+        let lifetime = self.cluster.certificate_lifetime_ms;
+        if !(1_000..=315_360_000_000).contains(&lifetime) {
+            return Err(format!(
+                "cluster.certificate_lifetime_ms = {lifetime}: expected 1000 to 315360000000 (ten years)"
+            ));
+        }
         let timeout = self.cluster.node_timeout_ms;
         if !(100..=10_000).contains(&timeout) {
             return Err(format!("cluster.node_timeout_ms = {timeout}: expected 100 to 10000"));

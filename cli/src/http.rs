@@ -2,9 +2,12 @@
 //!
 //! It runs on a thread and runtime of its own, so that nobody who looks takes time from the run.
 
+mod bounded;
+mod guard;
 mod history;
 mod page;
 
+pub use guard::{GuardArgs, page_url};
 pub use page::supervisor_routes;
 
 use anyhow::Context;
@@ -54,7 +57,7 @@ impl Door {
         std::thread::Builder::new().name("http".into()).spawn(move || {
             let served = runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(self.listener)?;
-                axum::serve(listener, routes).await
+                axum::serve(bounded::Bounded::new(listener), routes).await
             });
             if let Err(error) = served {
                 tracing::warn!(%error, "HTTP is not served any more");

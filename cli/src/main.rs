@@ -48,6 +48,10 @@ enum Command {
     Checkpoint(commands::operate::Args),
     /// Write a checkpoint and end the run.
     Stop(commands::operate::Args),
+    /// Make, list and revoke the tokens that let nodes and people in.
+    Token(commands::token::Args),
+    /// Make a cluster's authority and tokens before there is a supervisor.
+    Identity(commands::identity::Args),
     /// Continue a prompt with a trained model.
     Generate(commands::generate::Args),
     /// Hash the exact bits of a checkpoint.
@@ -87,6 +91,8 @@ fn main() -> ExitCode {
         Command::Drain(args) => commands::operate::drain(args),
         Command::Checkpoint(args) => commands::operate::checkpoint(args),
         Command::Stop(args) => commands::operate::stop(args),
+        Command::Token(args) => commands::token::run(args),
+        Command::Identity(args) => commands::identity::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Digest(args) => commands::digest::run(args),
         Command::Plan(args) => commands::plan::run(args),

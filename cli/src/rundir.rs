@@ -41,6 +41,12 @@ pub fn operator_token(dir: &RunDir) -> PathBuf {
     dir.identity().join("operator.token")
 }
 
+/// The file with the token that people look at the page with.
+#[must_use]
+pub fn viewer_token(dir: &RunDir) -> PathBuf {
+    dir.identity().join("viewer.token")
+}
+
 /// A new directory for a run of this name: `runs/NAME`, or with a number when that is taken.
 ///
 /// # Errors
@@ -74,7 +80,7 @@ pub(crate) fn wait_until_it_listens(dir: &Path) {
 }
 
 /// Whether a process runs; one that has ended and that nobody has waited for does not.
-fn is_alive(pid: u32) -> bool {
+pub(crate) fn is_alive(pid: u32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }

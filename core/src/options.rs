@@ -177,6 +177,10 @@ pub struct ClusterOptions {
     pub supervisor_timeout_ms: u64,
     /// How long a supervisor that came back waits for nodes with the last copies of its shards, in milliseconds.
     pub return_timeout_ms: u64,
+    /// How long a node's certificate is good for, in milliseconds; nodes renew theirs when half of that has passed.
+    pub certificate_lifetime_ms: u64,
+    /// Whether nodes measure themselves before they are placed; otherwise each counts as much as it has threads.
+    pub measure: bool,
     /// Whether measured speeds and the experts' loads may change the placement.
     pub rebalance: bool,
     /// Bytes that one placement may move to even out the nodes, beside what must move.
@@ -193,6 +197,8 @@ impl Default for ClusterOptions {
             gather_timeout_ms: 120_000,
             supervisor_timeout_ms: 120_000,
             return_timeout_ms: 20_000,
+            certificate_lifetime_ms: 7 * 24 * 3_600_000,
+            measure: true,
             rebalance: true,
             rebalance_bytes: 1 << 30,
         }

@@ -51,6 +51,7 @@ pub struct Store {
     pub(crate) catalogue: sled::Tree,
     pub(crate) facts: sled::Tree,
     pub(crate) tokens: sled::Tree,
+    pub(crate) certificates: sled::Tree,
     run: sled::Tree,
     disk: Arc<Durable>,
     /// Held from looking at the journal's end to having written after it.
@@ -73,10 +74,12 @@ impl Store {
         let tree = |name: &str| db.open_tree(name).map_err(|e| Error::database("open a tree", &folder, e));
         let (journal, catalogue) = (tree(JOURNAL)?, tree(CATALOGUE)?);
         let (facts, tokens, run) = (tree("facts")?, tree("tokens")?, tree(RUN)?);
+        let certificates = tree("certificates")?;
         let path = folder.join("db");
         let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
         let disk = Arc::new(Durable { db, file, folder });
-        let store = Self { journal, catalogue, facts, tokens, run, disk, committing: Arc::default() };
+        let store =
+            Self { journal, catalogue, facts, tokens, certificates, run, disk, committing: Arc::default() };
         store.make_durable()?;
         store.sync_folders()?;
         store.check_steps()?;

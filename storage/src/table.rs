@@ -13,6 +13,8 @@ pub enum Table {
     Facts,
     /// The tokens that let nodes join.
     Tokens,
+    /// The certificates that nodes were given.
+    Certificates,
 }
 
 impl Table {
@@ -20,6 +22,7 @@ impl Table {
         match self {
             Self::Facts => "facts",
             Self::Tokens => "tokens",
+            Self::Certificates => "certificates",
         }
     }
 }
@@ -79,6 +82,7 @@ impl Store {
         match table {
             Table::Facts => &self.facts,
             Table::Tokens => &self.tokens,
+            Table::Certificates => &self.certificates,
         }
     }
 }

@@ -3,10 +3,12 @@
 use crate::control::{ControlReceiver, ControlSender, finish, write_message};
 use crate::error::{Error, Result};
 use crate::handshake::{Answer, Role, hear};
+use crate::identity::{Issued, fingerprint};
 use crate::limits::{HANDSHAKE_MAX, HELLO_BYTES_MAX, INCOMING_MAX};
 use crate::link::{CONTROL_PRIORITY, Link};
 use crate::tls;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
+use rustls::pki_types::CertificateDer;
 use std::sync::Arc;
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
@@ -16,6 +18,8 @@ use tokio::sync::{Semaphore, mpsc};
 pub struct Accepted {
     /// Who, and what it wants. Names are proven; tokens are not checked yet.
     pub role: Role,
+    /// The SHA-256 hash of the certificate that proves the name, where there is one.
+    pub certificate: Option<[u8; 32]>,
     connection: Connection,
     streams: (SendStream, RecvStream),
     runtime: Handle,
@@ -37,8 +41,9 @@ impl Accepted {
     ///
     /// # Errors
     /// When the connection is gone.
-    pub async fn certify(mut self, name: String, certificate: Vec<u8>, ca: Vec<u8>) -> Result<()> {
-        let answer = Answer::Certificate { name, certificate, ca };
+    pub async fn certify(mut self, name: String, issued: Issued, ca: Vec<u8>) -> Result<()> {
+        let Issued { certificate, lifetime } = issued;
+        let answer = Answer::Certificate { name, certificate, ca, lifetime };
         write_message(&mut self.streams.0, &answer, HELLO_BYTES_MAX).await?;
         drop(tokio::time::timeout(HANDSHAKE_MAX, finish(self.streams.0)).await);
         self.connection.close(VarInt::from_u32(0), b"certified");
@@ -96,7 +101,9 @@ async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
         Err(error) => (Role::Operator { token: String::new() }, Err(error)),
     };
     // It runs on the endpoint's runtime, as the connection's driver does.
-    let accepted = Accepted { role, connection, streams: (send, receive), runtime: Handle::current() };
+    let certificate = presented(&connection).map(|certificate| fingerprint(&certificate));
+    let accepted =
+        Accepted { role, certificate, connection, streams: (send, receive), runtime: Handle::current() };
     match verdict {
         Ok(()) => Ok(accepted),
         Err(error) => {
@@ -115,8 +122,11 @@ fn proves_its_name(connection: &Connection, role: &Role) -> bool {
     let (Role::Node { name } | Role::Peer { name }) = role else {
         return true;
     };
-    let identity = connection.peer_identity();
-    let chain =
-        identity.and_then(|any| any.downcast::<Vec<rustls::pki_types::CertificateDer<'static>>>().ok());
-    chain.and_then(|chain| chain.first().map(|certificate| tls::is_named(certificate, name))).unwrap_or(false)
+    presented(connection).is_some_and(|certificate| tls::is_named(&certificate, name))
+}
+
+/// The peer's own certificate, if it has shown one; it is the authority's, or there would be no connection.
+fn presented(connection: &Connection) -> Option<CertificateDer<'static>> {
+    let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+    chain.first().cloned()
 }

@@ -8,7 +8,7 @@ use crate::accept::{Accepted, accept_all};
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::handshake::{Answer, PROTOCOL, Role, greet};
-use crate::identity::{Identity, KeyRequest, SUPERVISOR, dns_name};
+use crate::identity::{Identity, Issued, KeyRequest, SUPERVISOR, dns_name};
 use crate::interference::{Disturbed, Interference};
 use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX, STREAMS_MAX};
 use crate::link::{CONTROL_PRIORITY, Link};
@@ -41,7 +41,7 @@ pub struct Endpoint {
 struct Shared {
     quinn: quinn::Endpoint,
     runtime: Handle,
-    identity: Option<Identity>,
+    identity: RwLock<Option<Identity>>,
     admit: Option<Admit>,
     options: TransportOptions,
     transport: RwLock<Arc<quinn::TransportConfig>>,
@@ -151,7 +151,7 @@ impl Endpoint {
         let shared = Shared {
             quinn,
             runtime,
-            identity,
+            identity: RwLock::new(identity),
             admit,
             options: options.clone(),
             transport: RwLock::new(transport),
@@ -176,12 +176,30 @@ impl Endpoint {
         let keep_alive_ms = self.shared.options.keep_alive_ms.min((idle_timeout_ms / 6).max(1));
         let options = TransportOptions { keep_alive_ms, idle_timeout_ms };
         let transport = Arc::new(transport_config(self.shared.local.ip().is_loopback(), &options)?);
-        if let Some((identity, admit)) = self.shared.identity.as_ref().zip(self.shared.admit) {
-            let mut server = tls::server(identity, admit)?;
+        *self.shared.transport.write().unwrap_or_else(PoisonError::into_inner) = transport;
+        self.serve_anew()
+    }
+
+    /// From now on this end shows another certificate, of the same authority; links that are made stay.
+    ///
+    /// # Errors
+    /// When the identity is damaged, or another cluster's or name's.
+    pub fn set_identity(&self, identity: Identity) -> Result<()> {
+        let own = self.identity()?;
+        if identity.ca != own.ca || identity.name() != own.name() {
+            return Err(Error::identity(format!("{identity:?} cannot take the place of {own:?}")));
+        }
+        *self.shared.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
+        self.serve_anew()
+    }
+
+    fn serve_anew(&self) -> Result<()> {
+        if let Some((identity, admit)) = self.identity().ok().zip(self.shared.admit) {
+            let mut server = tls::server(&identity, admit)?;
+            let transport = self.shared.transport.read().unwrap_or_else(PoisonError::into_inner);
             server.transport_config(Arc::clone(&transport));
             self.shared.quinn.set_server_config(Some(server));
         }
-        *self.shared.transport.write().unwrap_or_else(PoisonError::into_inner) = transport;
         Ok(())
     }
 
@@ -216,7 +234,7 @@ impl Endpoint {
     /// When it is not there, is another, or refuses.
     pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link> {
         let own = self.own_name()?;
-        let config = tls::client(self.identity()?)?;
+        let config = tls::client(&self.identity()?)?;
         let (connection, _, control) = self.dial(address, name, config, Role::Peer { name: own }).await?;
         let link = Link::new(connection, name.to_owned(), self.shared.runtime.clone());
         Ok(link.with_control(control.0, control.1))
@@ -231,7 +249,7 @@ impl Endpoint {
         address: SocketAddr,
     ) -> Result<(Link, ControlSender, ControlReceiver)> {
         let own = self.own_name()?;
-        let config = tls::client(self.identity()?)?;
+        let config = tls::client(&self.identity()?)?;
         let (connection, _, control) =
             self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
         Ok((Link::new(connection, SUPERVISOR.into(), self.shared.runtime.clone()), control.0, control.1))
@@ -252,8 +270,13 @@ impl Endpoint {
         Ok((Link::new(connection, SUPERVISOR.into(), self.shared.runtime.clone()), control.0, control.1))
     }
 
-    fn identity(&self) -> Result<&Identity> {
-        self.shared.identity.as_ref().ok_or_else(|| Error::identity("this endpoint has no certificate"))
+    /// The identity that this end shows.
+    ///
+    /// # Errors
+    /// When it has none: it only dials.
+    pub fn identity(&self) -> Result<Identity> {
+        let own = self.shared.identity.read().unwrap_or_else(PoisonError::into_inner).clone();
+        own.ok_or_else(|| Error::identity("this endpoint has no certificate"))
     }
 
     fn own_name(&self) -> Result<String> {
@@ -314,8 +337,8 @@ pub async fn join(
     let role = Role::Join { token: token.reveal(), request: request.der().to_vec(), name };
     let config = tls::pinned(token.fingerprint())?;
     match endpoint.dial(address, SUPERVISOR, config, role).await? {
-        (_, Answer::Certificate { name, certificate, ca }, _) => {
-            Ok(request.into_identity(&name, certificate, ca))
+        (_, Answer::Certificate { name, certificate, ca, lifetime }, _) => {
+            Ok(request.into_identity(&name, Issued { certificate, lifetime }, ca))
         }
         _ => Err(Error::malformed("handshake", "the supervisor gave no certificate")),
     }

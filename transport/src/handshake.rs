@@ -10,7 +10,7 @@ use quinn::{RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 
 /// The version of everything that nodes and supervisors say to each other.
-pub const PROTOCOL: u16 = 1;
+pub const PROTOCOL: u16 = 2;
 
 /// Who is there and what it wants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +64,8 @@ pub enum Answer {
         certificate: Vec<u8>,
         /// The authority's certificate, DER.
         ca: Vec<u8>,
+        /// How long the certificate is good for.
+        lifetime: std::time::Duration,
     },
 }
 

@@ -9,7 +9,9 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DnType, ExtendedKeyUsagePurpose,
     IsCa, Issuer, KeyPair, KeyUsagePurpose,
 };
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::io::Write;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -18,8 +20,8 @@ use time::{Duration, OffsetDateTime};
 
 /// The name of the supervisor in its certificate.
 pub const SUPERVISOR: &str = "supervisor";
-/// How long a certificate is good for; a run outlives none of its processes by so much.
-const LIFETIME: Duration = Duration::days(365);
+/// How long the authority's and the supervisor's own certificates are good for.
+const LIFETIME: Duration = Duration::days(3650);
 /// Clocks may differ by so much.
 const CLOCK_SLACK: Duration = Duration::hours(24);
 
@@ -41,10 +43,34 @@ pub fn check_name(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// A certificate that was issued.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Issued {
+    /// The certificate, DER.
+    pub certificate: Vec<u8>,
+    /// How long it is good for from now on.
+    pub lifetime: std::time::Duration,
+}
+
+impl Issued {
+    /// The certificate's SHA-256 hash: its name where it is kept or revoked.
+    #[must_use]
+    pub fn fingerprint(&self) -> [u8; 32] {
+        fingerprint(&self.certificate)
+    }
+}
+
+impl fmt::Debug for Issued {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Issued({:?})", self.lifetime)
+    }
+}
+
 /// The cluster's authority.
 pub struct Authority {
     certificate: CertificateDer<'static>,
     key: KeyPair,
+    issuer: Issuer<'static, KeyPair>,
 }
 
 impl fmt::Debug for Authority {
@@ -67,8 +93,7 @@ impl Authority {
         // shut out every node of the old one.
         if certificate.exists() {
             let pem = String::from_utf8(read(&key)?).map_err(Error::identity)?;
-            let key = KeyPair::from_pem(&pem).map_err(Error::identity)?;
-            return Ok(Self { certificate: read(&certificate)?.into(), key });
+            return Self::of(read(&certificate)?.into(), &pem);
         }
         let made = Self::create()?;
         write_secret(&key, made.key.serialize_pem().as_bytes())?;
@@ -83,36 +108,51 @@ impl Authority {
     pub fn create() -> Result<Self> {
         let key = KeyPair::generate().map_err(Error::identity)?;
         let certificate = authority_params()?.self_signed(&key).map_err(Error::identity)?;
-        Ok(Self { certificate: certificate.der().clone(), key })
+        Self::of(certificate.der().clone(), &key.serialize_pem())
     }
 
-    /// What a token pins: the BLAKE3 hash of the authority's certificate.
+    /// An authority that was made elsewhere: its certificate and its PKCS #8 key, both PEM.
+    ///
+    /// # Errors
+    /// When they are damaged, or no authority's.
+    pub fn from_pem(certificate: &str, key: &str) -> Result<Self> {
+        let der = CertificateDer::from_pem_slice(certificate.as_bytes())
+            .map_err(|error| Error::identity(format!("the authority's certificate: {error}")))?;
+        Self::of(der, key)
+    }
+
+    fn of(certificate: CertificateDer<'static>, key: &str) -> Result<Self> {
+        let read =
+            || KeyPair::from_pem(key).map_err(|e| Error::identity(format!("the authority's key: {e}")));
+        let issuer = Issuer::from_ca_cert_der(&certificate, read()?).map_err(Error::identity)?;
+        Ok(Self { certificate, key: read()?, issuer })
+    }
+
+    /// The certificate and the key, PEM, for [`Authority::from_pem`].
+    #[must_use]
+    pub fn to_pem(&self) -> (String, String) {
+        let certificate = pem::encode(&pem::Pem::new("CERTIFICATE", self.certificate.to_vec()));
+        (certificate, self.key.serialize_pem())
+    }
+
+    /// What a token pins: the SHA-256 hash of the authority's certificate, as other tools print it too.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
         fingerprint(&self.certificate)
     }
 
-    /// A certificate for the key of a request, in the name that the authority chooses.
+    /// A certificate for the key of a request, in the name that the authority chooses, good for a time from now.
     ///
     /// # Errors
-    /// When the request is malformed or the name cannot stand in a certificate.
-    pub fn issue(&self, request: &[u8], name: &str) -> Result<Vec<u8>> {
-        self.issue_for(request, name, LIFETIME.unsigned_abs())
-    }
-
-    /// [`Authority::issue`] with a lifetime of the caller's choice, counted from now.
-    ///
-    /// # Errors
-    /// As [`Authority::issue`], and when the lifetime goes beyond what a calendar holds.
-    pub fn issue_for(&self, request: &[u8], name: &str, lifetime: std::time::Duration) -> Result<Vec<u8>> {
+    /// When the request is malformed, the name cannot stand in a certificate, or the lifetime goes beyond what a calendar holds.
+    pub fn issue(&self, request: &[u8], name: &str, lifetime: std::time::Duration) -> Result<Issued> {
         check_name(name)?;
         let csr =
             CertificateSigningRequestParams::from_der(&request.to_vec().into()).map_err(Error::identity)?;
         // Only the key is taken from the request: what it asks for beside that is not its to choose.
-        let issuer = Issuer::new(authority_params()?, &self.key);
         let issued =
-            node_params(name, lifetime)?.signed_by(&csr.public_key, &issuer).map_err(Error::identity)?;
-        Ok(issued.der().to_vec())
+            node_params(name, lifetime)?.signed_by(&csr.public_key, &self.issuer).map_err(Error::identity)?;
+        Ok(Issued { certificate: issued.der().to_vec(), lifetime })
     }
 
     /// An identity with a key made here: the supervisor's own.
@@ -121,8 +161,8 @@ impl Authority {
     /// As [`Authority::issue`].
     pub fn identity(&self, name: &str) -> Result<Identity> {
         let request = KeyRequest::new()?;
-        let certificate = self.issue(request.der(), name)?;
-        Ok(request.into_identity(name, certificate, self.certificate.to_vec()))
+        let issued = self.issue(request.der(), name, LIFETIME.unsigned_abs())?;
+        Ok(request.into_identity(name, issued, self.certificate.to_vec()))
     }
 
     /// The authority's certificate, DER.
@@ -137,7 +177,7 @@ fn authority_params() -> Result<CertificateParams> {
     params.distinguished_name.push(DnType::CommonName, "Volary cluster authority");
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-    set_lifetime(&mut params, LIFETIME * 10)?;
+    set_lifetime(&mut params, LIFETIME)?;
     Ok(params)
 }
 
@@ -159,7 +199,9 @@ fn set_lifetime(params: &mut CertificateParams, lifetime: Duration) -> Result<()
 }
 
 pub(crate) fn fingerprint(certificate: &[u8]) -> [u8; 32] {
-    *blake3::hash(certificate).as_bytes()
+    let mut hash = [0; 32];
+    hash.copy_from_slice(ring::digest::digest(&ring::digest::SHA256, certificate).as_ref());
+    hash
 }
 
 /// Writes a file that only its owner can read, whole or not at all.
@@ -214,10 +256,11 @@ impl KeyRequest {
 
     /// The identity that the key makes with its certificate.
     #[must_use]
-    pub fn into_identity(self, name: &str, certificate: Vec<u8>, ca: Vec<u8>) -> Identity {
+    pub fn into_identity(self, name: &str, issued: Issued, ca: Vec<u8>) -> Identity {
         Identity {
+            ends: std::time::Instant::now() + issued.lifetime,
             name: name.to_owned(),
-            certificate: certificate.into(),
+            certificate: issued.certificate.into(),
             key: self.key.serialize_der(),
             ca: ca.into(),
         }
@@ -227,6 +270,7 @@ impl KeyRequest {
 /// A name with the certificate and key that prove it.
 #[derive(Clone)]
 pub struct Identity {
+    ends: std::time::Instant,
     pub(crate) name: String,
     pub(crate) certificate: CertificateDer<'static>,
     key: Vec<u8>,
@@ -244,6 +288,18 @@ impl Identity {
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// The authority's certificate, DER.
+    #[must_use]
+    pub fn authority(&self) -> &[u8] {
+        &self.ca
+    }
+
+    /// How long the certificate is still good for.
+    #[must_use]
+    pub fn left(&self) -> std::time::Duration {
+        self.ends.saturating_duration_since(std::time::Instant::now())
     }
 
     pub(crate) fn key(&self) -> PrivateKeyDer<'static> {

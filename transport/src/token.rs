@@ -17,6 +17,8 @@ pub enum TokenRole {
     Node,
     /// To ask and order.
     Operator,
+    /// To look at the page.
+    Viewer,
 }
 
 /// A token, with its secret.
@@ -48,6 +50,9 @@ pub enum TokenError {
     /// Its time is over.
     #[error("the token has expired")]
     Expired,
+    /// It was used as often as it may be.
+    #[error("the token was used as often as it may be")]
+    UsedUp,
     /// It is for something else.
     #[error("the token is for something else")]
     WrongRole,
@@ -60,9 +65,26 @@ pub struct TokenRecord {
     pub id: String,
     /// What it allows.
     pub role: TokenRole,
+    /// When it was made, in seconds since 1970.
+    pub created_unix_s: u64,
     /// When it ends, in seconds since 1970; `None` is never.
     pub expires_unix_s: Option<u64>,
+    /// How often it may still be used to join; `None` is without end.
+    pub uses_left: Option<u32>,
+    /// What whoever made it wrote on it, as `key=value`. A `zone` is that of the nodes that join with it.
+    pub labels: Vec<(String, String)>,
     hash: [u8; 32],
+}
+
+/// What a new token is to be.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TokenTerms {
+    /// How long it is good for; `None` is for ever.
+    pub lifetime: Option<Duration>,
+    /// How often it may be used to join; `None` is without end.
+    pub uses: Option<u32>,
+    /// What is written on it.
+    pub labels: Vec<(String, String)>,
 }
 
 fn hash(secret: &[u8; 32]) -> [u8; 32] {
@@ -78,7 +100,7 @@ impl Token {
         fingerprint: [u8; 32],
         role: TokenRole,
         now_unix_s: u64,
-        lifetime: Option<Duration>,
+        terms: TokenTerms,
     ) -> crate::Result<(Self, TokenRecord)> {
         let mut random = [0; 40];
         let provider = rustls::crypto::ring::default_provider();
@@ -89,9 +111,24 @@ impl Token {
         let mut secret = [0; 32];
         secret.copy_from_slice(&random[8..]);
         let id = hex(&random[..8]);
-        let expires_unix_s = lifetime.map(|lifetime| now_unix_s.saturating_add(lifetime.as_secs()));
-        let record = TokenRecord { id: id.clone(), role, expires_unix_s, hash: hash(&secret) };
-        Ok((Self { fingerprint, id, secret }, record))
+        let token = Self { fingerprint, id, secret };
+        let record = token.record(role, now_unix_s, terms);
+        Ok((token, record))
+    }
+
+    /// What to keep of a token that was made elsewhere.
+    #[must_use]
+    pub fn record(&self, role: TokenRole, now_unix_s: u64, terms: TokenTerms) -> TokenRecord {
+        let TokenTerms { lifetime, uses, labels } = terms;
+        TokenRecord {
+            id: self.id.clone(),
+            role,
+            created_unix_s: now_unix_s,
+            expires_unix_s: lifetime.map(|lifetime| now_unix_s.saturating_add(lifetime.as_secs())),
+            uses_left: uses,
+            labels,
+            hash: hash(&self.secret),
+        }
     }
 
     /// The fingerprint of the cluster's authority.
@@ -125,8 +162,9 @@ impl TokenRecord {
         if self.role != role {
             return Err(TokenError::WrongRole);
         }
-        match self.expires_unix_s {
-            Some(end) if end <= now_unix_s => Err(TokenError::Expired),
+        match (self.expires_unix_s, self.uses_left) {
+            (Some(end), _) if end <= now_unix_s => Err(TokenError::Expired),
+            (_, Some(0)) => Err(TokenError::UsedUp),
             _ => Ok(()),
         }
     }
@@ -166,7 +204,8 @@ mod tests {
     use super::*;
 
     fn mint() -> (Token, TokenRecord) {
-        Token::mint([7; 32], TokenRole::Node, 100, Some(Duration::from_secs(50))).expect("randomness")
+        let terms = TokenTerms { lifetime: Some(Duration::from_secs(50)), uses: Some(1), labels: vec![] };
+        Token::mint([7; 32], TokenRole::Node, 100, terms).expect("randomness")
     }
 
     #[test]
@@ -182,6 +221,8 @@ mod tests {
         assert_eq!(record.verify(&token, TokenRole::Node, 149), Ok(()));
         assert_eq!(record.verify(&token, TokenRole::Node, 150), Err(TokenError::Expired));
         assert_eq!(record.verify(&token, TokenRole::Operator, 100), Err(TokenError::WrongRole));
+        let used = TokenRecord { uses_left: Some(0), ..record.clone() };
+        assert_eq!(used.verify(&token, TokenRole::Node, 100), Err(TokenError::UsedUp));
         assert_eq!(record.verify(&mint().0, TokenRole::Node, 100), Err(TokenError::WrongSecret));
     }
 

@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use volary_transport::loopback::probe_frame;
 use volary_transport::{
-    Admit, Authority, Dtype, Endpoint, Frame, Kind, Link, Part, Role, Token, TokenRole, TraceContext,
-    TransportOptions, join,
+    Admit, Authority, Dtype, Endpoint, Frame, Issued, Kind, Link, Part, Role, Token, TokenRole, TokenTerms,
+    TraceContext, TransportOptions, join,
 };
 
 const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
@@ -19,6 +19,15 @@ fn options() -> TransportOptions {
 
 fn node(authority: &Authority, name: &str) -> Endpoint {
     Endpoint::bind(ANY.into(), authority.identity(name).unwrap(), Admit::Certified, &options()).unwrap()
+}
+
+fn terms(lifetime: Option<Duration>) -> TokenTerms {
+    TokenTerms { lifetime, ..TokenTerms::default() }
+}
+
+/// A certificate that nobody will show.
+fn issued() -> Issued {
+    Issued { certificate: vec![1, 2, 3], lifetime: Duration::from_secs(60) }
 }
 
 async fn pair(authority: &Authority) -> (Link, Link, Endpoint, Endpoint) {
@@ -47,7 +56,7 @@ fn supervisor(
                     let verdict =
                         token.parse::<Token>().and_then(|token| record.verify(&token, TokenRole::Node, now));
                     match verdict {
-                        Ok(()) => accepted.certify("node-1".into(), vec![1, 2, 3], ca.clone()).await.unwrap(),
+                        Ok(()) => accepted.certify("node-1".into(), issued(), ca.clone()).await.unwrap(),
                         Err(error) => accepted.refuse(&error.to_string()).await,
                     }
                 }
@@ -70,11 +79,12 @@ fn supervisor(
 async fn a_token_is_exchanged_for_an_identity_and_a_bad_one_is_told_why() {
     let authority = Authority::create().unwrap();
     let lifetime = Some(Duration::from_secs(60));
-    let (token, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, lifetime).unwrap();
+    let (token, record) =
+        Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, terms(lifetime)).unwrap();
     let (_endpoint, address) = supervisor(&authority, record.clone(), 1_000);
     assert_eq!(join(address, &token, None, &options()).await.unwrap().name(), "node-1");
 
-    let (other, _) = Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, lifetime).unwrap();
+    let (other, _) = Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, terms(lifetime)).unwrap();
     let error = join(address, &other, None, &options()).await.unwrap_err();
     assert_eq!(error.to_string(), "refused: the token's secret is wrong");
 
@@ -86,9 +96,10 @@ async fn a_token_is_exchanged_for_an_identity_and_a_bad_one_is_told_why() {
 #[tokio::test]
 async fn a_token_of_another_cluster_never_reaches_the_supervisor() {
     let (authority, other) = (Authority::create().unwrap(), Authority::create().unwrap());
-    let (_, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let (_, record) =
+        Token::mint(authority.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
     let (_endpoint, address) = supervisor(&authority, record, 0);
-    let (stranger, _) = Token::mint(other.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let (stranger, _) = Token::mint(other.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
     let error = join(address, &stranger, None, &options()).await.unwrap_err().to_string();
     assert!(error.contains("another cluster"), "{error}");
 }
@@ -107,7 +118,8 @@ async fn nodes_need_a_certificate_of_the_same_authority_and_their_own_name() {
     });
     assert!(node(&other, "left").connect(right.local_addr(), "right").await.is_err(), "another authority");
     assert!(node(&authority, "left").connect(right.local_addr(), "middle").await.is_err(), "another name");
-    let (token, _) = Token::mint(authority.fingerprint(), TokenRole::Operator, 0, None).unwrap();
+    let (token, _) =
+        Token::mint(authority.fingerprint(), TokenRole::Operator, 0, TokenTerms::default()).unwrap();
     let bare = Endpoint::dial_only(right.local_addr(), &options()).unwrap();
     assert!(bare.operate(right.local_addr(), &token).await.is_err(), "no certificate");
     assert!(node(&authority, "left").connect(right.local_addr(), "right").await.is_ok());
@@ -116,7 +128,8 @@ async fn nodes_need_a_certificate_of_the_same_authority_and_their_own_name() {
 #[tokio::test]
 async fn the_supervisor_hears_only_nodes_that_prove_their_names() {
     let authority = Authority::create().unwrap();
-    let (_, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let (_, record) =
+        Token::mint(authority.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
     let (_endpoint, address) = supervisor(&authority, record, 0);
     let endpoint = node(&authority, "a");
     let (_link, mut sender, mut receiver) = endpoint.connect_supervisor(address).await.unwrap();
@@ -202,7 +215,8 @@ async fn a_control_message_overtakes_bulk() {
 #[tokio::test]
 async fn the_certificate_that_a_token_buys_opens_links_between_nodes() {
     let authority = Arc::new(Authority::create().unwrap());
-    let (token, record) = Token::mint(authority.fingerprint(), TokenRole::Node, 0, None).unwrap();
+    let (token, record) =
+        Token::mint(authority.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
     let door =
         Endpoint::bind(ANY.into(), authority.identity("supervisor").unwrap(), Admit::Anybody, &options())
             .unwrap();
@@ -215,7 +229,7 @@ async fn the_certificate_that_a_token_buys_opens_links_between_nodes() {
             };
             record.verify(&token.parse().unwrap(), TokenRole::Node, 0).unwrap();
             let name = name.expect("a name");
-            let certificate = issuing.issue_for(&request, &name, Duration::from_secs(3_600)).unwrap();
+            let certificate = issuing.issue(&request, &name, Duration::from_secs(3_600)).unwrap();
             accepted.certify(name, certificate, issuing.certificate().to_vec()).await.unwrap();
         }
     });

@@ -19,7 +19,7 @@ impl SupervisorState {
             Effect::Send { node, message } => self.send(&node, message).await,
             Effect::Fence { node, reason } => {
                 self.fence(&node, &reason);
-                Ok(())
+                self.revoke(node, format!("it was shut out: {reason}")).await
             }
             Effect::Journal(committed) => self.journal(*committed).await,
             Effect::Remember(remembered) => {
@@ -52,6 +52,13 @@ impl SupervisorState {
                 Ok(())
             }
         }
+    }
+
+    /// Whoever shows a certificate of this node from now on is refused.
+    async fn revoke(&self, node: NodeId, reason: String) -> Outcome {
+        let keys = std::sync::Arc::clone(&self.keys);
+        let revoked = tokio::task::spawn_blocking(move || keys.revoke_certificates(&node, &reason)).await;
+        revoked.unwrap_or_else(|error| Err(error.to_string()))
     }
 
     async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
@@ -123,6 +130,7 @@ impl SupervisorState {
             }
             Notice::Left { node } => {
                 self.left.insert(node.clone());
+                self.revoke(node.clone(), "it has left".into()).await?;
             }
             _ => {}
         }

@@ -35,6 +35,13 @@ impl SupervisorState {
                 drop(reply.send(OperatorReply::Failed { reason }));
                 return Ok(());
             }
+            OperatorRequest::TokenCreate { .. }
+            | OperatorRequest::TokenList
+            | OperatorRequest::TokenRevoke { .. } => {
+                let reason = "tokens are asked for at the door".into();
+                drop(reply.send(OperatorReply::Failed { reason }));
+                return Ok(());
+            }
             OperatorRequest::Drain { ref node } => Event::DrainRequested { node: NodeId::new(node) },
         };
         self.waiting.push((request, reply));
@@ -82,6 +89,7 @@ impl SupervisorState {
             load: self.load.clone(),
             loss: self.last_metrics.as_ref().map(|line| line.loss),
             tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
+            predicted_step_ms: 1e3 * self.machine.predicted_step_s(),
             supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },
             nodes: self.sessions.iter().map(node).collect(),
             shards: self.settings.architecture.shards().into_iter().map(shard).collect(),

@@ -1,6 +1,7 @@
 //! `volary status`, `checkpoint` and `stop`: questions and orders to a running supervisor.
 
 use crate::rundir::{self, Role};
+use anyhow::Context;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use volary_actors::operator::{OperatorReply, OperatorRequest, Status};
@@ -50,16 +51,24 @@ process does the same.
 Examples:
   volary drain node-3
   volary drain node-3 --dir runs/quickstart
+  volary drain --pid 4711 --wait 5m
   volary drain node-3 --supervisor 10.0.0.5:7100 --token-file operator.token")]
 pub struct DrainArgs {
     /// The node's name, as `volary status` shows it.
-    node: String,
+    #[arg(conflicts_with = "pid")]
+    node: Option<String>,
+    /// The node's process on this machine, instead of its name: needs no token.
+    #[arg(long, value_parser = clap::value_parser!(i32).range(1..))]
+    pid: Option<i32>,
+    /// With --pid: how long to wait for it to leave, as 90s or 15m.
+    #[arg(long, value_name = "TIME", default_value = "10m", value_parser = crate::units::duration)]
+    wait: Duration,
     #[command(flatten)]
     which: Args,
 }
 
 /// Asks a supervisor.
-fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<OperatorReply> {
+pub(super) fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<OperatorReply> {
     let token = rundir::read_token(args.token_file.as_deref())?;
     let target =
         rundir::target(args.dir.as_deref(), args.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
@@ -70,10 +79,17 @@ fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<OperatorReply> 
 fn done(args: &Args, request: &OperatorRequest, what: &str) -> anyhow::Result<()> {
     match ask(args, request)? {
         OperatorReply::Done { step } => println!("{what} step {step}"),
-        OperatorReply::Failed { reason } => anyhow::bail!("{reason}"),
-        OperatorReply::Status(_) => anyhow::bail!("the supervisor answered another question"),
+        other => return unexpected(other),
     }
     Ok(())
+}
+
+/// What an answer says that is not the one that was asked for.
+pub(super) fn unexpected(answer: OperatorReply) -> anyhow::Result<()> {
+    match answer {
+        OperatorReply::Failed { reason } => anyhow::bail!("{reason}"),
+        _ => anyhow::bail!("the supervisor answered another question"),
+    }
 }
 
 /// Runs `volary checkpoint`.
@@ -106,24 +122,44 @@ pub(crate) fn stop_quietly(dir: &Path) {
 /// # Errors
 /// When there is no supervisor or no such node, or it dies before it has left.
 pub fn drain(args: DrainArgs) -> anyhow::Result<()> {
+    if let Some(pid) = args.pid {
+        return drain_process(pid, args.wait);
+    }
+    let Some(name) = args.node else { anyhow::bail!("which node? Give its name, or --pid of its process") };
     let token = rundir::read_token(args.which.token_file.as_deref())?;
     let which = &args.which;
     let target =
         rundir::target(which.dir.as_deref(), which.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let order = OperatorRequest::Drain { node: args.node.clone() };
+    let order = OperatorRequest::Drain { node: name.clone() };
     let answer = runtime.block_on(async {
         let order = volary_actors::operate(target.address, &target.token, &order);
         tokio::select! {
             answer = order => answer,
-            () = say_progress(&target, &args.node) => unreachable!("progress is said for ever"),
+            () = say_progress(&target, &name) => unreachable!("progress is said for ever"),
         }
     })?;
     match answer {
-        OperatorReply::Done { step } => println!("{} left after step {step}", args.node),
-        OperatorReply::Failed { reason } => anyhow::bail!("{reason}"),
-        OperatorReply::Status(_) => anyhow::bail!("the supervisor answered another question"),
+        OperatorReply::Done { step } => println!("{name} left after step {step}"),
+        other => return unexpected(other),
     }
+    Ok(())
+}
+
+/// Asks a node's process on this machine to leave, and waits until it has.
+fn drain_process(pid: i32, wait: Duration) -> anyhow::Result<()> {
+    let process =
+        rustix::process::Pid::from_raw(pid).with_context(|| format!("--pid {pid}: expected a process"))?;
+    rustix::process::kill_process(process, rustix::process::Signal::TERM)
+        .with_context(|| format!("process {pid}"))?;
+    let start = std::time::Instant::now();
+    while rundir::is_alive(pid.unsigned_abs()) {
+        if start.elapsed() >= wait {
+            anyhow::bail!("process {pid} has not left within {wait:?}");
+        }
+        std::thread::sleep(PROGRESS_EVERY / 5);
+    }
+    println!("process {pid} has left");
     Ok(())
 }
 

@@ -36,6 +36,11 @@ pub struct Args {
     /// Where the page and the figures are served; this machine only, port 7680 or another one, when left out.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
+    /// A folder with an authority and tokens that were made elsewhere (`volary identity create`).
+    #[arg(long, value_name = "FOLDER")]
+    identity: Option<PathBuf>,
+    #[command(flatten)]
+    guard: http::GuardArgs,
     /// Serve no page and no figures.
     #[arg(long, conflicts_with = "http")]
     no_http: bool,
@@ -59,6 +64,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let listen = rundir::resolve(&args.listen)?;
     let http = args.http.as_deref().map(rundir::resolve).transpose()?;
     let door = if args.no_http { None } else { Some(http::listen(http, http::PAGE_PORT)?) };
+    let door = door.map(|door| args.guard.check(&door).map(|()| door)).transpose()?;
     let dir = RunDir::create(&args.dir)?;
     let lock = RunLock::acquire(&dir, std::process::id(), &args.listen)?;
     same_run(&config, &dir)?;
@@ -67,7 +73,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         std::fs::write(dir.config(), text).with_context(|| dir.config().display().to_string())?;
     }
     prepare_data(&config, &dir, &mut |_| {})?;
-    let end = serve(&config, &dir, listen, door, args.nodes_are_gone);
+    let end = serve(&config, &dir, listen, door, &args);
     // Nobody may take the directory before the last word is written.
     let _ = std::fs::remove_file(dir.supervisor());
     drop(lock);
@@ -96,7 +102,7 @@ fn serve(
     dir: &RunDir,
     listen: std::net::SocketAddr,
     door: Option<http::Door>,
-    nodes_are_gone: bool,
+    args: &Args,
 ) -> anyhow::Result<RunEnd> {
     let training = &config.training;
     let dataset = Dataset::open(
@@ -111,6 +117,7 @@ fn serve(
         seed: config.run.seed,
         architecture: config.model.clone(),
         node_timeout_ms: config.cluster.node_timeout_ms,
+        measure: config.cluster.measure,
         supervisor_timeout_ms: config.cluster.supervisor_timeout_ms,
         training: training.clone(),
         telemetry: config.telemetry.clone(),
@@ -123,7 +130,9 @@ fn serve(
         config_hash: Digest::of(config.identity().as_bytes()),
         listen,
         metrics: Arc::clone(&metrics),
-        nodes_are_gone,
+        nodes_are_gone: args.nodes_are_gone,
+        identity: args.identity.clone(),
+        certificate_lifetime: std::time::Duration::from_millis(config.cluster.certificate_lifetime_ms),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
@@ -132,8 +141,8 @@ fn serve(
         eprintln!("listening on {address}");
         let http = door.as_ref().map(|door| door.address.to_string());
         if let Some(door) = door {
-            eprintln!("page at http://{}", door.address);
-            door.serve(http::supervisor_routes(supervisor.desk(), dir.clone(), metrics))?;
+            eprintln!("page at {}", http::page_url(dir, &door.address.to_string()));
+            door.serve(http::supervisor_routes(supervisor.desk(), dir.clone(), metrics, &args.guard))?;
         }
         rundir::write_contact(
             dir,

@@ -286,6 +286,7 @@ mod tests {
             load: vec![vec![10, 10, 10, 10], vec![40, 0, 0, 0]],
             loss: Some(3.25),
             tokens_per_second: Some(5000.0),
+            predicted_step_ms: 0.0,
             supervisor: SupervisorStatus { pid: 2, address: "127.0.0.1:1".into() },
             nodes: vec![node],
             shards: Vec::new(),

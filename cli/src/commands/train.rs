@@ -97,7 +97,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let mut cluster = Cluster::start(options, &dir)?;
     if let Some(page) = cluster.page() {
-        display.say(&format!("page at http://{page}"));
+        display.say(&format!("page at {}", crate::http::page_url(&dir, page)));
     }
     let (finished, last) = follow(&mut cluster, &dir, display, script)?;
     cluster.end();

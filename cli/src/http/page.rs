@@ -1,5 +1,6 @@
 //! The supervisor's page: what it shows, live, and what can be done from it by whoever has the operator's token.
 
+use super::guard::{self, GuardArgs};
 use super::history::history;
 use super::{common_routes, encode};
 use crate::commands::operate;
@@ -37,7 +38,13 @@ struct Shown {
 }
 
 /// What a supervisor answers.
-pub fn supervisor_routes(desk: Desk, dir: RunDir, metrics: Arc<SupervisorMetrics>) -> Router {
+pub fn supervisor_routes(
+    desk: Desk,
+    dir: RunDir,
+    metrics: Arc<SupervisorMetrics>,
+    guard: &GuardArgs,
+) -> Router {
+    let guarded = (desk.clone(), guard.clone());
     let shown = Shown { desk, dir, watchers: Arc::default() };
     Router::new()
         .route("/", get(|| async { page(include_str!("page.html").to_owned()) }))
@@ -50,6 +57,7 @@ pub fn supervisor_routes(desk: Desk, dir: RunDir, metrics: Arc<SupervisorMetrics
         .route("/api/checkpoint", post(checkpoint))
         .with_state(shown)
         .merge(common_routes(move || encode(metrics.scrape())))
+        .layer(axum::middleware::from_fn_with_state(guarded, guard::guard))
 }
 
 fn page(text: String) -> Response {
@@ -137,9 +145,8 @@ async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Response {
 
 /// Does what is asked, if it comes with the operator's token.
 async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> Response {
-    let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
-    let allowed = match given.and_then(|value| value.strip_prefix("Bearer ")) {
-        Some(token) => shown.desk.may_operate(token.trim()),
+    let allowed = match guard::operators(headers) {
+        Some(token) => shown.desk.may_operate(token),
         None => Err("an operator's token is needed: RUN_DIR/identity/operator.token".to_owned()),
     };
     if let Err(reason) = allowed {
@@ -148,9 +155,7 @@ async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> 
     match shown.desk.ask(request).await {
         OperatorReply::Done { step } => Json(serde_json::json!({ "step": step })).into_response(),
         OperatorReply::Failed { reason } => failure(StatusCode::CONFLICT, reason),
-        OperatorReply::Status(_) => {
-            failure(StatusCode::INTERNAL_SERVER_ERROR, "an answer to another question")
-        }
+        _ => failure(StatusCode::INTERNAL_SERVER_ERROR, "an answer to another question"),
     }
 }
 

@@ -81,25 +81,30 @@ impl Machine {
         }
     }
 
-    fn look_at_speeds(&mut self) -> Option<String> {
-        let costs = Costs::new(&self.settings.architecture, &self.settings.training);
+    /// The members with what was seen of them.
+    pub(super) fn observed(&self, costs: &Costs) -> Vec<Member> {
         let whole = costs.lane_flops(0..costs.layers());
-        let nodes: Option<Vec<(&NodeId, &Node)>> =
-            self.placement.members.iter().map(|name| self.nodes.get_key_value(name)).collect();
-        let nodes = nodes?;
+        let there = self.placement.members.iter().filter_map(|name| self.nodes.get_key_value(name));
+        let nodes: Vec<(&NodeId, &Node)> = there.collect();
         let factor = |node: &Node| node.speed.map(|speed| speed * node.profile.dense.seconds(whole));
         let measured: Vec<f64> = nodes.iter().filter_map(|(_, node)| factor(node)).collect();
-        if measured.is_empty() {
-            return None;
-        }
         // Who ran no lane is taken to differ from its figures as the others do.
-        let usual = measured.iter().sum::<f64>() / measured.len() as f64;
+        let usual =
+            if measured.is_empty() { 1.0 } else { measured.iter().sum::<f64>() / measured.len() as f64 };
         let member = |(name, node): (&NodeId, &Node)| {
             let mut profile = node.profile.clone();
             profile.scale(factor(node).unwrap_or(usual));
             Member { node: name.clone(), profile }
         };
-        let members: Vec<Member> = nodes.into_iter().map(member).collect();
+        nodes.into_iter().map(member).collect()
+    }
+
+    fn look_at_speeds(&mut self) -> Option<String> {
+        let costs = Costs::new(&self.settings.architecture, &self.settings.training);
+        if self.placement.members.iter().all(|name| self.nodes.get(name).is_none_or(|n| n.speed.is_none())) {
+            return None;
+        }
+        let members = self.observed(&costs);
         let request = Request {
             epoch: 0,
             members: &members,

@@ -188,6 +188,10 @@ impl Machine {
         let staged = |node: &&NodeId| self.placement.stages.iter().any(|stage| stage.holds(node));
         let experts_only = nodes.len() - nodes.iter().filter(staged).count();
         let predicted_step_ms = 1e3 * self.predicted_step_s();
+        let lanes = nodes
+            .iter()
+            .map(|node| self.placement.stages.iter().map(|stage| stage.lanes_of(node).len()).sum())
+            .collect();
         self.notice(Notice::Placed {
             epoch,
             step,
@@ -198,6 +202,7 @@ impl Machine {
             stages,
             experts_only,
             predicted_step_ms,
+            lanes,
         });
         for (node, assignment) in assignments {
             self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
@@ -206,12 +211,11 @@ impl Machine {
         self.let_go_of_drained();
     }
 
-    /// What the planner thinks of the present placement.
+    /// How long a step of the present placement should take, by what was seen of its nodes.
     #[must_use]
     pub fn predicted_step_s(&self) -> f64 {
         let costs = Costs::new(&self.settings.architecture, &self.settings.training);
-        let there = self.placement.members.iter().filter(|node| self.nodes.contains_key(*node)).collect();
-        let step_s = planner::predict(&self.placement, &self.members(there), &costs).step_s;
+        let step_s = planner::predict(&self.placement, &self.observed(&costs), &costs).step_s;
         if step_s.is_finite() { step_s } else { 0.0 }
     }
 

@@ -156,6 +156,7 @@ pub enum Notice {
     Left { node: NodeId },
     /// A new placement was made, in which so many shards are fetched before the next step and so many beside it. Layers
     /// are cut into so many stages; so many of the nodes have none and host experts. A step should take so long.
+    /// `lanes` are those that each node takes through its stage.
     Placed {
         epoch: Epoch,
         step: Step,
@@ -166,6 +167,7 @@ pub enum Notice {
         stages: usize,
         experts_only: usize,
         predicted_step_ms: f64,
+        lanes: Vec<usize>,
     },
     /// What was copied beside the training is there, and the next placement uses it.
     Migrated { epoch: Epoch, step: Step, shards: usize },
