@@ -28,6 +28,19 @@ struct Times {
     update: f64,
 }
 
+/// How long measuring may take by an estimate; what takes longer is learned while it trains.
+const SECONDS_MAX: f64 = 20.0;
+
+/// Whether one call of everything is too much for this device's memory or patience.
+fn is_too_large(costs: &Costs, profile: &Profile) -> bool {
+    let layer = (0..costs.layers()).map(|layer| costs.stage_bytes(layer..layer + 1, profile.threads)).max();
+    let bytes = layer.unwrap_or(0).saturating_add(costs.dense_bytes[0]).saturating_add(costs.expert_bytes);
+    let flops = costs.lane_flops(0..costs.layers()) / f64::from(costs.layers().max(1));
+    let experts = rows(costs) as f64 * costs.expert_flops;
+    // Each kind is called a few times, with its update.
+    bytes > profile.memory_bytes || 10.0 * profile.dense.seconds(flops + experts) > SECONDS_MAX
+}
+
 /// Measures the device, and fills in a profile that has everything else.
 pub(crate) async fn device<B: Compute>(
     executor: &Executor<B>,
@@ -36,6 +49,9 @@ pub(crate) async fn device<B: Compute>(
     profile: &mut Profile,
 ) -> Computed<()> {
     let costs = Costs::new(a, training);
+    if is_too_large(&costs, profile) {
+        return Err(ComputeError("one layer is too large to be tried out".into()));
+    }
     let own = Arc::new(
         executor
             .run(&Meter::default(), {

@@ -201,8 +201,8 @@ fn run(folder: &Path, name: &str, shares: &[f64], megabits: Option<u32>, set: &[
         commits[WARM..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
     gaps.sort_by(f64::total_cmp);
     let text = std::fs::read_to_string(dir.join("events.jsonl")).expect("events");
-    let events = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
-    let placed = events.filter(|event| event["event"] == "placed").next_back().expect("a placement");
+    let mut events = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
+    let placed = events.rfind(|event| event["event"] == "placed").expect("a placement");
     let lanes = placed["lanes"]
         .as_array()
         .map(|lanes| lanes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));

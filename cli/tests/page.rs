@@ -33,6 +33,14 @@ fn watched(nodes: &str) -> Watched {
     Watched { world, page: page.expect("a page"), _run: run }
 }
 
+impl Watched {
+    /// A token of the run's directory.
+    fn token(&self, name: &str) -> String {
+        let path = self.world.path(&format!("runs/tiny/identity/{name}.token"));
+        std::fs::read_to_string(path).expect("a token").trim().to_owned()
+    }
+}
+
 fn ask(address: &str, method: &str, path: &str, token: Option<&str>) -> (u16, String) {
     send(address, method, path, token, "")
 }
@@ -68,7 +76,7 @@ fn send(address: &str, method: &str, path: &str, token: Option<&str>, body: &str
 }
 
 fn json(watched: &Watched, path: &str) -> serde_json::Value {
-    let (code, body) = ask(&watched.page, "GET", path, None);
+    let (code, body) = ask(&watched.page, "GET", path, Some(&watched.token("viewer")));
     assert_eq!(code, 200, "{path}: {body}");
     serde_json::from_str(&body).expect("JSON")
 }
@@ -120,12 +128,10 @@ fn figures_are_served_by_supervisor_and_nodes() {
 #[test]
 fn buttons_need_the_operators_token_and_do_what_they_say() {
     let watched = watched("2");
-    let token = |name: &str| {
-        let path = watched.world.path(&format!("runs/tiny/identity/{name}.token"));
-        std::fs::read_to_string(path).expect("a token").trim().to_owned()
-    };
+    let token = |name: &str| watched.token(name);
     let post = |path: &str, token: Option<&str>| ask(&watched.page, "POST", path, token);
-    for bad in [None, Some("volary1.nonsense"), Some(token("node").as_str())] {
+    for bad in [None, Some("volary1.nonsense"), Some(token("node").as_str()), Some(token("viewer").as_str())]
+    {
         for path in ["/api/checkpoint", "/api/drain/node-2"] {
             assert_eq!(post(path, bad).0, 401, "{path} with {bad:?}");
         }
@@ -138,6 +144,17 @@ fn buttons_need_the_operators_token_and_do_what_they_say() {
     assert!(code == 409 && body.contains("there is no node nobody"), "{code} {body}");
     assert_eq!(post("/api/drain/node-2", Some(&operator)).0, 200);
     assert_eq!(json(&watched, "/api/status")["nodes"].as_array().map(Vec::len), Some(1));
+    // Nothing is shown to those who have no token, but that the process lives and its figures.
+    for path in ["/", "/api/status", "/api/history", "/api/stream", "/api/traces", "/trace/1"] {
+        for bad in [None, Some("volary1.nonsense"), Some(token("node").as_str())] {
+            assert_eq!(ask(&watched.page, "GET", path, bad).0, 401, "{path} with {bad:?}");
+        }
+    }
+    for path in ["/health", "/metrics"] {
+        assert_eq!(ask(&watched.page, "GET", path, None).0, 200, "{path}");
+    }
+    let with_token = format!("/?token={}", token("viewer"));
+    assert_eq!(ask(&watched.page, "GET", &with_token, None).0, 200);
     // Nothing is changed by looking.
     assert_eq!(ask(&watched.page, "GET", "/api/drain/node-1", Some(&operator)).0, 405);
 }
@@ -147,7 +164,12 @@ fn a_watcher_gets_steps_and_the_state_as_they_happen() {
     let watched = watched("1");
     let mut stream = TcpStream::connect(&watched.page).expect("a connection");
     stream.set_read_timeout(Some(Duration::from_secs(30))).expect("a timeout");
-    write!(stream, "GET /api/stream HTTP/1.1\r\nHost: {}\r\n\r\n", watched.page).expect("a request");
+    let request = format!(
+        "GET /api/stream?token={} HTTP/1.1\r\nHost: {}\r\n\r\n",
+        watched.token("viewer"),
+        watched.page
+    );
+    stream.write_all(request.as_bytes()).expect("a request");
     let mut seen = std::collections::BTreeMap::new();
     let mut kind = String::new();
     for line in BufReader::new(stream).lines() {
@@ -245,7 +267,8 @@ fn a_browser_draws_the_page_and_a_trace() {
     let Some(browser) = Browser::start(&watched.world) else {
         return eprintln!("skipped: no chromedriver on this machine (make setup-tools)");
     };
-    browser.open(&format!("http://{}/", watched.page));
+    // Once with the token; from then on the browser has a cookie.
+    browser.open(&format!("http://{}/?token={}", watched.page, watched.token("viewer")));
     let drawn = [
         "<title>tiny: step ",
         "<polyline points=",

@@ -14,7 +14,7 @@ fn node(authority: &Authority, name: &str) -> Endpoint {
 async fn another_version_is_refused_with_both_versions_named() {
     let authority = Authority::create().unwrap();
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
-    let config = tls::client(left.identity().unwrap()).unwrap();
+    let config = tls::client(&left.identity().unwrap()).unwrap();
     let role = Role::Peer { name: "left".into() };
     let error =
         left.dial_as(right.local_addr(), "right", config, role, PROTOCOL + 1).await.unwrap_err().to_string();
@@ -25,7 +25,7 @@ async fn another_version_is_refused_with_both_versions_named() {
 async fn a_name_that_the_certificate_does_not_prove_is_refused() {
     let authority = Authority::create().unwrap();
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
-    let config = tls::client(left.identity().unwrap()).unwrap();
+    let config = tls::client(&left.identity().unwrap()).unwrap();
     let role = Role::Peer { name: "somebody-else".into() };
     let error =
         left.dial_as(right.local_addr(), "right", config, role, PROTOCOL).await.unwrap_err().to_string();
@@ -36,7 +36,7 @@ async fn a_name_that_the_certificate_does_not_prove_is_refused() {
 async fn a_peer_that_speaks_rubbish_is_cut_off_and_the_endpoint_lives_on() {
     let authority = Authority::create().unwrap();
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
-    let config = tls::client(left.identity().unwrap()).unwrap();
+    let config = tls::client(&left.identity().unwrap()).unwrap();
     let accepting = right.clone();
     let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
     let role = Role::Peer { name: "left".into() };

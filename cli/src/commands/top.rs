@@ -263,6 +263,7 @@ mod tests {
             round_trip_ms: 1.5,
             sent_bytes: 2_500_000,
             received_bytes: 0,
+            bandwidth: None,
         }];
         let node = NodeStatus {
             name: "node-1".into(),
