@@ -276,6 +276,7 @@ fn look_before_scrapes<B: Compute>(node: &Arc<NodeContext<B>>, pipeline: &Pipeli
         let Some(node) = weak.upgrade() else { return };
         node.metrics.executor(node.executor.totals());
         node.metrics.spans(&counts);
+        node.metrics.refused(node.peers.refused());
         for LinkReport { peer, round_trip_ms, sent_bytes, received_bytes, .. } in node.peers.reports() {
             let round_trip = Duration::from_secs_f64(round_trip_ms / 1e3);
             node.metrics.link(&node.id.0, &peer, sent_bytes, received_bytes, round_trip);

@@ -41,6 +41,12 @@ async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
 async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: InboundFrame) {
     let InboundFrame { frame, reply } = inbound;
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
+    if !node.peers.until_known(&peer).await {
+        // Its certificate is good and it has no part in the run: shut out, or never placed.
+        tracing::warn!(%peer, ?kind, "a frame of a node that has no part in the run");
+        node.peers.count_refused();
+        return;
+    }
     let answer = match kind {
         Kind::Forward | Kind::Backward => experts(&node, frame).await.map(Some),
         Kind::LegForward | Kind::LegBackward => leg::serve(&node, frame).await.map(Some),

@@ -55,3 +55,16 @@ pub use sessions::{Desk, Supervisor, SupervisorOptions, operate};
 pub use supervisor::RunEnd;
 pub use volary_transport::Interference;
 pub use wire::{LinkReport, NodeInfo, RunInfo};
+
+/// Reads bytes as everything that is said on control streams and in frames, for fuzzing.
+#[doc(hidden)]
+pub fn fuzz_words(bytes: &[u8]) {
+    wire::fuzz(bytes);
+}
+
+/// Words of several kinds, for fuzzing.
+#[doc(hidden)]
+#[must_use]
+pub fn fuzz_words_seeds() -> Vec<Vec<u8>> {
+    wire::fuzz_seeds()
+}

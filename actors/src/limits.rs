@@ -38,3 +38,7 @@ pub(crate) const PROBE_BYTES: usize = 1 << 20;
 pub(crate) const PROBE_MAX: Duration = Duration::from_secs(10);
 /// How long a node measures each kind of its computations, unless one call takes longer.
 pub(crate) const MEASURE: Duration = Duration::from_millis(80);
+/// How long frames of a node that this one does not know yet wait for the placement that names it.
+pub(crate) const STRANGER_MAX: Duration = Duration::from_secs(10);
+/// How often it is looked whether it is known.
+pub(crate) const STRANGER_LOOK_EVERY: Duration = Duration::from_millis(20);

@@ -1,11 +1,12 @@
 //! Links to the other nodes, dialled when they are first needed and again when they broke.
 
-use crate::limits::CALL_MAX;
+use crate::limits::{CALL_MAX, STRANGER_LOOK_EVERY, STRANGER_MAX};
 use crate::measure;
 use crate::wire::LinkReport;
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 use tokio::sync::OnceCell;
 use volary_core::NodeId;
 use volary_core::compute::{ComputeError, Computed};
@@ -45,6 +46,29 @@ impl Peers {
         // A node of the same name at another address is another process.
         links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
         *suspect = None;
+    }
+
+    /// What was turned away here so far.
+    pub(crate) fn refused(&self) -> u64 {
+        self.endpoint.refused()
+    }
+
+    pub(crate) fn count_refused(&self) {
+        self.endpoint.count_refused();
+    }
+
+    /// Whether a node has a part in the run; one that does not yet may be a little ahead of what this one was told.
+    pub(crate) async fn until_known(&self, node: &NodeId) -> bool {
+        let start = Instant::now();
+        loop {
+            if self.lock().addresses.contains_key(node) {
+                return true;
+            }
+            if start.elapsed() > STRANGER_MAX {
+                return false;
+            }
+            tokio::time::sleep(STRANGER_LOOK_EVERY).await;
+        }
     }
 
     /// The node that could not be reached last, since the last placement.

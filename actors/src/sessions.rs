@@ -125,7 +125,7 @@ impl Supervisor {
         let address = endpoint.local_addr();
         let pipeline = start_telemetry(&run, &dir)?;
         let feed = Feed::default();
-        look_before_scrapes(&metrics, &pipeline, &store, &dir);
+        look_before_scrapes(&metrics, &pipeline, (&store, &dir), &endpoint);
         let (end, ended) = oneshot::channel();
         let args = SupervisorArgs {
             run,
@@ -221,12 +221,19 @@ fn start_telemetry(run: &RunInfo, dir: &RunDir) -> Result<Pipeline> {
 }
 
 /// What is looked up when somebody asks for the supervisor's figures.
-fn look_before_scrapes(metrics: &Arc<SupervisorMetrics>, pipeline: &Pipeline, store: &Store, dir: &RunDir) {
+fn look_before_scrapes(
+    metrics: &Arc<SupervisorMetrics>,
+    pipeline: &Pipeline,
+    (store, dir): (&Store, &RunDir),
+    endpoint: &Endpoint,
+) {
+    let endpoint = endpoint.counter();
     let (weak, counts) = (Arc::downgrade(metrics), pipeline.counts());
     let (store, blobs) = (store.clone(), dir.blobs());
     metrics.scrape().before_scrape(move || {
         let Some(metrics) = weak.upgrade() else { return };
         metrics.spans(&counts);
+        metrics.refused(endpoint());
         let sizes = std::fs::read_dir(&blobs).into_iter().flatten().flatten();
         let bytes = sizes.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum();
         metrics.disk(store.bytes_on_disk(), bytes);

@@ -266,3 +266,42 @@ pub(crate) fn only_blob(frame: Frame) -> Computed<Bytes> {
         _ => Err(ComputeError(format!("a {kind:?} frame came without its one blob"))),
     }
 }
+
+/// Reads bytes as each kind of words.
+pub(crate) fn fuzz(bytes: &[u8]) {
+    fn read<T: DeserializeOwned>(bytes: &[u8]) {
+        drop(postcard::from_bytes::<T>(bytes));
+    }
+    read::<Up>(bytes);
+    read::<Down>(bytes);
+    read::<Batch>(bytes);
+    read::<LegOf>(bytes);
+    read::<LegDone>(bytes);
+    read::<SumOf>(bytes);
+    read::<ShardWish>(bytes);
+    read::<ShardAt>(bytes);
+    read::<crate::operator::OperatorRequest>(bytes);
+    read::<crate::operator::OperatorReply>(bytes);
+    drop(serde_json::from_slice::<RunInfo>(bytes));
+    drop(serde_json::from_slice::<volary_telemetry::SpanRecord>(bytes));
+}
+
+pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
+    let shard = ShardId::Expert { layer: 1, expert: 2 };
+    let up = [
+        Up::Say(FromNode::Ready { epoch: 3 }),
+        Up::Say(FromNode::Learned { epoch: 3, shards: vec![shard, ShardId::Embedding] }),
+        Up::Profile(Box::new(Profile::relative(2.0))),
+        Up::Renew(vec![48, 1, 0]),
+        Up::Spans(vec!["{}".into()]),
+    ];
+    let down = [Down::Taken, Down::Say(ToNode::Abort { epoch: 3 }, None)];
+    let batch = Batch { layer: 0, lane: 1, train: true, experts: vec![(0, 3), (5, 1)] };
+    let leg = LegOf { lane: 1, layers: 2..4, train: true, followed: Vec::new() };
+    let mut seeds: Vec<Vec<u8>> = up.iter().filter_map(|word| postcard::to_stdvec(word).ok()).collect();
+    seeds.extend(down.iter().filter_map(|word| postcard::to_stdvec(word).ok()));
+    seeds.extend(postcard::to_stdvec(&batch).ok());
+    seeds.extend(postcard::to_stdvec(&leg).ok());
+    seeds.extend(postcard::to_stdvec(&ShardWish { shard, version: Some(7) }).ok());
+    seeds
+}

@@ -40,3 +40,11 @@ pub use options::{DataOptions, SourceOptions};
 pub use prepare::{Prepared, Progress, Stage, prepare};
 pub use source::{Document, Source};
 pub use tokenizer::Tokenizer;
+
+/// Reads all documents of a file, for fuzzing.
+#[doc(hidden)]
+pub fn fuzz_records(path: &std::path::Path) {
+    if let Ok(documents) = readers::open(path, "text") {
+        documents.for_each(drop);
+    }
+}

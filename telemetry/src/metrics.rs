@@ -99,6 +99,23 @@ fn set_total(counter: &Counter, total: u64) {
     counter.inner().store(total, Ordering::Relaxed);
 }
 
+/// Connections and frames that were turned away.
+#[derive(Debug, Default)]
+struct Refusals(Counter);
+
+impl Refusals {
+    fn register(&self, registry: &mut Registry) {
+        let what =
+            "Connections and frames that were turned away: strangers, rubbish, peers with no part in the run";
+        registry.register("volary_refused", what, self.0.clone());
+    }
+
+    /// There were so many so far.
+    fn look(&self, total: u64) {
+        self.0.inc_by(total.saturating_sub(self.0.get()));
+    }
+}
+
 /// What became of this process's spans.
 #[derive(Clone, Debug, Default)]
 struct SpanTotals {

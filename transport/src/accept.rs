@@ -10,6 +10,7 @@ use crate::tls;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, mpsc};
 
@@ -23,11 +24,16 @@ pub struct Accepted {
     connection: Connection,
     streams: (SendStream, RecvStream),
     runtime: Handle,
+    refused: Refused,
 }
+
+/// How many were turned away, for whoever counts.
+pub(crate) type Refused = Arc<AtomicU64>;
 
 impl Accepted {
     /// Says no.
     pub async fn refuse(mut self, reason: &str) {
+        self.refused.fetch_add(1, Ordering::Relaxed);
         let answer = Answer::Refused(reason.into());
         let told = write_message(&mut self.streams.0, &answer, HELLO_BYTES_MAX).await;
         if told.is_ok() {
@@ -67,32 +73,44 @@ impl Accepted {
 }
 
 /// Takes up connections for as long as somebody wants them; each has a bounded time to say who it is.
-pub(crate) async fn accept_all(endpoint: quinn::Endpoint, accepted: mpsc::Sender<Accepted>) {
+pub(crate) async fn accept_all(
+    endpoint: quinn::Endpoint,
+    accepted: mpsc::Sender<Accepted>,
+    refused: Refused,
+) {
     // Strangers may dial the supervisor: how many of them take memory at a time is bounded.
     let places = Arc::new(Semaphore::new(INCOMING_MAX));
     while let Some(incoming) = endpoint.accept().await {
         let from = incoming.remote_address();
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
             tracing::warn!(%from, "a connection was turned away: {INCOMING_MAX} others are saying who they are");
+            refused.fetch_add(1, Ordering::Relaxed);
             incoming.refuse();
             continue;
         };
-        let accepted = accepted.clone();
+        let (accepted, refused) = (accepted.clone(), Arc::clone(&refused));
         tokio::spawn(async move {
-            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduce(incoming)).await {
+            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduce(incoming, Arc::clone(&refused))).await {
                 Ok(Ok(somebody)) => drop(accepted.send(somebody).await),
                 Ok(Err(error)) => tracing::warn!(%from, %error, "a connection was turned away"),
-                Err(_) => tracing::warn!(%from, "a connection did not say who it is in time"),
+                Err(_) => {
+                    refused.fetch_add(1, Ordering::Relaxed);
+                    tracing::warn!(%from, "a connection did not say who it is in time");
+                }
             }
             drop(place);
         });
     }
 }
 
-async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
+async fn introduce(incoming: quinn::Incoming, refused: Refused) -> Result<Accepted> {
     let from = incoming.remote_address().to_string();
-    let connection = incoming.await.map_err(|error| Error::connection(from.clone(), error))?;
-    let (send, mut receive) = connection.accept_bi().await.map_err(|error| Error::connection(from, error))?;
+    let gone = |error: quinn::ConnectionError| {
+        refused.fetch_add(1, Ordering::Relaxed);
+        Error::connection(from.clone(), error)
+    };
+    let connection = incoming.await.map_err(gone)?;
+    let (send, mut receive) = connection.accept_bi().await.map_err(gone)?;
     let _ = send.set_priority(CONTROL_PRIORITY);
     let heard = hear(&mut receive).await;
     let (role, verdict) = match heard {
@@ -102,8 +120,14 @@ async fn introduce(incoming: quinn::Incoming) -> Result<Accepted> {
     };
     // It runs on the endpoint's runtime, as the connection's driver does.
     let certificate = presented(&connection).map(|certificate| fingerprint(&certificate));
-    let accepted =
-        Accepted { role, certificate, connection, streams: (send, receive), runtime: Handle::current() };
+    let accepted = Accepted {
+        role,
+        certificate,
+        connection,
+        streams: (send, receive),
+        runtime: Handle::current(),
+        refused,
+    };
     match verdict {
         Ok(()) => Ok(accepted),
         Err(error) => {

@@ -4,7 +4,7 @@
 //! the links' methods may be awaited from any runtime. Settings follow the path (measured; see `docs/performance.md`):
 //! on loopback 65,487-byte datagrams without segmentation offload, elsewhere MTU 1,452 with it.
 
-use crate::accept::{Accepted, accept_all};
+use crate::accept::{Accepted, Refused, accept_all};
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::handshake::{Answer, PROTOCOL, Role, greet};
@@ -17,6 +17,7 @@ use crate::tls::{self, Admit};
 use crate::token::Token;
 use quinn::{Connection, Runtime as _, VarInt};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::runtime::Handle;
@@ -47,6 +48,7 @@ struct Shared {
     transport: RwLock<Arc<quinn::TransportConfig>>,
     local: SocketAddr,
     incoming: Mutex<mpsc::Receiver<Accepted>>,
+    refused: Refused,
     /// Ends the endpoint's thread when the last clone is gone.
     _alive: oneshot::Sender<()>,
 }
@@ -113,6 +115,8 @@ impl Endpoint {
         let (alive, gone) = oneshot::channel::<()>();
         let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
         let (opened, wait) = std::sync::mpsc::channel();
+        let refused = Refused::default();
+        let counting = Arc::clone(&refused);
         let start = move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             let _entered = runtime.enter();
@@ -128,7 +132,7 @@ impl Endpoint {
             // The other end waits for exactly this.
             drop(opened.send(Ok((quinn.clone(), runtime.handle().clone()))));
             runtime.block_on(async {
-                tokio::spawn(accept_all(quinn.clone(), accepted));
+                tokio::spawn(accept_all(quinn.clone(), accepted, counting));
                 drop(gone.await);
                 quinn.close(VarInt::from_u32(0), b"the process ends");
                 // The last words leave the socket.
@@ -157,9 +161,27 @@ impl Endpoint {
             transport: RwLock::new(transport),
             local,
             incoming: Mutex::new(incoming),
+            refused,
             _alive: alive,
         };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// How many connections, and frames that the caller counted, were turned away.
+    #[must_use]
+    pub fn refused(&self) -> u64 {
+        self.shared.refused.load(Ordering::Relaxed)
+    }
+
+    /// [`Endpoint::refused`] for somebody who must not keep the endpoint open.
+    pub fn counter(&self) -> impl Fn() -> u64 + Send + 'static {
+        let refused = Arc::clone(&self.shared.refused);
+        move || refused.load(Ordering::Relaxed)
+    }
+
+    /// Counts something that was turned away after its connection was let in.
+    pub fn count_refused(&self) {
+        self.shared.refused.fetch_add(1, Ordering::Relaxed);
     }
 
     /// The address that it listens on.

@@ -18,7 +18,7 @@ async fn another_version_is_refused_with_both_versions_named() {
     let role = Role::Peer { name: "left".into() };
     let error =
         left.dial_as(right.local_addr(), "right", config, role, PROTOCOL + 1).await.unwrap_err().to_string();
-    assert!(error.contains("protocol 1)") && error.contains("protocol 2)"), "{error}");
+    assert!(error.contains("protocol 2)") && error.contains("protocol 3)"), "{error}");
 }
 
 #[tokio::test]

@@ -106,3 +106,27 @@ async fn within<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
         .await
         .unwrap_or_else(|_| Err(Error::malformed("handshake", format!("not within {HANDSHAKE_MAX:?}"))))
 }
+
+/// What [`hear`] does with bytes that have come whole.
+pub(crate) fn fuzz(bytes: &[u8]) {
+    if let Ok(hello) = postcard::from_bytes::<Hello>(bytes) {
+        drop(postcard::from_bytes::<Role>(&hello.role));
+    }
+    drop(postcard::from_bytes::<Role>(bytes));
+    drop(postcard::from_bytes::<Answer>(bytes));
+}
+
+pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
+    let (token, name) = ("volary1.a.b.c".to_owned(), "node-1".to_owned());
+    let roles = [
+        Role::Join { token: token.clone(), request: vec![48, 3, 2, 1, 0], name: Some(name.clone()) },
+        Role::Operator { token },
+        Role::Node { name: name.clone() },
+        Role::Peer { name },
+    ];
+    let hello = |role: &Role| {
+        let role = postcard::to_stdvec(role).unwrap_or_default();
+        postcard::to_stdvec(&Hello { protocol: PROTOCOL, version: "0.1.0".into(), role }).unwrap_or_default()
+    };
+    roles.iter().map(hello).collect()
+}

@@ -49,3 +49,16 @@ pub use loopback::{LoopbackReport, measure_loopback};
 pub use options::TransportOptions;
 pub use tls::Admit;
 pub use token::{Token, TokenError, TokenRecord, TokenRole, TokenTerms};
+
+/// Reads bytes as the first words of a connection, for fuzzing.
+#[doc(hidden)]
+pub fn fuzz_handshake(bytes: &[u8]) {
+    handshake::fuzz(bytes);
+}
+
+/// First words of every kind, for fuzzing.
+#[doc(hidden)]
+#[must_use]
+pub fn fuzz_handshake_seeds() -> Vec<Vec<u8>> {
+    handshake::fuzz_seeds()
+}

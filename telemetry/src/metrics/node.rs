@@ -67,6 +67,7 @@ pub struct NodeMetrics {
     link_bytes: LinkBytes,
     round_trip: Family<PeerLabel, Gauge<f64, AtomicU64>>,
     spans: SpanTotals,
+    refusals: super::Refusals,
 }
 
 /// What a device executor has done.
@@ -102,6 +103,7 @@ impl Default for NodeMetrics {
             link_bytes: LinkBytes::default(),
             round_trip: Family::default(),
             spans: SpanTotals::default(),
+            refusals: super::Refusals::default(),
             scrape: Scrape::default(),
         };
         registry.register_with_unit(
@@ -153,6 +155,7 @@ impl Default for NodeMetrics {
             metrics.round_trip.clone(),
         );
         metrics.spans.register(&mut registry);
+        metrics.refusals.register(&mut registry);
         metrics.scrape.registry = registry;
         metrics
     }
@@ -204,6 +207,11 @@ impl NodeMetrics {
         self.link_bytes.set(node, peer, sent, received);
         let label = PeerLabel { node: node.to_owned(), peer: peer.to_owned() };
         self.round_trip.get_or_create(&label).set(round_trip.as_secs_f64());
+    }
+
+    /// So many connections and frames were turned away so far.
+    pub fn refused(&self, total: u64) {
+        self.refusals.look(total);
     }
 
     /// What became of the spans.

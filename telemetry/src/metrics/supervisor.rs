@@ -52,6 +52,7 @@ pub struct SupervisorMetrics {
     checkpoint_bytes: Whole,
     store_bytes: Whole,
     spans: SpanTotals,
+    refusals: super::Refusals,
     timed: Option<Timed>,
 }
 
@@ -74,6 +75,7 @@ impl SupervisorMetrics {
         metrics.register_cluster(&mut registry);
         metrics.timed = Some(Timed::register(&mut registry));
         metrics.spans.register(&mut registry);
+        metrics.refusals.register(&mut registry);
         metrics.scrape.registry = registry;
         metrics
     }
@@ -233,6 +235,11 @@ impl SupervisorMetrics {
     /// What a node's link to another one has carried.
     pub fn link(&self, node: &str, peer: &str, sent: u64, received: u64) {
         self.link_bytes.set(node, peer, sent, received);
+    }
+
+    /// So many connections and frames were turned away so far.
+    pub fn refused(&self, total: u64) {
+        self.refusals.look(total);
     }
 
     /// What became of the spans.

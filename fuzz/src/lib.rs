@@ -1,0 +1,149 @@
+//! Everything that decodes what a peer, a file or a person sends, as functions of arbitrary bytes.
+//!
+//! A target must return, whatever it is given: no panic, no memory beyond its bounds, no time without end. Where bytes are
+//! taken, what comes of them must encode to the same again. `make test` gives each its seeds and random mutations of them;
+//! `cargo fuzz run --fuzz-dir fuzz/libfuzzer NAME` looks for more with coverage, on a nightly toolchain.
+
+pub mod seeds;
+
+use bytes::Bytes;
+use std::path::Path;
+use std::sync::{LazyLock, Mutex, PoisonError};
+use tempfile::TempDir;
+use volary_core::ShardId;
+use volary_core::architecture::Architecture;
+use volary_core::compute::Compute;
+use volary_core::options::TrainingOptions;
+use volary_model::{Glam, device};
+use volary_transport::{Authority, Frame, Token};
+
+/// A name and what it feeds.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All targets.
+pub const TARGETS: [Target; 11] = [
+    ("frame", frame),
+    ("handshake", handshake),
+    ("words", words),
+    ("token", token),
+    ("certificate_request", certificate_request),
+    ("authority", authority),
+    ("config", config),
+    ("inventory", inventory),
+    ("shard", shard),
+    ("tokenizer", tokenizer),
+    ("records", records),
+];
+
+/// A frame off the wire.
+pub fn frame(bytes: &[u8]) {
+    if let Ok(frame) = Frame::decode(&Bytes::copy_from_slice(bytes)) {
+        let pieces = frame.encode().unwrap_or_default();
+        let again = Frame::decode(&Bytes::from(pieces.concat()));
+        assert!(again.is_ok_and(|again| again == frame), "a frame that is taken is written as it was");
+    }
+}
+
+/// The first words on a connection.
+pub fn handshake(bytes: &[u8]) {
+    volary_transport::fuzz_handshake(bytes);
+}
+
+/// What nodes, supervisors and operators say on control streams, and the words of frames.
+pub fn words(bytes: &[u8]) {
+    volary_actors::fuzz_words(bytes);
+}
+
+/// A token's text.
+pub fn token(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Ok(token) = text.parse::<Token>() {
+        assert_eq!(token.reveal().parse::<Token>().ok(), Some(token));
+    }
+}
+
+static AUTHORITY: LazyLock<Option<Authority>> = LazyLock::new(|| Authority::create().ok());
+
+/// A request for a certificate.
+pub fn certificate_request(bytes: &[u8]) {
+    if let Some(authority) = AUTHORITY.as_ref() {
+        // Refused or not: the name is the authority's to choose.
+        drop(authority.issue(bytes, "node-1", std::time::Duration::from_secs(60)));
+    }
+}
+
+/// An authority that was made elsewhere.
+pub fn authority(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (certificate, key) = text.split_once("\n\n").unwrap_or((&text, ""));
+    drop(Authority::from_pem(certificate, key));
+}
+
+/// A configuration file, and `--set`.
+pub fn config(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let (file, set) = text.split_once('\0').unwrap_or((&text, ""));
+    let set: Vec<String> = set.lines().map(str::to_owned).collect();
+    drop(volary_cli::config::Config::parse(file, "c.toml", &set));
+}
+
+/// A folder of this process for targets that read files.
+static FOLDER: LazyLock<Mutex<Option<TempDir>>> = LazyLock::new(|| Mutex::new(TempDir::new().ok()));
+
+/// Writes the bytes to a file and has it read; one at a time.
+fn with_file(name: &str, bytes: &[u8], read: impl FnOnce(&Path)) {
+    let folder = FOLDER.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(folder) = folder.as_ref() else { return };
+    let path = folder.path().join(name);
+    if std::fs::write(&path, bytes).is_ok() {
+        read(&path);
+    }
+}
+
+/// An inventory of machines.
+pub fn inventory(bytes: &[u8]) {
+    with_file("inventory.toml", bytes, |path| {
+        drop(volary_cli::inventory::Inventory::load(path));
+    });
+}
+
+/// The model of the shard target: small, so that all of it is mutated.
+pub(crate) fn tiny() -> Option<(Architecture, TrainingOptions)> {
+    let config = volary_cli::config::Config::parse(seeds::CONFIG, "c.toml", &[]).ok()?;
+    Some((config.model, config.training))
+}
+
+pub(crate) static GLAM: LazyLock<Option<Glam>> = LazyLock::new(|| {
+    let (model, training) = tiny()?;
+    Glam::new(&model, &training, 1, device::parse("cpu").ok()?).ok()
+});
+
+/// A shard from a checkpoint or another node: safetensors with the shard's own names, shapes and version.
+pub fn shard(bytes: &[u8]) {
+    let Some(glam) = GLAM.as_ref() else { return };
+    for shard in [ShardId::Router { layer: 0 }, ShardId::Dense { layer: 1 }] {
+        if let Ok(state) = glam.load(shard, bytes) {
+            let again = glam.store(shard, 1, &state).and_then(|stored| glam.load(shard, &stored).map(drop));
+            assert!(again.is_ok(), "what is taken can be stored and read: {again:?}");
+        }
+    }
+}
+
+/// A tokenizer's file.
+pub fn tokenizer(bytes: &[u8]) {
+    with_file("tokenizer.json", bytes, |path| {
+        if let Ok(tokenizer) = volary_data::Tokenizer::load(path) {
+            drop(tokenizer.encode("The lane runs.").map(|ids| tokenizer.decode(&ids)));
+        }
+    });
+}
+
+/// Files of data, in every format: the first byte chooses.
+pub fn records(bytes: &[u8]) {
+    const NAMES: [&str; 6] =
+        ["data.txt", "data.jsonl", "data.parquet", "data.jsonl.gz", "data.txt.zst", "data.txt.gz"];
+    let Some((first, rest)) = bytes.split_first() else { return };
+    with_file(NAMES[usize::from(*first) % NAMES.len()], rest, |path| {
+        volary_data::fuzz_records(path);
+    });
+}
