@@ -1,0 +1,8 @@
+//! Lets what is linked here find libtorch where it was at build time, with no `LD_LIBRARY_PATH`.
+fn main() {
+    println!("cargo:rerun-if-env-changed=LIBTORCH");
+    println!("cargo:rerun-if-changed=build.rs");
+    if let Ok(root) = std::env::var("LIBTORCH") {
+        println!("cargo:rustc-link-arg=-Wl,-rpath,{root}/lib");
+    }
+}
