@@ -67,7 +67,7 @@ impl Accepted {
             Role::Operator { .. } | Role::Join { .. } => "operator".into(),
         };
         let (send, receive) = self.streams;
-        let link = Link::new(self.connection, peer, self.runtime);
+        let link = Link::new(self.connection, peer, self.runtime, self.refused);
         Ok((link, ControlSender::new(send), ControlReceiver::new(receive)))
     }
 }

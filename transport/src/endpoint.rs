@@ -258,7 +258,7 @@ impl Endpoint {
         let own = self.own_name()?;
         let config = tls::client(&self.identity()?)?;
         let (connection, _, control) = self.dial(address, name, config, Role::Peer { name: own }).await?;
-        let link = Link::new(connection, name.to_owned(), self.shared.runtime.clone());
+        let link = self.link(connection, name);
         Ok(link.with_control(control.0, control.1))
     }
 
@@ -274,7 +274,7 @@ impl Endpoint {
         let config = tls::client(&self.identity()?)?;
         let (connection, _, control) =
             self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
-        Ok((Link::new(connection, SUPERVISOR.into(), self.shared.runtime.clone()), control.0, control.1))
+        Ok((self.link(connection, SUPERVISOR), control.0, control.1))
     }
 
     /// A control stream to the supervisor as an operator.
@@ -289,7 +289,12 @@ impl Endpoint {
         let config = tls::pinned(token.fingerprint())?;
         let role = Role::Operator { token: token.reveal() };
         let (connection, _, control) = self.dial(address, SUPERVISOR, config, role).await?;
-        Ok((Link::new(connection, SUPERVISOR.into(), self.shared.runtime.clone()), control.0, control.1))
+        Ok((self.link(connection, SUPERVISOR), control.0, control.1))
+    }
+
+    fn link(&self, connection: Connection, peer: &str) -> Link {
+        let Shared { runtime, refused, .. } = &*self.shared;
+        Link::new(connection, peer.to_owned(), runtime.clone(), Arc::clone(refused))
     }
 
     /// The identity that this end shows.

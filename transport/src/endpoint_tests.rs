@@ -1,6 +1,7 @@
 //! What only the inside of an endpoint can try: another version, and a peer that speaks rubbish.
 use super::*;
 use crate::identity::Authority;
+use crate::link::InboundFrame;
 use crate::loopback::probe_frame;
 
 const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
@@ -53,4 +54,139 @@ async fn a_peer_that_speaks_rubbish_is_cut_off_and_the_endpoint_lives_on() {
     let mut inbound = accepted.await.unwrap().serve();
     link.send(probe_frame(10)).await.unwrap();
     assert_eq!(inbound.next().await.unwrap().frame, probe_frame(10));
+}
+
+/// A node that is attacked, with the attacker's bare connection and an honest peer's link.
+struct Attacked {
+    right: Endpoint,
+    attacker: Connection,
+    inbound: crate::link::Inbound,
+    honest: Link,
+    _ends: (Endpoint, Endpoint),
+}
+
+impl Attacked {
+    async fn new() -> Self {
+        let authority = Authority::create().unwrap();
+        let (left, right, third) =
+            (node(&authority, "left"), node(&authority, "right"), node(&authority, "third"));
+        let config = tls::client(&left.identity().unwrap()).unwrap();
+        let accepting = right.clone();
+        let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+        let role = Role::Peer { name: "left".into() };
+        let (attacker, ..) = left.dial(right.local_addr(), "right", config, role).await.unwrap();
+        let inbound = accepted.await.unwrap().serve();
+        let accepting = right.clone();
+        let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+        let honest = third.connect(right.local_addr(), "right").await.unwrap();
+        let mut frames = accepted.await.unwrap().serve();
+        tokio::spawn(async move {
+            while let Some(InboundFrame { frame, reply }) = frames.next().await {
+                if let Some(reply) = reply {
+                    reply.reply(frame).await.unwrap();
+                }
+            }
+        });
+        Self { right, attacker, inbound, honest, _ends: (left, third) }
+    }
+
+    /// Whoever is honest is answered, at once.
+    async fn goes_on(&self) {
+        let answer = self.honest.request_within(probe_frame(5_000), Duration::from_secs(5)).await;
+        assert_eq!(answer.expect("an answer"), probe_frame(5_000));
+    }
+
+    async fn is_cut_off(mut self) {
+        self.goes_on().await;
+        let end = tokio::time::timeout(Duration::from_secs(5), self.inbound.next()).await;
+        assert!(matches!(end, Ok(None)), "the link is closed");
+        self.attacker.closed().await;
+        assert!(self.right.refused() >= 1, "it is counted");
+        self.goes_on().await;
+    }
+}
+
+/// A frame's first bytes, with tensors that are far beyond any bound.
+fn lying() -> Vec<u8> {
+    let mut bytes = probe_frame(1_000).encode().unwrap().concat();
+    // The lengths stand behind the fixed head: whatever they are, they are too much now.
+    for byte in bytes.iter_mut().skip(crate::frame::FIXED) {
+        *byte = 0xff;
+    }
+    bytes
+}
+
+#[tokio::test]
+async fn a_peer_that_lies_about_lengths_is_cut_off() {
+    let attacked = Attacked::new().await;
+    let mut stream = attacked.attacker.open_uni().await.unwrap();
+    stream.write_all(&lying()).await.unwrap();
+    attacked.is_cut_off().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_stalls_in_the_middle_of_a_frame_is_cut_off() {
+    let attacked = Attacked::new().await;
+    let whole = probe_frame(100_000).encode().unwrap().concat();
+    let mut stream = attacked.attacker.open_uni().await.unwrap();
+    stream.write_all(&whole[..whole.len() / 2]).await.unwrap();
+    attacked.is_cut_off().await;
+}
+
+#[tokio::test]
+async fn streams_that_are_opened_and_abandoned_hold_up_nobody() {
+    let attacked = Attacked::new().await;
+    let whole = probe_frame(10_000).encode().unwrap().concat();
+    for round in 0..3 * STREAMS_MAX {
+        let mut stream = attacked.attacker.open_uni().await.unwrap();
+        stream.write_all(&whole[..64]).await.unwrap();
+        let _ = stream.reset(VarInt::from_u32(1));
+        if round % STREAMS_MAX == 0 {
+            attacked.goes_on().await;
+        }
+    }
+    attacked.goes_on().await;
+}
+
+#[tokio::test]
+async fn a_peer_that_floods_fills_its_own_link_and_no_other() {
+    let attacked = Attacked::new().await;
+    // Nobody takes its frames up: beyond what may wait, its streams wait on its side.
+    let attacker = attacked.attacker.clone();
+    let flood = tokio::spawn(async move {
+        let whole = probe_frame(10_000).encode().unwrap().concat();
+        let mut sent = 0u32;
+        while let Ok(Ok(mut stream)) =
+            tokio::time::timeout(Duration::from_millis(300), attacker.open_uni()).await
+        {
+            if tokio::time::timeout(Duration::from_millis(300), stream.write_all(&whole)).await.is_err() {
+                break;
+            }
+            let _ = stream.finish();
+            sent += 1;
+            assert!(sent < 100_000, "somebody takes all of it up");
+        }
+        sent
+    });
+    for _ in 0..20 {
+        attacked.goes_on().await;
+    }
+    assert!(flood.await.unwrap() > 0);
+    attacked.goes_on().await;
+}
+
+#[tokio::test]
+async fn strangers_that_knock_and_say_nothing_are_dropped_and_counted() {
+    let attacked = Attacked::new().await;
+    let stranger = Authority::create().unwrap();
+    let other = node(&stranger, "left");
+    for _ in 0..20 {
+        assert!(other.connect(attacked.right.local_addr(), "right").await.is_err());
+    }
+    // Bytes that are no QUIC at all.
+    let socket = UdpSocket::bind(SocketAddr::from(ANY)).unwrap();
+    for length in [0, 1, 20, 1_200, 30_000] {
+        socket.send_to(&vec![0x5a; length], attacked.right.local_addr()).unwrap();
+    }
+    attacked.goes_on().await;
 }

@@ -26,6 +26,8 @@ pub const HELLO_BYTES_MAX: usize = 16 << 10;
 pub const HANDSHAKE_MAX: Duration = Duration::from_secs(5);
 /// Connections that say who they are or wait to be taken up; more are turned away.
 pub const INCOMING_MAX: usize = 256;
+/// How long a frame that has begun may bring nothing before its link is closed.
+pub const STALL_MAX: Duration = if cfg!(test) { Duration::from_millis(400) } else { Duration::from_secs(60) };
 /// Frames of one link that wait to be taken up.
 pub const INBOUND_MAX: usize = 64;
 /// Control messages of one in-memory link that wait to be taken up.

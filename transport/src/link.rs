@@ -3,6 +3,7 @@
 //!
 //! Two wires carry links: QUIC, and [`crate::memory`] for tests. Their promises are the same.
 
+use crate::accept::Refused;
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::frame::Frame;
@@ -47,8 +48,8 @@ pub struct LinkStats {
 }
 
 impl Link {
-    pub(crate) fn new(connection: Connection, peer: String, runtime: Handle) -> Self {
-        let wire = stream::Wire { connection, peer: peer.clone(), runtime };
+    pub(crate) fn new(connection: Connection, peer: String, runtime: Handle, refused: Refused) -> Self {
+        let wire = stream::Wire { connection, peer: peer.clone(), runtime, refused };
         Self { wire: Wire::Quic(wire), peer, control: Arc::default() }
     }
 

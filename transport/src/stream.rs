@@ -1,11 +1,14 @@
 //! Frames on QUIC streams, one on each: pieces out as they lie, tensors in at 64-byte boundaries.
 
+use crate::accept::Refused;
 use crate::error::{Error, Result};
 use crate::frame::{FIXED, Fixed, Frame, Part, PartHead, check_total};
-use crate::limits::{ALIGNMENT_BYTES, RESERVE_BYTES_MAX};
+use crate::limits::{ALIGNMENT_BYTES, RESERVE_BYTES_MAX, STALL_MAX};
 use crate::link::{InboundFrame, Replier};
 use bytes::Bytes;
 use quinn::{Connection, RecvStream, SendStream, VarInt};
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
@@ -17,6 +20,7 @@ pub(crate) struct Wire {
     /// The endpoint's: whole frames are written and read there, beside the connection's driver, so that a frame costs
     /// one change of threads and not one for every window of data.
     pub(crate) runtime: Handle,
+    pub(crate) refused: Refused,
 }
 
 struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
@@ -33,7 +37,8 @@ impl Wire {
         self.beside_the_driver(async move {
             let (mut send, mut receive) = wire.connection.open_bi().await.map_err(|e| wire.broken(e))?;
             wire.write(&mut send, pieces).await?;
-            read_frame(&mut receive).await
+            // The answer may take its time.
+            read_frame(&mut receive, None).await
         })
         .await
     }
@@ -93,7 +98,7 @@ impl Wire {
         mut receive: RecvStream,
         answer: Option<SendStream>,
     ) {
-        match read_frame(&mut receive).await {
+        match read_frame(&mut receive, Some(STALL_MAX)).await {
             Ok(frame) => {
                 let reply = answer.map(|stream| Replier::over_quic(self, stream));
                 drop(sender.send(InboundFrame { frame, reply }).await);
@@ -101,6 +106,7 @@ impl Wire {
             Err(error @ Error::Malformed { .. }) => {
                 // A peer that does not speak our language is not listened to any longer.
                 tracing::error!(peer = self.peer, %error, "link closed");
+                self.refused.fetch_add(1, Ordering::Relaxed);
                 self.connection.close(VarInt::from_u32(0), b"malformed frame");
             }
             // It gave the stream up, or is gone.
@@ -109,25 +115,26 @@ impl Wire {
     }
 }
 
-/// Reads one frame. Memory is reserved only after every length has been checked.
-async fn read_frame(stream: &mut RecvStream) -> Result<Frame> {
+/// Reads one frame. Memory is reserved only after every length has been checked; where there is a limit to patience, something
+/// must come within it, again and again, until all is there.
+async fn read_frame(stream: &mut RecvStream, patience: Option<Duration>) -> Result<Frame> {
     let mut fixed = [0; FIXED];
-    exact(stream, &mut fixed).await?;
+    exact(stream, &mut fixed, patience).await?;
     let fixed = Fixed::decode(&fixed)?;
     let mut meta = vec![0; fixed.meta];
-    exact(stream, &mut meta).await?;
+    exact(stream, &mut meta, patience).await?;
     let mut heads = Vec::new();
     for _ in 0..fixed.parts {
         let mut start = [0; 2];
-        exact(stream, &mut start).await?;
+        exact(stream, &mut start, patience).await?;
         let mut rest = vec![0; PartHead::rest(start[1])?];
-        exact(stream, &mut rest).await?;
+        exact(stream, &mut rest, patience).await?;
         heads.push(PartHead::decode(start[0], start[1], &rest)?);
     }
     check_total(&heads)?;
     let mut parts = Vec::with_capacity(heads.len());
     for head in heads {
-        let data = read_part(stream, head.bytes as usize).await?;
+        let data = read_part(stream, head.bytes as usize, patience).await?;
         parts.push(Part { dtype: head.dtype, shape: head.shape, data });
     }
     Ok(fixed.frame(meta.into(), parts))
@@ -135,14 +142,14 @@ async fn read_frame(stream: &mut RecvStream) -> Result<Frame> {
 
 /// Reads a tensor into one buffer of its size. A peer's word is good for [`RESERVE_BYTES_MAX`]; room for more than that is
 /// made once so much has really come.
-async fn read_part(stream: &mut RecvStream, bytes: usize) -> Result<Bytes> {
+async fn read_part(stream: &mut RecvStream, bytes: usize, patience: Option<Duration>) -> Result<Bytes> {
     let mut data = Aligned::with_room(bytes.min(RESERVE_BYTES_MAX))?;
     while data.len() < bytes {
         if data.len() == RESERVE_BYTES_MAX {
             data = data.moved_to(bytes)?;
         }
         let room = if data.len() < RESERVE_BYTES_MAX { bytes.min(RESERVE_BYTES_MAX) } else { bytes };
-        match stream.read_chunk(room - data.len(), true).await {
+        match within(patience, stream.read_chunk(room - data.len(), true)).await? {
             Ok(Some(chunk)) if chunk.bytes.len() == bytes && is_aligned(&chunk.bytes) => {
                 return Ok(chunk.bytes);
             }
@@ -154,11 +161,17 @@ async fn read_part(stream: &mut RecvStream, bytes: usize) -> Result<Bytes> {
     Ok(data.finish())
 }
 
-async fn exact(stream: &mut RecvStream, buffer: &mut [u8]) -> Result<()> {
-    stream.read_exact(buffer).await.map_err(|error| match error {
+async fn exact(stream: &mut RecvStream, buffer: &mut [u8], patience: Option<Duration>) -> Result<()> {
+    within(patience, stream.read_exact(buffer)).await?.map_err(|error| match error {
         quinn::ReadExactError::FinishedEarly(_) => Error::malformed("frame", "it is cut short"),
         quinn::ReadExactError::ReadError(error) => Error::connection("a stream", error),
     })
+}
+
+async fn within<T>(patience: Option<Duration>, work: impl Future<Output = T>) -> Result<T> {
+    let Some(patience) = patience else { return Ok(work.await) };
+    let stalled = |_| Error::malformed("frame", format!("nothing came of it for {patience:?}"));
+    tokio::time::timeout(patience, work).await.map_err(stalled)
 }
 
 fn is_aligned(bytes: &[u8]) -> bool {
