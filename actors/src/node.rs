@@ -304,7 +304,7 @@ impl<B: Compute> NodeState<B> {
 
     fn enter(&mut self, assignment: Assignment) {
         self.node.peers.set_members(&assignment.addresses);
-        self.node.set_placement(Arc::new(assignment.placement));
+        self.node.set_placement(Arc::clone(&assignment.placement));
     }
 
     fn fetch(&mut self, epoch: Epoch, version: Step, shards: Vec<(ShardId, Source)>) {

@@ -192,7 +192,7 @@ impl Agent {
         (self.timeline, self.version) = (assignment.timeline, assignment.version);
         (self.stage, self.prepared) = (Stage::Entering, None);
         self.assigned = assignment.shards.iter().map(|(shard, _)| *shard).collect();
-        self.placement = assignment.placement.clone();
+        self.placement = Placement::clone(&assignment.placement);
         let (here, coming): (Vec<_>, Vec<_>) =
             assignment.learn.iter().partition(|(shard, _)| self.shards.contains_key(shard));
         self.here = here.into_iter().map(|(shard, _)| *shard).collect();

@@ -4,6 +4,7 @@ use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
 use crate::placement::Placement;
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Where a node gets a shard's state from when a placement begins.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,8 +33,8 @@ pub struct LastCommit {
 /// Everything that a node needs to take part in an epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Assignment {
-    /// The placement.
-    pub placement: Placement,
+    /// The placement, the same for everybody.
+    pub placement: Arc<Placement>,
     /// How often the run has gone back to a checkpoint: state from another timeline is no state of this run.
     pub timeline: u64,
     /// The last committed step: the version of every shard.
@@ -45,7 +46,7 @@ pub struct Assignment {
     /// The shards that this node copies while training goes on, each with the nodes to ask.
     pub learn: Vec<(ShardId, Vec<NodeId>)>,
     /// The QUIC address of every member.
-    pub addresses: Vec<(NodeId, String)>,
+    pub addresses: Arc<Vec<(NodeId, String)>>,
 }
 
 /// What a node has in memory when it comes back to a supervisor.

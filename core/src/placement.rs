@@ -132,6 +132,41 @@ impl Placement {
         holders
     }
 
+    /// The holders of a shard in no order that matters.
+    #[must_use]
+    pub fn holders_unordered(&self, shard: ShardId) -> &[NodeId] {
+        match self.experts.get(&shard) {
+            Some(holders) => holders,
+            None => self.stage_of(layer_of(shard)).map_or(&[], |stage| &stage.holders),
+        }
+    }
+
+    /// How many lanes each node takes through its stages; those with none are left out.
+    #[must_use]
+    pub fn lane_counts(&self) -> BTreeMap<&NodeId, usize> {
+        let mut counts = BTreeMap::new();
+        for (stage, &place) in
+            self.stages.iter().flat_map(|stage| stage.lanes.iter().map(move |l| (stage, l)))
+        {
+            if let Some(node) = stage.holders.get(place as usize) {
+                *counts.entry(node).or_default() += 1;
+            }
+        }
+        counts
+    }
+
+    /// The lanes that each node drives; those with none are left out.
+    #[must_use]
+    pub fn driven(&self) -> BTreeMap<&NodeId, Vec<Lane>> {
+        let mut driven: BTreeMap<&NodeId, Vec<Lane>> = BTreeMap::new();
+        for lane in 0..self.lanes() {
+            if let Some(node) = self.stages.first().and_then(|stage| stage.runner(lane)) {
+                driven.entry(node).or_default().push(lane);
+            }
+        }
+        driven
+    }
+
     /// The node that adds up a shard's gradient.
     #[must_use]
     pub fn owner(&self, shard: ShardId) -> Option<&NodeId> {

@@ -173,7 +173,7 @@ impl World {
 
     fn enter(&mut self, id: &NodeId, assignment: &Assignment) {
         let Some(node) = self.nodes.get_mut(id) else { return };
-        node.placement = assignment.placement.clone();
+        node.placement = Placement::clone(&assignment.placement);
     }
 
     fn fetch(&mut self, id: &NodeId, epoch: Epoch, version: Step, shards: &[(ShardId, Source)]) {

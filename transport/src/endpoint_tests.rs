@@ -96,7 +96,7 @@ impl Attacked {
         assert_eq!(answer.expect("an answer"), probe_frame(5_000));
     }
 
-    async fn is_cut_off(mut self) {
+    async fn must_cut_off(mut self) {
         self.goes_on().await;
         let end = tokio::time::timeout(Duration::from_secs(5), self.inbound.next()).await;
         assert!(matches!(end, Ok(None)), "the link is closed");
@@ -121,7 +121,7 @@ async fn a_peer_that_lies_about_lengths_is_cut_off() {
     let attacked = Attacked::new().await;
     let mut stream = attacked.attacker.open_uni().await.unwrap();
     stream.write_all(&lying()).await.unwrap();
-    attacked.is_cut_off().await;
+    attacked.must_cut_off().await;
 }
 
 #[tokio::test]
@@ -130,7 +130,7 @@ async fn a_peer_that_stalls_in_the_middle_of_a_frame_is_cut_off() {
     let whole = probe_frame(100_000).encode().unwrap().concat();
     let mut stream = attacked.attacker.open_uni().await.unwrap();
     stream.write_all(&whole[..whole.len() / 2]).await.unwrap();
-    attacked.is_cut_off().await;
+    attacked.must_cut_off().await;
 }
 
 #[tokio::test]

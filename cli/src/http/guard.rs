@@ -9,6 +9,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use std::io::IsTerminal;
 use volary_actors::Desk;
 use volary_storage::RunDir;
 
@@ -50,11 +51,15 @@ impl GuardArgs {
     }
 }
 
-/// The page's address, with a token to look at it.
+/// The page's address, for somebody who reads it now: with a token on a terminal, without one in a log.
 #[must_use]
 pub fn page_url(dir: &RunDir, address: &str) -> String {
-    let token = std::fs::read_to_string(crate::rundir::viewer_token(dir)).unwrap_or_default();
-    format!("http://{address}/?token={}", token.trim())
+    let path = crate::rundir::viewer_token(dir);
+    if std::io::stderr().is_terminal() {
+        let token = std::fs::read_to_string(path).unwrap_or_default();
+        return format!("http://{address}/?token={}", token.trim());
+    }
+    format!("http://{address}/?token=TOKEN with the token in {}", path.display())
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {

@@ -68,13 +68,19 @@ fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) ->
     let stage = crate::placement::Stage { layers: 0..u16::MAX, holders: members.clone(), lanes: vec![0, 1] };
     let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
     Assignment {
-        placement: Placement { epoch, stages: vec![stage], members, learners, ..Placement::default() },
+        placement: std::sync::Arc::new(Placement {
+            epoch,
+            stages: vec![stage],
+            members,
+            learners,
+            ..Placement::default()
+        }),
         timeline: 0,
         version,
         last: None,
         shards: vec![(ShardId::Embedding, source)],
         learn: learn.iter().map(|shard| (*shard, vec![id("b"), id("c")])).collect(),
-        addresses: BTreeMap::new().into_iter().collect(),
+        addresses: Default::default(),
     }
 }
 

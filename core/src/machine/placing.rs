@@ -12,7 +12,11 @@ use crate::ids::{NodeId, ShardId};
 use crate::messages::{Assignment, Source, ToNode};
 use crate::placement::Placement;
 use crate::planner::{self, Member, Request};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Nodes that a learner is told to ask for a shard, one after the other.
+const TEACHERS_MAX: usize = 8;
 
 impl Machine {
     /// Drops the step in flight and places anew; the same step runs again.
@@ -84,13 +88,13 @@ impl Machine {
             self.holders.get(&shard).is_some_and(|nodes| nodes.contains(node))
         };
         let shards = self.settings.architecture.shards();
-        if shards.iter().all(|&shard| target.holders(shard).iter().all(|node| has(shard, node))) {
+        if shards.iter().all(|&shard| target.holders_unordered(shard).iter().all(|node| has(shard, node))) {
             return target;
         }
         let mut base = self.survivors(target.epoch);
         for shard in shards {
-            let learns = target.holders(shard).into_iter().filter(|node| !base.holds(node, shard));
-            let learners: BTreeSet<NodeId> = learns.collect();
+            let learns = target.holders_unordered(shard).iter().filter(|node| !base.holds(node, shard));
+            let learners: BTreeSet<NodeId> = learns.cloned().collect();
             if !learners.is_empty() {
                 base.learners.insert(shard, learners);
             }
@@ -169,7 +173,7 @@ impl Machine {
         // A budget may have left something to move.
         self.unsettled = self.placement.learners.is_empty();
         let voters = self.voters();
-        let assignments: Vec<_> = voters.iter().map(|node| (node.clone(), self.assignment(node))).collect();
+        let assignments = self.assignments(&voters);
         let fetches = |a: &Assignment| a.shards.iter().filter(|(_, source)| *source != Source::Held).count();
         let fetched = assignments.iter().map(|(_, a)| fetches(a)).sum();
         let here =
@@ -188,10 +192,8 @@ impl Machine {
         let staged = |node: &&NodeId| self.placement.stages.iter().any(|stage| stage.holds(node));
         let experts_only = nodes.len() - nodes.iter().filter(staged).count();
         let predicted_step_ms = 1e3 * self.predicted_step_s();
-        let lanes = nodes
-            .iter()
-            .map(|node| self.placement.stages.iter().map(|stage| stage.lanes_of(node).len()).sum())
-            .collect();
+        let counts = self.placement.lane_counts();
+        let lanes = nodes.iter().map(|node| counts.get(node).copied().unwrap_or(0)).collect();
         self.notice(Notice::Placed {
             epoch,
             step,
@@ -239,38 +241,55 @@ impl Machine {
         }
     }
 
-    fn assignment(&self, node: &NodeId) -> Assignment {
-        let shards = self.settings.architecture.shards();
-        let held = shards.iter().filter(|&&shard| self.placement.holds(node, shard));
-        let learns = |(_, nodes): &(&ShardId, &BTreeSet<NodeId>)| nodes.contains(node);
-        Assignment {
-            placement: self.placement.clone(),
-            timeline: self.timeline,
-            version: self.committed,
-            last: self.last,
-            shards: held.map(|&shard| (shard, self.source(node, shard))).collect(),
-            learn: self
-                .placement
-                .learners
-                .iter()
-                .filter(learns)
-                .map(|(s, _)| (*s, self.teachers(*s)))
-                .collect(),
-            addresses: self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect(),
+    /// What each of `voters` is told. What is the same for all is shared, and shards are gone through once and not for
+    /// every node.
+    fn assignments(&self, voters: &BTreeSet<NodeId>) -> Vec<(NodeId, Assignment)> {
+        let placement = Arc::new(self.placement.clone());
+        let addresses = self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect();
+        let addresses: Arc<Vec<(NodeId, String)>> = Arc::new(addresses);
+        let blank = |node: &NodeId| {
+            let assignment = Assignment {
+                placement: Arc::clone(&placement),
+                timeline: self.timeline,
+                version: self.committed,
+                last: self.last,
+                shards: Vec::new(),
+                learn: Vec::new(),
+                addresses: Arc::clone(&addresses),
+            };
+            (node.clone(), assignment)
+        };
+        let mut assignments: BTreeMap<NodeId, Assignment> = voters.iter().map(blank).collect();
+        for shard in self.settings.architecture.shards() {
+            for node in self.placement.holders_unordered(shard) {
+                if let Some(assignment) = assignments.get_mut(node) {
+                    assignment.shards.push((shard, self.source(node, shard)));
+                }
+            }
         }
+        for (shard, nodes) in &self.placement.learners {
+            let teachers = self.teachers(*shard);
+            for node in nodes {
+                if let Some(assignment) = assignments.get_mut(node) {
+                    assignment.learn.push((*shard, teachers.clone()));
+                }
+            }
+        }
+        assignments.into_iter().collect()
     }
 
-    /// Who can give a shard away, in an order that spreads the work.
+    /// Who can give a shard away, in an order that spreads the work; not more than anybody would ask.
     fn teachers(&self, shard: ShardId) -> Vec<NodeId> {
-        let mut holders: Vec<NodeId> = self.holders.get(&shard).into_iter().flatten().cloned().collect();
+        let Some(holders) = self.holders.get(&shard).filter(|holders| !holders.is_empty()) else {
+            return Vec::new();
+        };
         let turn = match shard {
             ShardId::Expert { expert, .. } => usize::from(expert),
             ShardId::Dense { layer } | ShardId::Router { layer } => usize::from(layer),
             ShardId::Embedding => 0,
         };
-        let count = holders.len().max(1);
-        holders.rotate_left(turn % count);
-        holders
+        let first = turn % holders.len();
+        holders.iter().cycle().skip(first).take(holders.len().min(TEACHERS_MAX)).cloned().collect()
     }
 
     fn source(&self, node: &NodeId, shard: ShardId) -> Source {
@@ -298,8 +317,8 @@ impl Machine {
             let learners = self.placement.learners.get(&shard);
             let learned = self.holders.remove(&shard).unwrap_or_default();
             let learned = learned.into_iter().filter(|n| learners.is_some_and(|nodes| nodes.contains(n)));
-            let mut holders: BTreeSet<NodeId> =
-                self.placement.holders(shard).into_iter().chain(learned).collect();
+            let placed = self.placement.holders_unordered(shard).iter().cloned();
+            let mut holders: BTreeSet<NodeId> = placed.chain(learned).collect();
             holders.retain(|node| self.nodes.contains_key(node));
             self.holders.insert(shard, holders);
         }

@@ -40,8 +40,9 @@ impl Machine {
             Pass::Train => self.voters().into_iter().collect(),
             Pass::Validate { .. } => self.placement.members.clone(),
         };
+        let driven = self.placement.driven();
         for node in who {
-            let lanes = self.placement.lanes_of(&node).into_iter().map(|lane| (lane, Vec::new())).collect();
+            let lanes = driven.get(&node).into_iter().flatten().map(|&lane| (lane, Vec::new())).collect();
             self.effects.push(Effect::Send { node, message: ToNode::Begin { epoch, step, pass, lanes } });
         }
     }

@@ -265,6 +265,10 @@ impl<'a> Count<'a> {
     fn total(mut self) -> Prediction {
         let slowest_trip = self.members.iter().map(|m| m.profile.round_trip_s).fold(0.0, f64::max);
         let chain = self.chain_of_one_lane();
+        let mut driven = vec![0usize; self.members.len()];
+        for stage in self.placement.stages.first() {
+            self.runners(stage).into_iter().for_each(|(place, lanes)| driven[place] = lanes as usize);
+        }
         let (mut lanes_s, mut commit_s, mut longest, mut slowest) = (0.0f64, 0.0f64, 0.0, None);
         for (place, member) in self.members.iter().enumerate() {
             let (profile, part) = (&member.profile, &mut self.parts[place]);
@@ -276,10 +280,7 @@ impl<'a> Count<'a> {
             part.update_s = self.updated[place] / profile.update_bytes_per_s;
             // What the network takes of the processors, the lanes do not get.
             part.dense_s += (rows.sent + rows.received) * handling;
-            if let Some(stage) = self.placement.stages.first() {
-                let driven = stage.lanes_of(&member.node).len();
-                part.chain_s = chain * driven.div_ceil(lanes_in_flight(profile.threads)) as f64;
-            }
+            part.chain_s = chain * driven[place].div_ceil(lanes_in_flight(profile.threads)) as f64;
             part.received_bytes = (rows.received + gradients.received) as u64;
             part.sent_bytes = (rows.sent + gradients.sent) as u64;
             let commit = part.exchange_s + part.update_s;

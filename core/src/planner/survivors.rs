@@ -25,14 +25,15 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
     };
     let whole = Whole { holders, shards: &shards };
     let mut staged: Vec<Vec<NodeId>> = Vec::new();
+    let mut in_stage: BTreeSet<NodeId> = BTreeSet::new();
     for (number, layers) in cuts.iter().enumerate() {
-        let taken = |node: &NodeId| staged.iter().any(|nodes| nodes.contains(node));
+        let taken = |node: &NodeId| in_stage.contains(node);
         let had = |node: &NodeId| before.stages.get(number).is_some_and(|stage| stage.holds(node));
         let all = request.members.iter().map(|member| &member.node);
         let able = all.filter(|node| (had(node) || !taken(node)) && whole.has(node, layers));
         staged.push(able.cloned().collect());
+        in_stage.extend(staged[number].iter().cloned());
     }
-    let in_stage = |node: &NodeId| staged.iter().any(|nodes| nodes.contains(node));
     // Nodes without a stage go on as well if they had a part; who is still learning waits, unless a stage needs it.
     let needy = staged.iter().any(Vec::is_empty);
     let hosts = |node: &NodeId| {
@@ -40,7 +41,7 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
         part && holders.values().any(|nodes| nodes.contains(node))
     };
     let members: Vec<Member> =
-        request.members.iter().filter(|m| in_stage(&m.node) || hosts(&m.node)).cloned().collect();
+        request.members.iter().filter(|m| in_stage.contains(&m.node) || hosts(&m.node)).cloned().collect();
     let site = Site::new(&members);
     let alone = cuts.len() == 1;
     let mut stages = Vec::new();

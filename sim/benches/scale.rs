@@ -1,0 +1,169 @@
+//! The supervisor's core and the planner with up to 10,000 nodes under constant churn: every second step one node in a hundred
+//! dies and as many come, and every node answers at once. `cargo bench -p volary-sim --bench scale`.
+#![expect(clippy::expect_used, reason = "a benchmark")]
+
+use std::collections::BTreeSet;
+use std::process::Command;
+use std::time::Instant;
+use volary_core::architecture::presets;
+use volary_core::machine::{Effect, Event, Machine, Restored, Settings};
+use volary_core::messages::{FromNode, Held, LaneReport, Norm, ToNode};
+use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use volary_core::profile::Profile;
+use volary_core::random::{Purpose, Stream};
+use volary_core::{NodeId, ShardId};
+
+const SIZES: [usize; 4] = [300, 1_000, 3_000, 10_000];
+const ROUNDS: u64 = 3;
+/// Deaths in a round, whatever the size, so that what one costs shows.
+const DEATHS: usize = 4;
+
+fn main() {
+    if let Ok(nodes) = std::env::var("VOLARY_NODES") {
+        return play(nodes.parse().expect("a number"));
+    }
+    println!("{:>7}{:>10}{:>14}{:>14}{:>14}", "nodes", "events", "us per event", "ms per death", "peak MB");
+    // A process for each, since memory is what its system says of it.
+    for nodes in SIZES {
+        let own = std::env::current_exe().expect("a program");
+        let status = Command::new(own).env("VOLARY_NODES", nodes.to_string()).status().expect("a process");
+        assert!(status.success());
+    }
+}
+
+fn settings(nodes: usize) -> Settings {
+    let mut architecture = presets().swap_remove(1).architecture;
+    architecture.layers = 4;
+    Settings {
+        architecture,
+        training: TrainingOptions {
+            steps: 1_000_000,
+            lanes: nodes as u32,
+            lane_group: 4,
+            sequences_per_lane: 1,
+            sequence_length: 1024,
+            optimizer: Default::default(),
+            schedule: Default::default(),
+            clip_norm: None,
+            aux_loss: 0.01,
+            z_loss: 0.0,
+        },
+        cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },
+        checkpoint: CheckpointOptions { every: 0, keep: 1 },
+        validation: ValidationOptions { every: 0, rounds: 0 },
+    }
+}
+
+/// The machine with nodes that answer at once.
+struct Cluster {
+    machine: Machine,
+    alive: BTreeSet<NodeId>,
+    events: u64,
+    deaths: Vec<f64>,
+    shards: Vec<ShardId>,
+    next: usize,
+}
+
+impl Cluster {
+    fn handle(&mut self, event: Event) -> Vec<Effect> {
+        self.events += 1;
+        let death = matches!(event, Event::Lost { .. });
+        let start = Instant::now();
+        let effects = self.machine.handle(event);
+        if death {
+            self.deaths.push(start.elapsed().as_secs_f64());
+        }
+        effects
+    }
+
+    fn join(&mut self) -> Vec<Effect> {
+        let node = NodeId::new(format!("node-{}", self.next));
+        let mut profile = Profile::relative(1.0 + (self.next % 7) as f64 / 10.0);
+        profile.zone = format!("zone-{}", self.next % 12);
+        self.next += 1;
+        self.alive.insert(node.clone());
+        let address = "10.0.0.1:7100".into();
+        self.handle(Event::Joined { node, profile: Box::new(profile), address, held: Held::default() })
+    }
+
+    /// Everybody does what the machine says, until `steps` more are committed.
+    fn run(&mut self, mut effects: Vec<Effect>, steps: u64) {
+        let until = self.machine.committed() + steps;
+        while !effects.is_empty() && self.machine.committed() < until {
+            let mut answers = Vec::new();
+            for effect in effects.drain(..) {
+                if let Effect::Send { node, message } = effect
+                    && self.alive.contains(&node)
+                {
+                    let said = self.answers(&node, message);
+                    answers.extend(said.into_iter().map(|message| (node.clone(), message)));
+                }
+            }
+            for (node, message) in answers {
+                let more = self.handle(Event::Said { node, message });
+                effects.extend(more);
+            }
+        }
+    }
+
+    fn answers(&self, node: &NodeId, message: ToNode) -> Vec<FromNode> {
+        let mut answers = Vec::new();
+        match message {
+            ToNode::Assign(assignment) => {
+                let epoch = assignment.placement.epoch;
+                answers.push(FromNode::Ready { epoch });
+                if !assignment.learn.is_empty() {
+                    let shards = assignment.learn.iter().map(|(shard, _)| *shard).collect();
+                    answers.push(FromNode::Learned { epoch, shards });
+                }
+            }
+            ToNode::Begin { epoch, step, lanes, .. } => {
+                let placement = self.machine.placement();
+                let kept = self.shards.iter().filter(|shard| placement.keeps(node, **shard));
+                let norms = kept.map(|&shard| (shard, Norm { squared: 1.0, finite: true })).collect();
+                let lanes = lanes.into_iter().map(|(lane, _)| (lane, LaneReport::default())).collect();
+                answers.push(FromNode::Prepared { epoch, step, norms, lanes, speed: Some(1.0) });
+            }
+            _ => {}
+        }
+        answers
+    }
+}
+
+fn play(nodes: usize) {
+    let settings = settings(nodes);
+    let shards = settings.architecture.shards();
+    let machine = Machine::new(settings, Restored::default());
+    let (alive, deaths) = (BTreeSet::new(), Vec::new());
+    let mut cluster = Cluster { machine, alive, events: 0, deaths, shards, next: 0 };
+    let start = Instant::now();
+    let mut effects = Vec::new();
+    for _ in 0..nodes {
+        effects.extend(cluster.join());
+    }
+    cluster.run(effects, 1);
+    let mut random = Stream::new(1, Purpose::Faults, &[nodes as u64]);
+    for _ in 0..ROUNDS {
+        let mut effects = Vec::new();
+        for _ in 0..DEATHS {
+            let place = random.below(cluster.alive.len() as u64) as usize;
+            let victim = cluster.alive.iter().nth(place).cloned().expect("a node");
+            cluster.alive.remove(&victim);
+            effects = cluster.handle(Event::Lost { node: victim, reason: "churn".into() });
+            effects.extend(cluster.join());
+        }
+        cluster.run(effects, 2);
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    let status = std::fs::read_to_string("/proc/self/status").expect("Linux");
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a peak");
+    let kib: f64 = peak.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number");
+    let death = cluster.deaths.iter().sum::<f64>() / cluster.deaths.len() as f64;
+    println!(
+        "{nodes:>7}{:>10}{:>14.1}{:>14.2}{:>14.0}",
+        cluster.events,
+        seconds * 1e6 / cluster.events as f64,
+        death * 1e3,
+        kib / 1024.0
+    );
+}
