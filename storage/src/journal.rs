@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use volary_core::Step;
 
 /// The format of a run directory that this version writes.
-pub const FORMAT: u16 = 2;
+pub const FORMAT: u16 = 3;
 
 const CACHE_BYTES: u64 = 8 * 1024 * 1024;
 /// A quarter of it holds sixteen of the largest records, which is as many as sled puts into one page. Never to be

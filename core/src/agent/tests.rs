@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::messages::LastCommit;
-use std::collections::BTreeMap;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };
 const EXPERT: ShardId = ShardId::Expert { layer: 0, expert: 1 };

@@ -266,7 +266,7 @@ impl<'a> Count<'a> {
         let slowest_trip = self.members.iter().map(|m| m.profile.round_trip_s).fold(0.0, f64::max);
         let chain = self.chain_of_one_lane();
         let mut driven = vec![0usize; self.members.len()];
-        for stage in self.placement.stages.first() {
+        if let Some(stage) = self.placement.stages.first() {
             self.runners(stage).into_iter().for_each(|(place, lanes)| driven[place] = lanes as usize);
         }
         let (mut lanes_s, mut commit_s, mut longest, mut slowest) = (0.0f64, 0.0f64, 0.0, None);
