@@ -62,6 +62,8 @@ struct SlowLink;
 
 impl SlowLink {
     fn new(megabits: u32) -> Option<Self> {
+        // What a run that was killed left behind.
+        drop(Self);
         let limit = format!("root tbf rate {megabits}mbit burst 64kb latency 100ms");
         let made = tc(&format!("ip netns add {NAMESPACE}"))
             && tc(&format!("ip link add vol0 type veth peer name vol1 netns {NAMESPACE}"))

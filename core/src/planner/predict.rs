@@ -264,7 +264,13 @@ impl<'a> Count<'a> {
 
     fn total(mut self) -> Prediction {
         let slowest_trip = self.members.iter().map(|m| m.profile.round_trip_s).fold(0.0, f64::max);
-        let chain = self.chain_of_one_lane();
+        let elsewhere = self.lane_elsewhere();
+        let chains: Vec<f64> =
+            (0..self.members.len())
+                .map(|place| {
+                    if self.placement.stages.is_empty() { 0.0 } else { self.lane_alone(0, place) + elsewhere }
+                })
+                .collect();
         let mut driven = vec![0usize; self.members.len()];
         if let Some(stage) = self.placement.stages.first() {
             self.runners(stage).into_iter().for_each(|(place, lanes)| driven[place] = lanes as usize);
@@ -280,7 +286,7 @@ impl<'a> Count<'a> {
             part.update_s = self.updated[place] / profile.update_bytes_per_s;
             // What the network takes of the processors, the lanes do not get.
             part.dense_s += (rows.sent + rows.received) * handling;
-            part.chain_s = chain * driven[place].div_ceil(lanes_in_flight(profile.threads)) as f64;
+            part.chain_s = chains[place] * driven[place].div_ceil(lanes_in_flight(profile.threads)) as f64;
             part.received_bytes = (rows.received + gradients.received) as u64;
             part.sent_bytes = (rows.sent + gradients.sent) as u64;
             let commit = part.exchange_s + part.update_s;
@@ -296,33 +302,30 @@ impl<'a> Count<'a> {
         Prediction { step_s, lanes_s, commit_s, tokens_per_s: tokens / step_s, slowest, nodes: self.parts }
     }
 
-    /// Seconds of one lane that has all nodes to itself, as the slowest of each stage would take it.
-    fn chain_of_one_lane(&self) -> f64 {
+    /// Seconds of one lane that a node has to itself in a stage: its layers one after the other, with the round trips between.
+    fn lane_alone(&self, number: usize, place: usize) -> f64 {
+        let layers = &self.placement.stages[number].layers;
+        let profile = &self.members[place].profile;
+        let moe = self.costs.moe_layers.iter().filter(|layer| layers.contains(layer)).count() as f64;
+        let rows = self.costs.rows_per_lane();
+        // A lane's dense calls run on one thread, its experts on all.
+        let dense = profile.dense.seconds(self.costs.lane_flops(layers.clone())) * profile.threads as f64;
+        let experts = profile.expert.seconds(rows * moe * self.costs.expert_flops);
+        let away = self.away[place];
+        let trips = if away > 0.0 { 2.0 * moe * profile.round_trip_s } else { 0.0 };
+        let wire = 4.0 * moe * rows * away * self.costs.row_wire as f64 / profile.bandwidth;
+        let hop = profile.round_trip_s + 2.0 * self.costs.lane_wire as f64 / profile.bandwidth;
+        dense + experts + trips + wire + if number > 0 { 2.0 * hop } else { 0.0 }
+    }
+
+    /// Seconds of one lane in all stages but the first, as their runners take it on average.
+    fn lane_elsewhere(&self) -> f64 {
         let mut seconds = 0.0;
-        for (number, stage) in self.placement.stages.iter().enumerate() {
-            let flops = self.costs.lane_flops(stage.layers.clone());
-            let moe =
-                self.costs.moe_layers.iter().filter(|layer| stage.layers.contains(layer)).count() as f64;
-            let rows = self.costs.rows_per_lane();
-            let of = |(place, lanes): (usize, f64)| {
-                if lanes == 0.0 {
-                    return 0.0;
-                }
-                let profile = &self.members[place].profile;
-                // A lane's dense calls run on one thread, its experts on all.
-                let dense = profile.dense.seconds(flops) * profile.threads as f64;
-                let experts = profile.expert.seconds(rows * moe * self.costs.expert_flops);
-                let away = self.away[place];
-                let trips = if away > 0.0 { 2.0 * moe * profile.round_trip_s } else { 0.0 };
-                let wire = 4.0 * moe * rows * away * self.costs.row_wire as f64 / profile.bandwidth;
-                let hop = if number > 0 {
-                    2.0 * (profile.round_trip_s + 2.0 * self.costs.lane_wire as f64 / profile.bandwidth)
-                } else {
-                    0.0
-                };
-                dense + experts + trips + wire + hop
-            };
-            seconds += self.runners(stage).into_iter().map(of).fold(0.0, f64::max);
+        for (number, stage) in self.placement.stages.iter().enumerate().skip(1) {
+            let runners = self.runners(stage);
+            let all: f64 = runners.iter().map(|(_, lanes)| lanes).sum();
+            let sum: f64 = runners.iter().map(|&(place, lanes)| lanes * self.lane_alone(number, place)).sum();
+            seconds += sum / all.max(1.0);
         }
         seconds
     }
