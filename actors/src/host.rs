@@ -10,7 +10,7 @@ use crate::limits::{
 use crate::measure;
 use crate::node::{Connection, NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
-use crate::peers::Peers;
+use crate::peers::{Broken, Peers};
 use crate::shards::Uplink;
 use crate::supervisor::WORDS_AHEAD;
 use crate::wire::{Down, LinkReport, NodeInfo, RunInfo, Up};
@@ -131,7 +131,7 @@ pub async fn run_node<B: Compute>(
     way.endpoint.set_idle_timeout(run.node_timeout_ms)?;
     let executor = Executor::start(make(&run)?, way.options.threads, way.options.prepare_thread)
         .map_err(|error| Error::Start(format!("the device's threads do not start: {error}")))?;
-    let peers = Peers::new(way.endpoint.clone());
+    let (peers, breaks) = Peers::new(way.endpoint.clone());
     let (pipeline, mut spans) = start_telemetry(&run, &name, &way.options.device)?;
     let shape = (&run.architecture, &run.training);
     let observed = (pipeline.tracer(), Arc::clone(&way.options.metrics));
@@ -143,6 +143,7 @@ pub async fn run_node<B: Compute>(
         .await
         .map_err(|error| Error::Start(format!("the node's agent does not start: {error}")))?;
     tokio::spawn(inbound::accept(Arc::clone(&node), way.endpoint.clone()));
+    tokio::spawn(tell_of_breaks(Arc::clone(&node), agent.clone(), breaks));
     if let Some((interference, orders)) = way.options.disturbed.take() {
         tokio::spawn(disturb(Arc::clone(&node), interference, orders));
     }
@@ -503,6 +504,23 @@ async fn read_down(
             Ok(Some(Down::Welcome(_) | Down::Taken)) => {}
             Ok(None) => return "it ended the control stream".to_owned(),
             Err(error) => return error.to_string(),
+        }
+    }
+}
+
+/// A link between two parts of a run that breaks ends the epoch: what was on its way may be lost, and its receiver would wait for it
+/// in silence until the step's time is over.
+async fn tell_of_breaks<B: Compute>(
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg>,
+    mut breaks: mpsc::UnboundedReceiver<Broken>,
+) {
+    while let Some(broken) = breaks.recv().await {
+        let placement = node.placement();
+        let has_a_part = placement.is_member(&broken.peer) || placement.is_learning(&broken.peer);
+        if node.peers.counts(&broken) && has_a_part {
+            let reason = format!("the link to {} broke: {}", broken.peer, broken.reason);
+            drop(agent.cast(NodeMsg::Failed { epoch: placement.epoch, reason }));
         }
     }
 }

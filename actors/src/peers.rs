@@ -7,7 +7,8 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, mpsc};
+use tokio::task::JoinHandle;
 use volary_core::NodeId;
 use volary_core::compute::{ComputeError, Computed};
 use volary_transport::{Endpoint, Frame, Kind, Link};
@@ -16,21 +17,58 @@ use volary_transport::{Endpoint, Frame, Kind, Link};
 pub(crate) struct Peers {
     endpoint: Endpoint,
     state: Mutex<State>,
+    /// Who hears of links that break while nobody waits for anything on them.
+    breaks: mpsc::UnboundedSender<Broken>,
+}
+
+/// A link, and who waits for its end for as long as it is kept here.
+struct Watched {
+    link: Link,
+    watch: JoinHandle<()>,
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        // It holds the link, which ends with its last handle.
+        self.watch.abort();
+    }
+}
+
+/// A link that broke, with the reason.
+pub(crate) struct Broken {
+    pub(crate) peer: NodeId,
+    pub(crate) reason: String,
+    link: Link,
 }
 
 #[derive(Default)]
 struct State {
     addresses: HashMap<NodeId, String>,
     /// A cell each: two senders to one peer share its dialling, and one that does not answer holds up no other.
-    links: HashMap<NodeId, Arc<OnceCell<Link>>>,
+    links: HashMap<NodeId, Arc<OnceCell<Watched>>>,
     suspect: Option<NodeId>,
     /// Bytes per second to others, measured once for each link.
     bandwidths: HashMap<NodeId, f64>,
 }
 
 impl Peers {
-    pub(crate) fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint, state: Mutex::default() }
+    /// The links, and what tells of those that break.
+    pub(crate) fn new(endpoint: Endpoint) -> (Self, mpsc::UnboundedReceiver<Broken>) {
+        let (breaks, broken) = mpsc::unbounded_channel();
+        (Self { endpoint, state: Mutex::default(), breaks }, broken)
+    }
+
+    /// Whether a link that broke was in use: a frame that had left may be lost with it, and no one else would ever say so.
+    pub(crate) fn counts(&self, broken: &Broken) -> bool {
+        let mut state = self.lock();
+        let same =
+            |cell: &Arc<OnceCell<Watched>>| cell.get().is_some_and(|now| now.link.same_as(&broken.link));
+        let in_use = state.links.get(&broken.peer).is_some_and(same);
+        if in_use {
+            state.links.remove(&broken.peer);
+            state.suspect = Some(broken.peer.clone());
+        }
+        in_use
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -84,8 +122,8 @@ impl Peers {
     /// The links as they are now.
     pub(crate) fn reports(&self) -> Vec<LinkReport> {
         let state = self.lock();
-        let report = |(node, cell): (&NodeId, &Arc<OnceCell<Link>>)| {
-            let stats = cell.get()?.stats();
+        let report = |(node, cell): (&NodeId, &Arc<OnceCell<Watched>>)| {
+            let stats = cell.get()?.link.stats();
             Some(LinkReport {
                 peer: node.0.clone(),
                 round_trip_ms: stats.round_trip.as_secs_f64() * 1e3,
@@ -101,9 +139,9 @@ impl Peers {
     pub(crate) async fn measure_new_links(&self) {
         let new: Vec<(NodeId, Link)> = {
             let state = self.lock();
-            let unknown = |(node, cell): (&NodeId, &Arc<OnceCell<Link>>)| {
-                let link = cell.get().filter(|_| !state.bandwidths.contains_key(node))?;
-                Some((node.clone(), link.clone()))
+            let unknown = |(node, cell): (&NodeId, &Arc<OnceCell<Watched>>)| {
+                let watched = cell.get().filter(|_| !state.bandwidths.contains_key(node))?;
+                Some((node.clone(), watched.link.clone()))
             };
             state.links.iter().filter_map(unknown).collect()
         };
@@ -126,9 +164,20 @@ impl Peers {
             let socket: SocketAddr = address
                 .parse()
                 .map_err(|_| ComputeError(format!("{node} has no usable address: {address}")))?;
-            self.endpoint.connect(socket, &node.0).await.map_err(|error| self.unreachable(node, &error))
+            let dialled = self.endpoint.connect(socket, &node.0).await;
+            let link = dialled.map_err(|error| self.unreachable(node, &error))?;
+            Ok(self.watch(node.clone(), link))
         };
-        cell.get_or_try_init(dial).await.cloned()
+        cell.get_or_try_init(dial).await.map(|watched| watched.link.clone())
+    }
+
+    fn watch(&self, peer: NodeId, link: Link) -> Watched {
+        let (breaks, watched) = (self.breaks.clone(), link.clone());
+        let watch = tokio::spawn(async move {
+            let reason = watched.closed().await;
+            drop(breaks.send(Broken { peer, reason, link: watched }));
+        });
+        Watched { link, watch }
     }
 
     fn unreachable(&self, node: &NodeId, error: &volary_transport::Error) -> ComputeError {
@@ -139,7 +188,7 @@ impl Peers {
     fn broken(&self, node: &NodeId, link: &Link, error: &volary_transport::Error) -> ComputeError {
         // Only this link: meanwhile somebody may have dialled a new one.
         let mut state = self.lock();
-        let same = |cell: &Arc<OnceCell<Link>>| cell.get().is_some_and(|now| now.same_as(link));
+        let same = |cell: &Arc<OnceCell<Watched>>| cell.get().is_some_and(|now| now.link.same_as(link));
         if state.links.get(node).is_some_and(same) {
             state.links.remove(node);
         }
