@@ -270,8 +270,12 @@ pub(crate) struct Carried {
     pub(crate) bandwidth: f64,
 }
 
-/// Measures a link with two frames, of which the second counts: the first finds out how fast it may go. What else this node
-/// sends meanwhile, as `sent` counts it, goes the same way and counts as well.
+/// Frames with which a link is measured.
+const PROBES: usize = 4;
+
+/// Measures a link with a few frames, of which the quickest counts: the first ones find out how fast the link may go, and any of
+/// them may wait for a device that computes. What else this node sends meanwhile, as `sent` counts it, goes the same way and
+/// counts as well.
 pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<Carried> {
     let part =
         Part { dtype: Dtype::U8, shape: vec![PROBE_BYTES as u64], data: vec![0u8; PROBE_BYTES].into() };
@@ -284,14 +288,15 @@ pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<Carried>
         meta,
         parts: vec![part],
     };
-    let mut carried = None;
-    for _ in 0..2 {
+    let mut carried: Option<Carried> = None;
+    for _ in 0..PROBES {
         let (start, before) = (Instant::now(), sent());
         tokio::time::timeout(PROBE_MAX, link.request(probe.clone())).await.ok()?.ok()?;
         let round_trip = link.stats().round_trip;
         let seconds = start.elapsed().saturating_sub(round_trip).as_secs_f64().max(1e-6);
         let bytes = sent().saturating_sub(before).max(PROBE_BYTES as u64);
-        carried = Some(Carried { round_trip, bandwidth: bytes as f64 / seconds });
+        let bandwidth = (bytes as f64 / seconds).max(carried.map_or(0.0, |before| before.bandwidth));
+        carried = Some(Carried { round_trip, bandwidth });
     }
     carried
 }

@@ -83,6 +83,8 @@ pub struct Machine {
     holders: BTreeMap<ShardId, BTreeSet<NodeId>>,
     phase: Phase,
     attempts: u32,
+    /// Milliseconds since the last commit, while a step was tried again.
+    blocked_ms: u64,
     validated: Option<Step>,
     checkpointing: Option<Step>,
     /// Milliseconds since it was begun.
@@ -92,6 +94,8 @@ pub struct Machine {
     wanted_nodes: usize,
     /// Nodes that may come back with what they hold.
     awaited: BTreeSet<NodeId>,
+    /// Nodes on which the model did not fit, and why.
+    cramped: Option<(BTreeSet<NodeId>, String)>,
     /// Whether the next boundary between steps should look for a better placement.
     unsettled: bool,
     suspicion: suspicion::Suspicion,
@@ -121,6 +125,7 @@ impl Machine {
             holders: BTreeMap::new(),
             phase: Phase::Gathering,
             attempts: 0,
+            blocked_ms: 0,
             validated: None,
             checkpointing: None,
             checkpoint_ms: 0,
@@ -128,6 +133,7 @@ impl Machine {
             stopping: false,
             wanted_nodes,
             awaited,
+            cramped: None,
             unsettled: false,
             suspicion: suspicion::Suspicion::default(),
             balance: balance::Balance::default(),
@@ -359,6 +365,9 @@ impl Machine {
 
     fn on_tick(&mut self, ms: u64) {
         self.quiet_ms = self.quiet_ms.saturating_add(ms);
+        if self.attempts > 0 {
+            self.blocked_ms = self.blocked_ms.saturating_add(ms);
+        }
         self.unsettled |= self.suspicion.pass(ms);
         self.watch_checkpoint(ms);
         match self.phase {
@@ -387,12 +396,16 @@ impl Machine {
         let goes_on = !self.nodes.is_empty() && self.wanted_nodes == 1;
         let enough = self.quiet_ms >= cluster.node_timeout_ms && self.lost_shard().is_none();
         let over = self.quiet_ms >= cluster.return_timeout_ms;
-        if whole || (goes_on && (enough || over)) {
+        let gather_timeout_ms = cluster.gather_timeout_ms;
+        let same_nodes = |(nodes, _): &(BTreeSet<NodeId>, String)| nodes.iter().eq(self.nodes.keys());
+        let cramped = self.cramped.as_ref().is_some_and(same_nodes);
+        if !cramped && (whole || (goes_on && (enough || over))) {
             self.awaited.clear();
             return self.place("the nodes are here");
         }
-        if self.quiet_ms >= cluster.gather_timeout_ms {
-            let reason = format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
+        if self.quiet_ms >= gather_timeout_ms {
+            let waited = || format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
+            let reason = self.cramped.take().map_or_else(waited, |(_, reason)| reason);
             self.end(Effect::Fatal { reason });
         }
     }

@@ -8,6 +8,7 @@
 //! | file | what |
 //! | --- | --- |
 //! | `site` | the nodes as the planner sees them, numbered |
+//! | `focus` | leaving nodes out |
 //! | `stages` | cutting the layers, giving nodes their stages |
 //! | `experts` | where the replicas go |
 //! | `lanes` | who runs which lanes |
@@ -15,6 +16,7 @@
 //! | `predict` | the time of a step under a placement, with its parts |
 
 mod experts;
+mod focus;
 mod lanes;
 mod predict;
 mod site;
@@ -27,15 +29,19 @@ use crate::architecture::Architecture;
 use crate::costs::Costs;
 use crate::ids::{Epoch, NodeId, ShardId};
 use crate::options::TrainingOptions;
-use crate::placement::Placement;
+use crate::placement::{Placement, Stage};
 use crate::profile::Profile;
+use focus::Focus;
 use serde::Serialize;
 use site::Site;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// Another number of stages must promise a step shorter by this factor than the present one, or than one alone.
-const STAGES_WORTH_IT: f64 = 0.8;
+/// Another number of stages must promise a step shorter by this factor than the present one, or than one alone; and leaving
+/// nodes out a step shorter by this factor than with all.
+const WORTH_IT: f64 = 0.8;
+/// From which share of its computing on the network rules a node's step, so that leaving nodes out is looked at.
+const NETWORK_RULES: f64 = 0.5;
 
 /// A node as the planner sees it.
 #[derive(Clone, Debug, PartialEq)]
@@ -78,6 +84,15 @@ pub struct Plan {
     pub short: Option<Shortage>,
 }
 
+impl Plan {
+    /// Copies of experts, and those of layers as far as they are wanted.
+    fn copies(&self, replication: usize) -> usize {
+        let of_stage = |stage: &Stage| stage.layers.len() * stage.holders.len().min(replication);
+        self.placement.experts.values().map(Vec::len).sum::<usize>()
+            + self.placement.stages.iter().map(of_stage).sum::<usize>()
+    }
+}
+
 /// Memory that is not there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Shortage {
@@ -104,31 +119,78 @@ pub fn plan(request: &Request<'_>) -> Plan {
     let costs = Costs::new(request.architecture, request.training);
     let mut site = Site::new(request.members);
     let present = request.previous.map_or(1, |placement| placement.stages.len().max(1));
-    let mut best: Option<(usize, Plan)> = None;
+    let mut best: Option<Best> = None;
     let counts = stages::counts(&costs, present).into_iter();
     let lean = request.previous.is_some_and(|placement| is_lean(placement, &site));
     for (count, lean) in counts.flat_map(|count| [(count, lean), (count, !lean)]) {
         let Some(placement) = attempt(&site, &costs, request, count, lean) else { continue };
-        let prediction = predict(&placement, request.members, &costs);
-        // Copies come before speed.
-        let copies = placement.experts.values().map(Vec::len).sum();
-        let better = best.as_ref().is_none_or(|(most, plan)| {
-            copies > *most
-                || (copies == *most && prediction.step_s < STAGES_WORTH_IT * plan.prediction.step_s)
-        });
-        if better {
-            best = Some((copies, Plan { placement, prediction, short: None }));
+        let plan = promise(placement, request, &costs);
+        if best.as_ref().is_none_or(|best| best.is_beaten_by(&plan, request.replication, WORTH_IT)) {
+            best = Some(Best { stages: count, plan });
         }
     }
-    if let Some((_, best)) = best {
-        return best;
+    if let Some(best) = best {
+        return leave_out(&mut site, &costs, request, best);
     }
     let short = Some(site.shortage(&costs, experts::least_replicas(request.architecture)));
     site.ignore_memory();
     // One stage of everybody has no way to fail where memory does not count.
     let placement = attempt(&site, &costs, request, 1, false).unwrap_or_default();
-    let prediction = predict(&placement, request.members, &costs);
-    Plan { placement, prediction, short }
+    Plan { short, ..promise(placement, request, &costs) }
+}
+
+fn promise(placement: Placement, request: &Request<'_>, costs: &Costs) -> Plan {
+    let prediction = predict(&placement, request.members, costs);
+    Plan { placement, prediction, short: None }
+}
+
+/// The best plan so far, with its number of stages.
+struct Best {
+    stages: usize,
+    plan: Plan,
+}
+
+impl Best {
+    /// Copies come before speed.
+    fn is_beaten_by(&self, other: &Plan, replication: usize, factor: f64) -> bool {
+        let (own, others) = (self.plan.copies(replication), other.copies(replication));
+        others > own || (others == own && other.prediction.step_s < factor * self.plan.prediction.step_s)
+    }
+
+    /// Whether the network takes about as long as the computing, at the node that is waited for.
+    fn is_ruled_by_network(&self) -> bool {
+        let Prediction { slowest, nodes, .. } = &self.plan.prediction;
+        let place = slowest.as_ref().and_then(|node| self.plan.placement.members.binary_search(node).ok());
+        place.and_then(|place| nodes.get(place)).is_some_and(|part| {
+            let computing = part.dense_s + part.expert_s;
+            let network = part.network_s.max(part.chain_s - computing) + part.exchange_s;
+            network > NETWORK_RULES * (computing + part.update_s)
+        })
+    }
+}
+
+/// The best plan, or one with fewer nodes, where slow links make that shorter.
+fn leave_out(site: &mut Site<'_>, costs: &Costs, request: &Request<'_>, mut best: Best) -> Plan {
+    if site.len() == 1 || !best.is_ruled_by_network() {
+        return best.plan;
+    }
+    let running = request.previous.map(|placement| placement.lane_counts().len());
+    let mut counts = vec![best.stages, 1];
+    counts.dedup();
+    for (runners, focus) in focus::candidates(site, costs, request) {
+        site.focus_on(focus);
+        for &count in &counts {
+            let Some(placement) = attempt(site, costs, request, count, false) else { continue };
+            let plan = promise(placement, request, costs);
+            // What was left out once stays so until that is no shorter.
+            let factor = if running == Some(runners) { 1.0 } else { WORTH_IT };
+            if best.is_beaten_by(&plan, request.replication, factor) {
+                best.plan = plan;
+            }
+        }
+    }
+    site.focus_on(Focus::all(site.len()));
+    best.plan
 }
 
 /// A placement with so many stages, if memory allows it. In a lean one nodes for which no lane is left hold no layers
@@ -141,6 +203,9 @@ fn attempt(
     lean: bool,
 ) -> Option<Placement> {
     let mut stages = stages::assign(site, costs, request, count)?;
+    if stages.iter().any(|stage| !stage.nodes.iter().any(|&node| site.may_run(node))) {
+        return None;
+    }
     let mut experts = experts::spread(site, costs, request, &stages)?;
     if lean {
         if !lanes::drop_idle(site, costs, request, &mut stages, &experts) {

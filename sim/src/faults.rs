@@ -2,7 +2,7 @@
 
 use crate::world::{Happening, SILENCE_MS, Weather, World};
 use volary_core::NodeId;
-use volary_core::machine::Event;
+use volary_core::machine::{Event, Notice};
 use volary_core::random::{Purpose, Stream};
 
 /// Something that goes wrong, or that people do.
@@ -117,7 +117,7 @@ impl Kinds {
 }
 
 /// Lets `faults` random things happen within `ms` milliseconds, plays the run to its end, and returns the world. The
-/// run must end: when the faults are over, somebody joins if nobody is left.
+/// run must end: when the faults are over, somebody joins if nobody is left, and as many as there were when too few are.
 #[must_use]
 pub fn schedule(seed: u64, mut world: World, kinds: Kinds, faults: u64, ms: u64) -> World {
     let mut random = Stream::new(seed, Purpose::Faults, &[2]);
@@ -136,6 +136,11 @@ pub fn schedule(seed: u64, mut world: World, kinds: Kinds, faults: u64, ms: u64)
     world.run_until(ms + 10_000);
     if world.alive().is_empty() {
         world.strike(Fault::Join);
+    }
+    world.run_until(ms + 60_000);
+    let placed_or_not = |n: &&Notice| matches!(n, Notice::NoRoom { .. } | Notice::Placed { .. });
+    if matches!(world.notices.iter().rev().find(placed_or_not), Some(Notice::NoRoom { .. })) {
+        (world.alive().len()..world.settings.cluster.nodes).for_each(|_| world.strike(Fault::Join));
     }
     let end = world.now() + 1_200_000;
     world.run_until(end);

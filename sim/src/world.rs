@@ -85,6 +85,8 @@ pub struct World {
     sequence: u64,
     pub(crate) random: Stream,
     pub(crate) settings: Settings,
+    /// What each node says of itself.
+    profiles: fn(&NodeId) -> Profile,
     pub(crate) machine: Option<Machine>,
     /// Counts the supervisor's lives.
     pub(crate) life: u64,
@@ -116,15 +118,27 @@ pub struct World {
 }
 
 impl World {
-    /// A supervisor and `nodes` nodes, `n1` to `nN`, that are about to join.
+    /// A supervisor and `nodes` nodes, `n1` to `nN`, that are about to join, all alike.
     #[must_use]
     pub fn new(seed: u64, settings: Settings, nodes: usize) -> Self {
+        Self::of_unlike_nodes(seed, settings, nodes, |_| Profile::relative(1.0))
+    }
+
+    /// The same with nodes each of which says something else of itself.
+    #[must_use]
+    pub fn of_unlike_nodes(
+        seed: u64,
+        settings: Settings,
+        nodes: usize,
+        profiles: fn(&NodeId) -> Profile,
+    ) -> Self {
         let mut world = Self {
             now: 0,
             queue: BTreeMap::new(),
             sequence: 0,
             random: Stream::new(seed, Purpose::Faults, &[1]),
             settings,
+            profiles,
             machine: None,
             life: 0,
             dies_after: None,
@@ -400,12 +414,8 @@ impl World {
             }
         }
         self.reported.insert(node.clone(), held.shards.iter().copied().collect());
-        self.event(Event::Joined {
-            node,
-            profile: Box::new(Profile::relative(1.0)),
-            address: String::new(),
-            held,
-        });
+        let profile = Box::new((self.profiles)(&node));
+        self.event(Event::Joined { node, profile, address: String::new(), held });
     }
 
     fn note_report(&mut self, node: &NodeId, message: &FromNode) {

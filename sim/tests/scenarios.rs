@@ -2,7 +2,9 @@
 #![expect(clippy::expect_used, reason = "tests")]
 
 use volary_core::NodeId;
-use volary_core::machine::Notice;
+use volary_core::costs::Costs;
+use volary_core::machine::{Notice, Settings};
+use volary_core::profile::Profile;
 use volary_sim::{Fault, World, settings};
 
 const STEPS: u64 = 40;
@@ -171,6 +173,27 @@ fn of_two_that_cannot_reach_each_other_one_is_shut_out_and_the_run_goes_on() {
     }
 }
 
+/// With one copy of everything nobody can be shut out: the run waits for the network, and goes on when it is back.
+#[test]
+fn of_two_that_cannot_be_spared_and_cannot_reach_each_other_the_run_waits() {
+    for seed in 0..50 {
+        let world = struck(seed, 2, 1, Fault::Cut(id(1), id(2), 30_000));
+        nothing_undone(&world);
+        assert!(
+            !has(&world, |n| matches!(n, Notice::Fenced { .. } | Notice::WentBack { .. })),
+            "seed {seed}"
+        );
+        let aborted = world.notices.iter().filter(|n| matches!(n, Notice::Aborted { .. })).count();
+        assert!((2..=30).contains(&aborted), "seed {seed}: {aborted} attempts");
+    }
+    let mut world = world(1, 2, 1);
+    world.run_until_step(9);
+    world.at(world.now() + 30, Fault::Cut(id(1), id(2), 10_000_000));
+    world.run_until(world.now() + 600_000);
+    let reason = world.fatal.expect("it does not wait for ever");
+    assert!(reason.contains("cannot be reached"), "{reason}");
+}
+
 #[test]
 fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
     let mut world = world(7, 3, 1);
@@ -195,4 +218,74 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
     let hot = volary_core::ShardId::Expert { layer: 0, expert: 1 };
     assert!(placement.holders(hot).len() > 1, "{placement:?}");
     assert!(reasons.len() <= 4, "it does not flap: {reasons:?}");
+}
+
+/// Four layers, of which no node has room for more than two.
+fn deep_settings(nodes: usize, replication: usize) -> Settings {
+    let mut settings = settings(STEPS, nodes, replication);
+    settings.architecture.layers = 4;
+    settings
+}
+
+/// A node with room for half the layers and its share of the experts, in one of two zones.
+fn half(node: &NodeId) -> Profile {
+    let settings = deep_settings(1, 1);
+    let costs = Costs::new(&settings.architecture, &settings.training);
+    let number: usize = node.0[1..].parse().expect("a number");
+    Profile {
+        memory_bytes: costs.stage_bytes(0..2, 2).max(costs.stage_bytes(2..4, 2)) + 5 * costs.expert_bytes,
+        zone: format!("zone-{}", number % 2),
+        ..Profile::relative(1.0)
+    }
+}
+
+fn spread(seed: u64, nodes: usize) -> World {
+    let mut world = World::of_unlike_nodes(seed, deep_settings(nodes, 2), nodes, half);
+    world.run_until_step(9);
+    let stages = world.placement().expect("a supervisor").stages.len();
+    assert_eq!(stages, 2, "no node has room for all layers");
+    world
+}
+
+#[test]
+fn a_model_that_is_spread_over_stages_survives_what_one_in_one_place_does() {
+    let faults = |seed: u64| match seed % 5 {
+        0 => Fault::Kill(id(1 + seed as usize % 4)),
+        1 => Fault::Drain(id(1 + seed as usize % 4)),
+        2 => Fault::Join,
+        3 => Fault::KillSupervisor(seed % 60),
+        _ => Fault::Freeze(id(1 + seed as usize % 4), 3_000),
+    };
+    for seed in 0..200 {
+        let mut world = spread(seed, 5);
+        world.at(world.now() + 30, faults(seed));
+        end(&mut world);
+        assert_eq!(world.journal(), quiet(), "seed {seed}");
+        nothing_undone(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })), "seed {seed}");
+        let placement = world.placement().expect("a supervisor");
+        let alone = placement.stages.iter().find(|stage| stage.holders.is_empty());
+        assert!(alone.is_none(), "seed {seed}: {placement:?}");
+    }
+}
+
+#[test]
+fn replicas_keep_to_different_zones_before_and_after_a_death() {
+    for seed in 0..100 {
+        let mut world = spread(seed, 6);
+        let apart = |world: &World, when: &str| {
+            let placement = world.placement().expect("a supervisor");
+            for (shard, holders) in &placement.experts {
+                let mut zones: Vec<String> = holders.iter().map(|node| half(node).zone).collect();
+                zones.sort();
+                zones.dedup();
+                assert_eq!(zones.len(), 2, "seed {seed}, {when}: {shard} on {holders:?}");
+            }
+        };
+        apart(&world, "before");
+        world.at(world.now() + 30, Fault::Kill(id(1 + seed as usize % 6)));
+        end(&mut world);
+        apart(&world, "after");
+        assert_eq!(world.journal(), quiet(), "seed {seed}");
+    }
 }

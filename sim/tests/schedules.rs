@@ -14,7 +14,10 @@
 #![expect(clippy::expect_used, reason = "tests")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use volary_core::NodeId;
+use volary_core::costs::Costs;
 use volary_core::machine::{Notice, Settings};
+use volary_core::profile::Profile;
 use volary_sim::{Kinds, World, schedule, settings};
 
 const STEPS: u64 = 30;
@@ -26,10 +29,21 @@ fn quiet() -> Vec<(u64, u64)> {
     world.journal()
 }
 
-fn play(seed: u64, kinds: Kinds, cluster: impl Fn(u64) -> Settings) -> World {
-    let settings = cluster(seed);
+/// The cluster of a seed.
+#[derive(Clone, Copy)]
+struct Cluster {
+    settings: fn(u64) -> Settings,
+    profiles: fn(&NodeId) -> Profile,
+}
+
+const ALIKE: Cluster = Cluster { settings: cluster, profiles: |_| Profile::relative(1.0) };
+/// Nodes of which none has room for more than half the layers, in two zones.
+const SPREAD: Cluster = Cluster { settings: deep_cluster, profiles: half };
+
+fn play(seed: u64, kinds: Kinds, Cluster { settings, profiles }: Cluster) -> World {
+    let settings = settings(seed);
     let nodes = settings.cluster.nodes;
-    schedule(seed, World::new(seed, settings, nodes), kinds, 14, 6_000)
+    schedule(seed, World::of_unlike_nodes(seed, settings, nodes, profiles), kinds, 14, 6_000)
 }
 
 fn cluster(seed: u64) -> Settings {
@@ -38,8 +52,30 @@ fn cluster(seed: u64) -> Settings {
     settings
 }
 
+fn deep_cluster(seed: u64) -> Settings {
+    let mut settings = settings(STEPS, 4 + (seed % 3) as usize, 1 + (seed / 3 % 2) as usize);
+    settings.architecture.layers = 4;
+    settings.checkpoint.every = [3, 5, 100][(seed / 9 % 3) as usize];
+    settings
+}
+
+fn half(node: &NodeId) -> Profile {
+    let settings = deep_cluster(0);
+    let costs = Costs::new(&settings.architecture, &settings.training);
+    let number: usize = node.0[1..].parse().expect("a number");
+    Profile {
+        memory_bytes: costs.stage_bytes(0..2, 2).max(costs.stage_bytes(2..4, 2)) + 6 * costs.expert_bytes,
+        zone: format!("zone-{}", number % 2),
+        ..Profile::relative(1.0)
+    }
+}
+
 /// Plays many seeds; a failure names its seed.
 fn all(seeds: std::ops::Range<u64>, kinds: Kinds) -> Vec<World> {
+    all_of(seeds, kinds, ALIKE)
+}
+
+fn all_of(seeds: std::ops::Range<u64>, kinds: Kinds, cluster: Cluster) -> Vec<World> {
     let expected = quiet();
     let mut failed = Vec::new();
     let mut worlds = Vec::new();
@@ -107,7 +143,14 @@ fn everything_at_once() {
     assert!(count(&worlds, |n| matches!(n, Notice::Fenced { .. })) > 10);
 }
 
-/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`.
+#[test]
+fn everything_at_once_where_no_node_has_room_for_all_layers() {
+    let worlds = all_of(0..1_000, Kinds::ALL, SPREAD);
+    let staged = |n: &Notice| matches!(n, Notice::Placed { stages, .. } if *stages > 1);
+    assert!(count(&worlds, staged) > 1_000, "stages come and go");
+}
+
+/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`, with `VOLARY_SPREAD` where no node has room for all layers.
 #[test]
 fn one_seed() {
     let Ok(seed) = std::env::var("VOLARY_TRACE") else { return };
@@ -121,6 +164,7 @@ fn one_seed() {
         weather: has("weather"),
         drains: has("drains"),
     };
+    let cluster = if std::env::var_os("VOLARY_SPREAD").is_some() { SPREAD } else { ALIKE };
     let world = play(seed.parse().expect("a seed"), kinds, cluster);
     assert!(world.done, "{:?}", world.fatal);
 }
@@ -129,5 +173,7 @@ fn one_seed() {
 #[test]
 fn soak() {
     let Ok(seeds) = std::env::var("VOLARY_SOAK") else { return };
-    all(10_000..10_000 + seeds.parse::<u64>().expect("a number of seeds"), Kinds::ALL);
+    let seeds = 10_000..10_000 + seeds.parse::<u64>().expect("a number of seeds");
+    all(seeds.clone(), Kinds::ALL);
+    all_of(seeds, Kinds::ALL, SPREAD);
 }

@@ -135,9 +135,10 @@ impl SupervisorState {
             _ => {}
         }
         match &notice {
-            Notice::WentBack { .. } | Notice::ReplicasDiffer { .. } | Notice::CheckpointFailed { .. } => {
-                tracing::error!(?notice, "event");
-            }
+            Notice::WentBack { .. }
+            | Notice::NoRoom { .. }
+            | Notice::ReplicasDiffer { .. }
+            | Notice::CheckpointFailed { .. } => tracing::error!(?notice, "event"),
             Notice::Lost { .. }
             | Notice::Fenced { .. }
             | Notice::MigrationFailed { .. }

@@ -224,7 +224,10 @@ impl Traces {
                     span.fail(reason);
                 }
             }
-            Notice::Migrated { .. } | Notice::Rebalancing { .. } | Notice::ReplicasDiffer { .. } => {}
+            Notice::Migrated { .. }
+            | Notice::NoRoom { .. }
+            | Notice::Rebalancing { .. }
+            | Notice::ReplicasDiffer { .. } => {}
         }
     }
 

@@ -21,12 +21,17 @@ const TEACHERS_MAX: usize = 8;
 impl Machine {
     /// Drops the step in flight and places anew; the same step runs again.
     pub(super) fn abort(&mut self, reason: &str) {
+        self.drop_step(reason);
+        self.place(reason);
+    }
+
+    /// Drops the step in flight.
+    pub(super) fn drop_step(&mut self, reason: &str) {
         let (epoch, step) = (self.placement.epoch, self.committed + 1);
         self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
         for node in self.voters() {
             self.effects.push(Effect::Send { node, message: ToNode::Abort { epoch } });
         }
-        self.place(reason);
     }
 
     /// At a boundary between steps: a better placement, if there is one now. Whether one begins.
@@ -60,11 +65,26 @@ impl Machine {
             return self.wait_for_nodes();
         }
         self.go_back_if_a_shard_is_lost();
-        if let Some(reason) = self.has_no_room() {
-            return self.end(Effect::Fatal { reason });
+        if let Some(reason) = self.lacks_room() {
+            return self.wait_for_room(reason);
         }
         let next = self.next_placement();
         self.begin_epoch(next, cause);
+    }
+
+    /// What is lost must be loaded again, and there is no room for it. A run that has begun waits for more nodes; one that has
+    /// not says what is wrong with it.
+    fn wait_for_room(&mut self, reason: String) {
+        if self.placement.epoch == 0 {
+            return self.end(Effect::Fatal { reason });
+        }
+        if !matches!(self.phase, Phase::Gathering) {
+            (self.phase, self.quiet_ms) = (Phase::Gathering, 0);
+            self.awaited.clear();
+            self.wanted_nodes = 1;
+        }
+        self.notice(Notice::NoRoom { reason: reason.clone() });
+        self.cramped = Some((self.nodes.keys().cloned().collect(), reason));
     }
 
     /// Everybody is gone. Those whose links broke may come back with their state.
@@ -103,9 +123,11 @@ impl Machine {
         if base.learners.is_empty() { target } else { base }
     }
 
-    /// Why a run cannot begin on these nodes. One that is going on tries to, whatever the estimate says.
-    fn has_no_room(&self) -> Option<String> {
-        if self.committed > 0 || !self.holders.is_empty() {
+    /// Why what nobody holds cannot be loaded on these nodes. As long as every shard is held the run goes on, whatever the
+    /// estimate says.
+    fn lacks_room(&self) -> Option<String> {
+        let held = |shard: &ShardId| self.holders.get(shard).is_some_and(|nodes| !nodes.is_empty());
+        if self.settings.architecture.shards().iter().all(held) {
             return None;
         }
         let members = self.members(self.nodes.keys().collect());

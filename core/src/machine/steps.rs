@@ -117,7 +117,7 @@ impl Machine {
         self.effects.push(Effect::Journal(Box::new(committed)));
         self.committed = step;
         self.last = Some(LastCommit { epoch, step, update });
-        self.attempts = 0;
+        (self.attempts, self.blocked_ms) = (0, 0);
         self.suspicion.forgive();
         for node in self.voters() {
             self.effects.push(Effect::Send { node, message: ToNode::Commit { epoch, step, update } });

@@ -1,13 +1,16 @@
 //! Nodes that fail, cannot be reached, or have fallen behind: the step is tried again, and whoever stands in its way
 //! is shut out. Shut out, a node may join anew; it is not used again before some time has passed.
 
-use super::{ATTEMPTS_MAX, Effect, Machine, Notice};
+use super::{ATTEMPTS_MAX, Effect, Machine, Notice, Phase};
 use crate::ids::NodeId;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Complaints about unreachable nodes within one step after which somebody is shut out: one may be a death that
 /// everybody is about to hear of.
 const COMPLAINTS_MAX: u32 = 2;
+/// Attempts at a step that follow one another at once where a node cannot be reached that cannot be spared; after these, each
+/// waits for the network.
+const HASTY_ATTEMPTS: u32 = 4;
 /// For how long a node that was shut out is not used, in milliseconds; twice as long each time.
 const SUSPENSION_MS: u64 = 5_000;
 /// The longest suspension, in milliseconds.
@@ -67,15 +70,19 @@ impl Machine {
             // It has no part in the step yet; the run must not hang on it.
             return self.on_cannot_learn(node, reason.to_owned());
         }
+        let reason = format!("{node}: {reason}");
         if let Some(suspect) = suspect
             && self.nodes.contains_key(&suspect)
         {
-            *self.suspicion.complaints.entry((node.clone(), suspect)).or_default() += 1;
+            *self.suspicion.complaints.entry((node.clone(), suspect.clone())).or_default() += 1;
             if let Some(culprit) = self.culprit() {
-                return self.fence(&culprit, &format!("a link to it is broken ({node}: {reason})"));
+                return self.fence(&culprit, &format!("a link to it is broken ({reason})"));
+            }
+            if !fatal && self.attempts >= HASTY_ATTEMPTS {
+                return self.wait_for_network(suspect, &reason);
             }
         }
-        self.try_again(&format!("{node}: {reason}"), fatal);
+        self.try_again(&reason, fatal);
     }
 
     /// Of two nodes that cannot reach each other: the one that more complain of; if that does not tell, the one that
@@ -124,6 +131,18 @@ impl Machine {
         } else {
             self.fence(node, &reason);
         }
+    }
+
+    /// Two nodes cannot reach each other and neither can be spared: the same step again when `cluster.node_timeout_ms` has passed, for as
+    /// long as a run waits for nodes.
+    fn wait_for_network(&mut self, suspect: NodeId, reason: &str) {
+        if self.blocked_ms >= self.settings.cluster.gather_timeout_ms {
+            return self.end(Effect::Fatal { reason: reason.into() });
+        }
+        self.drop_step(reason);
+        (self.phase, self.quiet_ms) = (Phase::Gathering, 0);
+        self.wanted_nodes = 1;
+        self.awaited = BTreeSet::from([suspect]);
     }
 
     /// The same step again, unless that cannot help or has been tried too often.

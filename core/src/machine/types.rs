@@ -179,6 +179,8 @@ pub enum Notice {
     Aborted { epoch: Epoch, step: Step, reason: String },
     /// The last copy of a shard is gone: the run went back to a checkpoint.
     WentBack { from: Step, to: Step, shard: ShardId },
+    /// What is lost must be loaded again and does not fit on the nodes that are left: the run waits for more.
+    NoRoom { reason: String },
     /// A checkpoint is durable.
     Checkpoint { step: Step },
     /// A checkpoint could not be written.

@@ -110,8 +110,21 @@ struct Count<'a> {
     gradients: Vec<Traffic>,
     /// Bytes that the optimizer and the sums go over.
     updated: Vec<f64>,
-    /// Share of a lane's rows that leave the node, of those that it drives through MoE layers.
+    /// Share of its lanes' rows that leave the node.
     away: Vec<f64>,
+    /// Share of its lanes of which any row leaves it.
+    travels: Vec<f64>,
+}
+
+/// Lanes in groups, as one of their runners sees them.
+#[derive(Clone, Copy, Default)]
+struct Grouped {
+    /// Its own, whose group it serves.
+    own: f64,
+    /// Others' in groups that it serves.
+    foreign: f64,
+    /// Its own, in groups that another runner serves.
+    lost: f64,
 }
 
 impl<'a> Count<'a> {
@@ -128,7 +141,26 @@ impl<'a> Count<'a> {
             gradients: vec![Traffic::default(); nodes],
             updated: vec![0.0; nodes],
             away: vec![0.0; nodes],
+            travels: vec![0.0; nodes],
         }
+    }
+
+    /// How the lanes of a stage's runners are grouped: the runner of a group's first lane serves it, if it holds the expert.
+    fn grouped(&self, stage: &Stage) -> BTreeMap<usize, Grouped> {
+        let mut grouped: BTreeMap<usize, Grouped> = BTreeMap::new();
+        let place = |holder: u32| self.places[&stage.holders[holder as usize]];
+        for group in stage.lanes.chunks(self.costs.lane_group.max(1) as usize) {
+            let server = place(group[0]);
+            for &holder in group {
+                if place(holder) == server {
+                    grouped.entry(server).or_default().own += 1.0;
+                } else {
+                    grouped.entry(server).or_default().foreign += 1.0;
+                    grouped.entry(place(holder)).or_default().lost += 1.0;
+                }
+            }
+        }
+        grouped
     }
 
     /// The places of a stage's holders, each with its number of lanes.
@@ -172,7 +204,7 @@ impl<'a> Count<'a> {
     fn experts(&mut self) {
         let group = f64::from(self.costs.lane_group.max(1));
         for stage in &self.placement.stages {
-            let runners: BTreeMap<usize, f64> = self.runners(stage).into_iter().collect();
+            let grouped = self.grouped(stage);
             let mut own_rows = 0.0;
             let mut kept: BTreeMap<usize, f64> = BTreeMap::new();
             let first = ShardId::Expert { layer: stage.layers.start, expert: 0 };
@@ -182,31 +214,38 @@ impl<'a> Count<'a> {
                 own_rows += rows_per_lane;
                 // Groups of lanes are served where they run if they can be; the others are shared evenly.
                 let places: Vec<usize> = holders.iter().map(|node| self.places[node]).collect();
-                let local: Vec<f64> = places.iter().map(|p| runners.get(p).copied().unwrap_or(0.0)).collect();
-                let others = f64::from(self.costs.lanes) - local.iter().sum::<f64>();
+                let local: Vec<Grouped> =
+                    places.iter().map(|p| grouped.get(p).copied().unwrap_or_default()).collect();
+                let served: f64 = local.iter().map(|lanes| lanes.own + lanes.foreign).sum();
+                let others = (f64::from(self.costs.lanes) - served).max(0.0);
                 for (&place, local) in places.iter().zip(local) {
-                    let remote = others.max(0.0) / places.len() as f64;
-                    let rows = (local + remote) * rows_per_lane;
+                    let remote = local.foreign + others / places.len() as f64;
+                    let rows = (local.own + remote) * rows_per_lane;
                     let profile = &self.members[place].profile;
                     let wire = 2.0 * remote * rows_per_lane * self.costs.row_wire as f64;
                     self.rows[place].received += wire;
                     self.rows[place].sent += wire;
-                    *kept.entry(place).or_default() += local * rows_per_lane;
+                    *kept.entry(place).or_default() += local.own * rows_per_lane;
                     let part = &mut self.parts[place];
                     part.expert_s += profile.expert.seconds(rows * self.costs.expert_flops);
                     part.experts += 1;
                     part.memory_bytes += self.costs.expert_bytes;
-                    let leaves = (local + remote) / group;
+                    let leaves = (local.own + remote) / group;
                     self.updated[place] += (1.0 + leaves) * self.costs.expert_wire as f64;
                 }
             }
-            for (&place, &lanes) in &runners {
-                let all = lanes * own_rows;
-                let gone = (all - kept.get(&place).copied().unwrap_or(0.0)).max(0.0);
+            for (&place, lanes) in &grouped {
+                let all = lanes.own + lanes.lost;
+                let gone = (all * own_rows - kept.get(&place).copied().unwrap_or(0.0)).max(0.0);
                 let wire = 2.0 * gone * self.costs.row_wire as f64;
                 self.rows[place].sent += wire;
                 self.rows[place].received += wire;
-                self.away[place] += if all > 0.0 { gone / all } else { 0.0 };
+                if gone > 0.0 {
+                    self.away[place] += gone / (all * own_rows);
+                    // Where it holds every expert, only lanes whose group another serves.
+                    let only_lost = gone <= lanes.lost * own_rows * (1.0 + 1e-9);
+                    self.travels[place] = if only_lost { lanes.lost / all } else { 1.0 };
+                }
             }
         }
     }
@@ -312,7 +351,7 @@ impl<'a> Count<'a> {
         let dense = profile.dense.seconds(self.costs.lane_flops(layers.clone())) * profile.threads as f64;
         let experts = profile.expert.seconds(rows * moe * self.costs.expert_flops);
         let away = self.away[place];
-        let trips = if away > 0.0 { 2.0 * moe * profile.round_trip_s } else { 0.0 };
+        let trips = self.travels[place] * 2.0 * moe * profile.round_trip_s;
         let wire = 4.0 * moe * rows * away * self.costs.row_wire as f64 / profile.bandwidth;
         let hop = profile.round_trip_s + 2.0 * self.costs.lane_wire as f64 / profile.bandwidth;
         dense + experts + trips + wire + if number > 0 { 2.0 * hop } else { 0.0 }

@@ -1,5 +1,6 @@
 //! The nodes as the planner sees them, numbered in the order of their names.
 
+use super::focus::Focus;
 use super::{Member, Shortage};
 use crate::costs::{Costs, lanes_in_flight};
 use crate::ids::NodeId;
@@ -13,6 +14,7 @@ pub(super) struct Site<'a> {
     /// The number of each node's zone.
     pub(super) zones: Vec<usize>,
     pub(super) zone_count: usize,
+    focus: Focus,
     memory: Vec<u64>,
     places: BTreeMap<&'a NodeId, usize>,
 }
@@ -32,6 +34,7 @@ impl<'a> Site<'a> {
         Self {
             zone_count: names.len(),
             zones,
+            focus: Focus::all(members.len()),
             memory: members.iter().map(|member| member.profile.memory_bytes).collect(),
             places: members.iter().enumerate().map(|(place, member)| (&member.node, place)).collect(),
             members,
@@ -60,11 +63,14 @@ impl<'a> Site<'a> {
     }
 
     pub(super) fn has_room(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> bool {
-        self.stage_bytes(costs, place, layers) <= self.memory[place]
+        self.focus.holds[place] && self.stage_bytes(costs, place, layers) <= self.memory[place]
     }
 
     /// Experts that fit beside the dense parts of some layers.
     pub(super) fn slots(&self, costs: &Costs, place: usize, layers: Option<&Range<u16>>) -> usize {
+        if !self.focus.holds[place] {
+            return 0;
+        }
         if self.memory[place] == u64::MAX || costs.expert_bytes == 0 {
             return usize::MAX;
         }
@@ -87,12 +93,25 @@ impl<'a> Site<'a> {
         Shortage { bytes, layer: None }
     }
 
+    /// From now on only these nodes are given anything.
+    pub(super) fn focus_on(&mut self, focus: Focus) {
+        self.focus = focus;
+    }
+
+    /// Whether a node may run lanes.
+    pub(super) fn may_run(&self, place: usize) -> bool {
+        self.focus.runs[place]
+    }
+
     pub(super) fn ignore_memory(&mut self) {
         self.memory.fill(u64::MAX);
     }
 
-    /// Seconds that a node needs for a lane's dense part in some layers.
+    /// Seconds that a node needs for a lane's dense part in some layers; for ever where it may run none.
     pub(super) fn lane_seconds(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> f64 {
+        if !self.may_run(place) {
+            return f64::INFINITY;
+        }
         self.members[place].profile.dense.seconds(costs.lane_flops(layers.clone()))
     }
 }

@@ -1,7 +1,7 @@
 //! Cutting the layers into stages, and giving nodes their stages.
 
 use super::site::Site;
-use super::{Request, STAGES_WORTH_IT};
+use super::{Request, WORTH_IT};
 use crate::costs::Costs;
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -139,7 +139,7 @@ impl<'a> Groups<'a> {
     fn is_lopsided(&self) -> bool {
         let most = self.load.iter().copied().fold(0.0, f64::max);
         let least = self.load.iter().copied().fold(f64::INFINITY, f64::min);
-        least < STAGES_WORTH_IT * STAGES_WORTH_IT * most
+        least < WORTH_IT * WORTH_IT * most
     }
 
     fn finish(self) -> Option<Vec<Staged>> {

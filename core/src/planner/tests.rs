@@ -269,3 +269,51 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
     assert_eq!(found.stages[0].holders, after.stages[0].holders);
     assert_eq!(found.stages.len(), 1);
 }
+
+/// Nodes on links of so many bytes per second, each with a round trip in seconds.
+fn linked(links: &[(f64, f64)]) -> Vec<Member> {
+    let mut members = site(links.len(), 1, u64::MAX);
+    for (member, &(bandwidth, round_trip_s)) in members.iter_mut().zip(links) {
+        (member.profile.bandwidth, member.profile.round_trip_s) = (bandwidth, round_trip_s);
+    }
+    members
+}
+
+fn running(placement: &Placement) -> Vec<&NodeId> {
+    placement.lane_counts().into_keys().collect()
+}
+
+#[test]
+fn over_slow_links_fewer_nodes_do_the_work() {
+    let near = plan(&linked(&[(1e12, 1e-6); 3]), 8, 1, None);
+    assert_eq!(running(&near).len(), 3);
+    let members = linked(&[(1e6, 0.05); 3]);
+    let far = whole_plan(&members, 8, 1, None);
+    assert_eq!(running(&far.placement), [&members[0].node]);
+    assert!(far.placement.experts.values().all(|holders| holders == &[members[0].node.clone()]));
+    // Copies come before speed, and whoever has one of an expert has one of the layers too.
+    let copied = plan(&members, 8, 2, None);
+    assert!(copied.experts.values().all(|holders| holders.len() == 2));
+    assert!(copied.stages.iter().all(|stage| stage.holders.len() >= 2));
+}
+
+#[test]
+fn of_unlike_links_the_near_nodes_are_chosen_and_the_choice_stays() {
+    let mut members = linked(&[(1e6, 0.05), (1e10, 1e-4), (1e10, 1e-4)]);
+    let placement = plan(&members, 8, 2, None);
+    assert_eq!(running(&placement), [&members[1].node, &members[2].node]);
+    assert!(placement.experts.values().all(|holders| !holders.contains(&members[0].node)));
+    // Speeds that were measured a little differently move nothing.
+    members[1].profile.scale(1.05);
+    let again = plan(&members, 8, 2, Some(&placement));
+    assert!(again.same_as(&placement), "{again:?}");
+}
+
+#[test]
+fn zones_come_before_near_links() {
+    let mut members = linked(&[(1e6, 0.05), (1e10, 1e-4), (1e10, 1e-4)]);
+    members[0].profile.zone = "far".into();
+    let placement = plan(&members, 8, 2, None);
+    assert!(placement.experts.values().all(|holders| holders.contains(&members[0].node)));
+    assert!(!running(&placement).contains(&&members[0].node), "it holds copies and runs no lane");
+}

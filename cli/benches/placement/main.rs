@@ -1,19 +1,24 @@
-//! The planner against reality: the quickstart model on processes that get one, half or a quarter of a CPU, and over links that
-//! are held to a rate, with the step that was predicted beside the one that was measured; then the same nodes with lanes and
-//! experts shared evenly. `cargo bench -p volary-cli --bench placement`, as root, on Linux with the cpu cgroup and tc.
+//! The planner against reality: the quickstart model on processes that get one, half or a quarter of a CPU, and over slow links,
+//! with the step that was predicted beside the one that was measured; then the same nodes with lanes and experts shared
+//! evenly. `cargo bench -p volary-cli --bench placement`, as root, on Linux with the cpu cgroup and /dev/net/tun.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
+mod link;
+mod share;
+
+use link::{ENDS, Shape, SlowLink};
+use share::Share;
 use std::net::TcpListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 const STEPS: usize = 34;
 /// Steps after which the others are measured.
 const WARM: usize = 22;
-const NAMESPACE: &str = "volary-bench";
-/// The two ends of the slow link.
-const ENDS: [&str; 2] = ["10.213.7.1", "10.213.7.2"];
+/// The slow links: megabits per second, and milliseconds of the way.
+const LINKS: [(f64, f64); 6] =
+    [(400.0, 0.0), (100.0, 0.0), (40.0, 0.0), (400.0, 5.0), (400.0, 20.0), (100.0, 10.0)];
 
 /// A process that is killed when this is dropped.
 struct Guard(Child);
@@ -25,66 +30,6 @@ impl Drop for Guard {
     }
 }
 
-/// A share of one CPU, as a control group of version 1 or 2.
-struct Share(PathBuf);
-
-impl Share {
-    fn new(name: &str, share: f64) -> Option<Self> {
-        let old = Path::new("/sys/fs/cgroup/cpu");
-        let folder = if old.exists() { old } else { Path::new("/sys/fs/cgroup") }.join(name);
-        std::fs::create_dir_all(&folder).ok()?;
-        // A short period: a step of a quarter of a second must not see its edges.
-        let (period, quota) = (10_000, (share * 10_000.0) as u64);
-        let set = if old.exists() {
-            std::fs::write(folder.join("cpu.cfs_period_us"), period.to_string())
-                .and_then(|()| std::fs::write(folder.join("cpu.cfs_quota_us"), quota.to_string()))
-        } else {
-            std::fs::write(folder.join("cpu.max"), format!("{quota} {period}"))
-        };
-        set.ok().map(|()| Self(folder))
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir(&self.0);
-    }
-}
-
-fn tc(words: &str) -> bool {
-    let mut words = words.split_whitespace();
-    let status = Command::new(words.next().expect("a program")).args(words).stderr(Stdio::null()).status();
-    status.is_ok_and(|status| status.success())
-}
-
-/// A network namespace at the other end of a link that carries so many megabits per second each way.
-struct SlowLink;
-
-impl SlowLink {
-    fn new(megabits: u32) -> Option<Self> {
-        // What a run that was killed left behind.
-        drop(Self);
-        let limit = format!("root tbf rate {megabits}mbit burst 64kb latency 100ms");
-        let made = tc(&format!("ip netns add {NAMESPACE}"))
-            && tc(&format!("ip link add vol0 type veth peer name vol1 netns {NAMESPACE}"))
-            && tc(&format!("ip addr add {}/24 dev vol0", ENDS[0]))
-            && tc("ip link set vol0 up")
-            && tc(&format!("ip -n {NAMESPACE} addr add {}/24 dev vol1", ENDS[1]))
-            && tc(&format!("ip -n {NAMESPACE} link set vol1 up"))
-            && tc(&format!("ip -n {NAMESPACE} link set lo up"))
-            && tc(&format!("tc qdisc add dev vol0 {limit}"))
-            && tc(&format!("tc -n {NAMESPACE} qdisc add dev vol1 {limit}"));
-        made.then_some(Self)
-    }
-}
-
-impl Drop for SlowLink {
-    fn drop(&mut self) {
-        tc("ip link del vol0");
-        tc(&format!("ip netns del {NAMESPACE}"));
-    }
-}
-
 struct Outcome {
     predicted_ms: f64,
     measured_ms: f64,
@@ -92,11 +37,16 @@ struct Outcome {
 }
 
 fn main() {
-    let folder = tempfile::tempdir().expect("a folder");
-    // `PLACEMENT=2,n100`: only these.
+    let mut folder = tempfile::tempdir().expect("a folder");
+    // The runs' own folders, traces and all, stay with `PLACEMENT_KEEP=1`.
+    if std::env::var_os("PLACEMENT_KEEP").is_some() {
+        folder.disable_cleanup(true);
+        println!("runs are kept in {}", folder.path().display());
+    }
+    // `PLACEMENT=2,even,l1`: only these.
     let only = std::env::var("PLACEMENT").unwrap_or_default();
     let wanted = |case: &str| only.is_empty() || only.split(',').any(|one| one == case);
-    println!("{:<34}{:>12}{:>12}{:>8}   lanes of the nodes", "nodes", "predicted", "measured", "ratio");
+    println!("{:<40}{:>12}{:>12}{:>8}   lanes of the nodes", "nodes", "predicted", "measured", "ratio");
     let shares: [(&str, &[f64]); 4] = [
         ("one CPU", &[1.0]),
         ("one CPU, half", &[1.0, 0.5]),
@@ -118,17 +68,19 @@ fn main() {
         && let Some(outcome) = run(folder.path(), "even", &[1.0, 0.5, 0.25], None, &even)
     {
         println!(
-            "{:<34}{:>24.0}{:>8}   {}",
+            "{:<40}{:>24.0}{:>8}   {}",
             "the same, shared evenly", outcome.measured_ms, "", outcome.lanes
         );
         println!("planned against even: {:.2} times the throughput", outcome.measured_ms / planned);
     }
-    for megabits in [400, 100, 40] {
-        if !wanted(&format!("n{megabits}")) {
+    for (number, (megabits, delay_ms)) in LINKS.into_iter().enumerate() {
+        let case = format!("l{number}");
+        if !wanted(&case) {
             continue;
         }
-        let name = format!("two CPUs, a link of {megabits} Mbit/s");
-        match run(folder.path(), &format!("n{megabits}"), &[1.0, 1.0], Some(megabits), &[]) {
+        let name = format!("two CPUs, {megabits} Mbit/s, {delay_ms} ms each way");
+        let shape = Shape { megabits, delay_ms };
+        match run(folder.path(), &case, &[1.0, 1.0], Some(shape), &[]) {
             Some(outcome) => print(&name, &outcome),
             None => println!("{name}: this machine makes no slow links"),
         }
@@ -137,13 +89,13 @@ fn main() {
 
 fn print(name: &str, Outcome { predicted_ms, measured_ms, lanes }: &Outcome) {
     let ratio = predicted_ms / measured_ms;
-    println!("{name:<34}{predicted_ms:>9.0} ms{measured_ms:>9.0} ms{ratio:>8.2}   {lanes}");
+    println!("{name:<40}{predicted_ms:>9.0} ms{measured_ms:>9.0} ms{ratio:>8.2}   {lanes}");
 }
 
 /// One run; the last node is at the other end of the slow link, if there is one.
-fn run(folder: &Path, name: &str, shares: &[f64], megabits: Option<u32>, set: &[&str]) -> Option<Outcome> {
-    let link = match megabits {
-        Some(megabits) => Some(SlowLink::new(megabits)?),
+fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&str]) -> Option<Outcome> {
+    let link = match shape {
+        Some(shape) => Some(SlowLink::new(shape)?),
         None => None,
     };
     let ip = if link.is_some() { ENDS[0] } else { "127.0.0.1" };
@@ -171,10 +123,10 @@ fn run(folder: &Path, name: &str, shares: &[f64], megabits: Option<u32>, set: &[
     for (number, &share) in shares.iter().enumerate() {
         let group = Share::new(&format!("volary-bench-{number}"), share)?;
         let there = link.is_some() && number + 1 == shares.len();
-        let way = if there { format!("ip netns exec {NAMESPACE} ") } else { String::new() };
+        let way = if there { SlowLink::there() } else { String::new() };
         let join = format!(
-            "echo $$ > {}/cgroup.procs && exec {way}{binary} node --join {address} --no-http --device cpu --threads 1 --name node-{} --token-file {}",
-            group.0.display(),
+            "echo $$ > {} && exec {way}{binary} node --join {address} --no-http --device cpu --threads 1 --name node-{} --token-file {}",
+            group.door().display(),
             number + 1,
             token.display()
         );
