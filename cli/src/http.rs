@@ -3,10 +3,12 @@
 //! It runs on a thread and runtime of its own, so that nobody who looks takes time from the run.
 
 mod bounded;
+mod fuzz;
 mod guard;
 mod history;
 mod page;
 
+pub use fuzz::{fuzz_http, fuzz_http_seeds};
 pub use guard::{GuardArgs, page_url};
 pub use page::supervisor_routes;
 

@@ -2,7 +2,7 @@
 //!
 //! A target must return, whatever it is given: no panic, no memory beyond its bounds, no time without end. Where bytes are
 //! taken, what comes of them must encode to the same again. `make test` gives each its seeds and random mutations of them;
-//! `cargo fuzz run --fuzz-dir fuzz/libfuzzer NAME` looks for more with coverage, on a nightly toolchain.
+//! `make fuzz TARGET=NAME` looks for more with coverage (`cargo fuzz`, libFuzzer).
 
 pub mod seeds;
 
@@ -21,7 +21,7 @@ use volary_transport::{Authority, Frame, Token};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 13] = [
     ("frame", frame),
     ("handshake", handshake),
     ("words", words),
@@ -33,6 +33,8 @@ pub const TARGETS: [Target; 11] = [
     ("shard", shard),
     ("tokenizer", tokenizer),
     ("records", records),
+    ("manifest", manifest),
+    ("http", http),
 ];
 
 /// A frame off the wire.
@@ -146,4 +148,14 @@ pub fn records(bytes: &[u8]) {
     with_file(NAMES[usize::from(*first) % NAMES.len()], rest, |path| {
         volary_data::fuzz_records(path);
     });
+}
+
+/// A checkpoint's manifest.
+pub fn manifest(bytes: &[u8]) {
+    volary_storage::fuzz_manifest(bytes);
+}
+
+/// Requests to the HTTP port, bodies and all.
+pub fn http(bytes: &[u8]) {
+    volary_cli::http::fuzz_http(bytes);
 }

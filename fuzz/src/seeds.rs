@@ -121,6 +121,8 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
             b"\x02PAR1".to_vec(),
             [b"\x03".as_slice(), &[31, 139, 8, 0, 0, 0, 0, 0, 0, 3, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0]].concat(),
         ],
+        "manifest" => vec![volary_storage::fuzz_manifest_seed()],
+        "http" => volary_cli::http::fuzz_http_seeds(),
         _ => Vec::new(),
     }
 }

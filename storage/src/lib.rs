@@ -52,3 +52,16 @@ pub use manifest::{BlobRef, CheckpointDigest, CheckpointRecord};
 pub use pending::Pending;
 pub use reader::CheckpointReader;
 pub use table::Table;
+
+/// Reads bytes as a checkpoint's manifest, for fuzzing.
+#[doc(hidden)]
+pub fn fuzz_manifest(bytes: &[u8]) {
+    manifest::fuzz(bytes);
+}
+
+/// A manifest, for fuzzing.
+#[doc(hidden)]
+#[must_use]
+pub fn fuzz_manifest_seed() -> Vec<u8> {
+    manifest::fuzz_seed()
+}

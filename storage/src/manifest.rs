@@ -198,6 +198,32 @@ fn parse(path: &Path, step: Step, text: &[u8]) -> Result<CheckpointRecord> {
     Ok(manifest.checkpoint)
 }
 
+/// Reads bytes as a manifest, for fuzzing: what is taken is written as it was.
+pub(crate) fn fuzz(bytes: &[u8]) {
+    let Ok(record) = parse(Path::new("step-1.json"), 1, bytes) else { return };
+    let again = checksum(&record).and_then(|checksum| {
+        let text = serde_json::to_vec_pretty(&Manifest { checkpoint: record.clone(), checksum });
+        parse(Path::new("step-1.json"), 1, &text.map_err(|e| unstorable(1, &e))?)
+    });
+    assert!(again.is_ok_and(|again| again == record), "a manifest that is taken is written as it was");
+}
+
+/// A manifest, for fuzzing.
+pub(crate) fn fuzz_seed() -> Vec<u8> {
+    let blob = BlobRef { digest: Digest::of(b"blob"), bytes: 4 };
+    let shards = [ShardId::Embedding, ShardId::Expert { layer: 0, expert: 3 }].map(|shard| (shard, blob));
+    let record = CheckpointRecord {
+        format: FORMAT,
+        step: 1,
+        epoch: 2,
+        config_hash: Digest::of(b"config"),
+        created_unix_ms: 3,
+        shards: shards.into(),
+    };
+    let manifest = checksum(&record).map(|checksum| Manifest { checkpoint: record, checksum });
+    manifest.map(|manifest| serde_json::to_vec_pretty(&manifest).unwrap_or_default()).unwrap_or_default()
+}
+
 fn checksum(record: &CheckpointRecord) -> Result<Digest> {
     postcard::to_stdvec(record).map(|bytes| Digest::of(&bytes)).map_err(|e| unstorable(record.step, &e))
 }

@@ -10,7 +10,7 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use std::io::IsTerminal;
-use volary_actors::Desk;
+use std::sync::Arc;
 use volary_storage::RunDir;
 
 const COOKIE: &str = "volary_token";
@@ -51,6 +51,25 @@ impl GuardArgs {
     }
 }
 
+/// Whether a token's text lets somebody look, or why not.
+type Verdict = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+
+/// What the guard goes by.
+#[derive(Clone)]
+pub(super) struct Guarded {
+    args: GuardArgs,
+    may_look: Verdict,
+}
+
+impl Guarded {
+    pub(super) fn new(
+        args: &GuardArgs,
+        may_look: impl Fn(&str) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Self {
+        Self { args: args.clone(), may_look: Arc::new(may_look) }
+    }
+}
+
 /// The page's address, for somebody who reads it now: with a token on a terminal, without one in a log.
 #[must_use]
 pub fn page_url(dir: &RunDir, address: &str) -> String {
@@ -76,19 +95,15 @@ fn in_query(request: &Request) -> Option<&str> {
 }
 
 /// Lets through who has a token, and remembers it in the browser that came with it in its address.
-pub(super) async fn guard(
-    State((desk, args)): State<(Desk, GuardArgs)>,
-    request: Request,
-    next: Next,
-) -> Response {
-    if args.shows(request.uri().path()) {
+pub(super) async fn guard(State(guarded): State<Guarded>, request: Request, next: Next) -> Response {
+    if guarded.args.shows(request.uri().path()) {
         return next.run(request).await;
     }
     let asked = in_query(&request).map(str::to_owned);
     let headers = request.headers();
     let token = bearer(headers).or(asked.as_deref()).or_else(|| cookie(headers));
     let verdict = match token {
-        Some(token) => desk.may_look(token),
+        Some(token) => (guarded.may_look)(token),
         None => Err("a token is needed".to_owned()),
     };
     if let Err(reason) = verdict {

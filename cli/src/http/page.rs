@@ -1,6 +1,6 @@
 //! The supervisor's page: what it shows, live, and what can be done from it by whoever has the operator's token.
 
-use super::guard::{self, GuardArgs};
+use super::guard::{self, GuardArgs, Guarded};
 use super::history::history;
 use super::{common_routes, encode};
 use crate::commands::operate;
@@ -44,7 +44,8 @@ pub fn supervisor_routes(
     metrics: Arc<SupervisorMetrics>,
     guard: &GuardArgs,
 ) -> Router {
-    let guarded = (desk.clone(), guard.clone());
+    let door = desk.clone();
+    let guarded = Guarded::new(guard, move |token| door.may_look(token));
     let shown = Shown { desk, dir, watchers: Arc::default() };
     Router::new()
         .route("/", get(|| async { page(include_str!("page.html").to_owned()) }))

@@ -1,0 +1,107 @@
+//! Whatever a peer sends to the HTTP port, for fuzzing: through the real server, the real guard, and routes like the page's.
+
+use super::common_routes;
+use super::guard::{GuardArgs, Guarded, guard, operators};
+use axum::Router;
+use axum::extract::Path;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::IntoResponse;
+use axum::routing::{get, post};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
+
+/// The token of whoever may look.
+const TOKEN: &str = "volary1.good";
+/// What nobody sees without it.
+const SECRET: &str = "what only a viewer sees";
+/// Bytes on their way at a time.
+const BUFFER: usize = 1 << 16;
+/// The longest that an answer may take when the peer has said all that it will.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+
+/// A listener with one connection.
+struct Once(Option<DuplexStream>);
+
+impl axum::serve::Listener for Once {
+    type Io = DuplexStream;
+    type Addr = ();
+
+    async fn accept(&mut self) -> (DuplexStream, ()) {
+        match self.0.take() {
+            Some(stream) => (stream, ()),
+            None => std::future::pending().await,
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn routes() -> Router {
+    let may_look = |token: &str| if token == TOKEN { Ok(()) } else { Err("not this one".to_owned()) };
+    let guarded = Guarded::new(&GuardArgs::default(), may_look);
+    let drain = |Path(node): Path<String>, headers: HeaderMap| async move {
+        match operators(&headers) {
+            Some(TOKEN) => node.into_response(),
+            _ => StatusCode::UNAUTHORIZED.into_response(),
+        }
+    };
+    Router::new()
+        .route("/", get(|| async { SECRET }))
+        .route("/trace/{id}", get(|Path(id): Path<String>| async move { format!("{SECRET} {id}") }))
+        .route("/api/drain/{node}", post(drain))
+        .merge(common_routes(|| "volary_steps 1\n".into_response()))
+        .layer(axum::middleware::from_fn_with_state(guarded, guard))
+}
+
+/// Sends bytes to the HTTP port of a process.
+///
+/// # Panics
+/// When the server does not end with its peer, or shows what is guarded to somebody without a token.
+#[doc(hidden)]
+pub fn fuzz_http(bytes: &[u8]) {
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+    let answer = runtime.block_on(async {
+        let (mut peer, server) = duplex(BUFFER);
+        let serving = tokio::spawn(async { axum::serve(Once(Some(server)), routes()).await });
+        let mut answer = Vec::new();
+        let spoken = async {
+            // A server that has heard enough closes before all is said.
+            let _ = peer.write_all(bytes).await;
+            let _ = peer.shutdown().await;
+            let _ = peer.read_to_end(&mut answer).await;
+        };
+        let ended = tokio::time::timeout(ANSWER_MAX, spoken).await;
+        serving.abort();
+        assert!(ended.is_ok(), "the server does not end with its peer");
+        answer
+    });
+    let has = |text: &[u8], word: &str| text.windows(word.len()).any(|window| window == word.as_bytes());
+    assert!(!has(&answer, SECRET) || has(bytes, TOKEN), "it was shown to somebody without a token");
+}
+
+/// Requests of several kinds, for fuzzing.
+#[doc(hidden)]
+#[must_use]
+pub fn fuzz_http_seeds() -> Vec<Vec<u8>> {
+    let with = |head: &str| format!("{head}\r\nHost: localhost:7680\r\n");
+    let get = with("GET / HTTP/1.1");
+    [
+        format!("{}\r\n", with(&format!("GET /?token={TOKEN} HTTP/1.1"))),
+        format!("{get}\r\n"),
+        format!("{get}Authorization: Bearer {TOKEN}\r\n\r\n"),
+        format!("{get}Cookie: a=b; volary_token=volary1.bad\r\n\r\n"),
+        format!("{}\r\n{get}\r\n", with("GET /health HTTP/1.1")),
+        format!(
+            "{}Authorization: Bearer x\r\nContent-Length: 4\r\n\r\nbody",
+            with("POST /api/drain/node-1 HTTP/1.1")
+        ),
+        format!(
+            "{}Transfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n",
+            with("POST /api/drain/n%20 HTTP/1.1")
+        ),
+    ]
+    .map(String::into_bytes)
+    .into()
+}
