@@ -3,8 +3,10 @@ SHELL := /bin/bash
 CARGO ?= cargo
 CONFIG ?= examples/quickstart.toml
 NODES ?= 3
+TARGET ?= frame
+FUZZ_SECONDS ?= 60
 
-.PHONY: train test test-gpu soak build lint bench bundle setup setup-tools clean help
+.PHONY: train test test-gpu soak build lint audit fuzz bench bundle setup setup-tools clean help
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +39,13 @@ lint: setup ## Format, lints, and the direction of dependencies
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	scripts/check-dependencies
+	scripts/check-licences licenses bans sources
+
+audit: ## Known vulnerabilities of dependencies; needs the network for the advisories
+	scripts/check-licences advisories
+
+fuzz: setup ## A decoder under libFuzzer: make fuzz TARGET=frame FUZZ_SECONDS=60 (needs cargo-fuzz)
+	@scripts/fuzz $(TARGET) $(FUZZ_SECONDS)
 
 bench: build ## Throughput and transport figures
 	$(CARGO) bench -p volary-transport

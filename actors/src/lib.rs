@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | [`sessions`], `supervisor` | the supervisor's process: who is let in; the actor around the state machine |
+//! | [`sessions`], `supervisor` | the supervisor's process, its door; the actor around the state machine |
 //! | `keys` | tokens and certificates |
 //! | `checkpointer`, `run_files`, `durations` | durable checkpoints; the files that people read; how long a change took |
 //! | [`host`], `node`, `holdings` | the node's process; its agent; the shards in its memory |

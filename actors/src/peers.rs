@@ -124,6 +124,7 @@ impl Peers {
         let state = self.lock();
         let report = |(node, cell): (&NodeId, &Arc<OnceCell<Watched>>)| {
             let stats = cell.get()?.link.stats();
+            tracing::debug!(peer = %node, lost = stats.lost_packets, window = stats.window, "a link");
             Some(LinkReport {
                 peer: node.0.clone(),
                 round_trip_ms: stats.round_trip.as_secs_f64() * 1e3,

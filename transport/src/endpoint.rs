@@ -25,7 +25,7 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 
 /// The largest UDP payload over IPv4 that quinn takes.
 const LOOPBACK_DATAGRAM: u16 = 65_487;
-const LOOPBACK_SOCKET_BUFFER: usize = 4 << 20;
+const SOCKET_BUFFER: usize = 4 << 20;
 const NETWORK_DATAGRAM: u16 = 1_452;
 const STREAM_WINDOW: u32 = 1 << 20;
 const RECEIVE_WINDOW: u32 = 4 << 20;
@@ -97,7 +97,7 @@ impl Endpoint {
     ) -> Result<Self> {
         let loopback = address.ip().is_loopback();
         let transport = Arc::new(transport_config(loopback, options)?);
-        let socket = udp_socket(address, loopback)?;
+        let socket = udp_socket(address)?;
         let local = socket.local_addr().map_err(|e| bind_error(address, &e))?;
         let mut config = quinn::EndpointConfig::default();
         if loopback {
@@ -394,14 +394,12 @@ fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
     Error::Bind { address, reason }
 }
 
-pub(crate) fn udp_socket(address: SocketAddr, loopback: bool) -> Result<UdpSocket> {
+pub(crate) fn udp_socket(address: SocketAddr) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
-    if loopback {
-        let socket = socket2::SockRef::from(&socket);
-        // The kernel gives what its limits allow; `volary doctor` says when that is too little.
-        let _ = socket.set_send_buffer_size(LOOPBACK_SOCKET_BUFFER);
-        let _ = socket.set_recv_buffer_size(LOOPBACK_SOCKET_BUFFER);
-    }
+    let buffers = socket2::SockRef::from(&socket);
+    // The kernel gives what its limits allow; `volary doctor` says when that is too little.
+    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER);
+    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER);
     Ok(socket)
 }
 

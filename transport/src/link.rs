@@ -45,6 +45,10 @@ pub struct LinkStats {
     pub bytes_received: u64,
     /// The current estimate of the round trip.
     pub round_trip: Duration,
+    /// Packets that were lost on the way and sent again.
+    pub lost_packets: u64,
+    /// Bytes that may be on their way at a time, as congestion control sees it.
+    pub window: u64,
 }
 
 impl Link {
@@ -174,6 +178,8 @@ impl Link {
                     bytes_sent: stats.udp_tx.bytes,
                     bytes_received: stats.udp_rx.bytes,
                     round_trip: wire.connection.rtt(),
+                    lost_packets: stats.path.lost_packets,
+                    window: stats.path.cwnd,
                 }
             }
             Wire::Memory(end) => end.stats(),

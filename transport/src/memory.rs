@@ -293,6 +293,8 @@ impl End {
             bytes_sent: self.0.sent.load(Ordering::Relaxed),
             bytes_received: self.0.received.load(Ordering::Relaxed),
             round_trip: Duration::from_millis(self.0.shared.faults.borrow().delay_ms.saturating_mul(2)),
+            lost_packets: 0,
+            window: u64::MAX,
         }
     }
 }

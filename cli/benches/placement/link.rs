@@ -48,9 +48,9 @@ impl SlowLink {
         let made = ip(&format!("netns add {NAMESPACE}"))
             && ip(&format!("link set {there} netns {NAMESPACE}"))
             && ip(&format!("addr add {inside}/24 dev {here}"))
-            && ip(&format!("link set {here} up"))
+            && ip(&format!("link set {here} up txqueuelen {PACKETS_MAX}"))
             && ip(&format!("-n {NAMESPACE} addr add {outside}/24 dev {there}"))
-            && ip(&format!("-n {NAMESPACE} link set {there} up"))
+            && ip(&format!("-n {NAMESPACE} link set {there} up txqueuelen {PACKETS_MAX}"))
             && ip(&format!("-n {NAMESPACE} link set lo up"));
         let link = made.then_some(Self)?;
         carry(&ends[0], &ends[1], shape);

@@ -85,6 +85,14 @@ fn main() {
             None => println!("{name}: this machine makes no slow links"),
         }
     }
+    // With one copy of each expert nothing need cross a link that is slow: one node does it all.
+    let shape = Shape { megabits: 40.0, delay_ms: 0.0 };
+    let once = ["cluster.replication=1"];
+    if wanted("once")
+        && let Some(outcome) = run(folder.path(), "once", &[1.0, 1.0], Some(shape), &once)
+    {
+        print("two CPUs, 40 Mbit/s, one copy", &outcome);
+    }
 }
 
 fn print(name: &str, Outcome { predicted_ms, measured_ms, lanes }: &Outcome) {
@@ -111,8 +119,13 @@ fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&
     for set in fixed.iter().chain(set) {
         supervisor.args(["--set", set]);
     }
+    // `PLACEMENT_SET=telemetry.sample_every=8`: one more setting.
+    if let Ok(set) = std::env::var("PLACEMENT_SET") {
+        supervisor.args(["--set", &set]);
+    }
     let quiet = |command: &mut Command| {
-        let log = std::fs::File::create(folder.join("log")).expect("a log");
+        let log = std::fs::OpenOptions::new().append(true).create(true).open(folder.join("log"));
+        let log = log.expect("a log");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         Guard(command.spawn().expect("the binary"))
     };

@@ -1,0 +1,127 @@
+//! A node's way to its supervisor: joining, connecting, and connecting again.
+
+use super::{Error, NodeOptions, Result};
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, WELCOME_MAX};
+use crate::node::NodeMsg;
+use crate::wire::{Down, NodeInfo, RunInfo, Up};
+use ractor::ActorRef;
+use ractor::rpc::CallResult;
+use std::net::SocketAddr;
+use std::time::Instant;
+use volary_core::messages::{Held, ToNode};
+use volary_core::profile::Profile;
+use volary_transport::canary::CanaryHeld;
+use volary_transport::{ControlReceiver, ControlSender, Endpoint, Identity, Link, TransportOptions, join};
+
+/// What a supervisor let in.
+pub(super) struct Connected {
+    pub(super) link: Link,
+    pub(super) sender: ControlSender,
+    pub(super) receiver: ControlReceiver,
+    pub(super) run: RunInfo,
+    pub(super) keep: bool,
+    pub(super) canary: Option<CanaryHeld>,
+}
+
+/// The way to the supervisor.
+pub(super) struct Way {
+    pub(super) instance: u64,
+    pub(super) name: String,
+    pub(super) endpoint: Endpoint,
+    pub(super) options: NodeOptions,
+    /// What was measured, once it was.
+    pub(super) profile: Option<Profile>,
+}
+
+impl Way {
+    /// Connects with what the agent holds, again and again until the deadline.
+    pub(super) async fn return_to(&self, agent: &ActorRef<NodeMsg>, deadline: Instant) -> Result<Connected> {
+        let held = match agent.call(|reply| NodeMsg::Held { reply }, None).await {
+            Ok(CallResult::Success(held)) => held,
+            _ => return Err(Error::Start("the node's agent died".into())),
+        };
+        self.connect(held, deadline).await
+    }
+
+    pub(super) async fn connect(&self, held: Held, deadline: Instant) -> Result<Connected> {
+        loop {
+            // While the supervisor was away nobody could renew it.
+            if self.endpoint.identity()?.left().is_zero() {
+                drop(self.join_anew().await);
+            }
+            match self.connect_once(held.clone()).await {
+                // Shut out, it may join anew: with its token, if that is still good, and another certificate.
+                Err(error) if error.says_that_the_certificate_is_over() => self.join_anew().await?,
+                Err(error) if Instant::now() < deadline && error.may_pass() => {
+                    tracing::debug!(%error, "not yet");
+                    tokio::time::sleep(DIAL_PAUSE).await;
+                }
+                connected => return connected,
+            }
+        }
+    }
+
+    async fn join_anew(&self) -> Result<()> {
+        tokio::time::sleep(DIAL_PAUSE).await;
+        let NodeOptions { supervisor, token, .. } = &self.options;
+        let name = Some(self.name.clone());
+        let identity = join(*supervisor, token, name, &TransportOptions::default()).await?;
+        self.endpoint.set_identity(identity)?;
+        Ok(())
+    }
+
+    async fn connect_once(&self, held: Held) -> Result<Connected> {
+        let options = &self.options;
+        let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(options.supervisor).await?;
+        let info = NodeInfo {
+            pid: std::process::id(),
+            device: options.device.clone(),
+            threads: options.threads,
+            profile: self.profile.clone(),
+            address: self.endpoint.local_addr().to_string(),
+            http: options.http.map(|address| address.to_string()),
+            instance: self.instance,
+        };
+        sender.send(&Up::Hello(info, held)).await?;
+        let welcome = match tokio::time::timeout(WELCOME_MAX, receiver.recv::<Down>()).await {
+            Ok(Ok(Some(Down::Welcome(welcome)))) => *welcome,
+            Ok(Ok(Some(Down::Taken))) => {
+                return Err(Error::NotYet("a living node has this name; choose another one".into()));
+            }
+            Ok(Ok(Some(Down::Say(ToNode::Leave { reason }, _)))) => return Err(Error::Start(reason)),
+            Ok(Err(error)) => return Err(error.into()),
+            _ => return Err(Error::NotYet("the supervisor did not say what the run is".into())),
+        };
+        let run: RunInfo = serde_json::from_str(&welcome.run)
+            .map_err(|error| Error::Start(format!("the supervisor's words about the run: {error}")))?;
+        let canary = match welcome.canary {
+            // Without it a death is noticed all the same, only later.
+            Some((port, key)) => {
+                volary_transport::canary::hold(SocketAddr::new(options.supervisor.ip(), port), &key)
+                    .await
+                    .ok()
+            }
+            None => None,
+        };
+        Ok(Connected { link, sender, receiver, run, keep: welcome.keep, canary })
+    }
+}
+
+/// Joins, and tries again for a while when the supervisor does not listen yet; a refusal is final.
+pub(super) async fn dial(options: &NodeOptions, transport: &TransportOptions) -> Result<Identity> {
+    let start = Instant::now();
+    loop {
+        match join(options.supervisor, &options.token, options.name.clone(), transport).await {
+            Err(volary_transport::Error::Connection { .. }) if start.elapsed() < DIAL_MAX => {
+                tokio::time::sleep(DIAL_PAUSE).await;
+            }
+            joined => return Ok(joined?),
+        }
+    }
+}
+
+/// A number that tells this process from another one of the same name.
+pub(super) fn rand_instance() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}
