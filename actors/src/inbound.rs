@@ -118,7 +118,7 @@ async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Compu
         };
         let told = if kind == Kind::Sum {
             let gradient = import().and_then(|value| with_norm(backend, value));
-            reducer.cast(ReducerMsg::Root { epoch, step, shard, gradient })
+            reducer.cast(ReducerMsg::Root { epoch, step, shard, gradient, frame: Some(frame) })
         } else {
             reducer.cast(ReducerMsg::Summed { epoch, step, shard, span, gradient: import() })
         };

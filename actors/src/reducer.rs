@@ -1,8 +1,9 @@
 //! The reducer actor: sums the weight gradients of every shard over the fixed tree of lanes.
 //!
 //! One per node, supervised by the node's agent. Dense, router and expert actors send it the leaves that this node
-//! computes. A shard's owner gets the others' sums, adds up the root and sends it to the other holders; a node that is no owner
-//! sends the largest sums that it can make alone. When the root of every held shard is here, the agent is told the
+//! computes. A node makes the sums that are its own to make ([`Placement::adder`]): those over what it computes alone, and as the
+//! owner of a shard, or on the way there, those of what others send. The owner ends with the root and sends it to the other holders,
+//! some of which pass it on. When the root of every held shard is here, the agent is told the
 //! norms, and the gradients wait for the commit. Invariant: which additions are made, and in which order, depends on the
 //! tree alone ([`volary_core::tree`]).
 
@@ -33,8 +34,14 @@ pub(crate) enum ReducerMsg<B: Compute> {
     Leaf { epoch: Epoch, step: Step, shard: ShardId, leaf: u32, gradient: Computed<Sum<B>> },
     /// A sum that came from another node, or out of an addition here.
     Summed { epoch: Epoch, step: Step, shard: ShardId, span: Span, gradient: Computed<Sum<B>> },
-    /// The root of a shard with its norm.
-    Root { epoch: Epoch, step: Step, shard: ShardId, gradient: Computed<(Sum<B>, Norm)> },
+    /// The root of a shard with its norm; the frame in which it came, to be passed on.
+    Root {
+        epoch: Epoch,
+        step: Step,
+        shard: ShardId,
+        gradient: Computed<(Sum<B>, Norm)>,
+        frame: Option<Frame>,
+    },
     /// The gradients of a step, for its commit.
     Take { epoch: Epoch, step: Step, reply: RpcReplyPort<BTreeMap<ShardId, Sum<B>>> },
     /// Everything that belongs to epochs before this one is dropped.
@@ -97,7 +104,10 @@ impl<B: Compute> Actor for ReducerActor<B> {
             ReducerMsg::Summed { epoch, step, shard, span, gradient } => {
                 state.on_summed(epoch, step, shard, span, gradient);
             }
-            ReducerMsg::Root { epoch, step, shard, gradient } => state.on_root(epoch, step, shard, gradient),
+            ReducerMsg::Root { epoch, step, shard, gradient, frame } => {
+                state.pass_on(epoch, step, shard, frame);
+                state.on_root(epoch, step, shard, gradient);
+            }
             ReducerMsg::Take { epoch, step, reply } => state.on_take(epoch, step, reply),
             ReducerMsg::Forget { epoch } => {
                 state.current.take_if(|current| current.epoch < epoch).map_or((), drop)
@@ -114,12 +124,7 @@ impl<B: Compute> ReducerState<B> {
         let mut held = 0;
         for shard in self.node.architecture.shards() {
             held += usize::from(placement.keeps(me, shard));
-            let leaves = placement.leaves(shard);
-            let wanted = match placement.owner(shard) {
-                Some(owner) if *owner == *me => vec![Span::root(leaves)],
-                _ => placement.fragments(shard, me),
-            };
-            folds.insert(shard, Fold::new(leaves, wanted));
+            folds.insert(shard, Fold::new(placement.leaves(shard)));
         }
         self.current = Some(Current { epoch, step, placement, folds, roots: BTreeMap::new(), held });
     }
@@ -144,9 +149,12 @@ impl<B: Compute> ReducerState<B> {
             Ok(gradient) => gradient,
             Err(error) => return self.failed(epoch, format!("the gradient of {shard}: {error}")),
         };
-        let Some(current) = self.at(epoch, step) else { return };
+        let Some(current) = self.current.as_mut().filter(|c| (c.epoch, c.step) == (epoch, step)) else {
+            return;
+        };
+        let (placement, me) = (&current.placement, &self.node.id);
         let Some(fold) = current.folds.get_mut(&shard) else { return };
-        match fold.put(span, gradient) {
+        match fold.put(span, gradient, |above| placement.adder(shard, above) == Some(me)) {
             Next::Wait => {}
             Next::Add { span, left, right } => self.add(epoch, step, shard, span, left, right),
             Next::Done { span, value } => self.done(epoch, step, shard, span, value),
@@ -166,17 +174,20 @@ impl<B: Compute> ReducerState<B> {
         }
     }
 
-    /// A wanted sum is complete: the root where this node owns the shard, otherwise a part for the owner.
+    /// A sum is complete that this node takes no further: the root, which goes to the other holders, or a part for whoever adds it.
     fn done(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, value: Sum<B>) {
         let Some(current) = self.at(epoch, step) else { return };
         let placement = Arc::clone(&current.placement);
-        let holders = placement.holders(shard);
-        let owner = holders.first() == Some(&self.node.id);
-        let learners = placement.learners.get(&shard).filter(|_| owner);
-        let learners: Vec<NodeId> = learners.into_iter().flatten().cloned().collect();
-        let (kind, targets) = match owner {
-            true => (Kind::Sum, holders.into_iter().skip(1).collect()),
-            false => (Kind::Partial, holders.into_iter().take(1).collect::<Vec<_>>()),
+        let above = span.parent(placement.leaves(shard));
+        let (kind, targets, learners) = match above {
+            Some((parent, _)) => {
+                let adder = placement.adder(shard, parent).cloned();
+                (Kind::Partial, adder.into_iter().collect(), Vec::new())
+            }
+            None => {
+                let learners = placement.learners.get(&shard).into_iter().flatten().cloned().collect();
+                (Kind::Sum, placement.relays(shard, &self.node.id), learners)
+            }
         };
         let (me, node, agent) = (self.me.clone(), Arc::clone(&self.node), self.agent.clone());
         let handle = tokio::runtime::Handle::current();
@@ -187,10 +198,22 @@ impl<B: Compute> ReducerState<B> {
                 handle.spawn(teach(Arc::clone(&node), learners, frame.clone()));
                 handle.spawn(deliver(node, agent, targets, epoch, frame));
             }
-            if owner {
-                drop(me.cast(ReducerMsg::Root { epoch, step, shard, gradient: with_norm(backend, value) }));
+            if above.is_none() {
+                let gradient = with_norm(backend, value);
+                drop(me.cast(ReducerMsg::Root { epoch, step, shard, gradient, frame: None }));
             }
         });
+    }
+
+    /// A root that came from another holder goes on to those who get it from here.
+    fn pass_on(&mut self, epoch: Epoch, step: Step, shard: ShardId, frame: Option<Frame>) {
+        let Some((current, frame)) = self.at(epoch, step).zip(frame) else { return };
+        let placement = Arc::clone(&current.placement);
+        let targets = placement.relays(shard, &self.node.id);
+        if !targets.is_empty() {
+            let (node, agent) = (Arc::clone(&self.node), self.agent.clone());
+            tokio::spawn(deliver(node, agent, targets, epoch, Ok(frame)));
+        }
     }
 
     fn on_root(&mut self, epoch: Epoch, step: Step, shard: ShardId, gradient: Computed<(Sum<B>, Norm)>) {

@@ -112,6 +112,9 @@ impl Config {
         if self.cluster.replication == 0 {
             return Err("cluster.replication = 0: expected at least 1".into());
         }
+        if self.cluster.fan_in < 2 {
+            return Err(format!("cluster.fan_in = {}: expected at least 2", self.cluster.fan_in));
+        }
         let lifetime = self.cluster.certificate_lifetime_ms;
         if !(1_000..=315_360_000_000).contains(&lifetime) {
             return Err(format!(

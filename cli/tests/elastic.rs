@@ -21,6 +21,11 @@ fn one_two_three_and_five_nodes_give_the_same_losses_and_weights_to_the_bit() {
         assert_eq!(world.digest(&format!("n{nodes}")), digest, "{nodes} nodes");
         assert_eq!(world.metrics(&format!("n{nodes}"))[0]["nodes"].to_string(), nodes);
     }
+    // Sums that go over several nodes do not show.
+    let tree =
+        ["--nodes", "5", "--dir", "runs/tree", "--quiet", "--threads", "1", "--set", "cluster.fan_in=2"];
+    world.run_train(&tree);
+    assert_eq!((world.curve("tree"), world.digest("tree")), (curve.clone(), digest.clone()));
     // Replication and threads do not show either.
     world.run_train(&[
         "--nodes",

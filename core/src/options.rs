@@ -165,6 +165,9 @@ impl TrainingOptions {
 pub struct ClusterOptions {
     /// Copies of every expert, on as many nodes; fewer where there are fewer nodes.
     pub replication: usize,
+    /// Nodes whose gradients one node adds up, and to which it passes a sum on; what more nodes have goes over several of them. At
+    /// least 2.
+    pub fan_in: u32,
     /// Nodes to wait for before the first step.
     pub nodes: usize,
     /// How long a silent node is believed alive, in milliseconds; at most 10,000.
@@ -191,6 +194,7 @@ impl Default for ClusterOptions {
     fn default() -> Self {
         Self {
             replication: 2,
+            fan_in: 8,
             nodes: 1,
             node_timeout_ms: 2_000,
             step_timeout_ms: 600_000,

@@ -2,8 +2,9 @@
 //!
 //! The layers are cut into *stages*, one as a rule. A stage's nodes hold all of its shards but experts, since lanes meet
 //! them all, and share its lanes; an expert is held by `replication` nodes, whether these have a stage or not. The first
-//! holder of a shard is its *owner*: it adds up the shard's gradient and sends the sum to the other holders. Nothing of
-//! this shows in the mathematics.
+//! holder of a shard is its *owner*: it makes the last sum of the shard's gradient and sends it to the other holders. Where more than
+//! `fan_in` nodes run a stage's lanes, sums are made and passed on by others too, so that no link carries everybody's. Nothing of this
+//! shows in the mathematics.
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId};
 use crate::tree::Span;
@@ -36,6 +37,18 @@ impl Stage {
         self.holders.binary_search(node).is_ok()
     }
 
+    /// How many times over `fan_in` nodes' sums are added up in a span of lanes: 0 for one node's.
+    fn level(&self, span: Span, fan_in: u32) -> u32 {
+        let own = self.lanes.get(span.start as usize..span.end as usize).unwrap_or_default();
+        let runs = 1 + own.windows(2).filter(|pair| pair[0] != pair[1]).count() as u64;
+        let (mut level, mut reach) = (0, 1u64);
+        while reach < runs {
+            reach *= u64::from(fan_in.max(2));
+            level += 1;
+        }
+        level
+    }
+
     /// The lanes that `node` takes through this stage.
     #[must_use]
     pub fn lanes_of(&self, node: &NodeId) -> Vec<Lane> {
@@ -56,6 +69,8 @@ pub struct Placement {
     pub stages: Vec<Stage>,
     /// Lanes that share one product in an expert's weight gradient.
     pub lane_group: u32,
+    /// Nodes whose sums one node adds up, and to which it passes a sum on.
+    pub fan_in: u32,
     /// The holders of each expert, its owner first.
     pub experts: BTreeMap<ShardId, Vec<NodeId>>,
     /// Nodes that copy a shard in the background to hold it in a later placement: they get its summed gradients already.
@@ -235,6 +250,41 @@ impl Placement {
         self.home(shard, lane / self.lane_group.max(1))
     }
 
+    /// The node that makes the sum over `span` of a shard's gradient: whoever computes all of it; of what several nodes compute the
+    /// owner, or where these are more than `fan_in`, one of them for every `fan_in` or so.
+    #[must_use]
+    pub fn adder(&self, shard: ShardId, span: Span) -> Option<&NodeId> {
+        let home = self.home(shard, span.start)?;
+        if (span.start + 1..span.end).all(|leaf| self.home(shard, leaf) == Some(home)) {
+            return Some(home);
+        }
+        let owner = self.owner(shard);
+        if shard.is_expert() {
+            return owner;
+        }
+        let stage = self.stage_of(layer_of(shard))?;
+        let level = |span: Span| stage.level(span, self.fan_in);
+        let wanted = level(span);
+        let mut block = Span::root(self.leaves(shard));
+        if level(block) == wanted {
+            return owner;
+        }
+        while level(block) != wanted {
+            let (left, right) = block.children()?;
+            block = if span.start < right.start { left } else { right };
+        }
+        stage.runner(block.start + turn(shard, (block.end - block.start) as usize) as u32)
+    }
+
+    /// The nodes to which `node` passes on a shard's last sum: the owner's are the first of a tree over all holders.
+    #[must_use]
+    pub fn relays(&self, shard: ShardId, node: &NodeId) -> Vec<NodeId> {
+        let holders = self.holders(shard);
+        let Some(place) = holders.iter().position(|holder| holder == node) else { return Vec::new() };
+        let fan = self.fan_in.max(1) as usize;
+        holders.into_iter().skip(fan * place + 1).take(fan).collect()
+    }
+
     /// The sums that `node` can make alone of a shard's gradient.
     #[must_use]
     pub fn fragments(&self, shard: ShardId, node: &NodeId) -> Vec<Span> {
@@ -249,4 +299,90 @@ fn turn(shard: ShardId, holders: usize) -> usize {
         shard => 1 + usize::from(layer_of(shard)),
     };
     ordinal % holders.max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tree::{Fold, Next};
+    use proptest::prelude::*;
+
+    fn placement(nodes: u32, lanes: u32, fan_in: u32) -> Placement {
+        let holders: Vec<NodeId> = (0..nodes).map(|node| NodeId::new(format!("n{node:04}"))).collect();
+        let stage = Stage {
+            layers: 0..3,
+            holders: holders.clone(),
+            lanes: (0..lanes).map(|lane| lane * nodes / lanes).collect(),
+        };
+        Placement {
+            epoch: 1,
+            members: holders,
+            stages: vec![stage],
+            lane_group: 1,
+            fan_in,
+            ..Placement::default()
+        }
+    }
+
+    /// Plays the sum of a shard: the root's leaves as they were added, and how many values each node got from others.
+    fn sum(placement: &Placement, shard: ShardId) -> (NodeId, BTreeMap<NodeId, u32>) {
+        let lanes = placement.lanes();
+        let mut folds: BTreeMap<NodeId, Fold<u32>> = BTreeMap::new();
+        let mut received: BTreeMap<NodeId, u32> = BTreeMap::new();
+        let leaf = |l| (Span { start: l, end: l + 1 }, placement.home(shard, l).unwrap().clone(), 1);
+        let mut open: Vec<(Span, NodeId, u32)> = (0..lanes).map(leaf).collect();
+        while let Some((span, node, count)) = open.pop() {
+            let fold = folds.entry(node.clone()).or_insert_with(|| Fold::new(lanes));
+            match fold.put(span, count, |above| placement.adder(shard, above) == Some(&node)) {
+                Next::Wait => {}
+                Next::Add { span, left, right } => open.push((span, node, left + right)),
+                Next::Done { span, value } => {
+                    let Some((parent, _)) = span.parent(lanes) else {
+                        assert_eq!(value, lanes, "every lane is in it once");
+                        assert!(open.is_empty());
+                        return (node, received);
+                    };
+                    let next = placement.adder(shard, parent).unwrap().clone();
+                    *received.entry(next.clone()).or_default() += 1;
+                    open.push((span, next, value));
+                }
+            }
+        }
+        panic!("the sum does not end");
+    }
+
+    proptest! {
+        #[test]
+        fn sums_end_at_the_owner_and_no_node_adds_up_many(
+            nodes in 1u32..70, spare in 0u32..40, fan_in in 2u32..9, layer in 0u16..3,
+        ) {
+            let placement = placement(nodes, nodes + spare, fan_in);
+            let shard = ShardId::Dense { layer };
+            let (at, received) = sum(&placement, shard);
+            prop_assert_eq!(Some(&at), placement.owner(shard));
+            // A node may add up at each level; runs of lanes that are no subtrees come in pieces.
+            let levels = (f64::from(nodes).ln() / f64::from(fan_in).ln()).ceil() as u32;
+            let most = received.values().copied().max().unwrap_or(0);
+            prop_assert!(most <= 8 * fan_in * levels.max(1), "{most} of {nodes} by {fan_in}");
+            if nodes <= fan_in {
+                prop_assert!(received.keys().all(|node| node == &at), "few nodes send to the owner");
+            }
+        }
+
+        #[test]
+        fn the_last_sum_reaches_every_holder_once(nodes in 1u32..70, fan_in in 2u32..9, layer in 0u16..3) {
+            let placement = placement(nodes, nodes, fan_in);
+            let shard = ShardId::Dense { layer };
+            let mut open = vec![placement.owner(shard).unwrap().clone()];
+            let mut reached = Vec::new();
+            while let Some(node) = open.pop() {
+                let relays = placement.relays(shard, &node);
+                prop_assert!(relays.len() <= fan_in as usize);
+                open.extend(relays);
+                reached.push(node);
+            }
+            reached.sort();
+            prop_assert_eq!(reached, placement.members);
+        }
+    }
 }

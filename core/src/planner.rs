@@ -65,6 +65,8 @@ pub struct Request<'a> {
     pub training: &'a TrainingOptions,
     /// Copies of every expert.
     pub replication: usize,
+    /// Nodes whose sums one node adds up.
+    pub fan_in: u32,
     /// Experts with more copies than that, because many tokens go to them.
     pub hot: &'a BTreeMap<ShardId, usize>,
     /// Experts that may move, beyond those that must, so that nodes are evenly full.

@@ -105,9 +105,9 @@ pub enum Next<T> {
         /// The sum over the right child.
         right: T,
     },
-    /// `span` is one of the wanted nodes, and this is its sum.
+    /// This is as far as the sum goes here: `span` is the root, or its parent is added elsewhere.
     Done {
-        /// The wanted node.
+        /// The node of the tree.
         span: Span,
         /// Its sum.
         value: T,
@@ -120,35 +120,26 @@ pub enum Next<T> {
 #[derive(Debug)]
 pub struct Fold<T> {
     leaves: u32,
-    wanted: Vec<Span>,
     waiting: BTreeMap<Span, T>,
 }
 
 impl<T> Fold<T> {
-    /// A sum over `leaves` leaves that ends at the nodes in `wanted`.
+    /// A sum over `leaves` leaves.
     #[must_use]
-    pub fn new(leaves: u32, wanted: Vec<Span>) -> Self {
-        Self { leaves, wanted, waiting: BTreeMap::new() }
+    pub fn new(leaves: u32) -> Self {
+        Self { leaves, waiting: BTreeMap::new() }
     }
 
-    /// Takes the value of one node and says what to do next.
-    pub fn put(&mut self, span: Span, value: T) -> Next<T> {
-        if self.wanted.contains(&span) {
-            return Next::Done { span, value };
-        }
-        let Some((parent, sibling)) = span.parent(self.leaves) else { return Next::Wait };
+    /// Takes the value of one node and says what to do next, given which nodes' sums are made here.
+    pub fn put(&mut self, span: Span, value: T, is_here: impl FnOnce(Span) -> bool) -> Next<T> {
+        let above = span.parent(self.leaves).filter(|(parent, _)| is_here(*parent));
+        let Some((parent, sibling)) = above else { return Next::Done { span, value } };
         let Some(other) = self.waiting.remove(&sibling) else {
             self.waiting.insert(span, value);
             return Next::Wait;
         };
         let (left, right) = if span.start < sibling.start { (value, other) } else { (other, value) };
         Next::Add { span: parent, left, right }
-    }
-
-    /// The nodes at which this sum ends.
-    #[must_use]
-    pub fn wanted(&self) -> &[Span] {
-        &self.wanted
     }
 }
 
@@ -170,53 +161,38 @@ mod tests {
     use crate::random::{Purpose, Stream};
     use proptest::prelude::*;
 
-    fn drain(fold: &mut Fold<String>, span: Span, value: String, done: &mut Vec<(Span, String)>) {
-        let (mut span, mut value) = (span, value);
-        loop {
-            match fold.put(span, value) {
-                Next::Wait => return,
-                Next::Done { span, value } => return done.push((span, value)),
-                Next::Add { span: parent, left, right } => {
-                    value = format!("({left}+{right})");
-                    span = parent;
-                }
-            }
-        }
-    }
-
     proptest! {
-        /// Whoever holds which leaves, and in whatever order they arrive, the expression that is computed is the same.
+        /// Whoever computes which leaves, wherever each sum is made, and in whatever order values arrive: the expression that is computed
+        /// is the same.
         #[test]
         fn the_sum_is_the_same_expression_for_every_split_and_order(leaves in 1u32..40, nodes in 1u64..6, seed: u64) {
             let mut stream = Stream::new(seed, Purpose::Faults, &[]);
-            let homes: Vec<u64> = (0..leaves).map(|_| stream.below(nodes)).collect();
-            let whole = |order: &mut Stream, split: bool| {
-                let mut root = Fold::new(leaves, vec![Span::root(leaves)]);
-                let mut pieces = Vec::new();
-                for node in 0..nodes {
-                    let wanted = if split {
-                        Span::fragments(leaves, |leaf| homes[leaf as usize] == node)
-                    } else {
-                        (0..leaves).filter(|&l| homes[l as usize] == node).map(|l| Span { start: l, end: l + 1 }).collect()
-                    };
-                    let mut fold = Fold::new(leaves, wanted);
-                    let mut mine: Vec<u32> = (0..leaves).filter(|&l| homes[l as usize] == node).collect();
-                    while !mine.is_empty() {
-                        let leaf = mine.swap_remove(order.below(mine.len() as u64) as usize);
-                        drain(&mut fold, Span { start: leaf, end: leaf + 1 }, leaf.to_string(), &mut pieces);
-                    }
+            // Where the sum of a span is made: anywhere, but always in the same place.
+            let place = |span: Span| Stream::new(seed, Purpose::Faults, &[span.start.into(), span.end.into()]).below(nodes);
+            let mut folds: Vec<Fold<String>> = (0..nodes).map(|_| Fold::new(leaves)).collect();
+            let mut on_their_way: Vec<(Span, String)> =
+                (0..leaves).map(|l| (Span { start: l, end: l + 1 }, l.to_string())).collect();
+            let mut roots = Vec::new();
+            while !on_their_way.is_empty() {
+                let (span, value) = on_their_way.swap_remove(stream.below(on_their_way.len() as u64) as usize);
+                let Some((parent, _)) = span.parent(leaves) else {
+                    roots.push(value);
+                    continue;
+                };
+                let node = place(parent);
+                match folds[node as usize].put(span, value, |span| place(span) == node) {
+                    Next::Wait => {}
+                    Next::Add { span, left, right } => on_their_way.push((span, format!("({left}+{right})"))),
+                    Next::Done { .. } => prop_assert!(false, "it was brought to where its parent is made"),
                 }
-                let mut done = Vec::new();
-                while !pieces.is_empty() {
-                    let (span, value) = pieces.swap_remove(order.below(pieces.len() as u64) as usize);
-                    drain(&mut root, span, value, &mut done);
+            }
+            fn expression(span: Span) -> String {
+                match span.children() {
+                    Some((left, right)) => format!("({}+{})", expression(left), expression(right)),
+                    None => span.start.to_string(),
                 }
-                done
-            };
-            let by_fragments = whole(&mut stream, true);
-            let by_leaves = whole(&mut stream, false);
-            prop_assert_eq!(by_fragments.len(), 1);
-            prop_assert_eq!(by_fragments, by_leaves);
+            }
+            prop_assert_eq!(roots, [expression(Span::root(leaves))]);
         }
     }
 

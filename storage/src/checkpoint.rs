@@ -3,6 +3,9 @@
 //! Each entry has a manifest beside it, written after the entry and removed before it. So a manifest without an entry
 //! means that the database has lost it, and opening puts it back; an entry without a manifest means that a process
 //! died between the two, and opening writes it.
+//!
+//! An entry holds as many shards as one record takes, and the others are in pages of a tree of their own: written before the entry,
+//! removed after it.
 
 use crate::blobs::{BlobStore, RemovedReport};
 use crate::digest::Digest;
@@ -10,14 +13,35 @@ use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::journal::{Store, step_of};
 use crate::layout::RunDir;
-use crate::manifest::{self, CheckpointDigest, CheckpointRecord};
+use crate::manifest::{self, BlobRef, CheckpointDigest, CheckpointRecord};
 use crate::pending::Pending;
 use crate::record::{self, Place};
+use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use volary_core::{Epoch, ShardId, Step};
 
 const CATALOGUE: &str = "catalogue";
+const PAGES: &str = "catalogue_pages";
+/// Shards in one record: each is some forty bytes, and a record holds 120 KiB.
+const SHARDS_PER_RECORD: usize = 2_000;
+
+/// A checkpoint's entry in the catalogue.
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    /// The checkpoint with the first of its shards.
+    record: CheckpointRecord,
+    /// Pages with the others.
+    pages: u32,
+}
+
+/// Where a page of a checkpoint's entry lies.
+fn page_key(step: Step, page: u32) -> [u8; 12] {
+    let mut key = [0; 12];
+    key[..8].copy_from_slice(&step.to_be_bytes());
+    key[8..].copy_from_slice(&page.to_be_bytes());
+    key
+}
 
 /// The run's checkpoints; clones share them.
 #[derive(Debug)]
@@ -52,6 +76,7 @@ impl<D: Disk> Checkpoints<D> {
             tracing::warn!(step, "the database had lost a checkpoint; put back from its manifest");
         }
         checkpoints.write_missing_manifests()?;
+        checkpoints.remove_pages(None)?;
         Ok(checkpoints)
     }
 
@@ -186,15 +211,55 @@ impl<D: Disk> Checkpoints<D> {
 
     fn catalogue(&self, record: &CheckpointRecord) -> Result<()> {
         let Inner { store, .. } = &*self.inner;
+        let failed = |e| store.failed("catalogue a checkpoint", e);
+        let shards: Vec<(ShardId, BlobRef)> = record.shards.iter().map(|(&s, &b)| (s, b)).collect();
+        let (first, others) = shards.split_at(shards.len().min(SHARDS_PER_RECORD));
+        let mut pages = 0;
+        for page in others.chunks(SHARDS_PER_RECORD) {
+            let key = page_key(record.step, pages);
+            let bytes = record::seal(Place { tree: PAGES, key: &key }, &page)?;
+            store.catalogue_pages.insert(key, bytes).map_err(failed)?;
+            pages += 1;
+        }
+        let head = CheckpointRecord { shards: first.iter().copied().collect(), ..record.clone() };
         let key = record.step.to_be_bytes();
-        let bytes = record::seal(Place { tree: CATALOGUE, key: &key }, record)?;
-        store.catalogue.insert(key, bytes).map_err(|e| store.failed("catalogue a checkpoint", e))?;
+        let bytes = record::seal(Place { tree: CATALOGUE, key: &key }, &Entry { record: head, pages })?;
+        store.catalogue.insert(key, bytes).map_err(failed)?;
         store.make_durable()
     }
 
     fn find(&self, step: Step) -> Result<Option<CheckpointRecord>> {
         let Inner { store, .. } = &*self.inner;
-        store.read(&store.catalogue, CATALOGUE, &step.to_be_bytes())
+        let entry: Option<Entry> = store.read(&store.catalogue, CATALOGUE, &step.to_be_bytes())?;
+        let Some(Entry { mut record, pages }) = entry else { return Ok(None) };
+        for page in 0..pages {
+            let shards: Option<Vec<(ShardId, BlobRef)>> =
+                store.read(&store.catalogue_pages, PAGES, &page_key(step, page))?;
+            let missing = || Error::DamagedRecord {
+                tree: PAGES,
+                key: format!("step {step}"),
+                reason: format!("page {page} of {pages} is missing"),
+            };
+            record.shards.extend(shards.ok_or_else(missing)?);
+        }
+        Ok(Some(record))
+    }
+
+    /// Removes a step's pages, or with `None` those of every step that is not catalogued.
+    fn remove_pages(&self, step: Option<Step>) -> Result<()> {
+        let Inner { store, .. } = &*self.inner;
+        let failed = |e| store.failed("forget a page of the catalogue", e);
+        let all = match step {
+            Some(step) => store.catalogue_pages.scan_prefix(step.to_be_bytes()),
+            None => store.catalogue_pages.iter(),
+        };
+        for key in all.keys() {
+            let key = key.map_err(failed)?;
+            if step.is_some() || !self.is_catalogued(step_of(PAGES, key.get(..8).unwrap_or_default())?)? {
+                store.catalogue_pages.remove(key).map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 
     fn is_catalogued(&self, step: Step) -> Result<bool> {
@@ -228,6 +293,7 @@ impl<D: Disk> Checkpoints<D> {
         let Inner { dir, store, blobs, .. } = &*self.inner;
         manifest::remove(blobs.disk(), dir, step)?;
         store.catalogue.remove(step.to_be_bytes()).map_err(|e| store.failed("forget a checkpoint", e))?;
+        self.remove_pages(Some(step))?;
         store.make_durable()
     }
 

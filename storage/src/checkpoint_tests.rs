@@ -217,3 +217,25 @@ fn any_changed_byte_of_a_manifest_is_found_and_the_reader_goes_one_back() {
     drop(run.checkpoints());
     assert_eq!(reader.at(2).unwrap(), whole);
 }
+
+#[test]
+fn a_checkpoint_of_more_shards_than_a_record_takes_is_as_good_as_any() {
+    let many = (0..6_100u16).map(|n| ShardId::Expert { layer: n / 256, expert: n % 256 });
+    let run = TestRun::new();
+    let checkpoints = run.checkpoints();
+    let pending = checkpoints.begin(4, 1, config(), many.clone());
+    many.for_each(|shard| {
+        assert_eq!(pending.add(shard, b"the same").unwrap(), crate::Digest::of(b"the same"))
+    });
+    let written = pending.complete().unwrap();
+    assert_eq!(written.shards.len(), 6_100);
+    drop(checkpoints);
+    let checkpoints = run.checkpoints();
+    assert_eq!(checkpoints.at(4).unwrap(), written);
+    forget(&checkpoints, &run, &[4]);
+    drop(checkpoints);
+    let checkpoints = run.checkpoints();
+    assert_eq!(checkpoints.at(4).unwrap(), written, "put back from its manifest");
+    checkpoints.truncate_after(0).unwrap();
+    assert!(matches!(checkpoints.at(4).unwrap_err(), Error::NoCheckpoint { step: 4 }));
+}

@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use volary_core::Step;
 
 /// The format of a run directory that this version writes.
-pub const FORMAT: u16 = 3;
+pub const FORMAT: u16 = 4;
 
 const CACHE_BYTES: u64 = 8 * 1024 * 1024;
 /// A quarter of it holds sixteen of the largest records, which is as many as sled puts into one page. Never to be
@@ -49,6 +49,7 @@ pub struct RunIdentity {
 pub struct Store {
     pub(crate) journal: sled::Tree,
     pub(crate) catalogue: sled::Tree,
+    pub(crate) catalogue_pages: sled::Tree,
     pub(crate) facts: sled::Tree,
     pub(crate) tokens: sled::Tree,
     pub(crate) certificates: sled::Tree,
@@ -73,13 +74,23 @@ impl Store {
         let db = open_database(&folder)?;
         let tree = |name: &str| db.open_tree(name).map_err(|e| Error::database("open a tree", &folder, e));
         let (journal, catalogue) = (tree(JOURNAL)?, tree(CATALOGUE)?);
+        let catalogue_pages = tree("catalogue_pages")?;
         let (facts, tokens, run) = (tree("facts")?, tree("tokens")?, tree(RUN)?);
         let certificates = tree("certificates")?;
         let path = folder.join("db");
         let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
         let disk = Arc::new(Durable { db, file, folder });
-        let store =
-            Self { journal, catalogue, facts, tokens, certificates, run, disk, committing: Arc::default() };
+        let store = Self {
+            journal,
+            catalogue,
+            catalogue_pages,
+            facts,
+            tokens,
+            certificates,
+            run,
+            disk,
+            committing: Arc::default(),
+        };
         store.make_durable()?;
         store.sync_folders()?;
         store.check_steps()?;

@@ -86,18 +86,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         return Ok(());
     }
     let inventory = args.inventory.as_deref().map(Inventory::load).transpose()?;
-    let (mut plan, architecture, training, replication) = match &args.config {
+    let (mut plan, architecture, training, cluster) = match &args.config {
         Some(path) => {
             let Config { run, model, training, cluster, .. } = Config::load(path, &args.set)?;
-            (Plan::new(&run.name, &model, &training), model, training, cluster.replication)
+            (Plan::new(&run.name, &model, &training), model, training, cluster)
         }
         None => {
             let training = of_lanes(args.lanes);
             let (plan, model) = of_preset(args.preset.as_deref().unwrap_or_default(), &training)?;
-            (plan, model, training, ClusterOptions::default().replication)
+            (plan, model, training, ClusterOptions::default())
         }
     };
-    let site = Site { architecture: &architecture, training: &training, replication };
+    let site = Site { architecture: &architecture, training: &training, cluster: &cluster };
     plan.cluster = inventory.map(|inventory| site.on(&inventory));
     if args.json {
         println!("{}", serde_json::to_string_pretty(&plan)?);

@@ -1,10 +1,12 @@
-//! A listener with a bounded number of connections, each of which ends when its peer is silent for too long.
+//! A listener with a bounded number of connections, in all and from one address, each of which ends when its peer is silent for too
+//! long.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -14,6 +16,8 @@ use tokio::time::{Instant, Sleep};
 
 /// Connections at a time; more wait to be taken up.
 const CONNECTIONS_MAX: usize = 256;
+/// Connections from one address at a time; more are dropped, so that one peer cannot take everybody's place.
+const CONNECTIONS_PER_ADDRESS: usize = 64;
 /// How long a peer may say and take nothing.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
@@ -21,11 +25,47 @@ const SILENCE_MAX: Duration = Duration::from_secs(60);
 pub(super) struct Bounded {
     listener: TcpListener,
     places: Arc<Semaphore>,
+    addresses: Addresses,
 }
 
 impl Bounded {
     pub(super) fn new(listener: TcpListener) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)) }
+        Self { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)), addresses: Addresses::default() }
+    }
+}
+
+/// How many connections each address has.
+#[derive(Clone, Default)]
+struct Addresses(Arc<Mutex<HashMap<IpAddr, usize>>>);
+
+impl Addresses {
+    /// A place among those of one address, if there is one left.
+    fn enter(&self, address: IpAddr) -> Option<OfAddress> {
+        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(address).or_default();
+        if *count >= CONNECTIONS_PER_ADDRESS {
+            return None;
+        }
+        *count += 1;
+        Some(OfAddress { all: self.clone(), address })
+    }
+}
+
+/// One connection of an address, until it is dropped.
+struct OfAddress {
+    all: Addresses,
+    address: IpAddr,
+}
+
+impl Drop for OfAddress {
+    fn drop(&mut self) {
+        let mut counts = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.address) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.address);
+            }
+        }
     }
 }
 
@@ -39,8 +79,12 @@ impl axum::serve::Listener for Bounded {
             let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { continue };
             match self.listener.accept().await {
                 Ok((stream, from)) => {
+                    let Some(of_address) = self.addresses.enter(from.ip()) else {
+                        tracing::debug!(%from, "an address has all the connections that it may have");
+                        continue;
+                    };
                     let silence = Box::pin(tokio::time::sleep(SILENCE_MAX));
-                    return (Connection { stream, silence, _place: place }, from);
+                    return (Connection { stream, silence, _place: place, _of_address: of_address }, from);
                 }
                 // Out of descriptors, or a peer that went away: neither is the end.
                 Err(error) => {
@@ -61,6 +105,7 @@ pub(super) struct Connection {
     stream: TcpStream,
     silence: Pin<Box<Sleep>>,
     _place: OwnedSemaphorePermit,
+    _of_address: OfAddress,
 }
 
 impl Connection {
@@ -114,5 +159,22 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_address_cannot_take_all_places_and_gets_its_own_back() {
+        let addresses = Addresses::default();
+        let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let held: Vec<OfAddress> =
+            (0..CONNECTIONS_PER_ADDRESS).filter_map(|_| addresses.enter(one)).collect();
+        assert_eq!(held.len(), CONNECTIONS_PER_ADDRESS);
+        assert!(addresses.enter(one).is_none() && addresses.enter(other).is_some());
+        drop(held);
+        assert!(addresses.enter(one).is_some());
     }
 }

@@ -183,6 +183,7 @@ impl Machine {
             architecture: &self.settings.architecture,
             training: &self.settings.training,
             replication: self.settings.cluster.replication,
+            fan_in: self.settings.cluster.fan_in,
             hot: &self.balance.hot,
             moves_max: self.moves_max(),
             previous,

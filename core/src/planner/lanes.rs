@@ -36,6 +36,7 @@ pub(super) fn complete(
         members: site.members.iter().map(|member| member.node.clone()).collect(),
         stages,
         lane_group: request.training.lane_group,
+        fan_in: request.fan_in,
         experts: experts.into_iter().map(|(shard, holders)| (shard, site.names(&holders))).collect(),
         learners: BTreeMap::new(),
     }

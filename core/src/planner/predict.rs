@@ -260,6 +260,10 @@ impl<'a> Count<'a> {
                 first += lanes as u32;
             }
             let all: f64 = sums.iter().sum();
+            if self.is_over_several(stage) {
+                self.gradients_over_several(stage, &runners, &sums);
+                continue;
+            }
             for layer in stage.layers.clone() {
                 let owner = self.placement.owner(ShardId::Dense { layer }).map(|node| self.places[node]);
                 let wire = self.costs.dense_wire[usize::from(layer)] as f64;
@@ -301,6 +305,36 @@ impl<'a> Count<'a> {
         }
     }
 
+    /// Whether a stage's sums are made and passed on by more nodes than their owners.
+    fn is_over_several(&self, stage: &Stage) -> bool {
+        stage.holders.len() > self.placement.fan_in as usize
+    }
+
+    /// The same where there are too many nodes for one: who adds up and passes on takes turns from layer to layer, so that it evens out
+    /// where there are many, and somebody does it for one where there are few.
+    fn gradients_over_several(&mut self, stage: &Stage, runners: &[(usize, f64)], sums: &[f64]) {
+        let fan = f64::from(self.placement.fan_in);
+        let own = usize::from(stage.layers.start)..usize::from(stage.layers.end);
+        let wires = &self.costs.dense_wire[own];
+        let (all, most) = (wires.iter().sum::<u64>() as f64, wires.iter().max().map_or(0.0, |w| *w as f64));
+        let running = runners.iter().filter(|(_, lanes)| *lanes > 0.0).count().max(1) as f64;
+        // Each sum goes to somebody once, and so does what some of them are added up to.
+        let added = sums.iter().sum::<f64>() / running * (1.0 + 1.0 / fan);
+        for (&(place, lanes), sums) in runners.iter().zip(sums) {
+            self.gradients[place].sent += all * (sums + 1.0 / fan) + all.max(fan * most);
+            self.gradients[place].received += (all * added).max(fan * most) + all;
+            self.updated[place] += all * (1.0 + lanes + added);
+        }
+    }
+
+    /// Ways from node to node of a gradient, up to its owner and back to everybody; 2 where the owner gets all and tells all.
+    fn hops(&self) -> f64 {
+        let several = self.placement.stages.iter().filter(|stage| self.is_over_several(stage));
+        let levels =
+            |stage: &Stage| (stage.holders.len() as f64).log(f64::from(self.placement.fan_in.max(2)));
+        several.map(|stage| 2.0 * levels(stage).ceil()).fold(2.0, f64::max)
+    }
+
     fn total(mut self) -> Prediction {
         let slowest_trip = self.members.iter().map(|m| m.profile.round_trip_s).fold(0.0, f64::max);
         let elsewhere = self.lane_elsewhere();
@@ -334,8 +368,8 @@ impl<'a> Count<'a> {
                 (longest, slowest) = (part.lanes_s() + commit, Some(member.node.clone()));
             }
         }
-        // Sums to the owners and roots back, and what is prepared and committed: three ways there and back.
-        let commit_s = commit_s + 3.0 * slowest_trip;
+        // Sums to the owners and roots back, and what is prepared and committed.
+        let commit_s = commit_s + (1.0 + self.hops()) * slowest_trip;
         let step_s = lanes_s + commit_s;
         let tokens = f64::from(self.costs.lanes) * self.costs.tokens_per_lane as f64;
         Prediction { step_s, lanes_s, commit_s, tokens_per_s: tokens / step_s, slowest, nodes: self.parts }
@@ -406,19 +440,30 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
     let experts = placement.experts.keys().map(|&shard| (shard, costs.expert_wire));
     for (shard, wire) in layers.chain(experts) {
         let holders = placement.holders(shard);
-        let Some((owner, others)) = holders.split_first() else { continue };
-        let leaves = placement.leaves(shard);
-        let mut sums: BTreeMap<&NodeId, Vec<u32>> = BTreeMap::new();
-        for leaf in 0..leaves {
-            if let Some(home) = placement.home(shard, leaf) {
-                sums.entry(home).or_default().push(leaf);
-            }
+        sums(placement, shard, &mut |from, to| add(from, to, wire));
+        for holder in &holders {
+            placement.relays(shard, holder).iter().for_each(|next| add(holder, next, wire));
         }
-        for (home, own) in sums {
-            let parts = Span::fragments(leaves, |leaf| own.binary_search(&leaf).is_ok()).len() as u64;
-            add(home, owner, parts * wire);
-        }
-        others.iter().for_each(|other| add(owner, other, wire));
     }
     bytes
+}
+
+/// Every sum of a shard's gradient that goes from one node to another.
+fn sums(placement: &Placement, shard: ShardId, add: &mut impl FnMut(&NodeId, &NodeId)) {
+    let mut open = vec![Span::root(placement.leaves(shard))];
+    while let Some(span) = open.pop() {
+        let (Some(here), Some((left, right))) = (placement.adder(shard, span), span.children()) else {
+            continue;
+        };
+        for below in [left, right] {
+            let Some(there) = placement.adder(shard, below) else { continue };
+            add(there, here);
+            // Whoever makes a sum alone gets nothing for it.
+            if placement.home(shard, below.start) != Some(there)
+                || !placement.fragments(shard, there).contains(&below)
+            {
+                open.push(below);
+            }
+        }
+    }
 }

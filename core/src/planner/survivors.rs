@@ -57,6 +57,7 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
         members: site.members.iter().map(|member| member.node.clone()).collect(),
         stages,
         lane_group: request.training.lane_group,
+        fan_in: request.fan_in,
         experts: experts(&site, holders, before, &shards),
         learners: BTreeMap::new(),
     }

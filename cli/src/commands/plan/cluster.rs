@@ -6,7 +6,7 @@ use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use volary_core::architecture::Architecture;
 use volary_core::costs::Costs;
-use volary_core::options::TrainingOptions;
+use volary_core::options::{ClusterOptions, TrainingOptions};
 use volary_core::placement::Placement;
 use volary_core::planner::{self, Member, NodePart, Plan, Request, Shortage};
 use volary_core::{NodeId, ShardId};
@@ -107,7 +107,7 @@ struct Cheapest {
 pub(super) struct Site<'a> {
     pub(super) architecture: &'a Architecture,
     pub(super) training: &'a TrainingOptions,
-    pub(super) replication: usize,
+    pub(super) cluster: &'a ClusterOptions,
 }
 
 impl Site<'_> {
@@ -117,7 +117,8 @@ impl Site<'_> {
             members,
             architecture: self.architecture,
             training: self.training,
-            replication: self.replication,
+            replication: self.cluster.replication,
+            fan_in: self.cluster.fan_in,
             hot: &BTreeMap::new(),
             moves_max: usize::MAX,
             previous,
