@@ -1,12 +1,14 @@
 //! The checkpointer actor: takes the shards that nodes send and makes a durable checkpoint of them.
 //!
 //! Supervised by the supervisor actor, which opens one checkpoint at a time and hears when it is durable or
-//! failed. Disk work runs on blocking threads, one shard after the other, so that memory holds what is on its way and no more.
+//! failed. Disk work runs on blocking threads, one shard after the other, and a shard gives its room in memory back
+//! when it is on the disk.
 
 use crate::supervisor::SupervisorMsg;
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::sync::Arc;
+use tokio::sync::OwnedSemaphorePermit;
 use volary_core::machine::Event;
 use volary_core::{Epoch, ShardId, Step};
 use volary_storage::{Checkpoints, Digest, Pending};
@@ -17,7 +19,7 @@ pub(crate) enum CheckpointerMsg {
     /// A checkpoint of `step` begins.
     Open { step: Step, epoch: Epoch, shards: Vec<ShardId>, scope: Scope },
     /// A shard came.
-    Shard { step: Step, shard: ShardId, bytes: Bytes },
+    Shard { step: Step, shard: ShardId, bytes: Bytes, room: OwnedSemaphorePermit },
     /// The checkpoint is given up.
     Drop { step: Step },
 }
@@ -62,7 +64,11 @@ impl Actor for CheckpointerActor {
     ) -> Result<(), ActorProcessingErr> {
         match message {
             CheckpointerMsg::Open { step, epoch, shards, scope } => state.on_open(step, epoch, shards, scope),
-            CheckpointerMsg::Shard { step, shard, bytes } => state.on_shard(step, shard, bytes).await,
+            CheckpointerMsg::Shard { step, shard, bytes, room } => {
+                state.on_shard(step, shard, bytes).await;
+                // Only now the next one is taken off the wire.
+                drop(room);
+            }
             CheckpointerMsg::Drop { step } => state.on_drop(step),
         }
         Ok(())

@@ -74,6 +74,8 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct NodeOptions {
     /// The supervisor's address.
     pub supervisor: SocketAddr,
+    /// Its `HOST:PORT`, which is looked up again at each attempt: a supervisor that is started again may be somewhere else.
+    pub supervisor_host: String,
     /// A node's token.
     pub token: Token,
     /// The name that it would like.

@@ -17,19 +17,35 @@ use volary_transport::{Endpoint, Frame, InboundFrame, Kind, Link};
 
 /// Accepts links from other nodes for as long as the endpoint is open.
 pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endpoint) {
-    while let Some(link) = endpoint.accept_peer().await {
-        tokio::spawn(serve(Arc::clone(&node), link));
+    while let Some(accepted) = endpoint.accept().await {
+        // A task each: one that does not take its answer must not hold up the others.
+        let (node, endpoint) = (Arc::clone(&node), endpoint.clone());
+        tokio::spawn(async move {
+            if let Some(link) = endpoint.let_peer_in(accepted).await {
+                serve(node, link).await;
+            }
+        });
     }
 }
 
 /// Answers the frames of one link until it closes.
 async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
+    let peer = NodeId::new(link.peer());
+    // Nothing is read of a node that has no part in the run: its certificate is good, and it was shut out or never placed.
+    if !node.peers.until_known(&peer).await {
+        node.peers.count_refused();
+        return link.close("this node has no part in the run");
+    }
     let mut inbound = link.serve();
     let room = Arc::new(Semaphore::new(ANSWERS_MAX));
     while let Some(frame) = inbound.next().await {
         // A task each: one that waits for its step must not hold up the others. What they wait for comes on the
         // supervisor's link, so that a full room empties itself.
         let Ok(place) = Arc::clone(&room).acquire_owned().await else { return };
+        if node.peers.is_revoked(&link) {
+            node.peers.count_refused();
+            return link.close("the certificate is not good any more");
+        }
         let (node, peer) = (Arc::clone(&node), NodeId::new(link.peer()));
         tokio::spawn(async move {
             answer(node, peer, frame).await;

@@ -8,6 +8,7 @@ use crate::operator::{OperatorReply, OperatorRequest, TokenStatus};
 use crate::run_files::unix_ms;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use volary_core::NodeId;
 use volary_storage::{Store, Table};
@@ -35,6 +36,9 @@ struct CertificateRecord {
     revoked: Option<String>,
 }
 
+/// What a refusal begins with where a living node has the name: it may be gone in a moment.
+pub(crate) const NAME_IN_USE: &str = "a living node has this name";
+
 type Verdict<T> = Result<T, String>;
 
 /// The tokens and certificates of a run.
@@ -42,6 +46,13 @@ pub(crate) struct Keys {
     authority: Authority,
     store: Store,
     lifetime: Duration,
+    /// Held while certificates are given or taken away.
+    changing: Mutex<()>,
+}
+
+/// The name under which it is kept that a token that came from elsewhere is revoked.
+fn tombstone(id: &str) -> String {
+    format!("revoked-token-{id}")
 }
 
 pub(crate) fn now_unix_s() -> u64 {
@@ -52,9 +63,34 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// A certificate's hash from the name under which it is kept.
+fn unhex(name: &str) -> Option<[u8; 32]> {
+    let mut hash = [0; 32];
+    for (place, byte) in hash.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(name.get(2 * place..2 * place + 2)?, 16).ok()?;
+    }
+    Some(hash)
+}
+
+/// Eight letters that no other node has.
+fn random_name() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    let number = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    format!("{:08x}", number as u32)
+}
+
 impl Keys {
     pub(crate) fn new(authority: Authority, store: Store, lifetime: Duration) -> Self {
-        Self { authority, store, lifetime }
+        Self { authority, store, lifetime, changing: Mutex::default() }
+    }
+
+    fn changing(&self) -> MutexGuard<'_, ()> {
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long a certificate is good for.
+    pub(crate) fn lifetime(&self) -> Duration {
+        self.lifetime
     }
 
     pub(crate) fn authority(&self) -> &Authority {
@@ -71,11 +107,16 @@ impl Keys {
         write_secret(path, format!("{}\n", token.reveal()).as_bytes()).map_err(|error| error.to_string())
     }
 
-    /// Takes a token that was made elsewhere, for ever.
+    /// Takes a token that was made elsewhere, until it is revoked.
     pub(crate) fn take_in(&self, role: TokenRole, text: &str) -> Verdict<()> {
         let token: Token = text.trim().parse().map_err(|error: TokenError| error.to_string())?;
         if token.fingerprint() != self.authority.fingerprint() {
             return Err("it is for another authority".into());
+        }
+        let revoked = self.store.get::<bool>(Table::Facts, &tombstone(token.id()));
+        if revoked.map_err(|error| error.to_string())?.is_some() {
+            tracing::warn!(id = token.id(), "this token was revoked, and stays so");
+            return Ok(());
         }
         let record = token.record(role, now_unix_s(), TokenTerms::default());
         self.store.put(Table::Tokens, token.id(), &record).map_err(|error| error.to_string())
@@ -107,7 +148,7 @@ impl Keys {
         request: &[u8],
         name: Option<String>,
     ) -> Verdict<(String, Issued)> {
-        let name = name.unwrap_or_else(|| format!("node-{:08x}", unix_ms() as u32));
+        let name = name.unwrap_or_else(|| format!("node-{}", random_name()));
         if name == SUPERVISOR {
             return Err(format!("the name {name} is taken"));
         }
@@ -138,6 +179,7 @@ impl Keys {
 
     /// Another certificate for a node that has a good one.
     pub(crate) fn renew(&self, node: &str, before: [u8; 32], request: &[u8]) -> Verdict<Issued> {
+        let _changing = self.changing();
         let known = self.known(before)?;
         let issued = self.authority.issue(request, node, self.lifetime).map_err(|error| error.to_string())?;
         self.remember(&issued, node, &known.token, known.zone)?;
@@ -173,8 +215,11 @@ impl Keys {
         let record = self.store.get::<CertificateRecord>(Table::Certificates, &hex(&certificate));
         let record = record.map_err(|error| error.to_string())?;
         let record = record.ok_or_else(|| format!("{NO_CERTIFICATE}: it is not known here"))?;
-        match record.revoked {
+        match &record.revoked {
             Some(reason) => Err(format!("{NO_CERTIFICATE}: {reason}")),
+            None if record.expires_unix_s < now_unix_s() => {
+                Err(format!("{NO_CERTIFICATE}: its time is over"))
+            }
             None => Ok(record),
         }
     }
@@ -189,15 +234,24 @@ impl Keys {
         }
     }
 
-    /// From now on no certificate that `node` has lets anybody in.
-    pub(crate) fn revoke_certificates(&self, node: &NodeId, reason: &str) -> Verdict<()> {
+    /// From now on no certificate that `node` has lets anybody in; their hashes.
+    pub(crate) fn revoke_certificates(&self, node: &NodeId, reason: &str) -> Verdict<Vec<[u8; 32]>> {
+        let _changing = self.changing();
+        let mut hashes = Vec::new();
         for (name, record) in self.all()? {
             if record.node == node.0 && record.revoked.is_none() {
                 let revoked = CertificateRecord { revoked: Some(reason.to_owned()), ..record };
                 self.store.put(Table::Certificates, &name, &revoked).map_err(|error| error.to_string())?;
+                hashes.extend(unhex(&name));
             }
         }
-        Ok(())
+        Ok(hashes)
+    }
+
+    /// The hashes of all certificates that were revoked and would be good otherwise.
+    pub(crate) fn revoked(&self) -> Verdict<Vec<[u8; 32]>> {
+        let revoked = self.all()?.into_iter().filter(|(_, record)| record.revoked.is_some());
+        Ok(revoked.filter_map(|(name, _)| unhex(&name)).collect())
     }
 
     /// What an operator asks of the tokens; `None` when it asks something else.
@@ -240,6 +294,11 @@ impl Keys {
     }
 
     fn revoke(&self, id: &str) -> Verdict<OperatorReply> {
+        // First what outlives a restart that brings the token along again.
+        let there = self.store.get::<TokenRecord>(Table::Tokens, id).map_err(|error| error.to_string())?;
+        if there.is_some() {
+            self.store.put(Table::Facts, &tombstone(id), &true).map_err(|error| error.to_string())?;
+        }
         if self.store.remove(Table::Tokens, id).map_err(|error| error.to_string())? {
             Ok(OperatorReply::Done { step: 0 })
         } else {
@@ -321,6 +380,7 @@ mod tests {
             assert!(error.starts_with(NO_CERTIFICATE) && error.contains("shut out"), "{error}");
             assert!(keys.renew("node-1", certificate.fingerprint(), &request()).is_err());
         }
+        assert_eq!(keys.revoked().expect("a list").len(), 2);
         // With its token it may join anew.
         let (_, third) = keys.exchange(&token, &request(), Some("node-1".into())).expect("a certificate");
         assert!(keys.admit("node-1", Some(third.fingerprint())).is_ok());
@@ -345,6 +405,19 @@ mod tests {
     }
 
     #[test]
+    fn a_token_that_is_brought_along_again_stays_revoked() {
+        let (_folder, keys) = keys();
+        let (token, _) =
+            Token::mint(keys.authority().fingerprint(), TokenRole::Node, 0, TokenTerms::default())
+                .expect("a token");
+        keys.take_in(TokenRole::Node, &token.reveal()).expect("taken");
+        assert!(keys.check(&token.reveal(), TokenRole::Node).is_ok());
+        keys.answer(&OperatorRequest::TokenRevoke { id: token.id().to_owned() });
+        keys.take_in(TokenRole::Node, &token.reveal()).expect("looked at");
+        assert!(keys.check(&token.reveal(), TokenRole::Node).is_err());
+    }
+
+    #[test]
     fn only_a_token_of_the_right_kind_and_authority_is_taken() {
         let (_folder, keys) = keys();
         let node = token(&keys, None, &[]);
@@ -357,5 +430,8 @@ mod tests {
         assert!(keys.take_in(TokenRole::Node, &stranger.reveal()).is_err());
         let error = keys.exchange(&node, &request(), Some(SUPERVISOR.into())).expect_err("reserved");
         assert!(error.contains("taken"), "{error}");
+        // Certificates are checked without regard to capitals.
+        let error = keys.exchange(&node, &request(), Some("Supervisor".into())).expect_err("reserved");
+        assert!(error.contains("small letters"), "{error}");
     }
 }

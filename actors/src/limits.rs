@@ -10,6 +10,8 @@ pub(crate) const EARLY_MAX: Duration = Duration::from_secs(60);
 pub(crate) const JOBS_MAX: usize = 1 << 16;
 /// The longest that the supervisor waits for a new node's first words.
 pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
+/// Bytes of checkpoints' shards that the supervisor has in memory at a time, off the wire and not on the disk yet.
+pub(crate) const CHECKPOINT_BYTES_AHEAD: u32 = 256 << 20;
 /// Events that `status` shows.
 pub(crate) const STATUS_EVENTS: usize = 20;
 /// Frames of one peer that are being answered, or wait for their step, at a time.

@@ -91,6 +91,11 @@ impl Peers {
         self.endpoint.refused()
     }
 
+    /// Whether the other end of a link is not trusted any more.
+    pub(crate) fn is_revoked(&self, link: &Link) -> bool {
+        self.endpoint.is_revoked(link.certificate())
+    }
+
     pub(crate) fn count_refused(&self) {
         self.endpoint.count_refused();
     }

@@ -174,16 +174,18 @@ impl<B: Compute> ReducerState<B> {
         }
     }
 
-    /// A sum is complete that this node takes no further: the root, which goes to the other holders, or a part for whoever adds it.
+    /// A sum is complete that this node takes no further: a part for whoever adds it, or the root. That is the owner's, whoever made
+    /// it, and goes from there to the other holders.
     fn done(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, value: Sum<B>) {
         let Some(current) = self.at(epoch, step) else { return };
         let placement = Arc::clone(&current.placement);
-        let above = span.parent(placement.leaves(shard));
-        let (kind, targets, learners) = match above {
-            Some((parent, _)) => {
-                let adder = placement.adder(shard, parent).cloned();
-                (Kind::Partial, adder.into_iter().collect(), Vec::new())
-            }
+        let next = match span.parent(placement.leaves(shard)) {
+            Some((parent, _)) => placement.adder(shard, parent),
+            None => placement.owner(shard).filter(|owner| **owner != self.node.id),
+        };
+        let is_last = next.is_none();
+        let (kind, targets, learners) = match next {
+            Some(next) => (Kind::Partial, vec![next.clone()], Vec::new()),
             None => {
                 let learners = placement.learners.get(&shard).into_iter().flatten().cloned().collect();
                 (Kind::Sum, placement.relays(shard, &self.node.id), learners)
@@ -198,7 +200,7 @@ impl<B: Compute> ReducerState<B> {
                 handle.spawn(teach(Arc::clone(&node), learners, frame.clone()));
                 handle.spawn(deliver(node, agent, targets, epoch, frame));
             }
-            if above.is_none() {
+            if is_last {
                 let gradient = with_norm(backend, value);
                 drop(me.cast(ReducerMsg::Root { epoch, step, shard, gradient, frame: None }));
             }
@@ -222,7 +224,8 @@ impl<B: Compute> ReducerState<B> {
             Err(error) => return self.failed(epoch, format!("the summed gradient of {shard}: {error}")),
         };
         let Some(current) = self.at(epoch, step) else { return };
-        current.roots.insert(shard, root);
+        // The first one counts: its norm may have been reported.
+        current.roots.entry(shard).or_insert(root);
         if current.roots.len() == current.held {
             let norms = current.roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
             drop(self.agent.cast(NodeMsg::Reduced { epoch, step, norms }));

@@ -10,6 +10,7 @@ mod setup;
 
 use crate::feed::Feed;
 use crate::host::{Error, Result};
+use crate::limits::CHECKPOINT_BYTES_AHEAD;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::supervisor::{RunEnd, SupervisorActor, SupervisorArgs, SupervisorMsg};
 use crate::wire::RunInfo;
@@ -18,10 +19,10 @@ use ractor::Actor;
 use setup::{look_before_scrapes, open_keys, start_telemetry};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use volary_core::machine::{Event, Settings};
 use volary_data::Dataset;
 use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, journal};
@@ -153,7 +154,9 @@ impl Supervisor {
         let canary = Canary::listen(address);
         let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
         let keep = pipeline.clone();
-        let door = Arc::new(Door { keys, checkpoints, actor, sessions, canary, pipeline: keep });
+        let room = Arc::new(Semaphore::new(CHECKPOINT_BYTES_AHEAD as usize >> 10));
+        let names = Mutex::default();
+        let door = Arc::new(Door { keys, checkpoints, actor, sessions, canary, pipeline: keep, names, room });
         tokio::spawn(accept(Arc::clone(&door), endpoint.clone()));
         Ok(Self { address, ended, endpoint, door, pipeline, feed })
     }

@@ -25,7 +25,7 @@ use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use volary_core::machine::{Committed, Event, Machine, Remembered, Restored, Settings};
 use volary_core::messages::{FromNode, Held, LastCommit, ToNode};
 use volary_core::profile::Profile;
@@ -57,7 +57,7 @@ pub(crate) enum SupervisorMsg {
     /// A node's link ended.
     Lost { node: NodeId, session: u64, reason: String },
     /// A shard for the checkpoint.
-    Shard { step: Step, shard: ShardId, bytes: Bytes },
+    Shard { node: NodeId, session: u64, step: Step, shard: ShardId, bytes: Bytes, room: OwnedSemaphorePermit },
     /// Time has passed.
     Tick,
     /// Somebody asks.
@@ -123,6 +123,15 @@ struct Session {
     newcomer: Option<Held>,
 }
 
+impl Session {
+    /// Puts a word on its way. Who does not read for so long that no more fit is given up; a node whose link is gone is told apart.
+    fn say(&self, word: Down) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.down.try_send(word) {
+            self.link.close("it does not read its control stream");
+        }
+    }
+}
+
 /// The supervisor's state.
 pub(crate) struct SupervisorState {
     run: RunInfo,
@@ -135,6 +144,8 @@ pub(crate) struct SupervisorState {
     dataset: Arc<Dataset>,
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
+    /// Who stores which shard of the checkpoint that is being written.
+    stores: BTreeMap<ShardId, NodeId>,
     address: String,
     observed: Observed,
     /// The expert load of the last committed step.
@@ -226,6 +237,7 @@ impl Actor for SupervisorActor {
             dataset,
             files,
             checkpointer,
+            stores: BTreeMap::new(),
             address,
             observed,
             load: last_load,
@@ -255,9 +267,8 @@ impl Actor for SupervisorActor {
             }
             SupervisorMsg::Links { node, session, links } => state.on_links(node, session, links).await,
             SupervisorMsg::Lost { node, session, reason } => state.on_lost(node, session, reason).await,
-            SupervisorMsg::Shard { step, shard, bytes } => {
-                drop(state.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes }));
-                Ok(())
+            SupervisorMsg::Shard { node, session, step, shard, bytes, room } => {
+                state.on_shard((node, session), step, shard, bytes, room)
             }
             SupervisorMsg::Tick => state.on_tick().await,
             SupervisorMsg::Operator { request, reply } => state.on_operator(request, reply).await,
@@ -295,14 +306,15 @@ impl SupervisorState {
         if let Some(before) = self.sessions.get(&node) {
             if before.info.instance != info.instance {
                 // Another process of this name: the first one stays for as long as it lives.
-                drop(down.send(Down::Taken).await);
+                drop(down.try_send(Down::Taken));
                 return Ok(());
             }
             self.lose(&node, "its process came back on another link").await?;
         }
         let run = serde_json::to_string(&self.run).map_err(|error| error.to_string())?;
         let keep = self.machine.takes_back(&held);
-        drop(down.send(Down::Welcome(Box::new(Welcome { run, keep, canary }))).await);
+        let revoked = self.keys.revoked()?;
+        drop(down.try_send(Down::Welcome(Box::new(Welcome { run, keep, canary, revoked }))));
         let held = if keep { held } else { Held::default() };
         let profile = info.profile.clone();
         let (links, last_word) = (Vec::new(), Instant::now());
@@ -322,6 +334,24 @@ impl SupervisorState {
         let Some(held) = known.newcomer.take() else { return Ok(()) };
         let address = known.info.address.clone();
         self.on_event(Event::Joined { node, profile, address, held }).await
+    }
+
+    /// A checkpoint's shards come from their owners.
+    fn on_shard(
+        &mut self,
+        (node, session): (NodeId, u64),
+        step: Step,
+        shard: ShardId,
+        bytes: Bytes,
+        room: OwnedSemaphorePermit,
+    ) -> Outcome {
+        let is_owner = self.stores.get(&shard) == Some(&node);
+        if self.session(&node, session).is_some() && is_owner {
+            drop(self.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes, room }));
+        } else {
+            tracing::debug!(%node, %shard, step, "a shard for a checkpoint of somebody who does not own it");
+        }
+        Ok(())
     }
 
     /// The current session of a node, if these are its words.
@@ -390,7 +420,7 @@ impl SupervisorState {
     /// The last word to everybody.
     async fn dismiss(&mut self, reason: &str) {
         for session in self.sessions.values() {
-            drop(session.down.send(Down::Say(ToNode::Leave { reason: reason.to_owned() }, None)).await);
+            session.say(Down::Say(ToNode::Leave { reason: reason.to_owned() }, None));
         }
     }
 }

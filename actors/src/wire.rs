@@ -86,6 +86,8 @@ pub(crate) enum Down {
     Taken,
     /// The answer to [`Up::Renew`].
     Renewed(Issued),
+    /// Hashes of certificates that are not good any more, between nodes either.
+    Revoked(Vec<[u8; 32]>),
     /// The protocol, and the trace that it belongs to.
     Say(ToNode, Option<Traced>),
 }
@@ -116,6 +118,8 @@ pub(crate) struct Welcome {
     pub(crate) keep: bool,
     /// The port of the canary on the supervisor's host and the key to show there, if there is one.
     pub(crate) canary: Option<(u16, CanaryKey)>,
+    /// Hashes of certificates that are not good any more.
+    pub(crate) revoked: Vec<[u8; 32]>,
 }
 
 /// The words with a batch of rows to or from experts; the rows are the frame's only part.

@@ -79,7 +79,12 @@ impl Costs {
         if a.experts > 0 {
             let parameters = a.shard_parameters(ShardId::Expert { layer: 0, expert: 0 });
             costs.expert_flops = 2.0 * parameters as f64;
-            costs.expert_bytes = held(parameters);
+            // Beside its state, the rows of a group of lanes on their way through it, which wait for one another: inputs, what is kept inside,
+            // and their gradients.
+            let rows = TOP_K * tokens * training.lane_group.max(1) as usize;
+            let rows = rows.div_ceil(a.experts);
+            let per_row = (3 * hidden + 2 * a.expert_width() as u64) * NUMBER;
+            costs.expert_bytes = held(parameters) + rows as u64 * per_row;
             costs.expert_wire = parameters * NUMBER;
         }
         for layer in 0..a.layers {

@@ -376,7 +376,8 @@ impl Machine {
             _ if self.quiet_ms >= self.settings.cluster.step_timeout_ms => {
                 let limit = self.settings.cluster.step_timeout_ms;
                 let reason = format!("nothing came of step {} within {limit} ms", self.committed + 1);
-                self.try_again(&reason, false);
+                self.quiet_ms = 0;
+                self.on_too_slow(&reason);
             }
             _ => {}
         }

@@ -337,12 +337,15 @@ mod tests {
                 Next::Wait => {}
                 Next::Add { span, left, right } => open.push((span, node, left + right)),
                 Next::Done { span, value } => {
-                    let Some((parent, _)) = span.parent(lanes) else {
+                    let next = match span.parent(lanes) {
+                        Some((parent, _)) => placement.adder(shard, parent).unwrap().clone(),
+                        None => placement.owner(shard).unwrap().clone(),
+                    };
+                    if next == node {
                         assert_eq!(value, lanes, "every lane is in it once");
                         assert!(open.is_empty());
                         return (node, received);
-                    };
-                    let next = placement.adder(shard, parent).unwrap().clone();
+                    }
                     *received.entry(next.clone()).or_default() += 1;
                     open.push((span, next, value));
                 }
@@ -367,6 +370,14 @@ mod tests {
             if nodes <= fan_in {
                 prop_assert!(received.keys().all(|node| node == &at), "few nodes send to the owner");
             }
+        }
+
+        #[test]
+        fn what_one_node_makes_alone_ends_at_the_owner_too(nodes in 1u32..20, runner in 0u32..20, layer in 0u16..3) {
+            let mut placement = placement(nodes, 8, 2);
+            placement.stages[0].lanes.fill(runner % nodes);
+            let (at, _) = sum(&placement, ShardId::Dense { layer });
+            prop_assert_eq!(Some(&at), placement.owner(ShardId::Dense { layer }));
         }
 
         #[test]

@@ -34,6 +34,7 @@ use crate::profile::Profile;
 use focus::Focus;
 use serde::Serialize;
 use site::Site;
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -87,11 +88,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Copies of experts, and those of layers as far as they are wanted.
-    fn copies(&self, replication: usize) -> usize {
-        let of_stage = |stage: &Stage| stage.layers.len() * stage.holders.len().min(replication);
-        self.placement.experts.values().map(Vec::len).sum::<usize>()
-            + self.placement.stages.iter().map(of_stage).sum::<usize>()
+    /// What is safer is greater: the fewer shards have no second copy where one is wanted, then the more copies there are, those of
+    /// layers counted as far as they are wanted.
+    fn safety(&self, replication: usize) -> (Reverse<usize>, usize) {
+        let Placement { stages, experts, .. } = &self.placement;
+        let layers =
+            stages.iter().map(|stage: &Stage| (stage.layers.len(), stage.holders.len().min(replication)));
+        let copies = layers.chain(experts.values().map(|holders| (1, holders.len())));
+        let alone = copies.clone().filter(|(_, copies)| *copies < replication.min(2));
+        (Reverse(alone.map(|(shards, _)| shards).sum()), copies.map(|(shards, copies)| shards * copies).sum())
     }
 }
 
@@ -153,9 +158,9 @@ struct Best {
 }
 
 impl Best {
-    /// Copies come before speed.
+    /// Safety comes before speed.
     fn is_beaten_by(&self, other: &Plan, replication: usize, factor: f64) -> bool {
-        let (own, others) = (self.plan.copies(replication), other.copies(replication));
+        let (own, others) = (self.plan.safety(replication), other.safety(replication));
         others > own || (others == own && other.prediction.step_s < factor * self.plan.prediction.step_s)
     }
 

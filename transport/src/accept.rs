@@ -12,7 +12,7 @@ use rustls::pki_types::CertificateDer;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 /// Somebody who has said who it is and waits to be let in.
 #[derive(Debug)]
@@ -25,6 +25,8 @@ pub struct Accepted {
     streams: (SendStream, RecvStream),
     runtime: Handle,
     refused: Refused,
+    /// Its place among those who are not let in yet.
+    _place: OwnedSemaphorePermit,
 }
 
 /// How many were turned away, for whoever counts.
@@ -35,12 +37,23 @@ impl Accepted {
     pub async fn refuse(mut self, reason: &str) {
         self.refused.fetch_add(1, Ordering::Relaxed);
         let answer = Answer::Refused(reason.into());
-        let told = write_message(&mut self.streams.0, &answer, HELLO_BYTES_MAX).await;
-        if told.is_ok() {
+        if self.answer(&answer).await.is_ok() {
             // The reason must arrive before the connection is gone.
             drop(tokio::time::timeout(HANDSHAKE_MAX, finish(self.streams.0)).await);
         }
         self.connection.close(VarInt::from_u32(1), b"refused");
+    }
+
+    /// A peer that does not take its answer is not waited for.
+    async fn answer(&mut self, answer: &Answer) -> Result<()> {
+        let told = write_message(&mut self.streams.0, answer, HELLO_BYTES_MAX);
+        let late = || Error::connection("a stranger", "it does not take its answer");
+        let told = tokio::time::timeout(HANDSHAKE_MAX, told).await.map_err(|_| late());
+        let told = told.and_then(|told| told);
+        if told.is_err() {
+            self.connection.close(VarInt::from_u32(1), b"no answer is taken");
+        }
+        told
     }
 
     /// Hands out a certificate; the connection has no other use.
@@ -50,7 +63,7 @@ impl Accepted {
     pub async fn certify(mut self, name: String, issued: Issued, ca: Vec<u8>) -> Result<()> {
         let Issued { certificate, lifetime } = issued;
         let answer = Answer::Certificate { name, certificate, ca, lifetime };
-        write_message(&mut self.streams.0, &answer, HELLO_BYTES_MAX).await?;
+        self.answer(&answer).await?;
         drop(tokio::time::timeout(HANDSHAKE_MAX, finish(self.streams.0)).await);
         self.connection.close(VarInt::from_u32(0), b"certified");
         Ok(())
@@ -61,7 +74,7 @@ impl Accepted {
     /// # Errors
     /// When the connection is gone.
     pub async fn welcome(mut self) -> Result<(Link, ControlSender, ControlReceiver)> {
-        write_message(&mut self.streams.0, &Answer::Welcome, HELLO_BYTES_MAX).await?;
+        self.answer(&Answer::Welcome).await?;
         let peer = match self.role {
             Role::Node { name } | Role::Peer { name } => name,
             Role::Operator { .. } | Role::Join { .. } => "operator".into(),
@@ -82,6 +95,14 @@ pub(crate) async fn accept_all(
     let places = Arc::new(Semaphore::new(INCOMING_MAX));
     while let Some(incoming) = endpoint.accept().await {
         let from = incoming.remote_address();
+        // With many at the door, who comes must show that it is where it says before it gets a place.
+        if places.available_permits() < INCOMING_MAX / 2
+            && incoming.may_retry()
+            && !incoming.remote_address_validated()
+        {
+            drop(incoming.retry());
+            continue;
+        }
         let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
             tracing::warn!(%from, "a connection was turned away: {INCOMING_MAX} others are saying who they are");
             refused.fetch_add(1, Ordering::Relaxed);
@@ -90,7 +111,8 @@ pub(crate) async fn accept_all(
         };
         let (accepted, refused) = (accepted.clone(), Arc::clone(&refused));
         tokio::spawn(async move {
-            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduce(incoming, Arc::clone(&refused))).await {
+            let introduced = introduce(incoming, Arc::clone(&refused), place);
+            match tokio::time::timeout(2 * HANDSHAKE_MAX, introduced).await {
                 Ok(Ok(somebody)) => drop(accepted.send(somebody).await),
                 Ok(Err(error)) => tracing::warn!(%from, %error, "a connection was turned away"),
                 Err(_) => {
@@ -98,12 +120,15 @@ pub(crate) async fn accept_all(
                     tracing::warn!(%from, "a connection did not say who it is in time");
                 }
             }
-            drop(place);
         });
     }
 }
 
-async fn introduce(incoming: quinn::Incoming, refused: Refused) -> Result<Accepted> {
+async fn introduce(
+    incoming: quinn::Incoming,
+    refused: Refused,
+    place: OwnedSemaphorePermit,
+) -> Result<Accepted> {
     let from = incoming.remote_address().to_string();
     let gone = |error: quinn::ConnectionError| {
         refused.fetch_add(1, Ordering::Relaxed);
@@ -127,6 +152,7 @@ async fn introduce(incoming: quinn::Incoming, refused: Refused) -> Result<Accept
         streams: (send, receive),
         runtime: Handle::current(),
         refused,
+        _place: place,
     };
     match verdict {
         Ok(()) => Ok(accepted),
@@ -150,7 +176,7 @@ fn proves_its_name(connection: &Connection, role: &Role) -> bool {
 }
 
 /// The peer's own certificate, if it has shown one; it is the authority's, or there would be no connection.
-fn presented(connection: &Connection) -> Option<CertificateDer<'static>> {
+pub(crate) fn presented(connection: &Connection) -> Option<CertificateDer<'static>> {
     let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     chain.first().cloned()
 }

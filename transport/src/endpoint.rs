@@ -16,6 +16,7 @@ use crate::options::TransportOptions;
 use crate::tls::{self, Admit};
 use crate::token::Token;
 use quinn::{Connection, Runtime as _, VarInt};
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -49,6 +50,8 @@ struct Shared {
     local: SocketAddr,
     incoming: Mutex<mpsc::Receiver<Accepted>>,
     refused: Refused,
+    /// Certificates of nodes that are not trusted any more.
+    revoked: RwLock<HashSet<[u8; 32]>>,
     /// Ends the endpoint's thread when the last clone is gone.
     _alive: oneshot::Sender<()>,
 }
@@ -162,6 +165,7 @@ impl Endpoint {
             local,
             incoming: Mutex::new(incoming),
             refused,
+            revoked: RwLock::default(),
             _alive: alive,
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -230,17 +234,43 @@ impl Endpoint {
         self.shared.incoming.lock().await.recv().await
     }
 
+    /// From now on links of these certificates are refused, either way.
+    pub fn revoke(&self, fingerprints: impl IntoIterator<Item = [u8; 32]>) {
+        self.shared.revoked.write().unwrap_or_else(PoisonError::into_inner).extend(fingerprints);
+    }
+
+    /// Whether a certificate is not trusted any more.
+    #[must_use]
+    pub fn is_revoked(&self, certificate: Option<[u8; 32]>) -> bool {
+        let revoked = self.shared.revoked.read().unwrap_or_else(PoisonError::into_inner);
+        certificate.is_some_and(|certificate| revoked.contains(&certificate))
+    }
+
     /// The next node that links to this one; everybody else is refused.
     pub async fn accept_peer(&self) -> Option<Link> {
         loop {
             let accepted = self.accept().await?;
-            if !matches!(accepted.role, Role::Peer { .. }) {
-                accepted.refuse("this is a node, not a supervisor").await;
-                continue;
+            if let Some(link) = self.let_peer_in(accepted).await {
+                return Some(link);
             }
-            match accepted.welcome().await {
-                Ok((link, sender, receiver)) => return Some(link.with_control(sender, receiver)),
-                Err(error) => tracing::debug!(%error, "a peer went away"),
+        }
+    }
+
+    /// Lets somebody in who is a node and trusted, and refuses everybody else.
+    pub async fn let_peer_in(&self, accepted: Accepted) -> Option<Link> {
+        if !matches!(accepted.role, Role::Peer { .. }) {
+            accepted.refuse("this is a node, not a supervisor").await;
+            return None;
+        }
+        if self.is_revoked(accepted.certificate) {
+            accepted.refuse("the certificate is not good any more").await;
+            return None;
+        }
+        match accepted.welcome().await {
+            Ok((link, sender, receiver)) => Some(link.with_control(sender, receiver)),
+            Err(error) => {
+                tracing::debug!(%error, "a peer went away");
+                None
             }
         }
     }
@@ -259,6 +289,10 @@ impl Endpoint {
         let config = tls::client(&self.identity()?)?;
         let (connection, _, control) = self.dial(address, name, config, Role::Peer { name: own }).await?;
         let link = self.link(connection, name);
+        if self.is_revoked(link.certificate()) {
+            link.close("the certificate is not good any more");
+            return Err(Error::Refused(format!("{name} is not trusted any more")));
+        }
         Ok(link.with_control(control.0, control.1))
     }
 

@@ -25,19 +25,20 @@ const LIFETIME: Duration = Duration::days(3650);
 /// Clocks may differ by so much.
 const CLOCK_SLACK: Duration = Duration::hours(24);
 
-/// The name that a certificate carries for a node.
+/// The name that a certificate carries: the supervisor's is of another kind than any node's.
 pub(crate) fn dns_name(name: &str) -> String {
-    format!("{name}.volary")
+    if name == SUPERVISOR { format!("{name}.volary") } else { format!("{name}.node.volary") }
 }
 
-/// Whether a name can stand in a certificate and in a file name: letters, digits and `-`.
+/// Whether a name can stand in a certificate and in a file name: small letters, digits and `-`. (Whoever checks certificates takes
+/// capitals for small letters: two names must not differ in nothing else.)
 ///
 /// # Errors
 /// A line that says what was expected.
 pub fn check_name(name: &str) -> Result<()> {
-    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(plain) || name.starts_with('-') {
-        let reason = format!("node name {name:?}: expected up to {NAME_MAX} letters, digits and '-'");
+        let reason = format!("node name {name:?}: expected up to {NAME_MAX} small letters, digits and '-'");
         return Err(Error::identity(reason));
     }
     Ok(())

@@ -35,6 +35,6 @@ pub const CONTROL_AHEAD_MAX: usize = 1024;
 /// How long a canary's connection may take to show its key.
 pub const CANARY_KEY_MAX: Duration = Duration::from_secs(2);
 /// Connections to a canary that have not shown a key yet; more are turned away.
-pub const CANARY_STRANGERS_MAX: usize = 1024;
+pub const CANARY_STRANGERS_MAX: usize = 64;
 /// Characters of a node's name.
 pub const NAME_MAX: usize = 100;

@@ -3,10 +3,11 @@
 //!
 //! Two wires carry links: QUIC, and [`crate::memory`] for tests. Their promises are the same.
 
-use crate::accept::Refused;
+use crate::accept::{Refused, presented};
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::frame::Frame;
+use crate::identity::fingerprint;
 use crate::limits::INBOUND_MAX;
 use crate::memory;
 use crate::stream;
@@ -165,6 +166,15 @@ impl Link {
         match &self.wire {
             Wire::Quic(wire) => wire.connection.close(VarInt::from_u32(code), reason.as_bytes()),
             Wire::Memory(end) => end.close(code, reason),
+        }
+    }
+
+    /// The SHA-256 hash of the certificate that the other end has shown; none in memory, and of operators.
+    #[must_use]
+    pub fn certificate(&self) -> Option<[u8; 32]> {
+        match &self.wire {
+            Wire::Quic(wire) => presented(&wire.connection).map(|certificate| fingerprint(&certificate)),
+            Wire::Memory(_) => None,
         }
     }
 

@@ -46,6 +46,8 @@ pub(crate) fn server(identity: &Identity, admit: Admit) -> Result<quinn::ServerC
         .with_single_cert(chain, identity.key())
         .map_err(Error::identity)?;
     config.alpn_protocols = vec![PROTOCOL.to_vec()];
+    // A session that is taken up again would outlive its certificate.
+    config.send_tls13_tickets = 0;
     let crypto = QuicServerConfig::try_from(config).map_err(Error::identity)?;
     Ok(quinn::ServerConfig::with_crypto(Arc::new(crypto)))
 }

@@ -40,7 +40,7 @@ impl Served {
         drop(agent.cast(NodeMsg::Connected(connection)));
         tokio::spawn(write_up(sender, words));
         let (renewed, answers) = mpsc::channel(1);
-        let reader = tokio::spawn(read_down(receiver, agent.clone(), renewed));
+        let reader = tokio::spawn(read_down(receiver, agent.clone(), renewed, endpoint.clone()));
         let renewals = tokio::spawn(renew(endpoint.clone(), up.clone(), answers));
         let reports = tokio::spawn(report_links(Arc::clone(node), up.clone()));
         Self { link, up, reader, canary, reports, renewals }
@@ -111,6 +111,7 @@ async fn read_down(
     mut receiver: ControlReceiver,
     agent: ActorRef<NodeMsg>,
     renewed: mpsc::Sender<Issued>,
+    endpoint: Endpoint,
 ) -> String {
     loop {
         match receiver.recv::<Down>().await {
@@ -119,6 +120,7 @@ async fn read_down(
                     return "the node's agent has ended".to_owned();
                 }
             }
+            Ok(Some(Down::Revoked(hashes))) => endpoint.revoke(hashes),
             Ok(Some(Down::Renewed(issued))) => drop(renewed.try_send(issued)),
             Ok(Some(Down::Welcome(_) | Down::Taken)) => {}
             Ok(None) => return "it ended the control stream".to_owned(),

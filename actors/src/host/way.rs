@@ -1,6 +1,7 @@
 //! A node's way to its supervisor: joining, connecting, and connecting again.
 
 use super::{Error, NodeOptions, Result};
+use crate::keys::NAME_IN_USE;
 use crate::limits::{DIAL_MAX, DIAL_PAUSE, WELCOME_MAX};
 use crate::node::NodeMsg;
 use crate::wire::{Down, NodeInfo, RunInfo, Up};
@@ -61,18 +62,26 @@ impl Way {
         }
     }
 
+    /// Where the supervisor is now.
+    async fn supervisor(&self) -> SocketAddr {
+        let options = &self.options;
+        let looked_up = tokio::net::lookup_host(&options.supervisor_host).await;
+        looked_up.ok().and_then(|mut found| found.next()).unwrap_or(options.supervisor)
+    }
+
     async fn join_anew(&self) -> Result<()> {
         tokio::time::sleep(DIAL_PAUSE).await;
-        let NodeOptions { supervisor, token, .. } = &self.options;
+        let token = &self.options.token;
         let name = Some(self.name.clone());
-        let identity = join(*supervisor, token, name, &TransportOptions::default()).await?;
+        let identity = join(self.supervisor().await, token, name, &TransportOptions::default()).await?;
         self.endpoint.set_identity(identity)?;
         Ok(())
     }
 
     async fn connect_once(&self, held: Held) -> Result<Connected> {
         let options = &self.options;
-        let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(options.supervisor).await?;
+        let supervisor = self.supervisor().await;
+        let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(supervisor).await?;
         let info = NodeInfo {
             pid: std::process::id(),
             device: options.device.clone(),
@@ -92,14 +101,13 @@ impl Way {
             Ok(Err(error)) => return Err(error.into()),
             _ => return Err(Error::NotYet("the supervisor did not say what the run is".into())),
         };
+        self.endpoint.revoke(welcome.revoked);
         let run: RunInfo = serde_json::from_str(&welcome.run)
             .map_err(|error| Error::Start(format!("the supervisor's words about the run: {error}")))?;
         let canary = match welcome.canary {
             // Without it a death is noticed all the same, only later.
             Some((port, key)) => {
-                volary_transport::canary::hold(SocketAddr::new(options.supervisor.ip(), port), &key)
-                    .await
-                    .ok()
+                volary_transport::canary::hold(SocketAddr::new(supervisor.ip(), port), &key).await.ok()
             }
             None => None,
         };
@@ -107,12 +115,21 @@ impl Way {
     }
 }
 
-/// Joins, and tries again for a while when the supervisor does not listen yet; a refusal is final.
+/// Whether the supervisor does not listen yet, or has not noticed yet that an earlier process of this name is gone.
+fn is_early(error: &volary_transport::Error) -> bool {
+    match error {
+        volary_transport::Error::Connection { .. } => true,
+        volary_transport::Error::Refused(reason) => reason.starts_with(NAME_IN_USE),
+        _ => false,
+    }
+}
+
+/// Joins, and tries again for a while when it comes too early; any other refusal is final.
 pub(super) async fn dial(options: &NodeOptions, transport: &TransportOptions) -> Result<Identity> {
     let start = Instant::now();
     loop {
         match join(options.supervisor, &options.token, options.name.clone(), transport).await {
-            Err(volary_transport::Error::Connection { .. }) if start.elapsed() < DIAL_MAX => {
+            Err(error) if start.elapsed() < DIAL_MAX && is_early(&error) => {
                 tokio::time::sleep(DIAL_PAUSE).await;
             }
             joined => return Ok(joined?),

@@ -1,17 +1,20 @@
 //! The supervisor's door: who is let in, and what becomes of the links of nodes and operators.
 
-use crate::keys::Keys;
-use crate::limits::HELLO_MAX;
+use crate::keys::{Keys, NAME_IN_USE};
+use crate::limits::{CHECKPOINT_BYTES_AHEAD, HELLO_MAX};
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::supervisor::{Arrival, SupervisorMsg, WORDS_AHEAD};
 use crate::wire::{self, Down, ShardAt, ShardWish, Up};
 use ractor::ActorRef;
 use ractor::rpc::CallResult;
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+use tokio::sync::{Semaphore, mpsc};
 use volary_core::NodeId;
 use volary_core::compute::{ComputeError, Computed};
+use volary_core::profile::Profile;
 use volary_storage::Checkpoints;
 use volary_telemetry::{Pipeline, SpanRecord};
 use volary_transport::{
@@ -27,6 +30,25 @@ pub(super) struct Door {
     pub(super) sessions: AtomicU64,
     pub(super) canary: Option<Canary>,
     pub(super) pipeline: Pipeline,
+    /// How many links each name has: nobody else gets a certificate for it meanwhile.
+    pub(super) names: Mutex<HashMap<NodeId, usize>>,
+    /// Kibibytes of checkpoints' shards that are in memory at a time.
+    pub(super) room: Arc<Semaphore>,
+}
+
+/// A name that is in use until this is dropped.
+struct InUse<'a>(&'a Door, NodeId);
+
+impl Drop for InUse<'_> {
+    fn drop(&mut self) {
+        let mut names = self.0.names();
+        if let Some(links) = names.get_mut(&self.1) {
+            *links -= 1;
+            if *links == 0 {
+                names.remove(&self.1);
+            }
+        }
+    }
 }
 
 /// Whose words are heard.
@@ -38,6 +60,7 @@ struct Heard {
     /// The zone that its token gave it.
     zone: Option<String>,
     down: mpsc::Sender<Down>,
+    renewed: Option<Instant>,
 }
 
 pub(super) async fn accept(door: Arc<Door>, endpoint: Endpoint) {
@@ -52,10 +75,17 @@ pub(super) async fn accept(door: Arc<Door>, endpoint: Endpoint) {
 }
 
 impl Door {
+    fn names(&self) -> MutexGuard<'_, HashMap<NodeId, usize>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn admit(self: Arc<Self>, accepted: Accepted) -> std::result::Result<(), String> {
         let mut zone = None;
         let certificate = accepted.certificate.unwrap_or_default();
         let verdict = match &accepted.role {
+            Role::Join { name: Some(name), .. } if self.names().contains_key(&NodeId::new(name)) => {
+                Err(format!("{NAME_IN_USE}; choose another one"))
+            }
             Role::Join { token, .. } => self.keys.check(token, TokenRole::Node),
             Role::Operator { token } => self.keys.check(token, TokenRole::Operator),
             Role::Node { name } => self.keys.admit(name, accepted.certificate).map(|of| zone = of),
@@ -67,9 +97,9 @@ impl Door {
         }
         match accepted.role.clone() {
             Role::Join { token, request, name } => self.certify(accepted, &token, &request, name).await,
-            Role::Operator { .. } => {
+            Role::Operator { token } => {
                 let (link, sender, receiver) = accepted.welcome().await.map_err(|e| e.to_string())?;
-                self.serve_operator(link, sender, receiver).await;
+                self.serve_operator(&token, link, sender, receiver).await;
                 Ok(())
             }
             Role::Node { .. } | Role::Peer { .. } => {
@@ -110,15 +140,27 @@ impl Door {
         let Ok(Ok(Some(Up::Hello(info, held)))) = hello else {
             return Err(format!("{node} did not say what it is within {HELLO_MAX:?}"));
         };
+        // It may have been shut out since it came to the door.
+        if let Err(reason) = self.keys.admit(&node.0, Some(certificate)) {
+            link.close(&reason);
+            return Err(reason);
+        }
+        let mut info = info;
+        if let Some(profile) = &mut info.profile {
+            measured(profile, zone.as_ref())?;
+        }
+        *self.names().entry(node.clone()).or_default() += 1;
+        let _in_use = InUse(&self, node.clone());
         let session = self.sessions.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(WORDS_AHEAD);
         tokio::spawn(write_down(sender, words));
-        let mut heard = Heard { node: node.clone(), session, certificate, zone, down: down.clone() };
+        let mut heard =
+            Heard { node: node.clone(), session, certificate, zone, down: down.clone(), renewed: None };
         let (key, mut watch) = self.expect_canary().unzip();
         let arrival =
             Arrival { node: node.clone(), info, held, session, down, link: link.clone(), canary: key };
         drop(self.actor.cast(SupervisorMsg::Joined(Box::new(arrival))));
-        tokio::spawn(serve_shards(Arc::clone(&self), link.clone()));
+        tokio::spawn(serve_shards(Arc::clone(&self), link.clone(), session));
         let died = async {
             match &mut watch {
                 Some(watch) => watch.ended().await,
@@ -152,18 +194,22 @@ impl Door {
                 }
                 Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
                 Ok(Some(Up::Profile(mut profile))) => {
-                    if let Err(reason) = profile.check() {
-                        return format!("it measured what cannot be: {reason}");
-                    }
-                    if let (true, Some(zone)) = (profile.zone.is_empty(), &heard.zone) {
-                        profile.zone.clone_from(zone);
+                    if let Err(reason) = measured(&mut profile, heard.zone.as_ref()) {
+                        return reason;
                     }
                     SupervisorMsg::Measured { node, session, profile }
+                }
+                // Half a lifetime lies between two of an honest node's.
+                Ok(Some(Up::Renew(_)))
+                    if heard.renewed.is_some_and(|at| at.elapsed() < self.keys.lifetime() / 4) =>
+                {
+                    return "it asks for one certificate after the other".to_owned();
                 }
                 Ok(Some(Up::Renew(request))) => match self.keys.renew(&node.0, heard.certificate, &request) {
                     Ok(issued) => {
                         tracing::info!(%node, "its certificate was renewed");
                         heard.certificate = issued.fingerprint();
+                        heard.renewed = Some(Instant::now());
                         drop(heard.down.send(Down::Renewed(issued)).await);
                         continue;
                     }
@@ -179,8 +225,18 @@ impl Door {
         }
     }
 
-    async fn serve_operator(&self, link: Link, mut sender: ControlSender, mut receiver: ControlReceiver) {
+    async fn serve_operator(
+        &self,
+        token: &str,
+        link: Link,
+        mut sender: ControlSender,
+        mut receiver: ControlReceiver,
+    ) {
         while let Ok(Some(request)) = receiver.recv::<OperatorRequest>().await {
+            // It may have been revoked since the link was made.
+            if let Err(reason) = self.keys.check(token, TokenRole::Operator) {
+                return link.close(&reason);
+            }
             let answer = match self.keys.answer(&request) {
                 Some(answer) => answer,
                 None => tokio::select! {
@@ -215,6 +271,15 @@ impl Door {
     }
 }
 
+/// A profile as it counts: checked, and with the zone of the node's token if it names none itself.
+fn measured(profile: &mut Profile, zone: Option<&String>) -> std::result::Result<(), String> {
+    profile.check().map_err(|reason| format!("it measured what cannot be: {reason}"))?;
+    if let (true, Some(zone)) = (profile.zone.is_empty(), zone) {
+        profile.zone.clone_from(zone);
+    }
+    Ok(())
+}
+
 async fn write_down(mut sender: ControlSender, mut words: mpsc::Receiver<Down>) {
     while let Some(word) = words.recv().await {
         if let Err(error) = sender.send(&word).await {
@@ -225,7 +290,8 @@ async fn write_down(mut sender: ControlSender, mut words: mpsc::Receiver<Down>) 
 }
 
 /// A node's wishes for shards of a checkpoint, and its own for the next one.
-async fn serve_shards(door: Arc<Door>, link: Link) {
+async fn serve_shards(door: Arc<Door>, link: Link, session: u64) {
+    let node = NodeId::new(link.peer());
     let mut inbound = link.serve();
     while let Some(InboundFrame { frame, reply }) = inbound.next().await {
         match frame.kind {
@@ -233,7 +299,19 @@ async fn serve_shards(door: Arc<Door>, link: Link) {
                 let step = frame.step;
                 match wire::decode::<ShardAt>(&frame).and_then(|at| Ok((at, wire::only_blob(frame)?))) {
                     Ok((at, bytes)) => {
-                        drop(door.actor.cast(SupervisorMsg::Shard { step, shard: at.shard, bytes }))
+                        let kib = u32::try_from(bytes.len() >> 10).unwrap_or(u32::MAX);
+                        let kib = kib.clamp(1, CHECKPOINT_BYTES_AHEAD >> 10);
+                        // Nodes are quicker than disks: what finds no room waits on the wire.
+                        let Ok(room) = Arc::clone(&door.room).acquire_many_owned(kib).await else { return };
+                        let (node, shard) = (node.clone(), at.shard);
+                        drop(door.actor.cast(SupervisorMsg::Shard {
+                            node,
+                            session,
+                            step,
+                            shard,
+                            bytes,
+                            room,
+                        }))
                     }
                     Err(error) => {
                         tracing::warn!(peer = link.peer(), %error, "a checkpoint's shard is malformed")

@@ -28,6 +28,10 @@ impl SupervisorState {
             }
             Effect::OpenCheckpoint { step, epoch, shards } => {
                 let scope = self.observed.traces.checkpoint(step, shards.len());
+                let owner = |&shard: &volary_core::ShardId| {
+                    Some((shard, self.machine.placement().owner(shard)?.clone()))
+                };
+                self.stores = shards.iter().filter_map(owner).collect();
                 drop(self.checkpointer.cast(CheckpointerMsg::Open { step, epoch, shards, scope }));
                 Ok(())
             }
@@ -58,7 +62,11 @@ impl SupervisorState {
     async fn revoke(&self, node: NodeId, reason: String) -> Outcome {
         let keys = std::sync::Arc::clone(&self.keys);
         let revoked = tokio::task::spawn_blocking(move || keys.revoke_certificates(&node, &reason)).await;
-        revoked.unwrap_or_else(|error| Err(error.to_string()))
+        let hashes = revoked.unwrap_or_else(|error| Err(error.to_string()))?;
+        if !hashes.is_empty() {
+            self.sessions.values().for_each(|session| session.say(Down::Revoked(hashes.clone())));
+        }
+        Ok(())
     }
 
     async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
@@ -74,8 +82,7 @@ impl SupervisorState {
         }
         let traced = self.observed.traces.sent(&message, &self.dataset);
         if let Some(session) = self.sessions.get(node) {
-            // A node whose link is gone is told apart; its words may be dropped.
-            drop(session.down.send(Down::Say(message, traced)).await);
+            session.say(Down::Say(message, traced));
         }
         Ok(())
     }

@@ -3,8 +3,9 @@
 use crate::http;
 use crate::rundir::{self, Role};
 use crate::units::Size;
-use anyhow::bail;
+use anyhow::{Context, bail};
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -101,12 +102,16 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         metrics,
         http,
         supervisor: target.address,
+        supervisor_host: args.join,
         token: target.token,
         name: args.name,
         listen: args.listen.as_deref().map(rundir::resolve).transpose()?,
         device: device::name(device),
         threads,
-        memory_bytes: args.memory.map_or_else(memory_bytes, |memory| memory.0),
+        memory_bytes: match args.memory {
+            Some(memory) => memory.0,
+            None => memory_bytes(device)?,
+        },
         zone: args.zone,
         prepare_thread: device::single_thread,
         disturbed: args.disturbed.then(|| (Interference::default(), disturbances)),
@@ -158,13 +163,37 @@ fn take_order(line: &str, orders: &mpsc::Sender<Disturbance>) {
     }
 }
 
-/// Memory that this process may use: what the machine has available, or its cgroup's limit if that is less.
-fn memory_bytes() -> u64 {
+/// Of the memory that is found, so much is left to the process itself and to what the plan does not count.
+const SPARE_MEMORY: f64 = 0.1;
+
+/// Memory that this node may use: its GPU's, or what the machine has available and its control group allows.
+fn memory_bytes(device: device::Device) -> anyhow::Result<u64> {
+    let found = match device {
+        device::Device::Cuda(index) => {
+            gpu_memory_bytes(index).context("the GPU's memory is not known: give --memory")?
+        }
+        _ => host_memory_bytes(),
+    };
+    Ok((found as f64 * (1.0 - SPARE_MEMORY)) as u64)
+}
+
+/// What a GPU has free, as its driver's own tool says.
+fn gpu_memory_bytes(index: usize) -> anyhow::Result<u64> {
+    let query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id"];
+    let output = Command::new("nvidia-smi").args(query).arg(index.to_string()).output()?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let mib: u64 = text.trim().parse().with_context(|| format!("nvidia-smi said {text:?}"))?;
+    Ok(mib << 20)
+}
+
+fn host_memory_bytes() -> u64 {
     let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
         let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?.to_owned();
         line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
     });
-    let limit =
-        std::fs::read_to_string("/sys/fs/cgroup/memory.max").ok().and_then(|text| text.trim().parse().ok());
+    // Control groups of version 2, and of version 1.
+    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
+    let limit = |path: &&str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let limit = limits.iter().filter_map(limit).min();
     available.unwrap_or(u64::MAX).min(limit.unwrap_or(u64::MAX))
 }

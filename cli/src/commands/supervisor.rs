@@ -4,13 +4,19 @@ use crate::config::Config;
 use crate::http;
 use crate::rundir::{self, Contact};
 use anyhow::{Context, bail};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use volary_actors::operator::{OperatorReply, OperatorRequest};
 use volary_actors::{RunEnd, RunInfo, Supervisor, SupervisorOptions};
 use volary_data::Dataset;
 use volary_storage::{Digest, RunDir, RunLock};
 use volary_telemetry::metrics::SupervisorMetrics;
+
+/// How long the last checkpoint of a supervisor that will be started again may take.
+const LAST_CHECKPOINT_MAX: Duration = Duration::from_secs(240);
 
 /// Run the supervisor of a run by hand.
 #[derive(clap::Args)]
@@ -47,6 +53,10 @@ pub struct Args {
     /// End when standard input does: for a parent that starts the supervisor.
     #[arg(long, hide = true)]
     tethered: bool,
+    /// Be one that is started again when it ends, as under Kubernetes: SIGTERM writes a checkpoint and ends the process, not the run, and
+    /// nodes wait for the next start; when the run is over, the page stays.
+    #[arg(long)]
+    stay: bool,
     /// No node of an earlier start lives any more: nobody's return is to be waited for.
     #[arg(long, hide = true)]
     pub nodes_are_gone: bool,
@@ -78,12 +88,26 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let _ = std::fs::remove_file(dir.supervisor());
     drop(lock);
     match end? {
-        RunEnd::Done { step } => {
+        None => {
+            tracing::info!("the supervisor ends, and the run goes on when it is started again");
+            Ok(())
+        }
+        Some(RunEnd::Done { step }) => {
             tracing::info!(step, "the run is over");
             Ok(())
         }
-        RunEnd::Fatal { reason } => bail!("{reason}"),
+        Some(RunEnd::Fatal { reason }) => bail!("{reason}"),
     }
+}
+
+/// How this machine reaches what listens on all of its addresses.
+fn from_here(address: SocketAddr) -> SocketAddr {
+    let ip: IpAddr = match address.ip() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    SocketAddr::new(ip, address.port())
 }
 
 fn same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
@@ -100,10 +124,10 @@ fn same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
 fn serve(
     config: &Config,
     dir: &RunDir,
-    listen: std::net::SocketAddr,
+    listen: SocketAddr,
     door: Option<http::Door>,
     args: &Args,
-) -> anyhow::Result<RunEnd> {
+) -> anyhow::Result<Option<RunEnd>> {
     let training = &config.training;
     let dataset = Dataset::open(
         &dir.data(),
@@ -137,11 +161,11 @@ fn serve(
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let supervisor = Supervisor::start(options, dataset).await?;
-        let address = supervisor.address().to_string();
-        eprintln!("listening on {address}");
-        let http = door.as_ref().map(|door| door.address.to_string());
+        eprintln!("listening on {}", supervisor.address());
+        let address = from_here(supervisor.address()).to_string();
+        let http = door.as_ref().map(|door| from_here(door.address).to_string());
         if let Some(door) = door {
-            eprintln!("page at {}", http::page_url(dir, &door.address.to_string()));
+            eprintln!("page at {}", http::page_url(dir, &from_here(door.address).to_string()));
             door.serve(http::supervisor_routes(supervisor.desk(), dir.clone(), metrics, &args.guard))?;
         }
         rundir::write_contact(
@@ -149,13 +173,34 @@ fn serve(
             &Contact { run: config.run.name.clone(), pid: std::process::id(), address, http },
         )?;
         let mut interrupts = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        let interrupted = async move {
+        let mut interrupted = std::pin::pin!(async move {
             tokio::select! {
                 _ = interrupts.0.recv() => {}
                 _ = interrupts.1.recv() => {}
             }
-        };
-        Ok(supervisor.ended(interrupted).await)
+        });
+        if !args.stay {
+            return Ok(Some(supervisor.ended(interrupted).await));
+        }
+        let desk = supervisor.desk();
+        tokio::select! {
+            end = supervisor.ended(std::future::pending()) => {
+                if let RunEnd::Done { step } = &end {
+                    tracing::info!(step, "the run is over; the page stays until this process is told to end");
+                    interrupted.await;
+                }
+                Ok(Some(end))
+            }
+            () = &mut interrupted => {
+                let checkpoint = desk.ask(OperatorRequest::Checkpoint);
+                match tokio::time::timeout(LAST_CHECKPOINT_MAX, checkpoint).await {
+                    Ok(OperatorReply::Failed { reason }) => tracing::warn!(reason, "no last checkpoint"),
+                    Ok(_) => {}
+                    Err(_) => tracing::warn!("the last checkpoint was not durable within {LAST_CHECKPOINT_MAX:?}"),
+                }
+                Ok(None)
+            }
+        }
     })
 }
 

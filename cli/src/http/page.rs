@@ -50,7 +50,7 @@ pub fn supervisor_routes(
     Router::new()
         .route("/", get(|| async { page(include_str!("page.html").to_owned()) }))
         .route("/api/status", get(status))
-        .route("/api/history", get(|State(shown): State<Shown>| async move { Json(history(&shown.dir)) }))
+        .route("/api/history", get(past))
         .route("/api/stream", get(stream))
         .route("/api/traces", get(traces))
         .route("/trace/{id}", get(trace))
@@ -122,10 +122,20 @@ fn news(shown: Shown) -> impl Stream<Item = Result<Event, Infallible>> {
     )
 }
 
-async fn traces(State(shown): State<Shown>) -> Response {
-    let Ok(found) = store::read(&shown.dir.traces()) else {
-        return Json(serde_json::json!([])).into_response();
-    };
+/// Reads files on a thread of its own: this one answers everybody, and whoever asks whether the process is alive.
+async fn from_files<T: Send + 'static>(
+    shown: Shown,
+    read: impl FnOnce(&RunDir) -> T + Send + 'static,
+) -> Result<T, Response> {
+    let read = tokio::task::spawn_blocking(move || read(&shown.dir)).await;
+    read.map_err(|error| failure(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))
+}
+
+async fn past(State(shown): State<Shown>) -> Result<Response, Response> {
+    from_files(shown, history).await.map(|history| Json(history).into_response())
+}
+
+async fn traces(State(shown): State<Shown>) -> Result<Response, Response> {
     let line = |trace: &volary_telemetry::Trace| {
         let root = trace.root()?;
         Some(serde_json::json!({
@@ -133,14 +143,22 @@ async fn traces(State(shown): State<Shown>) -> Response {
             "ms": root.duration_ns as f64 / 1e6,
         }))
     };
-    Json(found.iter().rev().filter_map(line).collect::<Vec<_>>()).into_response()
+    let list = move |dir: &RunDir| {
+        let found = store::read(&dir.traces()).unwrap_or_default();
+        found.iter().rev().filter_map(line).collect::<Vec<_>>()
+    };
+    from_files(shown, list).await.map(|list| Json(list).into_response())
 }
 
-async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Response {
-    let found = store::read(&shown.dir.traces()).unwrap_or_default();
-    match found.iter().find(|trace| trace.spans[0].trace == id) {
-        Some(trace) => page(render::html(trace, None)),
-        None => failure(StatusCode::NOT_FOUND, format!("no trace {id} is kept")),
+async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Result<Response, Response> {
+    let wanted = id.clone();
+    let draw = move |dir: &RunDir| {
+        let found = store::read(&dir.traces()).unwrap_or_default();
+        found.iter().find(|trace| trace.spans[0].trace == wanted).map(|trace| render::html(trace, None))
+    };
+    match from_files(shown, draw).await? {
+        Some(html) => Ok(page(html)),
+        None => Ok(failure(StatusCode::NOT_FOUND, format!("no trace {id} is kept"))),
     }
 }
 

@@ -8,6 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Complaints about unreachable nodes within one step after which somebody is shut out: one may be a death that
 /// everybody is about to hear of.
 const COMPLAINTS_MAX: u32 = 2;
+/// Failures of one node within one step, of whatever kind, after which it is shut out if it can be spared.
+const FAILURES_MAX: u32 = 3;
 /// Attempts at a step that follow one another at once where a node cannot be reached that cannot be spared; after these, each
 /// waits for the network.
 const HASTY_ATTEMPTS: u32 = 4;
@@ -23,6 +25,8 @@ const PAUSE_MS: u64 = 5_000;
 pub(super) struct Suspicion {
     /// Who could not reach whom, since the last commit.
     complaints: BTreeMap<(NodeId, NodeId), u32>,
+    /// How often a node failed by itself, since the last commit.
+    failures: BTreeMap<NodeId, u32>,
     /// Milliseconds left.
     suspended: BTreeMap<NodeId, u64>,
     /// How often each was shut out.
@@ -34,6 +38,7 @@ impl Suspicion {
     /// A step was committed: whatever was in its way is not any more.
     pub(super) fn forgive(&mut self) {
         self.complaints.clear();
+        self.failures.clear();
     }
 
     pub(super) fn is_suspended(&self, node: &NodeId) -> bool {
@@ -81,6 +86,13 @@ impl Machine {
             if !fatal && self.attempts >= HASTY_ATTEMPTS {
                 return self.wait_for_network(suspect, &reason);
             }
+        } else {
+            // It fails by itself: its device, its memory, an actor. Others may have what it has.
+            let failures = self.suspicion.failures.entry(node.clone()).or_default();
+            *failures += 1;
+            if (fatal || *failures >= FAILURES_MAX) && self.can_be_spared(node) {
+                return self.fence(node, &reason);
+            }
         }
         self.try_again(&reason, fatal);
     }
@@ -106,6 +118,35 @@ impl Machine {
     /// Whether a node has the last copy of something.
     fn is_needed(&self, node: &NodeId) -> bool {
         self.holders.values().any(|nodes| nodes.len() == 1 && nodes.contains(node))
+    }
+
+    /// Whether the run can go on without a node.
+    fn can_be_spared(&self, node: &NodeId) -> bool {
+        self.nodes.len() > 1 && !self.is_needed(node) && !self.holders.is_empty()
+    }
+
+    /// A step, or the move to a placement, took too long: whoever is waited for is shut out if it can be spared, and the step
+    /// runs again.
+    pub(super) fn on_too_slow(&mut self, reason: &str) {
+        let waiting: BTreeSet<NodeId> = match &self.phase {
+            Phase::Placing { waiting } => waiting.clone(),
+            Phase::Training { prepared, .. } => {
+                self.voters().into_iter().filter(|node| !prepared.contains_key(node)).collect()
+            }
+            _ => BTreeSet::new(),
+        };
+        let (members, learners): (Vec<NodeId>, Vec<NodeId>) =
+            waiting.into_iter().partition(|node| self.placement.is_member(node));
+        // Where everybody is waited for, nobody stands out.
+        let others = members.len() < self.placement.members.len();
+        if let Some(node) = members.iter().find(|node| others && self.can_be_spared(node)) {
+            return self.fence(node, reason);
+        }
+        let only_learners = members.is_empty() && !learners.is_empty();
+        learners.iter().for_each(|node| self.fence(node, reason));
+        if !only_learners {
+            self.try_again(reason, false);
+        }
     }
 
     /// Shuts a node out. It may join anew, with nothing.

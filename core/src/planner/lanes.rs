@@ -8,7 +8,7 @@ use crate::costs::Costs;
 use crate::ids::NodeId;
 use crate::placement::{Placement, Stage};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 /// The placement of given stages and experts, with the lanes shared.
 pub(super) fn complete(
@@ -62,13 +62,19 @@ pub(super) fn drop_idle(
             stage.nodes.iter().zip(counts).partition(|(_, lanes)| *lanes > 0);
         kept.extend(with.into_iter().map(|(&node, _)| node));
         let idle: Vec<usize> = without.into_iter().map(|(&node, _)| node).collect();
-        // Copies beside those who run lanes: first in zones that have none.
-        for apart in [true, false] {
-            for &node in &idle {
-                let known = kept.iter().any(|&other| site.zones[other] == site.zones[node]);
-                if kept.len() < request.replication.max(1) && !kept.contains(&node) && known != apart {
-                    kept.push(node);
-                }
+        // Copies beside those who run lanes: first in zones that have none, as far as copies ask for zones.
+        let zone = |node: &usize| site.zones[*node];
+        let copies = request.replication.max(1);
+        let wanted = stage.nodes.iter().map(zone).collect::<BTreeSet<_>>().len().min(copies);
+        let mut zones: BTreeSet<usize> = kept.iter().map(zone).collect();
+        for &node in &idle {
+            if zones.len() < wanted && zones.insert(zone(&node)) {
+                kept.push(node);
+            }
+        }
+        for &node in &idle {
+            if kept.len() < copies && !kept.contains(&node) {
+                kept.push(node);
             }
         }
         kept.sort_unstable();

@@ -450,7 +450,11 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
 
 /// Every sum of a shard's gradient that goes from one node to another.
 fn sums(placement: &Placement, shard: ShardId, add: &mut impl FnMut(&NodeId, &NodeId)) {
-    let mut open = vec![Span::root(placement.leaves(shard))];
+    let root = Span::root(placement.leaves(shard));
+    if let (Some(there), Some(owner)) = (placement.adder(shard, root), placement.owner(shard)) {
+        add(there, owner);
+    }
+    let mut open = vec![root];
     while let Some(span) = open.pop() {
         let (Some(here), Some((left, right))) = (placement.adder(shard, span), span.children()) else {
             continue;
