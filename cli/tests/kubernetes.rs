@@ -242,7 +242,8 @@ fn quic_never_goes_through_a_cluster_ip_and_nodes_never_see_the_authoritys_key()
     }
 }
 
-/// The rendered configuration, identity and arguments, with addresses and folders of this machine in the places of the cluster's.
+/// The rendered configuration, identity and arguments, with ports and folders of this machine in the places of the cluster's. The
+/// supervisor is stopped in the middle and started again, as Kubernetes does when it moves a pod: the run goes on.
 #[test]
 fn the_real_binary_runs_what_is_rendered() {
     let Some(path) = helms().pop() else { return };
@@ -276,8 +277,8 @@ fn the_real_binary_runs_what_is_rendered() {
             .replace("/etc/volary/identity", &place("identity").display().to_string())
             .replace("/etc/volary/join/join-token", &place("identity/join-token").display().to_string())
             .replace("demo-supervisor-0.demo-supervisor.ns.svc:7100", &quic.to_string())
-            .replace("0.0.0.0:7100", &quic.to_string())
-            .replace("0.0.0.0:7680", &http.to_string())
+            .replace("0.0.0.0:7100", &format!("0.0.0.0:{}", quic.port()))
+            .replace("0.0.0.0:7680", &format!("0.0.0.0:{}", http.port()))
             .replace("$(POD_IP):7100", "127.0.0.1:0")
             .replace("$(POD_IP):9464", "127.0.0.1:0")
             .replace("$(VOLARY_ZONE)", "zone-1")
@@ -287,18 +288,30 @@ fn the_real_binary_runs_what_is_rendered() {
         let args = container["args"].as_sequence().expect("args").iter();
         args.map(|arg| in_place(arg.as_str().expect("text"))).collect()
     };
-    let mut command = volary();
-    let quick = ["--set", "training.steps=6", "--set", "validation.rounds=0"];
-    let mut supervisor = Guard::start(command.args(args("demo-supervisor")).args(quick));
+    let quick = ["--set", "training.steps=60", "--set", "validation.rounds=0"];
+    let start_supervisor = || Guard::start(volary().args(args("demo-supervisor")).args(quick));
+    let mut supervisor = start_supervisor();
     let start_node = |name: &str| {
         let args = args("demo-cpu").into_iter().map(|arg| arg.replace("$(POD_NAME)", name));
         Guard::start(volary().args(args).args(["--threads", "1"]))
     };
     let _nodes = [start_node("demo-cpu-0"), start_node("demo-cpu-1")];
-    assert!(supervisor.wait(Duration::from_secs(120)).success());
-    until("all steps", Duration::from_secs(10), || common::lines(&place("run/metrics.jsonl")) == 6);
+    let steps = || common::lines(&place("run/metrics.jsonl"));
+    until("steps", Duration::from_secs(120), || steps() >= 5);
+    let status = volary().args(["status", "--dir", &run]).output().expect("the binary");
+    assert!(status.status.success(), "as NOTES.txt says: {}", text(&status.stderr));
+    common::signal(supervisor.0.id(), "-TERM");
+    assert!(supervisor.wait(Duration::from_secs(60)).success());
+    assert!(steps() < 60, "it ended in the middle");
+    let mut supervisor = start_supervisor();
+    until("all steps", Duration::from_secs(120), || steps() == 60);
+    std::thread::sleep(Duration::from_secs(2));
+    assert!(supervisor.0.try_wait().expect("a status").is_none(), "its page stays");
+    common::signal(supervisor.0.id(), "-TERM");
+    assert!(supervisor.wait(Duration::from_secs(60)).success());
     let events = std::fs::read_to_string(place("run/events.jsonl")).expect("events");
     assert!(events.contains("demo-cpu-0") && events.contains("demo-cpu-1"), "{events}");
+    assert!(events.contains("\"returned\"") && !events.contains("went_back"), "{events}");
 }
 
 #[test]
