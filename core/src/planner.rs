@@ -14,16 +14,19 @@
 //! | `lanes` | who runs which lanes |
 //! | `survivors` | going on at once when nodes are gone |
 //! | `predict` | the time of a step under a placement, with its parts |
+//! | `links` | the bytes over each link |
 
 mod experts;
 mod focus;
 mod lanes;
+mod links;
 mod predict;
 mod site;
 mod stages;
 mod survivors;
 
-pub use predict::{NodePart, Prediction, links, predict};
+pub use links::links;
+pub use predict::{NodePart, Prediction, predict};
 
 use crate::architecture::Architecture;
 use crate::costs::Costs;

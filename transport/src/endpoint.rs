@@ -10,28 +10,20 @@ use crate::error::{Error, Result};
 use crate::handshake::{Answer, PROTOCOL, Role, greet};
 use crate::identity::{Identity, Issued, KeyRequest, SUPERVISOR, dns_name};
 use crate::interference::{Disturbed, Interference};
-use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX, STREAMS_MAX};
+use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX};
 use crate::link::{CONTROL_PRIORITY, Link};
 use crate::options::TransportOptions;
+use crate::settings::{LOOPBACK_DATAGRAM, bind_error, local_ip, transport_config, udp_socket};
 use crate::tls::{self, Admit};
 use crate::token::Token;
 use quinn::{Connection, Runtime as _, VarInt};
 use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, mpsc, oneshot};
-
-/// The largest UDP payload over IPv4 that quinn takes.
-const LOOPBACK_DATAGRAM: u16 = 65_487;
-const SOCKET_BUFFER: usize = 4 << 20;
-const NETWORK_DATAGRAM: u16 = 1_452;
-const STREAM_WINDOW: u32 = 1 << 20;
-const RECEIVE_WINDOW: u32 = 4 << 20;
-const SEND_WINDOW: u64 = 2 << 20;
-const INITIAL_WINDOW: u64 = 4 << 20;
 
 /// One UDP socket and its connections; clones are the same endpoint.
 #[derive(Clone, Debug)]
@@ -403,70 +395,6 @@ pub async fn join(
         }
         _ => Err(Error::malformed("handshake", "the supervisor gave no certificate")),
     }
-}
-
-/// This machine's address on the way to `towards`.
-///
-/// # Errors
-/// When there is no way.
-pub fn local_ip(towards: SocketAddr) -> Result<IpAddr> {
-    let any: SocketAddr = if towards.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
-    let find = || {
-        let socket = UdpSocket::bind(any)?;
-        // Sends nothing: it only asks the routing table.
-        socket.connect(towards)?;
-        socket.local_addr()
-    };
-    find().map(|address| address.ip()).map_err(|error| Error::connection(towards.to_string(), error))
-}
-
-fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
-    let reason = match error.kind() {
-        std::io::ErrorKind::AddrInUse => "it is in use by another process".to_owned(),
-        _ => error.to_string(),
-    };
-    Error::Bind { address, reason }
-}
-
-pub(crate) fn udp_socket(address: SocketAddr) -> Result<UdpSocket> {
-    let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
-    let buffers = socket2::SockRef::from(&socket);
-    // The kernel gives what its limits allow; `volary doctor` says when that is too little.
-    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER);
-    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER);
-    Ok(socket)
-}
-
-pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Result<quinn::TransportConfig> {
-    let mut config = quinn::TransportConfig::default();
-    let idle = quinn::IdleTimeout::try_from(Duration::from_millis(options.idle_timeout_ms))
-        .map_err(Error::identity)?;
-    let mut cubic = quinn::congestion::CubicConfig::default();
-    cubic.initial_window(INITIAL_WINDOW);
-    config
-        .keep_alive_interval(Some(Duration::from_millis(options.keep_alive_ms)))
-        .max_idle_timeout(Some(idle))
-        .max_concurrent_bidi_streams(STREAMS_MAX.into())
-        .max_concurrent_uni_streams(STREAMS_MAX.into())
-        .stream_receive_window(STREAM_WINDOW.into())
-        .receive_window(RECEIVE_WINDOW.into())
-        .send_window(SEND_WINDOW)
-        .datagram_receive_buffer_size(None)
-        .mtu_discovery_config(None);
-    if loopback {
-        // A large first datagram needs a large first window, or nothing is ever sent.
-        config
-            .initial_mtu(LOOPBACK_DATAGRAM)
-            .congestion_controller_factory(Arc::new(cubic))
-            .enable_segmentation_offload(false);
-    } else {
-        config.initial_mtu(1_200).min_mtu(1_200).mtu_discovery_config(Some({
-            let mut discovery = quinn::MtuDiscoveryConfig::default();
-            discovery.upper_bound(NETWORK_DATAGRAM);
-            discovery
-        }));
-    }
-    Ok(config)
 }
 
 #[cfg(test)]

@@ -1,8 +1,10 @@
 //! What only the inside of an endpoint can try: another version, and a peer that speaks rubbish.
 use super::*;
-use crate::identity::Authority;
+use crate::identity::{Authority, fingerprint};
+use crate::limits::STREAMS_MAX;
 use crate::link::InboundFrame;
 use crate::loopback::probe_frame;
+use std::net::UdpSocket;
 
 const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 
@@ -189,4 +191,39 @@ async fn strangers_that_knock_and_say_nothing_are_dropped_and_counted() {
         socket.send_to(&vec![0x5a; length], attacked.right.local_addr()).unwrap();
     }
     attacked.goes_on().await;
+}
+
+#[tokio::test]
+async fn a_revoked_certificate_lets_nobody_in_and_nobody_is_dialled_who_has_one() {
+    let authority = Authority::create().unwrap();
+    let (left, right) = (node(&authority, "left"), node(&authority, "right"));
+    let accepting = right.clone();
+    tokio::spawn(async move { while accepting.accept_peer().await.is_some() {} });
+    let link = left.connect(right.local_addr(), "right").await.unwrap();
+    let (of_right, of_left) =
+        (link.certificate().unwrap(), fingerprint(&left.identity().unwrap().certificate));
+    left.revoke([of_right]);
+    let error = left.connect(right.local_addr(), "right").await.unwrap_err().to_string();
+    assert!(error.contains("not trusted"), "{error}");
+    right.revoke([of_left]);
+    let third = node(&authority, "third");
+    assert!(third.connect(right.local_addr(), "right").await.is_ok());
+    let fresh = node(&authority, "left");
+    assert!(fresh.connect(right.local_addr(), "right").await.is_ok(), "another certificate of the same name");
+    let other =
+        Endpoint::bind(ANY.into(), left.identity().unwrap(), Admit::Certified, &TransportOptions::default());
+    let error = other.unwrap().connect(right.local_addr(), "right").await.unwrap_err().to_string();
+    assert!(error.contains("not good any more"), "{error}");
+}
+
+#[tokio::test]
+async fn no_node_passes_for_the_supervisor() {
+    let authority = Authority::create().unwrap();
+    assert!(
+        authority.issue(KeyRequest::new().unwrap().der(), "Supervisor", Duration::from_secs(60)).is_err()
+    );
+    let certificate = authority.identity("node-1").unwrap().certificate;
+    assert!(tls::is_named(&certificate, "node-1"));
+    assert!(!tls::is_named(&certificate, SUPERVISOR) && !tls::is_named(&certificate, "node-1.node"));
+    assert!(!tls::is_named(&authority.identity(SUPERVISOR).unwrap().certificate, "supervisor.node"));
 }

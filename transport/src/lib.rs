@@ -15,6 +15,7 @@
 //! | [`frame`] | the layout of tensors on the wire |
 //! | [`handshake`] | who is there, in which version |
 //! | [`identity`], [`token`], `tls` | the cluster's authority, certificates, tokens |
+//! | `settings` | what sockets and connections are set to |
 //! | [`limits`] | every bound |
 
 mod accept;
@@ -31,6 +32,7 @@ pub mod link;
 pub mod loopback;
 pub mod memory;
 mod options;
+mod settings;
 mod stream;
 mod tls;
 pub mod token;
@@ -38,7 +40,7 @@ pub mod token;
 pub use accept::Accepted;
 pub use canary::{Canary, CanaryKey, CanaryWatch};
 pub use control::{ControlReceiver, ControlSender};
-pub use endpoint::{Endpoint, join, local_ip};
+pub use endpoint::{Endpoint, join};
 pub use error::{Error, Result};
 pub use frame::{Dtype, Frame, Kind, Part, TraceContext};
 pub use handshake::{PROTOCOL, Role};
@@ -47,6 +49,7 @@ pub use interference::Interference;
 pub use link::{Inbound, InboundFrame, Link, LinkStats, Replier};
 pub use loopback::{LoopbackReport, measure_loopback};
 pub use options::TransportOptions;
+pub use settings::local_ip;
 pub use tls::Admit;
 pub use token::{Token, TokenError, TokenRecord, TokenRole, TokenTerms};
 

@@ -301,3 +301,58 @@ fn the_last_node_cannot_be_drained() {
     assert!(driven.notices().any(|notice| matches!(notice, Notice::MigrationFailed { .. })));
     assert_eq!(driven.machine.standing(&id(1)), "member");
 }
+
+fn fenced(driven: &Driven) -> Vec<NodeId> {
+    let node = |notice: &Notice| match notice {
+        Notice::Fenced { node, .. } => Some(node.clone()),
+        _ => None,
+    };
+    driven.notices().filter_map(node).collect()
+}
+
+#[test]
+fn a_node_that_fails_by_itself_is_shut_out_while_others_have_what_it_has() {
+    let failed = |driven: &Driven, fatal| FromNode::Failed {
+        epoch: driven.machine.placement().epoch,
+        reason: "its device is full".into(),
+        fatal,
+        suspect: None,
+    };
+    let mut driven = Driven::training(3);
+    driven.step(3);
+    let fatal = failed(&driven, true);
+    driven.say(2, fatal);
+    assert_eq!(fenced(&driven), [id(2)]);
+    assert!(!driven.effects.iter().any(|effect| matches!(effect, Effect::Fatal { .. })));
+    // What may pass is tried again twice.
+    let mut driven = Driven::training(3);
+    driven.step(3);
+    for _ in 0..2 {
+        let message = failed(&driven, false);
+        driven.say(2, message);
+        assert!(fenced(&driven).is_empty());
+        driven.all_ready();
+    }
+    let message = failed(&driven, false);
+    driven.say(2, message);
+    assert_eq!(fenced(&driven), [id(2)]);
+    // The last copy of something is not shut out.
+    let mut driven = Driven::training(1);
+    driven.step(1);
+    let fatal = failed(&driven, true);
+    driven.say(1, fatal);
+    assert!(driven.effects.iter().any(|effect| matches!(effect, Effect::Fatal { .. })));
+}
+
+#[test]
+fn whoever_everybody_waits_for_in_vain_is_shut_out() {
+    let mut driven = Driven::training(3);
+    driven.step(3);
+    for node in [1, 3] {
+        let message = driven.prepared(node);
+        driven.say(node, message);
+    }
+    let ms = driven.machine.settings.cluster.step_timeout_ms;
+    driven.handle(Event::Tick { ms });
+    assert_eq!(fenced(&driven), [id(2)]);
+}

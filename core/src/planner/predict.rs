@@ -1,20 +1,20 @@
-//! The time of a step under a placement, part by part, and the bytes over each link.
+//! The time of a step under a placement, part by part.
 //!
 //! A step has two parts that do not overlap: lanes on their way forward and back, and then the sums of the gradients with the
 //! update. While lanes run, a node's device, its network and the chain of one lane's layers hide behind each other, and the
 //! longest of them counts; the step is as long as its slowest node makes it. Routing is taken as even.
 
 use super::Member;
-use crate::costs::{Costs, lanes_in_flight};
+use crate::costs::{Costs, LANES_AHEAD, lanes_in_flight};
 use crate::ids::{NodeId, ShardId};
 use crate::placement::{Placement, Stage};
 use crate::tree::Span;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How well a node's device, its network and the chain of a lane's layers hide behind each other: perfectly at infinity, not at
 /// all at 1.
-const HIDING: f64 = 4.0;
+const HIDING: f64 = 3.0;
 
 /// What one node does in a step. Times are in seconds, sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -114,6 +114,8 @@ struct Count<'a> {
     away: Vec<f64>,
     /// Share of its lanes of which any row leaves it.
     travels: Vec<f64>,
+    /// How long its rows wait at the slowest of the nodes to which they go, each time.
+    waits: Vec<f64>,
 }
 
 /// Lanes in groups, as one of their runners sees them.
@@ -142,6 +144,43 @@ impl<'a> Count<'a> {
             updated: vec![0.0; nodes],
             away: vec![0.0; nodes],
             travels: vec![0.0; nodes],
+            waits: vec![0.0; nodes],
+        }
+    }
+
+    /// How long rows that come to a node wait there for a thread: what is left, on average, of the call under way when they come, and a
+    /// call of each lane that is in flight beyond the threads. Calls are whole layers of its own lanes, and the loss; they are not
+    /// interrupted.
+    fn wait_at(&self, stage: &Stage, place: usize) -> f64 {
+        let profile = &self.members[place].profile;
+        let tokens = self.costs.tokens_per_lane as f64;
+        let own = usize::from(stage.layers.start)..usize::from(stage.layers.end);
+        let calls = self.costs.dense_flops[own].iter().flat_map(|flops| {
+            let work = flops * tokens * profile.threads as f64;
+            [work / profile.dense.forward, 2.0 * work / profile.dense.backward]
+        });
+        let (count, sum, squares) =
+            calls.fold((0.0, 0.0, 0.0), |(count, sum, squares), t| (count + 1.0, sum + t, squares + t * t));
+        if sum == 0.0 {
+            return 0.0;
+        }
+        (squares / (2.0 * sum) + LANES_AHEAD as f64 * sum / count) / profile.threads as f64
+    }
+
+    /// Sets how long the rows of a stage's runners wait elsewhere.
+    fn wait_elsewhere(&mut self, stage: &Stage, servers: &BTreeSet<usize>) {
+        let runs: BTreeSet<usize> = self
+            .runners(stage)
+            .into_iter()
+            .filter(|(_, lanes)| *lanes > 0.0)
+            .map(|(place, _)| place)
+            .collect();
+        let busy = servers.intersection(&runs).map(|&place| (self.wait_at(stage, place), place));
+        let mut slowest: Vec<(f64, usize)> = busy.collect();
+        slowest.sort_by(|a, b| b.0.total_cmp(&a.0));
+        for &place in &runs {
+            let other = slowest.iter().find(|(_, server)| *server != place);
+            self.waits[place] = self.waits[place].max(other.map_or(0.0, |(wait, _)| *wait));
         }
     }
 
@@ -206,6 +245,7 @@ impl<'a> Count<'a> {
         for stage in &self.placement.stages {
             let grouped = self.grouped(stage);
             let mut own_rows = 0.0;
+            let mut servers = BTreeSet::new();
             let mut kept: BTreeMap<usize, f64> = BTreeMap::new();
             let first = ShardId::Expert { layer: stage.layers.start, expert: 0 };
             let last = ShardId::Expert { layer: stage.layers.end, expert: 0 };
@@ -214,6 +254,7 @@ impl<'a> Count<'a> {
                 own_rows += rows_per_lane;
                 // Groups of lanes are served where they run if they can be; the others are shared evenly.
                 let places: Vec<usize> = holders.iter().map(|node| self.places[node]).collect();
+                servers.extend(places.iter().copied());
                 let local: Vec<Grouped> =
                     places.iter().map(|p| grouped.get(p).copied().unwrap_or_default()).collect();
                 let served: f64 = local.iter().map(|lanes| lanes.own + lanes.foreign).sum();
@@ -234,6 +275,7 @@ impl<'a> Count<'a> {
                     self.updated[place] += (1.0 + leaves) * self.costs.expert_wire as f64;
                 }
             }
+            self.wait_elsewhere(stage, &servers);
             for (&place, lanes) in &grouped {
                 let all = lanes.own + lanes.lost;
                 let gone = (all * own_rows - kept.get(&place).copied().unwrap_or(0.0)).max(0.0);
@@ -385,7 +427,7 @@ impl<'a> Count<'a> {
         let dense = profile.dense.seconds(self.costs.lane_flops(layers.clone())) * profile.threads as f64;
         let experts = profile.expert.seconds(rows * moe * self.costs.expert_flops);
         let away = self.away[place];
-        let trips = self.travels[place] * 2.0 * moe * profile.round_trip_s;
+        let trips = self.travels[place] * 2.0 * moe * (profile.round_trip_s + self.waits[place]);
         let wire = 4.0 * moe * rows * away * self.costs.row_wire as f64 / profile.bandwidth;
         let hop = profile.round_trip_s + 2.0 * self.costs.lane_wire as f64 / profile.bandwidth;
         dense + experts + trips + wire + if number > 0 { 2.0 * hop } else { 0.0 }
@@ -401,73 +443,5 @@ impl<'a> Count<'a> {
             seconds += sum / all.max(1.0);
         }
         seconds
-    }
-}
-
-/// Bytes of a step over each link, sender first: rows, residual streams and gradients, leaf by leaf.
-#[must_use]
-pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId), u64> {
-    let mut bytes: BTreeMap<(NodeId, NodeId), u64> = BTreeMap::new();
-    let mut add = |from: &NodeId, to: &NodeId, amount: u64| {
-        if from != to {
-            *bytes.entry((from.clone(), to.clone())).or_default() += amount;
-        }
-    };
-    let rows = (costs.rows_per_lane() / costs.experts.max(1) as f64 * costs.row_wire as f64) as u64;
-    for &shard in placement.experts.keys() {
-        let ShardId::Expert { layer, .. } = shard else { continue };
-        for leaf in 0..placement.leaves(shard) {
-            let Some(server) = placement.home(shard, leaf) else { continue };
-            for lane in placement.group_lanes(leaf) {
-                if let Some(runner) = placement.stage_of(layer).and_then(|stage| stage.runner(lane)) {
-                    add(runner, server, 2 * rows);
-                    add(server, runner, 2 * rows);
-                }
-            }
-        }
-    }
-    let Some(first) = placement.stages.first() else { return bytes };
-    for stage in &placement.stages[1..] {
-        for lane in 0..placement.lanes() {
-            if let (Some(driver), Some(runner)) = (first.runner(lane), stage.runner(lane)) {
-                add(driver, runner, 2 * costs.lane_wire);
-                add(runner, driver, 2 * costs.lane_wire);
-            }
-        }
-    }
-    let layers =
-        (0..costs.layers()).map(|layer| (ShardId::Dense { layer }, costs.dense_wire[usize::from(layer)]));
-    let experts = placement.experts.keys().map(|&shard| (shard, costs.expert_wire));
-    for (shard, wire) in layers.chain(experts) {
-        let holders = placement.holders(shard);
-        sums(placement, shard, &mut |from, to| add(from, to, wire));
-        for holder in &holders {
-            placement.relays(shard, holder).iter().for_each(|next| add(holder, next, wire));
-        }
-    }
-    bytes
-}
-
-/// Every sum of a shard's gradient that goes from one node to another.
-fn sums(placement: &Placement, shard: ShardId, add: &mut impl FnMut(&NodeId, &NodeId)) {
-    let root = Span::root(placement.leaves(shard));
-    if let (Some(there), Some(owner)) = (placement.adder(shard, root), placement.owner(shard)) {
-        add(there, owner);
-    }
-    let mut open = vec![root];
-    while let Some(span) = open.pop() {
-        let (Some(here), Some((left, right))) = (placement.adder(shard, span), span.children()) else {
-            continue;
-        };
-        for below in [left, right] {
-            let Some(there) = placement.adder(shard, below) else { continue };
-            add(there, here);
-            // Whoever makes a sum alone gets nothing for it.
-            if placement.home(shard, below.start) != Some(there)
-                || !placement.fragments(shard, there).contains(&below)
-            {
-                open.push(below);
-            }
-        }
     }
 }

@@ -1,0 +1,81 @@
+//! What sockets and connections are set to, by where they lead: see `docs/performance.md` for what was measured.
+
+use crate::error::{Error, Result};
+use crate::limits::STREAMS_MAX;
+use crate::options::TransportOptions;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The largest UDP payload over IPv4 that quinn takes.
+pub(crate) const LOOPBACK_DATAGRAM: u16 = 65_487;
+const SOCKET_BUFFER: usize = 4 << 20;
+const NETWORK_DATAGRAM: u16 = 1_452;
+const STREAM_WINDOW: u32 = 1 << 20;
+const RECEIVE_WINDOW: u32 = 4 << 20;
+const SEND_WINDOW: u64 = 2 << 20;
+const INITIAL_WINDOW: u64 = 4 << 20;
+
+/// This machine's address on the way to `towards`.
+///
+/// # Errors
+/// When there is no way.
+pub fn local_ip(towards: SocketAddr) -> Result<IpAddr> {
+    let any: SocketAddr = if towards.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
+    let find = || {
+        let socket = UdpSocket::bind(any)?;
+        // Sends nothing: it only asks the routing table.
+        socket.connect(towards)?;
+        socket.local_addr()
+    };
+    find().map(|address| address.ip()).map_err(|error| Error::connection(towards.to_string(), error))
+}
+
+pub(crate) fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
+    let reason = match error.kind() {
+        std::io::ErrorKind::AddrInUse => "it is in use by another process".to_owned(),
+        _ => error.to_string(),
+    };
+    Error::Bind { address, reason }
+}
+
+pub(crate) fn udp_socket(address: SocketAddr) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
+    let buffers = socket2::SockRef::from(&socket);
+    // The kernel gives what its limits allow; `volary doctor` says when that is too little.
+    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER);
+    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER);
+    Ok(socket)
+}
+
+pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Result<quinn::TransportConfig> {
+    let mut config = quinn::TransportConfig::default();
+    let idle = quinn::IdleTimeout::try_from(Duration::from_millis(options.idle_timeout_ms))
+        .map_err(Error::identity)?;
+    let mut cubic = quinn::congestion::CubicConfig::default();
+    cubic.initial_window(INITIAL_WINDOW);
+    config
+        .keep_alive_interval(Some(Duration::from_millis(options.keep_alive_ms)))
+        .max_idle_timeout(Some(idle))
+        .max_concurrent_bidi_streams(STREAMS_MAX.into())
+        .max_concurrent_uni_streams(STREAMS_MAX.into())
+        .stream_receive_window(STREAM_WINDOW.into())
+        .receive_window(RECEIVE_WINDOW.into())
+        .send_window(SEND_WINDOW)
+        .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(None);
+    if loopback {
+        // A large first datagram needs a large first window, or nothing is ever sent.
+        config
+            .initial_mtu(LOOPBACK_DATAGRAM)
+            .congestion_controller_factory(Arc::new(cubic))
+            .enable_segmentation_offload(false);
+    } else {
+        config.initial_mtu(1_200).min_mtu(1_200).mtu_discovery_config(Some({
+            let mut discovery = quinn::MtuDiscoveryConfig::default();
+            discovery.upper_bound(NETWORK_DATAGRAM);
+            discovery
+        }));
+    }
+    Ok(config)
+}
