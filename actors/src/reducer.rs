@@ -127,6 +127,8 @@ impl<B: Compute> ReducerState<B> {
             folds.insert(shard, Fold::new(placement.leaves(shard)));
         }
         self.current = Some(Current { epoch, step, placement, folds, roots: BTreeMap::new(), held });
+        // A node that holds nothing has all that it waits for.
+        self.when_reduced();
     }
 
     fn at(&mut self, epoch: Epoch, step: Step) -> Option<&mut Current<B>> {
@@ -226,9 +228,14 @@ impl<B: Compute> ReducerState<B> {
         let Some(current) = self.at(epoch, step) else { return };
         // The first one counts: its norm may have been reported.
         current.roots.entry(shard).or_insert(root);
-        if current.roots.len() == current.held {
-            let norms = current.roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
-            drop(self.agent.cast(NodeMsg::Reduced { epoch, step, norms }));
+        self.when_reduced();
+    }
+
+    fn when_reduced(&self) {
+        let Some(Current { epoch, step, roots, held, .. }) = &self.current else { return };
+        if roots.len() == *held {
+            let norms = roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
+            drop(self.agent.cast(NodeMsg::Reduced { epoch: *epoch, step: *step, norms }));
         }
     }
 

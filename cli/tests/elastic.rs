@@ -126,16 +126,17 @@ fn a_node_without_room_for_layers_hosts_experts_and_does_not_show() {
     let world = World::new();
     let costs = tiny_costs(&world);
     let few = costs.expert_bytes * 3;
-    let memory = format!("1GiB,{few}");
     let steps = ["--threads", "1", "--quiet"];
     world.run_train(&[&["--nodes", "1", "--dir", "runs/whole"], steps.as_slice()].concat());
-    world.run_train(
-        &[&["--nodes", "2", "--dir", "runs/host", "--memory", &memory], steps.as_slice()].concat(),
-    );
-    assert_eq!(world.curve("host"), world.curve("whole"));
-    assert_eq!(world.digest("host"), world.digest("whole"));
-    let events = std::fs::read_to_string(world.path("runs/host/events.jsonl")).expect("events");
-    assert!(events.contains("\"experts_only\":1"), "{events}");
+    // The second one has no room for anything: it is a member that holds nothing.
+    for (run, memory) in [("host", format!("1GiB,{few}")), ("spare", "1GiB,1".to_owned())] {
+        let dir = format!("runs/{run}");
+        world.run_train(&[&["--nodes", "2", "--dir", &dir, "--memory", &memory], steps.as_slice()].concat());
+        assert_eq!(world.curve(run), world.curve("whole"), "{run}");
+        assert_eq!(world.digest(run), world.digest("whole"), "{run}");
+        let events = std::fs::read_to_string(world.path(&format!("{dir}/events.jsonl"))).expect("events");
+        assert!(events.contains("\"experts_only\":1"), "{events}");
+    }
 }
 
 /// The supervisor's and the nodes' processes.
