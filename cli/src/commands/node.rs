@@ -38,7 +38,8 @@ pub struct Args {
     /// The node's name; the supervisor gives one when left out.
     #[arg(long)]
     name: Option<String>,
-    /// Memory that the run may use, as 8GiB; what the machine has left when left out.
+    /// Memory that the run may use, as 8GiB; nine tenths of what the GPU, or the machine and its control group, have free when left
+    /// out.
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// What fails together with this node: a rack, a data centre, a spot pool. Replicas keep to different zones.
