@@ -98,6 +98,8 @@ pub struct Machine {
     cramped: Option<(BTreeSet<NodeId>, String)>,
     /// Whether the next boundary between steps should look for a better placement.
     unsettled: bool,
+    /// Placements that were made at boundaries since something last asked for one.
+    rounds: u32,
     suspicion: suspicion::Suspicion,
     balance: balance::Balance,
     /// Milliseconds since anything came of what is under way.
@@ -135,6 +137,7 @@ impl Machine {
             awaited,
             cramped: None,
             unsettled: false,
+            rounds: 0,
             suspicion: suspicion::Suspicion::default(),
             balance: balance::Balance::default(),
             quiet_ms: 0,
@@ -254,7 +257,7 @@ impl Machine {
         }
         profile.scale(self.balance.scale(self.nodes.values()));
         self.nodes.insert(node, Node { declared, profile, speed: None, address, draining: false });
-        self.unsettled = true;
+        self.unsettle();
         self.gather();
     }
 
@@ -279,7 +282,7 @@ impl Machine {
         if matches!(self.phase, Phase::Gathering) {
             return;
         }
-        self.unsettled = true;
+        self.unsettle();
         if member {
             self.abort(&format!("{node} is gone: {reason}"));
         } else if learner {
@@ -313,7 +316,7 @@ impl Machine {
             return self.notice(Notice::MigrationFailed { node, reason });
         }
         known.draining = true;
-        self.unsettled = true;
+        self.unsettle();
         self.notice(Notice::Draining { node });
     }
 
@@ -368,7 +371,9 @@ impl Machine {
         if self.attempts > 0 {
             self.blocked_ms = self.blocked_ms.saturating_add(ms);
         }
-        self.unsettled |= self.suspicion.pass(ms);
+        if self.suspicion.pass(ms) {
+            self.unsettle();
+        }
         self.watch_checkpoint(ms);
         match self.phase {
             Phase::Gathering => self.gather(),
@@ -422,6 +427,11 @@ impl Machine {
         }
         self.phase = Phase::Done;
         self.effects.push(end);
+    }
+
+    /// Something has happened that may ask for another placement.
+    fn unsettle(&mut self) {
+        (self.unsettled, self.rounds) = (true, 0);
     }
 
     fn notice(&mut self, notice: Notice) {

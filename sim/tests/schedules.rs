@@ -40,6 +40,16 @@ const ALIKE: Cluster = Cluster { settings: cluster, profiles: |_| Profile::relat
 /// Nodes of which none has room for more than half the layers, in two zones.
 const SPREAD: Cluster = Cluster { settings: deep_cluster, profiles: half };
 
+/// Nodes of which every other one is far away, so that it is worth leaving out.
+const FAR: Cluster = Cluster {
+    settings: cluster,
+    profiles: |node| {
+        let far = node.0[1..].parse::<usize>().is_ok_and(|number| number % 2 == 0);
+        let (bandwidth, round_trip_s) = if far { (1e6, 0.05) } else { (1e9, 1e-4) };
+        Profile { bandwidth, round_trip_s, ..Profile::relative(1.0) }
+    },
+};
+
 fn play(seed: u64, kinds: Kinds, Cluster { settings, profiles }: Cluster) -> World {
     let settings = settings(seed);
     let nodes = settings.cluster.nodes;
@@ -150,7 +160,15 @@ fn everything_at_once_where_no_node_has_room_for_all_layers() {
     assert!(count(&worlds, staged) > 1_000, "stages come and go");
 }
 
-/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`, with `VOLARY_SPREAD` where no node has room for all layers.
+#[test]
+fn everything_at_once_where_nodes_are_far_apart() {
+    let worlds = all_of(0..1_000, Kinds::ALL, FAR);
+    let left_out = |n: &Notice| matches!(n, Notice::Placed { lanes, .. } if lanes.contains(&0));
+    assert!(count(&worlds, left_out) > 100, "far nodes are left out");
+}
+
+/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`, with `VOLARY_SPREAD` where no node has room for all layers,
+/// with `VOLARY_FAR` where nodes are far apart.
 #[test]
 fn one_seed() {
     let Ok(seed) = std::env::var("VOLARY_TRACE") else { return };
@@ -164,7 +182,12 @@ fn one_seed() {
         weather: has("weather"),
         drains: has("drains"),
     };
-    let cluster = if std::env::var_os("VOLARY_SPREAD").is_some() { SPREAD } else { ALIKE };
+    let is_set = |name| std::env::var_os(name).is_some();
+    let cluster = match (is_set("VOLARY_SPREAD"), is_set("VOLARY_FAR")) {
+        (true, _) => SPREAD,
+        (_, true) => FAR,
+        _ => ALIKE,
+    };
     let world = play(seed.parse().expect("a seed"), kinds, cluster);
     assert!(world.done, "{:?}", world.fatal);
 }
@@ -175,5 +198,6 @@ fn soak() {
     let Ok(seeds) = std::env::var("VOLARY_SOAK") else { return };
     let seeds = 10_000..10_000 + seeds.parse::<u64>().expect("a number of seeds");
     all(seeds.clone(), Kinds::ALL);
-    all_of(seeds, Kinds::ALL, SPREAD);
+    all_of(seeds.clone(), Kinds::ALL, SPREAD);
+    all_of(seeds, Kinds::ALL, FAR);
 }

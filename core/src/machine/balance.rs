@@ -76,7 +76,7 @@ impl Machine {
         }
         let reasons = [self.look_at_speeds(), self.look_at_loads()];
         for reason in reasons.into_iter().flatten() {
-            self.unsettled = true;
+            self.unsettle();
             self.notice(Notice::Rebalancing { step: self.committed, reason });
         }
     }

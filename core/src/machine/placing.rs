@@ -15,6 +15,9 @@ use crate::planner::{self, Member, Request};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
+/// Placements that follow one another at boundaries for one reason, each moving what the one before left over: a planner that cannot decide
+/// between two must not go on for ever.
+const ROUNDS_MAX: u32 = 16;
 /// Nodes that a learner is told to ask for a shard, one after the other.
 const TEACHERS_MAX: usize = 8;
 
@@ -41,6 +44,10 @@ impl Machine {
         if !self.unsettled || self.suspicion.is_paused() || (leaving && self.checkpointing.is_some()) {
             return false;
         }
+        if self.rounds >= ROUNDS_MAX && self.placement.learners.is_empty() {
+            self.unsettled = false;
+            return false;
+        }
         let learning = self.placement.learning_nodes();
         if self.all_learned() {
             let (epoch, step) = (self.placement.epoch, self.committed);
@@ -53,6 +60,7 @@ impl Machine {
             && learning.iter().all(|node| self.nodes.contains_key(node));
         self.unsettled = false;
         if !same {
+            self.rounds += 1;
             let cause = self.cause(&next);
             self.begin_epoch(next, &cause);
         }

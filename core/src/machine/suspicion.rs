@@ -166,7 +166,7 @@ impl Machine {
             return;
         }
         self.notice(Notice::MigrationFailed { node: node.clone(), reason: reason.clone() });
-        self.unsettled = true;
+        self.unsettle();
         if self.placement.is_member(node) {
             self.suspicion.paused_ms = PAUSE_MS;
         } else {
