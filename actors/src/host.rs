@@ -112,7 +112,10 @@ pub async fn run_node<B: Compute>(
 ) -> Result<NodeEnd> {
     // The shorter of both ends' timeouts counts, and the supervisor's is the run's `cluster.node_timeout_ms`.
     let transport = TransportOptions { idle_timeout_ms: IDLE_MS, ..TransportOptions::default() };
-    let identity = dial(&options, &transport).await?;
+    let identity = tokio::select! {
+        joined = dial(&options, &transport) => joined?,
+        Some(()) = leave.recv() => return Ok(NodeEnd::Left("it was told to leave before it had joined".into())),
+    };
     let name = NodeId::new(identity.name());
     let listen = match options.listen {
         Some(listen) => listen,

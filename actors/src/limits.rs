@@ -26,6 +26,8 @@ pub(crate) const WELCOME_MAX: Duration = Duration::from_secs(10);
 pub(crate) const IDLE_MS: u64 = 10_000;
 /// Time between two attempts of a node to reach its supervisor at first.
 pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
+/// The same where somebody is there and refuses for now.
+pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 /// How long a node tries to reach its supervisor at first.
 pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
 /// Batches of spans that wait for the link to the supervisor.

@@ -410,7 +410,12 @@ impl Machine {
             return self.place("the nodes are here");
         }
         if self.quiet_ms >= gather_timeout_ms {
-            let waited = || format!("waited for {} nodes, and {} came", self.wanted_nodes, self.nodes.len());
+            let waited = || {
+                let (wanted, came) = (self.wanted_nodes, self.nodes.len());
+                format!(
+                    "waited {gather_timeout_ms} ms (cluster.gather_timeout_ms) for {wanted} nodes, and {came} came"
+                )
+            };
             let reason = self.cramped.take().map_or_else(waited, |(_, reason)| reason);
             self.end(Effect::Fatal { reason });
         }

@@ -128,6 +128,9 @@ impl Profile {
         if self.zone.len() > ZONE_MAX {
             return Err(format!("a zone of {} bytes: expected at most {ZONE_MAX}", self.zone.len()));
         }
+        if self.zone.contains(char::is_control) {
+            return Err("a zone with control characters".into());
+        }
         Ok(())
     }
 }

@@ -198,7 +198,13 @@ async fn a_revoked_certificate_lets_nobody_in_and_nobody_is_dialled_who_has_one(
     let authority = Authority::create().unwrap();
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
     let accepting = right.clone();
-    tokio::spawn(async move { while accepting.accept_peer().await.is_some() {} });
+    tokio::spawn(async move {
+        // A link ends with its last handle.
+        let mut kept = Vec::new();
+        while let Some(link) = accepting.accept_peer().await {
+            kept.push(link);
+        }
+    });
     let link = left.connect(right.local_addr(), "right").await.unwrap();
     let (of_right, of_left) =
         (link.certificate().unwrap(), fingerprint(&left.identity().unwrap().certificate));

@@ -2,7 +2,7 @@
 
 use super::{Error, NodeOptions, Result};
 use crate::keys::NAME_IN_USE;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE, WELCOME_MAX};
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, WELCOME_MAX};
 use crate::node::NodeMsg;
 use crate::wire::{Down, NodeInfo, RunInfo, Up};
 use ractor::ActorRef;
@@ -126,11 +126,17 @@ fn is_early(error: &volary_transport::Error) -> bool {
 
 /// Joins, and tries again for a while when it comes too early; any other refusal is final.
 pub(super) async fn dial(options: &NodeOptions, transport: &TransportOptions) -> Result<Identity> {
-    let start = Instant::now();
+    let (start, mut told) = (Instant::now(), false);
     loop {
         match join(options.supervisor, &options.token, options.name.clone(), transport).await {
             Err(error) if start.elapsed() < DIAL_MAX && is_early(&error) => {
-                tokio::time::sleep(DIAL_PAUSE).await;
+                // Whoever listens and says no is not asked ten times a second.
+                let refused = matches!(error, volary_transport::Error::Refused(_));
+                if refused && !told {
+                    tracing::warn!(%error, "trying for a while: it may be gone in a moment");
+                    told = true;
+                }
+                tokio::time::sleep(if refused { REFUSED_PAUSE } else { DIAL_PAUSE }).await;
             }
             joined => return Ok(joined?),
         }

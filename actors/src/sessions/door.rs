@@ -5,8 +5,8 @@ use crate::limits::{CHECKPOINT_BYTES_AHEAD, HELLO_MAX};
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::supervisor::{Arrival, SupervisorMsg, WORDS_AHEAD};
 use crate::wire::{self, Down, ShardAt, ShardWish, Up};
-use ractor::ActorRef;
 use ractor::rpc::CallResult;
+use ractor::{ActorRef, ActorStatus};
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -92,6 +92,12 @@ impl Door {
             Role::Peer { .. } => Err("this is the supervisor, not a node".into()),
         };
         if let Err(reason) = verdict {
+            accepted.refuse(&reason).await;
+            return Err(reason);
+        }
+        if !matches!(accepted.role, Role::Operator { .. }) && self.actor.get_status() == ActorStatus::Stopped
+        {
+            let reason = "the run has ended".to_owned();
             accepted.refuse(&reason).await;
             return Err(reason);
         }
@@ -341,6 +347,6 @@ async fn serve_shards(door: Arc<Door>, link: Link, session: u64) {
 pub(super) async fn ask_operator(actor: &ActorRef<SupervisorMsg>, request: OperatorRequest) -> OperatorReply {
     match actor.call(|reply| SupervisorMsg::Operator { request, reply }, None).await {
         Ok(CallResult::Success(answer)) => answer,
-        _ => OperatorReply::Failed { reason: "the supervisor has ended".into() },
+        _ => OperatorReply::Failed { reason: "the run has ended".into() },
     }
 }

@@ -71,6 +71,9 @@ fn zone(text: &str) -> Result<String, String> {
     if text.len() > most {
         return Err(format!("expected at most {most} bytes"));
     }
+    if text.contains(char::is_control) {
+        return Err("expected no control characters".into());
+    }
     Ok(text.to_owned())
 }
 

@@ -184,8 +184,9 @@ async fn say_progress(target: &rundir::Target, name: &str) {
 /// # Errors
 /// When there is no supervisor.
 pub fn status(args: StatusArgs) -> anyhow::Result<()> {
-    let OperatorReply::Status(status) = ask(&args.which, &OperatorRequest::Status)? else {
-        anyhow::bail!("the supervisor answered another question");
+    let status = match ask(&args.which, &OperatorRequest::Status)? {
+        OperatorReply::Status(status) => status,
+        other => return unexpected(other),
     };
     if args.json {
         println!("{}", json(&status)?);

@@ -40,7 +40,7 @@ struct CreateArgs {
     #[arg(long, value_enum, default_value = "node")]
     role: Role,
     /// How long it is good for, as 90s, 15m, 1h or 7d; for ever when left out.
-    #[arg(long, value_name = "TIME", value_parser = units::duration)]
+    #[arg(long, value_name = "TIME", value_parser = ttl)]
     ttl: Option<Duration>,
     /// How many nodes may join with it; any number when left out.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
@@ -79,10 +79,17 @@ enum Role {
     Viewer,
 }
 
+fn ttl(text: &str) -> Result<Duration, String> {
+    let ttl = units::duration(text)?;
+    if ttl.is_zero() { Err("a token that is good for no time at all".into()) } else { Ok(ttl) }
+}
+
 fn label(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() && text.len() <= 256 => Ok((key.to_owned(), value.to_owned())),
-        _ => Err(format!("{text:?}: expected KEY=VALUE of at most 256 bytes")),
+        Some((key, value)) if !key.is_empty() && text.len() <= 256 && !text.contains(char::is_control) => {
+            Ok((key.to_owned(), value.to_owned()))
+        }
+        _ => Err("expected KEY=VALUE of at most 256 bytes, without control characters".into()),
     }
 }
 

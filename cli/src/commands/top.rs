@@ -60,6 +60,7 @@ impl Seen {
                 }
                 self.status = Some(status);
             }
+            Ok(OperatorReply::Failed { reason }) => self.trouble = Some(reason),
             Ok(_) => self.trouble = Some("the supervisor answered another question".into()),
             Err(error) => self.trouble = Some(format!("{error:#}; trying again")),
         }

@@ -124,7 +124,7 @@ fn the_run_waits_for_its_nodes_and_gives_up_after_the_limit() {
         Effect::Fatal { reason } => Some(reason.as_str()),
         _ => None,
     });
-    assert_eq!(fatal, Some("waited for 3 nodes, and 1 came"));
+    assert!(fatal.is_some_and(|reason| reason.ends_with("for 3 nodes, and 1 came")), "{fatal:?}");
 }
 
 /// M-1.

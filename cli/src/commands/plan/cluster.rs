@@ -381,6 +381,9 @@ impl ClusterPlan {
                 best.price_per_hour,
                 seconds(best.step_s)
             ),
+            None if self.short.is_some() => {
+                println!("  cheapest to add: no single node with a price makes it fit");
+            }
             None => println!("  cheapest to add: nothing with a price makes the step shorter"),
         }
     }
