@@ -336,7 +336,8 @@ impl SupervisorState {
         self.on_event(Event::Joined { node, profile, address, held }).await
     }
 
-    /// A checkpoint's shards come from their owners.
+    /// A checkpoint's shards come from their owners: those of the placement under which it was opened, or of one that came since, as nodes
+    /// see it, so that whoever holds a shard now is heard too.
     fn on_shard(
         &mut self,
         (node, session): (NodeId, u64),
@@ -345,8 +346,8 @@ impl SupervisorState {
         bytes: Bytes,
         room: OwnedSemaphorePermit,
     ) -> Outcome {
-        let is_owner = self.stores.get(&shard) == Some(&node);
-        if self.session(&node, session).is_some() && is_owner {
+        let holds = self.stores.get(&shard) == Some(&node) || self.machine.placement().holds(&node, shard);
+        if self.session(&node, session).is_some() && holds {
             drop(self.checkpointer.cast(CheckpointerMsg::Shard { step, shard, bytes, room }));
         } else {
             tracing::debug!(%node, %shard, step, "a shard for a checkpoint of somebody who does not own it");
