@@ -13,7 +13,7 @@ mod way;
 use crate::disturb::{Disturbance, disturb};
 use crate::executor::Executor;
 use crate::inbound;
-use crate::keys::NO_CERTIFICATE;
+use crate::keys::{NO_CERTIFICATE, random_number};
 use crate::limits::{DIAL_MAX, IDLE_MS};
 use crate::node::{NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
@@ -32,7 +32,7 @@ use volary_core::compute::{Compute, Computed};
 use volary_core::messages::Held;
 use volary_telemetry::metrics::NodeMetrics;
 use volary_transport::{Admit, Endpoint, Interference, Token, TransportOptions, local_ip};
-use way::{Way, dial, rand_instance};
+use way::{Way, dial};
 
 /// An error of a process as a whole.
 #[derive(Debug, thiserror::Error)]
@@ -127,7 +127,7 @@ pub async fn run_node<B: Compute>(
         }
         None => Endpoint::bind(listen, identity, Admit::Certified, &transport)?,
     };
-    let mut way = Way { instance: rand_instance(), name: name.0.clone(), endpoint, options, profile: None };
+    let mut way = Way { instance: random_number(), name: name.0.clone(), endpoint, options, profile: None };
     let first = way.connect(Held::default(), Instant::now() + DIAL_MAX).await?;
     let run = first.run.clone();
     tracing::info!(node = %name, run = run.run, device = way.options.device, "joined");

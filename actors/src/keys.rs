@@ -72,11 +72,10 @@ fn unhex(name: &str) -> Option<[u8; 32]> {
     Some(hash)
 }
 
-/// Eight letters that no other node has.
-fn random_name() -> String {
+/// A number that nobody else has: for names, and to tell one process of a name from the next. No secret.
+pub(crate) fn random_number() -> u64 {
     use std::hash::{BuildHasher, Hasher};
-    let number = std::collections::hash_map::RandomState::new().build_hasher().finish();
-    format!("{:08x}", number as u32)
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
 impl Keys {
@@ -148,7 +147,7 @@ impl Keys {
         request: &[u8],
         name: Option<String>,
     ) -> Verdict<(String, Issued)> {
-        let name = name.unwrap_or_else(|| format!("node-{}", random_name()));
+        let name = name.unwrap_or_else(|| format!("node-{:08x}", random_number() as u32));
         if name == SUPERVISOR {
             return Err(format!("the name {name} is taken"));
         }

@@ -17,7 +17,7 @@ use volary_transport::{Endpoint, Frame, Kind, Link};
 pub(crate) struct Peers {
     endpoint: Endpoint,
     state: Mutex<State>,
-    /// Who hears of links that break while nobody waits for anything on them.
+    /// Who hears of links that break while nobody waits for anything on them; each link says so once, and there is one for each peer.
     breaks: mpsc::UnboundedSender<Broken>,
 }
 

@@ -95,7 +95,7 @@ impl Way {
         let welcome = match tokio::time::timeout(WELCOME_MAX, receiver.recv::<Down>()).await {
             Ok(Ok(Some(Down::Welcome(welcome)))) => *welcome,
             Ok(Ok(Some(Down::Taken))) => {
-                return Err(Error::NotYet("a living node has this name; choose another one".into()));
+                return Err(Error::NotYet(format!("{NAME_IN_USE}; choose another one")));
             }
             Ok(Ok(Some(Down::Say(ToNode::Leave { reason }, _)))) => return Err(Error::Start(reason)),
             Ok(Err(error)) => return Err(error.into()),
@@ -141,10 +141,4 @@ pub(super) async fn dial(options: &NodeOptions, transport: &TransportOptions) ->
             joined => return Ok(joined?),
         }
     }
-}
-
-/// A number that tells this process from another one of the same name.
-pub(super) fn rand_instance() -> u64 {
-    use std::hash::{BuildHasher, Hasher};
-    std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
