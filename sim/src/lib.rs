@@ -17,4 +17,4 @@ mod supervisor;
 pub mod world;
 
 pub use faults::{Fault, Kinds, schedule};
-pub use world::{World, settings};
+pub use world::{World, deep_settings, room_for_half, settings};

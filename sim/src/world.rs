@@ -5,6 +5,7 @@ use crate::node::Node;
 use crate::supervisor::Disk;
 use std::collections::{BTreeMap, BTreeSet};
 use volary_core::architecture::presets;
+use volary_core::costs::Costs;
 use volary_core::machine::{self, Event, Machine, Notice, Settings};
 use volary_core::messages::{FromNode, ToNode};
 use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
@@ -45,6 +46,27 @@ pub fn settings(steps: u64, nodes: usize, replication: usize) -> Settings {
         cluster: ClusterOptions { nodes, replication, step_timeout_ms: 10_000, ..ClusterOptions::default() },
         checkpoint: CheckpointOptions { every: 5, keep: 2 },
         validation: ValidationOptions { every: 0, rounds: 0 },
+    }
+}
+
+/// The same with four layers, for [`room_for_half`].
+#[must_use]
+pub fn deep_settings(steps: u64, nodes: usize, replication: usize) -> Settings {
+    let mut settings = settings(steps, nodes, replication);
+    settings.architecture.layers = 4;
+    settings
+}
+
+/// A node with room for two of the four layers of [`deep_settings`] and for some experts, in one of two zones by its number.
+#[must_use]
+pub fn room_for_half(node: &NodeId) -> Profile {
+    let settings = deep_settings(1, 1, 1);
+    let costs = Costs::new(&settings.architecture, &settings.training);
+    let number: usize = node.0.trim_start_matches('n').parse().unwrap_or_default();
+    Profile {
+        memory_bytes: costs.stage_bytes(0..2, 2).max(costs.stage_bytes(2..4, 2)) + 5 * costs.expert_bytes,
+        zone: format!("zone-{}", number % 2),
+        ..Profile::relative(1.0)
     }
 }
 

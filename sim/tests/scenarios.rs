@@ -2,10 +2,8 @@
 #![expect(clippy::expect_used, reason = "tests")]
 
 use volary_core::NodeId;
-use volary_core::costs::Costs;
-use volary_core::machine::{Notice, Settings};
-use volary_core::profile::Profile;
-use volary_sim::{Fault, World, settings};
+use volary_core::machine::Notice;
+use volary_sim::{Fault, World, deep_settings, room_for_half, settings};
 
 const STEPS: u64 = 40;
 /// The longest ordinary step: the slowest node's work, and what it waits and says.
@@ -220,27 +218,8 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
     assert!(reasons.len() <= 4, "it does not flap: {reasons:?}");
 }
 
-/// Four layers, of which no node has room for more than two.
-fn deep_settings(nodes: usize, replication: usize) -> Settings {
-    let mut settings = settings(STEPS, nodes, replication);
-    settings.architecture.layers = 4;
-    settings
-}
-
-/// A node with room for half the layers and its share of the experts, in one of two zones.
-fn half(node: &NodeId) -> Profile {
-    let settings = deep_settings(1, 1);
-    let costs = Costs::new(&settings.architecture, &settings.training);
-    let number: usize = node.0[1..].parse().expect("a number");
-    Profile {
-        memory_bytes: costs.stage_bytes(0..2, 2).max(costs.stage_bytes(2..4, 2)) + 5 * costs.expert_bytes,
-        zone: format!("zone-{}", number % 2),
-        ..Profile::relative(1.0)
-    }
-}
-
 fn spread(seed: u64, nodes: usize) -> World {
-    let mut world = World::of_unlike_nodes(seed, deep_settings(nodes, 2), nodes, half);
+    let mut world = World::of_unlike_nodes(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
     world.run_until_step(9);
     let stages = world.placement().expect("a supervisor").stages.len();
     assert_eq!(stages, 2, "no node has room for all layers");
@@ -276,7 +255,7 @@ fn replicas_keep_to_different_zones_before_and_after_a_death() {
         let apart = |world: &World, when: &str| {
             let placement = world.placement().expect("a supervisor");
             for (shard, holders) in &placement.experts {
-                let mut zones: Vec<String> = holders.iter().map(|node| half(node).zone).collect();
+                let mut zones: Vec<String> = holders.iter().map(|node| room_for_half(node).zone).collect();
                 zones.sort();
                 zones.dedup();
                 assert_eq!(zones.len(), 2, "seed {seed}, {when}: {shard} on {holders:?}");

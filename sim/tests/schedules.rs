@@ -15,10 +15,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use volary_core::NodeId;
-use volary_core::costs::Costs;
 use volary_core::machine::{Notice, Settings};
 use volary_core::profile::Profile;
-use volary_sim::{Kinds, World, schedule, settings};
+use volary_sim::{Kinds, World, deep_settings, room_for_half, schedule, settings};
 
 const STEPS: u64 = 30;
 
@@ -38,7 +37,7 @@ struct Cluster {
 
 const ALIKE: Cluster = Cluster { settings: cluster, profiles: |_| Profile::relative(1.0) };
 /// Nodes of which none has room for more than half the layers, in two zones.
-const SPREAD: Cluster = Cluster { settings: deep_cluster, profiles: half };
+const SPREAD: Cluster = Cluster { settings: deep_cluster, profiles: room_for_half };
 
 /// Nodes of which every other one is far away, so that it is worth leaving out.
 const FAR: Cluster = Cluster {
@@ -63,21 +62,9 @@ fn cluster(seed: u64) -> Settings {
 }
 
 fn deep_cluster(seed: u64) -> Settings {
-    let mut settings = settings(STEPS, 4 + (seed % 3) as usize, 1 + (seed / 3 % 2) as usize);
-    settings.architecture.layers = 4;
+    let mut settings = deep_settings(STEPS, 4 + (seed % 3) as usize, 1 + (seed / 3 % 2) as usize);
     settings.checkpoint.every = [3, 5, 100][(seed / 9 % 3) as usize];
     settings
-}
-
-fn half(node: &NodeId) -> Profile {
-    let settings = deep_cluster(0);
-    let costs = Costs::new(&settings.architecture, &settings.training);
-    let number: usize = node.0[1..].parse().expect("a number");
-    Profile {
-        memory_bytes: costs.stage_bytes(0..2, 2).max(costs.stage_bytes(2..4, 2)) + 6 * costs.expert_bytes,
-        zone: format!("zone-{}", number % 2),
-        ..Profile::relative(1.0)
-    }
 }
 
 /// Plays many seeds; a failure names its seed.
