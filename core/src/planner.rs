@@ -34,7 +34,6 @@ use crate::ids::{Epoch, NodeId, ShardId};
 use crate::options::TrainingOptions;
 use crate::placement::{Placement, Stage};
 use crate::profile::Profile;
-use focus::Focus;
 use serde::Serialize;
 use site::Site;
 use std::cmp::Reverse;
@@ -199,7 +198,6 @@ fn leave_out(site: &mut Site<'_>, costs: &Costs, request: &Request<'_>, mut best
             }
         }
     }
-    site.focus_on(Focus::all(site.len()));
     best.plan
 }
 

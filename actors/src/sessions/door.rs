@@ -82,7 +82,10 @@ impl Door {
     async fn admit(self: Arc<Self>, accepted: Accepted) -> std::result::Result<(), String> {
         let mut zone = None;
         let certificate = accepted.certificate.unwrap_or_default();
+        let is_over = self.actor.get_status() == ActorStatus::Stopped;
         let verdict = match &accepted.role {
+            // People may still ask, and are told the same.
+            Role::Join { .. } | Role::Node { .. } if is_over => Err("the run has ended".to_owned()),
             Role::Join { name: Some(name), .. } if self.names().contains_key(&NodeId::new(name)) => {
                 Err(format!("{NAME_IN_USE}; choose another one"))
             }
@@ -92,12 +95,6 @@ impl Door {
             Role::Peer { .. } => Err("this is the supervisor, not a node".into()),
         };
         if let Err(reason) = verdict {
-            accepted.refuse(&reason).await;
-            return Err(reason);
-        }
-        if !matches!(accepted.role, Role::Operator { .. }) && self.actor.get_status() == ActorStatus::Stopped
-        {
-            let reason = "the run has ended".to_owned();
             accepted.refuse(&reason).await;
             return Err(reason);
         }
@@ -143,7 +140,7 @@ impl Door {
     ) -> std::result::Result<(), String> {
         let node = NodeId::new(link.peer());
         let hello = tokio::time::timeout(HELLO_MAX, receiver.recv::<Up>()).await;
-        let Ok(Ok(Some(Up::Hello(info, held)))) = hello else {
+        let Ok(Ok(Some(Up::Hello(mut info, held)))) = hello else {
             return Err(format!("{node} did not say what it is within {HELLO_MAX:?}"));
         };
         // It may have been shut out since it came to the door.
@@ -151,7 +148,6 @@ impl Door {
             link.close(&reason);
             return Err(reason);
         }
-        let mut info = info;
         if let Some(profile) = &mut info.profile {
             measured(profile, zone.as_ref())?;
         }
