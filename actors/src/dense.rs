@@ -3,8 +3,8 @@
 //! Supervised by the node's agent; called by the lane actors of its node. Invariants: a lane is computed alone; what
 //! its forward call leaves here is taken by its backward call, or forgotten with its epoch.
 
-use crate::keeper::{At, Between, Keeper, ShardMsg};
 use crate::reducer::ReducerMsg;
+use crate::shard::{LaneStep, SavedActivations, ShardMsg, ShardReplica};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ pub(crate) enum DenseMsg<B: Compute> {
     Embed { tokens: Arc<Vec<u32>>, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// The residual stream to the loss and its gradient.
     Loss {
-        at: At,
+        at: LaneStep,
         x: B::Tensor,
         tokens: Arc<Vec<u32>>,
         train: bool,
@@ -30,25 +30,31 @@ pub(crate) enum DenseMsg<B: Compute> {
     },
     /// The gradient of the embedded input: the last call of a lane.
     EmbedBackward {
-        at: At,
+        at: LaneStep,
         dx: B::Tensor,
         tokens: Arc<Vec<u32>>,
         meter: Meter,
         reply: RpcReplyPort<Computed<()>>,
     },
     /// A layer forward.
-    Forward { at: At, x: B::Tensor, train: bool, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Forward {
+        at: LaneStep,
+        x: B::Tensor,
+        train: bool,
+        meter: Meter,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    },
     /// A layer backward.
-    Backward { at: At, dy: B::Tensor, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Backward { at: LaneStep, dy: B::Tensor, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
 }
 
 /// The dense actor's state.
 pub(crate) struct DenseState<B: Compute> {
-    keeper: Keeper<B>,
-    segments: Between<B::Saved>,
-    heads: Between<B::Gradient>,
+    replica: ShardReplica<B>,
+    segments: SavedActivations<B::Saved>,
+    heads: SavedActivations<B::Gradient>,
 }
 
 /// See the module.
@@ -57,14 +63,14 @@ pub(crate) struct DenseActor<B>(pub(crate) PhantomData<B>);
 impl<B: Compute> Actor for DenseActor<B> {
     type Msg = DenseMsg<B>;
     type State = DenseState<B>;
-    type Arguments = Keeper<B>;
+    type Arguments = ShardReplica<B>;
 
     async fn pre_start(
         &self,
         _: ActorRef<Self::Msg>,
-        keeper: Self::Arguments,
+        replica: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(DenseState { keeper, segments: Between::default(), heads: Between::default() })
+        Ok(DenseState { replica, segments: SavedActivations::default(), heads: SavedActivations::default() })
     }
 
     async fn handle(
@@ -91,7 +97,7 @@ impl<B: Compute> Actor for DenseActor<B> {
 
 impl<B: Compute> DenseState<B> {
     fn layer(&self) -> Computed<u16> {
-        match self.keeper.id {
+        match self.replica.id {
             ShardId::Dense { layer } => Ok(layer),
             other => Err(ComputeError(format!("{other} is no dense layer"))),
         }
@@ -99,12 +105,12 @@ impl<B: Compute> DenseState<B> {
 
     fn on_embed(&self, tokens: Arc<Vec<u32>>, meter: &Meter, reply: RpcReplyPort<Computed<B::Tensor>>) {
         let embed = move |backend: &B, params| backend.embed(params, &tokens);
-        self.keeper.compute(meter, embed, |done| drop(reply.send(done)));
+        self.replica.compute(meter, embed, |done| drop(reply.send(done)));
     }
 
     fn on_loss(
         &self,
-        at: At,
+        at: LaneStep,
         x: B::Tensor,
         tokens: Arc<Vec<u32>>,
         train: bool,
@@ -115,26 +121,26 @@ impl<B: Compute> DenseState<B> {
         let loss = move |backend: &B, params| {
             let (loss, back) = backend.loss(params, x, &tokens, train)?;
             let dx = back.map(|(dx, gradient)| {
-                heads.keep(at, gradient);
+                heads.save(at, gradient);
                 dx
             });
             Ok((loss, dx))
         };
-        self.keeper.compute(meter, loss, |done| drop(reply.send(done)));
+        self.replica.compute(meter, loss, |done| drop(reply.send(done)));
     }
 
     fn on_embed_backward(
         &self,
-        at: At,
+        at: LaneStep,
         dx: B::Tensor,
         tokens: Arc<Vec<u32>>,
         meter: &Meter,
         reply: RpcReplyPort<Computed<()>>,
     ) {
-        let (heads, reducer, shard) = (self.heads.clone(), self.keeper.node.reducer(), self.keeper.id);
+        let (heads, reducer, shard) = (self.heads.clone(), self.replica.node.reducer(), self.replica.id);
         let backward =
             move |backend: &B, _| heads.take(at).and_then(|head| backend.embed_backward(head, dx, &tokens));
-        self.keeper.compute(meter, backward, move |gradient| {
+        self.replica.compute(meter, backward, move |gradient| {
             drop(reducer.cast(ReducerMsg::lane_leaf(at, shard, gradient)));
             drop(reply.send(Ok(())));
         });
@@ -142,7 +148,7 @@ impl<B: Compute> DenseState<B> {
 
     fn on_forward(
         &self,
-        at: At,
+        at: LaneStep,
         x: B::Tensor,
         train: bool,
         meter: &Meter,
@@ -152,18 +158,25 @@ impl<B: Compute> DenseState<B> {
         let forward = move |backend: &B, params| {
             let (y, saved) = backend.dense(layer?, params, x, train)?;
             if train {
-                segments.keep(at, saved);
+                segments.save(at, saved);
             }
             Ok(y)
         };
-        self.keeper.compute(meter, forward, |done| drop(reply.send(done)));
+        self.replica.compute(meter, forward, |done| drop(reply.send(done)));
     }
 
-    fn on_backward(&self, at: At, dy: B::Tensor, meter: &Meter, reply: RpcReplyPort<Computed<B::Tensor>>) {
-        let (segments, reducer, shard) = (self.segments.clone(), self.keeper.node.reducer(), self.keeper.id);
+    fn on_backward(
+        &self,
+        at: LaneStep,
+        dy: B::Tensor,
+        meter: &Meter,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    ) {
+        let (segments, reducer, shard) =
+            (self.segments.clone(), self.replica.node.reducer(), self.replica.id);
         let backward =
             move |backend: &B, _| segments.take(at).and_then(|saved| backend.dense_backward(saved, dy));
-        self.keeper.compute(meter, backward, move |done: Computed<_>| {
+        self.replica.compute(meter, backward, move |done: Computed<_>| {
             drop(reply.send(done.map(|(dx, gradient)| {
                 drop(reducer.cast(ReducerMsg::lane_leaf(at, shard, Ok(gradient))));
                 dx
@@ -176,6 +189,6 @@ impl<B: Compute> DenseState<B> {
             self.segments.forget_before(epoch);
             self.heads.forget_before(epoch);
         }
-        self.keeper.on_shard(message);
+        self.replica.on_shard(message);
     }
 }

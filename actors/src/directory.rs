@@ -2,15 +2,15 @@
 
 use crate::dense::DenseMsg;
 use crate::expert::ExpertMsg;
-use crate::keeper::ShardMsg;
 use crate::router::RouterMsg;
+use crate::shard::ShardMsg;
 use ractor::ActorRef;
 use std::collections::BTreeMap;
 use volary_core::ShardId;
 use volary_core::compute::{Compute, ComputeError, Computed};
 
 /// The actor that owns a shard.
-pub(crate) enum Owner<B: Compute> {
+pub(crate) enum ShardActor<B: Compute> {
     /// The embedding or a dense layer.
     Dense(ActorRef<DenseMsg<B>>),
     /// A gate.
@@ -19,7 +19,7 @@ pub(crate) enum Owner<B: Compute> {
     Expert(ActorRef<ExpertMsg<B>>),
 }
 
-impl<B: Compute> Clone for Owner<B> {
+impl<B: Compute> Clone for ShardActor<B> {
     fn clone(&self) -> Self {
         match self {
             Self::Dense(actor) => Self::Dense(actor.clone()),
@@ -29,7 +29,7 @@ impl<B: Compute> Clone for Owner<B> {
     }
 }
 
-impl<B: Compute> Owner<B> {
+impl<B: Compute> ShardActor<B> {
     /// Tells the actor something about its shard.
     pub(crate) fn tell(&self, message: ShardMsg<B>) {
         let told = match self {
@@ -66,26 +66,26 @@ impl<B: Compute> Owner<B> {
 }
 
 /// The shards on this node.
-pub(crate) struct Directory<B: Compute> {
-    owners: BTreeMap<ShardId, Owner<B>>,
+pub(crate) struct ShardActors<B: Compute> {
+    owners: BTreeMap<ShardId, ShardActor<B>>,
 }
 
-impl<B: Compute> Default for Directory<B> {
+impl<B: Compute> Default for ShardActors<B> {
     fn default() -> Self {
         Self { owners: BTreeMap::new() }
     }
 }
 
-impl<B: Compute> Directory<B> {
-    pub(crate) fn new(owners: BTreeMap<ShardId, Owner<B>>) -> Self {
+impl<B: Compute> ShardActors<B> {
+    pub(crate) fn new(owners: BTreeMap<ShardId, ShardActor<B>>) -> Self {
         Self { owners }
     }
 
-    pub(crate) fn get(&self, shard: ShardId) -> Computed<&Owner<B>> {
+    pub(crate) fn get(&self, shard: ShardId) -> Computed<&ShardActor<B>> {
         self.owners.get(&shard).ok_or_else(|| ComputeError(format!("{shard} is not on this node")))
     }
 
-    pub(crate) fn owners(&self) -> &BTreeMap<ShardId, Owner<B>> {
+    pub(crate) fn all(&self) -> &BTreeMap<ShardId, ShardActor<B>> {
         &self.owners
     }
 
@@ -99,21 +99,21 @@ impl<B: Compute> Directory<B> {
 
     fn dense_shard(&self, shard: ShardId) -> Computed<ActorRef<DenseMsg<B>>> {
         match self.get(shard)? {
-            Owner::Dense(actor) => Ok(actor.clone()),
+            ShardActor::Dense(actor) => Ok(actor.clone()),
             _ => Err(ComputeError(format!("{shard} has no dense actor"))),
         }
     }
 
     pub(crate) fn router(&self, layer: u16) -> Computed<ActorRef<RouterMsg<B>>> {
         match self.get(ShardId::Router { layer })? {
-            Owner::Router(actor) => Ok(actor.clone()),
+            ShardActor::Router(actor) => Ok(actor.clone()),
             _ => Err(ComputeError(format!("layer {layer} has no router actor"))),
         }
     }
 
     pub(crate) fn expert(&self, layer: u16, expert: u16) -> Computed<ActorRef<ExpertMsg<B>>> {
         match self.get(ShardId::Expert { layer, expert })? {
-            Owner::Expert(actor) => Ok(actor.clone()),
+            ShardActor::Expert(actor) => Ok(actor.clone()),
             _ => Err(ComputeError(format!("expert {expert} of layer {layer} has no expert actor"))),
         }
     }

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use std::time::{Duration, Instant};
 use volary_core::machine::Notice;
-use volary_core::messages::{Pass, ToNode};
+use volary_core::messages::{NodeCommand, Pass};
 use volary_core::{NodeId, Step};
 
 /// What a change cost, in milliseconds.
@@ -147,13 +147,13 @@ impl Durations {
     }
 
     /// A message goes out.
-    pub(crate) fn sent(&mut self, message: &ToNode) {
+    pub(crate) fn sent(&mut self, message: &NodeCommand) {
         let Some(recovery) = &mut self.recovery else { return };
         match message {
-            ToNode::Assign(_) => {
+            NodeCommand::Assign(_) => {
                 recovery.planned.get_or_insert_with(Instant::now);
             }
-            ToNode::Begin { pass: Pass::Train, .. } if recovery.planned.is_some() => {
+            NodeCommand::Begin { pass: Pass::Train, .. } if recovery.planned.is_some() => {
                 recovery.moved.get_or_insert_with(Instant::now);
             }
             _ => {}

@@ -6,8 +6,8 @@
 //! the lanes' numbers; a lane that sends no rows counts as well. When it fails, its node reports the epoch as failed.
 
 use crate::executor::Priority;
-use crate::keeper::{At, Between, Keeper, ShardMsg};
 use crate::reducer::ReducerMsg;
+use crate::shard::{LaneStep, SavedActivations, ShardMsg, ShardReplica};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, HashMap};
 use std::marker::PhantomData;
@@ -18,11 +18,17 @@ use volary_telemetry::Meter;
 /// What an expert is asked.
 pub(crate) enum ExpertMsg<B: Compute> {
     /// A lane's rows forward: `[tokens, hidden]`, which may be none.
-    Forward { at: At, x: B::Tensor, train: bool, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Forward {
+        at: LaneStep,
+        x: B::Tensor,
+        train: bool,
+        meter: Meter,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    },
     /// The gradient of the output; the input's goes back at once.
-    Backward { at: At, dy: B::Tensor, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Backward { at: LaneStep, dy: B::Tensor, meter: Meter, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// A lane's backward call is done, and this is what its weight gradient needs.
-    Returned { at: At, saved: B::Saved },
+    Returned { at: LaneStep, saved: B::Saved },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
 }
@@ -30,8 +36,8 @@ pub(crate) enum ExpertMsg<B: Compute> {
 /// The expert's state.
 pub(crate) struct ExpertState<B: Compute> {
     me: ActorRef<ExpertMsg<B>>,
-    keeper: Keeper<B>,
-    between: Between<B::Saved>,
+    replica: ShardReplica<B>,
+    activations: SavedActivations<B::Saved>,
     /// Lanes that have come back, by attempt and leaf.
     groups: HashMap<(Epoch, Step, u32), BTreeMap<Lane, B::Saved>>,
 }
@@ -42,14 +48,14 @@ pub(crate) struct ExpertActor<B>(pub(crate) PhantomData<B>);
 impl<B: Compute> Actor for ExpertActor<B> {
     type Msg = ExpertMsg<B>;
     type State = ExpertState<B>;
-    type Arguments = Keeper<B>;
+    type Arguments = ShardReplica<B>;
 
     async fn pre_start(
         &self,
         me: ActorRef<Self::Msg>,
-        keeper: Self::Arguments,
+        replica: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(ExpertState { me, keeper, between: Between::default(), groups: HashMap::new() })
+        Ok(ExpertState { me, replica, activations: SavedActivations::default(), groups: HashMap::new() })
     }
 
     async fn handle(
@@ -73,29 +79,35 @@ impl<B: Compute> Actor for ExpertActor<B> {
 impl<B: Compute> ExpertState<B> {
     fn on_forward(
         &self,
-        at: At,
+        at: LaneStep,
         x: B::Tensor,
         train: bool,
         meter: &Meter,
         reply: RpcReplyPort<Computed<B::Tensor>>,
     ) {
-        let between = self.between.clone();
+        let activations = self.activations.clone();
         let forward = move |backend: &B, params| {
             let (y, saved) = backend.expert(params, x, train)?;
             if train {
-                between.keep(at, saved);
+                activations.save(at, saved);
             }
             Ok(y)
         };
-        self.keeper.compute(meter, forward, |done| drop(reply.send(done)));
+        self.replica.compute(meter, forward, |done| drop(reply.send(done)));
     }
 
-    fn on_backward(&self, at: At, dy: B::Tensor, meter: &Meter, reply: RpcReplyPort<Computed<B::Tensor>>) {
-        let (between, me) = (self.between.clone(), self.me.clone());
+    fn on_backward(
+        &self,
+        at: LaneStep,
+        dy: B::Tensor,
+        meter: &Meter,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    ) {
+        let (activations, me) = (self.activations.clone(), self.me.clone());
         let backward = move |backend: &B, params| {
-            between.take(at).and_then(|saved| backend.expert_backward(params, saved, dy))
+            activations.take(at).and_then(|saved| backend.expert_backward(params, saved, dy))
         };
-        self.keeper.compute(meter, backward, move |done: Computed<_>| {
+        self.replica.compute(meter, backward, move |done: Computed<_>| {
             drop(reply.send(done.map(|(dx, saved)| {
                 drop(me.cast(ExpertMsg::Returned { at, saved }));
                 dx
@@ -103,8 +115,8 @@ impl<B: Compute> ExpertState<B> {
         });
     }
 
-    fn on_returned(&mut self, at: At, saved: B::Saved) {
-        let placement = self.keeper.node.placement();
+    fn on_returned(&mut self, at: LaneStep, saved: B::Saved) {
+        let placement = self.replica.node.placement();
         if placement.epoch != at.epoch {
             return;
         }
@@ -116,9 +128,9 @@ impl<B: Compute> ExpertState<B> {
             return;
         }
         let Some(group) = self.groups.remove(&key) else { return };
-        let (shard, reducer) = (self.keeper.id, self.keeper.node.reducer());
+        let (shard, reducer) = (self.replica.id, self.replica.node.reducer());
         let lanes = group.into_values().collect();
-        self.keeper.node.executor.submit(Priority::Deferred, move |backend| {
+        self.replica.node.executor.submit(Priority::Deferred, move |backend| {
             let gradient = backend.expert_gradient(lanes);
             drop(reducer.cast(ReducerMsg::Leaf { epoch: at.epoch, step: at.step, shard, leaf, gradient }));
         });
@@ -126,9 +138,9 @@ impl<B: Compute> ExpertState<B> {
 
     fn on_shard(&mut self, message: ShardMsg<B>) {
         if let ShardMsg::Forget { epoch } = message {
-            self.between.forget_before(epoch);
+            self.activations.forget_before(epoch);
             self.groups.retain(|key, _| key.0 >= epoch);
         }
-        self.keeper.on_shard(message);
+        self.replica.on_shard(message);
     }
 }

@@ -2,26 +2,27 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `way` | its way to the supervisor |
+//! | `way` | its connector to the supervisor |
 //! | `served` | what runs beside its link to the supervisor |
 //! | `own` | what it says of itself |
 
+mod connector;
 mod own;
-mod served;
-mod way;
+mod session;
 
+use crate::credentials::{NO_CERTIFICATE, random_number};
 use crate::disturb::{Disturbance, disturb};
 use crate::executor::Executor;
 use crate::inbound;
-use crate::keys::{NO_CERTIFICATE, random_number};
 use crate::limits::{DIAL_MAX, IDLE_MS};
 use crate::node::{NodeActor, NodeArgs, NodeEnd, NodeMsg};
 use crate::node_context::NodeContext;
 use crate::peers::Peers;
-use crate::wire::{RunInfo, Up};
-use own::{look_before_scrapes, measure_all, start_telemetry};
+use crate::wire::{RunInfo, ToSupervisor};
+use connector::{SupervisorConnector, dial};
+use own::{measure_all, register_scrape_hooks, start_telemetry};
 use ractor::Actor;
-use served::{Served, tell_of_breaks};
+use session::{SupervisorSession, tell_of_breaks};
 use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -29,10 +30,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 use volary_core::NodeId;
 use volary_core::compute::{Compute, Computed};
-use volary_core::messages::Held;
+use volary_core::messages::ResidentState;
 use volary_telemetry::metrics::NodeMetrics;
-use volary_transport::{Admit, Endpoint, Interference, Token, TransportOptions, local_ip};
-use way::{Way, dial};
+use volary_transport::{AccessToken, Admit, Endpoint, Interference, TransportOptions, local_ip};
 
 /// An error of a process as a whole.
 #[derive(Debug, thiserror::Error)]
@@ -77,10 +77,10 @@ pub struct NodeOptions {
     /// Its `HOST:PORT`, which is looked up again at each attempt: a supervisor that is started again may be somewhere else.
     pub supervisor_host: String,
     /// A node's token.
-    pub token: Token,
+    pub token: AccessToken,
     /// The name that it would like.
     pub name: Option<String>,
-    /// Where peers reach it; this machine's address on the way to the supervisor, any port, when left out.
+    /// Where peers reach it; this machine's address on the connector to the supervisor, any port, when left out.
     pub listen: Option<SocketAddr>,
     /// Its device, for people.
     pub device: String,
@@ -127,34 +127,40 @@ pub async fn run_node<B: Compute>(
         }
         None => Endpoint::bind(listen, identity, Admit::Certified, &transport)?,
     };
-    let mut way = Way { instance: random_number(), name: name.0.clone(), endpoint, options, profile: None };
-    let first = way.connect(Held::default(), Instant::now() + DIAL_MAX).await?;
+    let mut connector = SupervisorConnector {
+        instance: random_number(),
+        name: name.0.clone(),
+        endpoint,
+        options,
+        profile: None,
+    };
+    let first = connector.connect(ResidentState::default(), Instant::now() + DIAL_MAX).await?;
     let run = first.run.clone();
-    tracing::info!(node = %name, run = run.run, device = way.options.device, "joined");
-    way.endpoint.set_idle_timeout(run.node_timeout_ms)?;
-    let executor = Executor::start(make(&run)?, way.options.threads, way.options.prepare_thread)
+    tracing::info!(node = %name, run = run.run, device = connector.options.device, "joined");
+    connector.endpoint.set_idle_timeout(run.node_timeout_ms)?;
+    let executor = Executor::start(make(&run)?, connector.options.threads, connector.options.prepare_thread)
         .map_err(|error| Error::Start(format!("the device's threads do not start: {error}")))?;
-    let (peers, breaks) = Peers::new(way.endpoint.clone());
-    let (pipeline, mut spans) = start_telemetry(&run, &name, &way.options.device)?;
+    let (peers, breaks) = Peers::new(connector.endpoint.clone());
+    let (pipeline, mut spans) = start_telemetry(&run, &name, &connector.options.device)?;
     let shape = (&run.architecture, &run.training);
-    let observed = (pipeline.tracer(), Arc::clone(&way.options.metrics));
+    let observed = (pipeline.tracer(), Arc::clone(&connector.options.metrics));
     let node = Arc::new(NodeContext::new(name, shape, executor, peers, observed));
-    look_before_scrapes(&node, &pipeline);
+    register_scrape_hooks(&node, &pipeline);
     let (end, mut ended) = oneshot::channel();
     let args = NodeArgs { node: Arc::clone(&node), end };
     let (agent, running) = Actor::spawn(None, NodeActor(PhantomData), args)
         .await
         .map_err(|error| Error::Start(format!("the node's agent does not start: {error}")))?;
-    tokio::spawn(inbound::accept(Arc::clone(&node), way.endpoint.clone()));
+    tokio::spawn(inbound::accept(Arc::clone(&node), connector.endpoint.clone()));
     tokio::spawn(tell_of_breaks(Arc::clone(&node), agent.clone(), breaks));
-    if let Some((interference, orders)) = way.options.disturbed.take() {
+    if let Some((interference, orders)) = connector.options.disturbed.take() {
         tokio::spawn(disturb(Arc::clone(&node), interference, orders));
     }
-    let profile = measure_all(&node, &way.options, &run, &first.link).await;
-    way.profile = Some(profile.clone());
-    let mut served = Served::start(first, &agent, &node, &way.endpoint);
+    let profile = measure_all(&node, &connector.options, &run, &first.link).await;
+    connector.profile = Some(profile.clone());
+    let mut session = SupervisorSession::start(first, &agent, &node, &connector.endpoint);
     // Now it may be placed.
-    drop(served.up.send(Up::Profile(Box::new(profile))).await);
+    drop(session.up.send(ToSupervisor::Profile(Box::new(profile))).await);
     let mut asked = false;
     let end = loop {
         tokio::select! {
@@ -167,15 +173,15 @@ pub async fn run_node<B: Compute>(
                     break NodeEnd::Left("it was told to leave at once".into());
                 }
                 asked = true;
-                drop(agent.cast(NodeMsg::WantsToLeave));
+                drop(agent.cast(NodeMsg::LeaveRequested));
             }
-            Some(ended) = spans.recv() => served.send_spans(&pipeline, &ended),
-            reason = served.ended() => {
-                served.close();
-                drop(agent.cast(NodeMsg::SupervisorGone));
+            Some(ended) = spans.recv() => session.send_spans(&pipeline, &ended),
+            reason = session.ended() => {
+                session.close();
+                drop(agent.cast(NodeMsg::SupervisorLost));
                 tracing::warn!(reason, "the supervisor is gone; this node keeps its state and waits");
                 let deadline = Instant::now() + Duration::from_millis(run.supervisor_timeout_ms);
-                let mut wish = std::pin::pin!(way.return_to(&agent, deadline));
+                let mut wish = std::pin::pin!(connector.reconnect(&agent, deadline));
                 let back = tokio::select! {
                     biased;
                     end = &mut ended => break end.unwrap_or_else(|_| NodeEnd::Left("the node's agent ended".into())),
@@ -185,9 +191,9 @@ pub async fn run_node<B: Compute>(
                 match back {
                     Ok(connected) if connected.run.same_model(&run) => {
                         tracing::info!(keep = connected.keep, "the supervisor is back");
-                        served = Served::start(connected, &agent, &node, &way.endpoint);
+                        session = SupervisorSession::start(connected, &agent, &node, &connector.endpoint);
                         if asked {
-                            drop(agent.cast(NodeMsg::WantsToLeave));
+                            drop(agent.cast(NodeMsg::LeaveRequested));
                         }
                     }
                     Ok(_) => break NodeEnd::SupervisorGone("another run's supervisor has taken its place".into()),
@@ -203,8 +209,8 @@ pub async fn run_node<B: Compute>(
     drop(running.await);
     pipeline.flush().await;
     while let Ok(ended) = spans.try_recv() {
-        served.send_spans(&pipeline, &ended);
+        session.send_spans(&pipeline, &ended);
     }
-    served.link.close("the node leaves");
+    session.link.close("the node leaves");
     Ok(end)
 }

@@ -1,12 +1,12 @@
 //! What other nodes send to this one: rows for its experts, parts and roots of gradients, wishes for shards.
 
 use crate::executor::Priority;
-use crate::keeper::{At, ShardMsg};
-use crate::leg;
 use crate::limits::ANSWERS_MAX;
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerMsg, with_norm};
-use crate::router::{call_experts, expert_span};
+use crate::router::{expert_span, run_experts};
+use crate::shard::{LaneStep, ShardMsg};
+use crate::stage;
 use crate::wire::{self, Answered, Batch, ShardAt, ShardWish, SumOf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +21,7 @@ pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endp
         // A task each: one that does not take its answer must not hold up the others.
         let (node, endpoint) = (Arc::clone(&node), endpoint.clone());
         tokio::spawn(async move {
-            if let Some(link) = endpoint.let_peer_in(accepted).await {
+            if let Some(link) = endpoint.accept_peer(accepted).await {
                 serve(node, link).await;
             }
         });
@@ -65,7 +65,7 @@ async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: In
     }
     let answer = match kind {
         Kind::Forward | Kind::Backward => experts(&node, frame).await.map(Some),
-        Kind::LegForward | Kind::LegBackward => leg::serve(&node, frame).await.map(Some),
+        Kind::StageForward | Kind::StageBackward => stage::serve(&node, frame).await.map(Some),
         // As long as it is large: what it measures is the way here.
         Kind::Probe => wire::frame(Kind::Reply, epoch, step, &(), Vec::new()).map(Some),
         Kind::Partial | Kind::Sum => gradient(&node, frame).await.map(|()| None),
@@ -104,8 +104,8 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Comput
         wanted.iter().map(cut).collect::<Computed<Vec<_>>>()
     };
     let parts = node.executor.run(&meter, split).await?;
-    let at = At { epoch, step, lane: batch.lane };
-    let outputs = call_experts(node, batch.layer, at, kind, batch.train, parts, &meter).await?;
+    let at = LaneStep { epoch, step, lane: batch.lane };
+    let outputs = run_experts(node, batch.layer, at, kind, batch.train, parts, &meter).await?;
     let join = move |backend: &B| {
         let whole = backend.concatenate(outputs.into_iter().map(|(_, rows)| rows).collect())?;
         backend.export(&whole)
@@ -146,8 +146,8 @@ async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Compu
 /// A shard for a node that is to hold it too.
 async fn shard<B: Compute>(node: &Arc<NodeContext<B>>, frame: &Frame) -> Computed<Frame> {
     let ShardWish { shard, version } = wire::decode(frame)?;
-    let directory = node.directory();
-    let owner = directory.get(shard)?;
+    let actors = node.shard_actors();
+    let owner = actors.get(shard)?;
     let (version, stored) = owner.ask(|reply| ShardMsg::Store { version, reply }).await?;
     wire::blob(Kind::Shard, frame.epoch, version, &ShardAt { shard, version }, stored)
 }

@@ -1,16 +1,16 @@
 //! The lane actor: takes one lane's tokens through the model and back.
 //!
-//! Supervised by the node's agent. It calls the dense and router actors layer by layer, through [`crate::leg`], stage
-//! after stage; experts may be anywhere. The way of a token, top to bottom, is [`Trip::forward`]; the rest of [`Trip::run`] is the
+//! Supervised by the node's agent. It calls the dense and router actors layer by layer, through [`crate::stage`], stage
+//! after stage; experts may be anywhere. The way of a token, top to bottom, is [`LanePass::forward`]; the rest of [`LanePass::run`] is the
 //! way back. A lane in flight is dropped when its epoch ends; one that fails tells the agent.
 
 use crate::ask::ask;
 use crate::dense::DenseMsg;
-use crate::flow::{Flow, Followed};
-use crate::keeper::At;
-use crate::leg::{LayerFound, Leg};
 use crate::node::NodeMsg;
 use crate::node_context::NodeContext;
+use crate::shard::LaneStep;
+use crate::stage::{MoeLayerStats, StagePass};
+use crate::trace::{SampledToken, TraceContext};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::marker::PhantomData;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use volary_telemetry::{Scope, Span};
 /// What a lane actor is asked.
 pub(crate) enum LaneMsg {
     /// Run these tokens, `[sequences, sequence_length + 1]`.
-    Run { at: At, pass: Pass, tokens: Vec<u32>, trace: LaneTrace },
+    Run { at: LaneStep, pass: Pass, tokens: Vec<u32>, trace: LaneTrace },
     /// Drop what is in flight.
     Drop,
 }
@@ -77,19 +77,20 @@ impl<B: Compute> Actor for LaneActor<B> {
 }
 
 impl<B: Compute> LaneState<B> {
-    fn on_run(&mut self, at: At, pass: Pass, tokens: Vec<u32>, trace: LaneTrace) {
+    fn on_run(&mut self, at: LaneStep, pass: Pass, tokens: Vec<u32>, trace: LaneTrace) {
         self.on_drop();
         let (node, agent) = (Arc::clone(&self.node), self.agent.clone());
         // A task and not the handler: the mailbox must stay open for the order to drop it.
         self.running = Some(tokio::spawn(async move {
             let asked = Instant::now();
-            let (mut span, flow) = trace.begin(at);
-            let wait = flow.scope.span("lane.wait");
+            let (mut span, trace) = trace.begin(at);
+            let wait = trace.scope.span("lane.wait");
             // The semaphore is never closed while the node lives.
             let Ok(_permit) = node.lanes_in_flight.acquire().await else { return };
             drop(wait);
             node.metrics.phase(Phase::Wait, asked.elapsed());
-            let outcome = Trip { node: &node, at, train: pass == Pass::Train, flow: &flow }.run(tokens).await;
+            let outcome =
+                LanePass { node: &node, at, train: pass == Pass::Train, trace: &trace }.run(tokens).await;
             if let Err(error) = &outcome {
                 span.fail(&error.0);
             }
@@ -112,38 +113,38 @@ pub(crate) struct LaneTrace {
     pub(crate) step: Scope,
     /// Whether it has spans below it.
     pub(crate) whole: bool,
-    pub(crate) followed: Arc<[Followed]>,
+    pub(crate) sampled_tokens: Arc<[SampledToken]>,
 }
 
 impl LaneTrace {
     /// The lane's span, and what goes with it through the layers.
-    fn begin(self, at: At) -> (Span, Flow) {
+    fn begin(self, at: LaneStep) -> (Span, TraceContext) {
         let span = self.step.span("lane").with("volary.lane", i64::from(at.lane));
         let span = span.with("volary.step", at.step as i64).with("volary.epoch", at.epoch as i64);
         let scope = if self.whole { span.scope() } else { Scope::default() };
-        (span, Flow { scope, followed: self.followed })
+        (span, TraceContext { scope, sampled_tokens: self.sampled_tokens })
     }
 }
 
 /// One lane on its way.
-struct Trip<'a, B: Compute> {
+struct LanePass<'a, B: Compute> {
     node: &'a NodeContext<B>,
-    at: At,
+    at: LaneStep,
     train: bool,
-    flow: &'a Flow,
+    trace: &'a TraceContext,
 }
 
-impl<B: Compute> Trip<'_, B> {
+impl<B: Compute> LanePass<'_, B> {
     async fn run(self, tokens: Vec<u32>) -> Computed<LaneReport> {
-        let Self { node, at, train, flow } = self;
+        let Self { node, at, train, trace } = self;
         let (tokens, began) = (Arc::new(tokens), Instant::now());
-        let (placement, leg) = (node.placement(), Leg { node, at, train, flow });
+        let (placement, pass) = (node.placement(), StagePass { node, at, train, trace });
         let mut report = LaneReport::default();
-        let x = self.forward(&placement.stages, &leg, &tokens, &mut report).await?;
-        let embedding = node.directory().embedding()?;
+        let x = self.forward(&placement.stages, &pass, &tokens, &mut report).await?;
+        let embedding = node.shard_actors().embedding()?;
         let own = Arc::clone(&tokens);
         let looked_at = Instant::now();
-        let mut span = flow.scope.span("dense.loss");
+        let mut span = trace.scope.span("dense.loss");
         let meter = span.meter();
         let (loss, dx) =
             ask(&embedding, |reply| DenseMsg::Loss { at, x, tokens: own, train, meter, reply }).await?;
@@ -156,9 +157,9 @@ impl<B: Compute> Trip<'_, B> {
         let mut dx =
             dx.ok_or_else(|| ComputeError("a lane in training came back without a gradient".into()))?;
         for stage in placement.stages.iter().rev() {
-            dx = leg.backward(stage, dx).await?;
+            dx = pass.backward(stage, dx).await?;
         }
-        let mut span = flow.scope.span("dense.embed.backward");
+        let mut span = trace.scope.span("dense.embed.backward");
         let meter = span.meter();
         ask(&embedding, |reply| DenseMsg::EmbedBackward { at, dx, tokens, meter, reply }).await?;
         drop(span);
@@ -173,22 +174,22 @@ impl<B: Compute> Trip<'_, B> {
     async fn forward(
         &self,
         stages: &[Stage],
-        leg: &Leg<'_, B>,
+        pass: &StagePass<'_, B>,
         tokens: &Arc<Vec<u32>>,
         report: &mut LaneReport,
     ) -> Computed<B::Tensor> {
-        let Self { node, flow, .. } = *self;
+        let Self { node, trace, .. } = *self;
         let own = Arc::clone(tokens);
-        let mut span = flow.scope.span("dense.embed");
+        let mut span = trace.scope.span("dense.embed");
         let meter = span.meter();
-        let embedding = node.directory().embedding()?;
+        let embedding = node.shard_actors().embedding()?;
         let mut x = ask(&embedding, |reply| DenseMsg::Embed { tokens: own, meter, reply }).await?;
         drop(span);
         let moe_layers = node.architecture.moe_layers().count().max(1) as f64;
         for stage in stages {
             let found;
-            (x, found) = leg.forward(stage, x).await?;
-            for LayerFound { aux_loss, entropy, load, dropped } in found {
+            (x, found) = pass.forward(stage, x).await?;
+            for MoeLayerStats { aux_loss, entropy, load, dropped } in found {
                 report.aux_loss += aux_loss / moe_layers;
                 report.gate_entropy += entropy / moe_layers;
                 report.load.push(load);

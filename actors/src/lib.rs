@@ -3,12 +3,12 @@
 //! | file | what |
 //! | --- | --- |
 //! | [`sessions`], `supervisor` | the supervisor's process, its door; the actor around the state machine |
-//! | `keys` | tokens and certificates |
+//! | `credentials` | tokens and certificates |
 //! | `checkpointer`, `run_files`, `durations` | durable checkpoints; the files that people read; how long a change took |
-//! | [`host`], `node`, `holdings` | the node's process; its agent; the shards in its memory |
+//! | [`host`], `node`, `replicas` | the node's process; its agent; the shards in its memory |
 //! | `lane`, `leg` | a lane's way through the model and back: **start reading here**; through one stage of it |
 //! | `dense`, `router`, `expert` | the actors that each own one shard |
-//! | `flow` | what a lane carries through a traced step |
+//! | `trace` | what a lane carries through a traced step |
 //! | `reducer` | gradients, summed over the fixed tree |
 //! | `inbound`, `peers`, `shards`, `wire` | between nodes |
 //! | `measure` | what a node finds out about itself before it is placed |
@@ -19,21 +19,17 @@
 
 mod ask;
 mod checkpointer;
+mod credentials;
 mod dense;
 mod directory;
 mod disturb;
 mod durations;
+pub mod event_stream;
 mod executor;
 mod expert;
-pub mod feed;
-mod flow;
-mod holdings;
 pub mod host;
 mod inbound;
-mod keeper;
-mod keys;
 mod lane;
-mod leg;
 mod limits;
 mod measure;
 mod node;
@@ -41,17 +37,21 @@ mod node_context;
 pub mod operator;
 mod peers;
 mod reducer;
+mod replicas;
 mod router;
 mod run_files;
 pub mod sessions;
+mod shard;
 mod shards;
+mod stage;
 mod supervisor;
+mod trace;
 mod wire;
 
 pub use disturb::{DISTURB_SECONDS_MAX, Disturbance, is_part};
 pub use host::{NodeOptions, run_node};
 pub use node::NodeEnd;
-pub use sessions::{Desk, Supervisor, SupervisorOptions, operate};
+pub use sessions::{Supervisor, SupervisorHandle, SupervisorOptions, operate};
 pub use supervisor::RunEnd;
 pub use volary_transport::Interference;
 pub use wire::{LinkReport, NodeInfo, RunInfo};

@@ -34,8 +34,8 @@ pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
 pub(crate) const SPAN_BATCHES_AHEAD: usize = 64;
 /// Spans in one word to the supervisor.
 pub(crate) const SPANS_PER_WORD: usize = 256;
-/// What the supervisor's feed keeps for a listener that is slow.
-pub(crate) const FEED_AHEAD: usize = 1024;
+/// What the supervisor's events keeps for a listener that is slow.
+pub(crate) const EVENTS_AHEAD: usize = 1024;
 /// Bytes of one measurement of a link.
 pub(crate) const PROBE_BYTES: usize = 1 << 20;
 /// The longest that a measurement of a link may take.

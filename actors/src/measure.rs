@@ -18,7 +18,7 @@ use volary_core::options::TrainingOptions;
 use volary_core::profile::{Profile, Rate};
 use volary_core::schedule::Update;
 use volary_telemetry::Meter;
-use volary_transport::{Dtype, Frame, Kind, Link, Part, TraceContext};
+use volary_transport::{Dtype, Frame, Kind, Link, Part, TraceHeader};
 
 /// What the device takes for one lane's dense part, for one expert's share of it, and for the update of an expert.
 #[derive(Clone, Copy, Debug, Default)]
@@ -265,7 +265,7 @@ fn mean(mut call: impl FnMut() -> Computed<[f64; 2]>) -> Computed<[f64; 2]> {
 
 /// A link's round trip, and the bytes per second that it carries in one direction.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Carried {
+pub(crate) struct LinkProbe {
     pub(crate) round_trip: Duration,
     pub(crate) bandwidth: f64,
 }
@@ -276,7 +276,7 @@ const PROBES: usize = 4;
 /// Measures a link with a few frames, of which the quickest counts: the first ones find out how fast the link may go, and any of
 /// them may wait for a device that computes. What else this node sends meanwhile, as `sent` counts it, goes the same way and
 /// counts as well.
-pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<Carried> {
+pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<LinkProbe> {
     let part =
         Part { dtype: Dtype::U8, shape: vec![PROBE_BYTES as u64], data: vec![0u8; PROBE_BYTES].into() };
     let meta = wire::frame(Kind::Probe, 0, 0, &(), Vec::new()).ok()?.meta;
@@ -284,11 +284,11 @@ pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<Carried>
         kind: Kind::Probe,
         epoch: 0,
         step: 0,
-        trace: TraceContext::default(),
+        trace: TraceHeader::default(),
         meta,
         parts: vec![part],
     };
-    let mut carried: Option<Carried> = None;
+    let mut best: Option<LinkProbe> = None;
     // The way itself: a probe fills the queues before a slow link, and what it waits there is its own time on the wire.
     let mut round_trip = link.stats().round_trip;
     for _ in 0..PROBES {
@@ -297,8 +297,8 @@ pub(crate) async fn link(link: &Link, sent: impl Fn() -> u64) -> Option<Carried>
         round_trip = round_trip.min(link.stats().round_trip);
         let seconds = start.elapsed().saturating_sub(round_trip).as_secs_f64().max(1e-6);
         let bytes = sent().saturating_sub(before).max(PROBE_BYTES as u64);
-        let bandwidth = (bytes as f64 / seconds).max(carried.map_or(0.0, |before| before.bandwidth));
-        carried = Some(Carried { round_trip, bandwidth });
+        let bandwidth = (bytes as f64 / seconds).max(best.map_or(0.0, |before| before.bandwidth));
+        best = Some(LinkProbe { round_trip, bandwidth });
     }
-    carried
+    best
 }

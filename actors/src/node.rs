@@ -16,14 +16,14 @@
 //! tasks. It outlives the supervisor's link, and with it the shards. A child that dies makes the epoch fail; the
 //! supervisor decides what follows.
 
-use crate::flow::Traced;
-use crate::holdings::Holdings;
-use crate::keeper::{At, ShardMsg};
 use crate::lane::{LaneActor, LaneMsg, LaneTrace};
 use crate::node_context::{Begun, NodeContext};
 use crate::reducer::{ReducerActor, ReducerMsg};
+use crate::replicas::LocalReplicas;
+use crate::shard::{LaneStep, ShardMsg};
 use crate::shards::{self, Uplink};
-use crate::wire::Up;
+use crate::trace::TraceRequest;
+use crate::wire::ToSupervisor;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort, SupervisionEvent};
 use std::collections::{HashMap, HashSet};
 use std::marker::PhantomData;
@@ -31,9 +31,11 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
-use volary_core::agent::{Agent, Effect, Event, Trouble};
+use volary_core::agent::{Agent, Effect, Event, Failure};
 use volary_core::compute::{Compute, ComputeError, Computed};
-use volary_core::messages::{Assignment, FromNode, Held, LaneReport, Norm, Pass, Source, ToNode};
+use volary_core::messages::{
+    Assignment, LaneReport, NodeCommand, NodeReport, Norm, Pass, ResidentState, Source,
+};
 use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
 use volary_telemetry::metrics::Phase;
 use volary_telemetry::{Scope, Span};
@@ -49,7 +51,7 @@ pub enum NodeEnd {
 
 /// The way to a supervisor, for as long as its link holds.
 pub(crate) struct Connection {
-    pub(crate) up: mpsc::Sender<Up>,
+    pub(crate) up: mpsc::Sender<ToSupervisor>,
     pub(crate) uplink: Uplink,
     /// Whether what is in memory may be kept.
     pub(crate) keep: bool,
@@ -60,11 +62,11 @@ pub(crate) enum NodeMsg {
     /// A supervisor is there.
     Connected(Connection),
     /// By the supervisor.
-    Down(ToNode, Option<Traced>),
+    Down(NodeCommand, Option<TraceRequest>),
     /// By itself, when a step has begun: without lanes there may be nothing to wait for.
     Begun,
     /// By a lane that is done.
-    LaneDone { at: At, pass: Pass, outcome: Computed<LaneReport> },
+    LaneDone { at: LaneStep, pass: Pass, outcome: Computed<LaneReport> },
     /// By the reducer: the gradient of every held shard is here.
     Reduced { epoch: Epoch, step: Step, norms: Vec<(ShardId, Norm)> },
     /// By whoever could not do its part.
@@ -72,11 +74,11 @@ pub(crate) enum NodeMsg {
     /// By a task that fetches or copies shards.
     Came(Event),
     /// By the control stream's end.
-    SupervisorGone,
+    SupervisorLost,
     /// By whoever is about to say what this node holds.
-    Held { reply: RpcReplyPort<Held> },
+    ResidentState { reply: RpcReplyPort<ResidentState> },
     /// By the process: somebody wants it to leave.
-    WantsToLeave,
+    LeaveRequested,
 }
 
 /// What this node is doing of the current step.
@@ -102,7 +104,7 @@ pub(crate) struct NodeState<B: Compute> {
     me: ActorRef<NodeMsg>,
     node: Arc<NodeContext<B>>,
     agent: Agent,
-    holdings: Holdings<B>,
+    replicas: LocalReplicas<B>,
     connection: Option<Connection>,
     end: Option<oneshot::Sender<NodeEnd>>,
     lanes: HashMap<Lane, ActorRef<LaneMsg>>,
@@ -118,7 +120,7 @@ pub(crate) struct NodeState<B: Compute> {
 #[derive(Default)]
 struct Traces {
     /// The step that was begun, with its lanes.
-    begun: Traced,
+    begun: TraceRequest,
     step: Scope,
     /// The placement that was assigned, with its shards on their way.
     change: Scope,
@@ -144,7 +146,7 @@ impl<B: Compute> Actor for NodeActor<B> {
         node.set_reducer(reducer);
         Ok(NodeState {
             agent: Agent::new(node.id.clone()),
-            holdings: Holdings::new(Arc::clone(&node), me.get_cell()),
+            replicas: LocalReplicas::new(Arc::clone(&node), me.get_cell()),
             me,
             node,
             connection: None,
@@ -171,12 +173,12 @@ impl<B: Compute> Actor for NodeActor<B> {
             NodeMsg::Reduced { epoch, step, norms } => state.on_reduced(epoch, step, norms).await,
             NodeMsg::Failed { epoch, reason } => state.on_failed(epoch, reason, false).await,
             NodeMsg::Came(event) => state.on_came(event).await,
-            NodeMsg::SupervisorGone => {
+            NodeMsg::SupervisorLost => {
                 state.connection = None;
-                state.on_event(Event::SupervisorGone).await;
+                state.on_event(Event::SupervisorLost).await;
             }
-            NodeMsg::Held { reply } => drop(reply.send(state.agent.held())),
-            NodeMsg::WantsToLeave => state.say(FromNode::WantsToLeave).await,
+            NodeMsg::ResidentState { reply } => drop(reply.send(state.agent.resident_state())),
+            NodeMsg::LeaveRequested => state.say(NodeReport::LeaveRequested).await,
         }
         Ok(())
     }
@@ -200,18 +202,18 @@ impl<B: Compute> NodeState<B> {
     fn on_connected(&mut self, connection: Connection) {
         if !connection.keep {
             self.forget(Epoch::MAX, true);
-            let all: Vec<ShardId> = self.node.directory().owners().keys().copied().collect();
-            self.holdings.let_go(&all);
+            let all: Vec<ShardId> = self.node.shard_actors().all().keys().copied().collect();
+            self.replicas.release(&all);
             self.agent = Agent::new(self.node.id.clone());
             self.node.set_begun(Begun::default());
         }
         self.connection = Some(connection);
     }
 
-    async fn say(&self, message: FromNode) {
+    async fn say(&self, message: NodeReport) {
         // While the supervisor is away nobody listens; it hears what this node holds when it is back.
         if let Some(connection) = &self.connection {
-            drop(connection.up.send(Up::Say(message)).await);
+            drop(connection.up.send(ToSupervisor::Protocol(message)).await);
         }
     }
 
@@ -220,36 +222,38 @@ impl<B: Compute> NodeState<B> {
         if epoch == self.agent.epoch() {
             self.part = None;
         }
-        let trouble = Trouble { reason, fatal, suspect: self.node.peers.suspect() };
-        self.on_event(Event::Failed { epoch, trouble }).await;
+        let failure = Failure { reason, fatal, suspect: self.node.peers.suspect() };
+        self.on_event(Event::Failed { epoch, failure }).await;
     }
 
     /// Shards that came for a placement are used before the agent hears of them, unless it has gone on to another.
     async fn on_came(&mut self, event: Event) {
         if let Event::Fetched { epoch, outcome: Ok(()) } = &event
             && *epoch == self.agent.epoch()
-            && let Err(error) = self.holdings.take_in().await
+            && let Err(error) = self.replicas.install_fetched().await
         {
             return self.on_failed(*epoch, error.to_string(), true).await;
         }
         self.on_event(event).await;
     }
 
-    async fn on_told(&mut self, message: ToNode, traced: Option<Traced>) {
+    async fn on_told(&mut self, message: NodeCommand, traced: Option<TraceRequest>) {
         let traced = traced.unwrap_or_default();
         let scope = self.node.tracer.remote(traced.identity());
         match &message {
-            ToNode::Begin { .. } => self.traces = Traces { begun: traced, step: scope, ..Traces::default() },
-            ToNode::Commit { .. } => {
+            NodeCommand::Begin { .. } => {
+                self.traces = Traces { begun: traced, step: scope, ..Traces::default() }
+            }
+            NodeCommand::Commit { .. } => {
                 self.traces.step = scope;
                 let waited = self.prepared.take().map(|prepared| prepared.elapsed());
                 waited.into_iter().for_each(|waited| self.node.metrics.phase(Phase::Commit, waited));
             }
-            ToNode::Assign(_) => self.traces.change = scope,
-            ToNode::Checkpoint { .. } => self.traces.checkpoint = scope,
-            ToNode::Abort { .. } | ToNode::Leave { .. } => {}
+            NodeCommand::Assign(_) => self.traces.change = scope,
+            NodeCommand::Checkpoint { .. } => self.traces.checkpoint = scope,
+            NodeCommand::Abort { .. } | NodeCommand::Leave { .. } => {}
         }
-        self.on_event(Event::Told(message)).await;
+        self.on_event(Event::Command(message)).await;
     }
 
     async fn on_event(&mut self, event: Event) {
@@ -260,8 +264,8 @@ impl<B: Compute> NodeState<B> {
                 let epoch = self.agent.epoch();
                 if let Err(error) = self.carry_out(effect).await {
                     tracing::error!(epoch, %error, "the device failed");
-                    let trouble = Trouble { reason: error.to_string(), fatal: true, suspect: None };
-                    next.push(Event::Failed { epoch, trouble });
+                    let failure = Failure { reason: error.to_string(), fatal: true, suspect: None };
+                    next.push(Event::Failed { epoch, failure });
                 }
             }
         }
@@ -269,20 +273,20 @@ impl<B: Compute> NodeState<B> {
 
     async fn carry_out(&mut self, effect: Effect) -> Computed<()> {
         match effect {
-            Effect::Say(message) => self.say(message).await,
+            Effect::Report(message) => self.say(message).await,
             Effect::Apply { epoch, step, update, shards, stash } => {
                 let began = Instant::now();
                 let mut span = self.traces.step.span("apply").with("volary.step", step as i64);
                 span.set("volary.shards", shards.len() as i64);
-                self.holdings.apply((epoch, step), update, &shards, &stash).await?;
+                self.replicas.apply((epoch, step), update, &shards, &stash).await?;
                 self.node.metrics.phase(Phase::Apply, began.elapsed());
             }
-            Effect::Forget { epoch, all } => self.forget(epoch + 1, all),
+            Effect::Discard { epoch, all } => self.forget(epoch + 1, all),
             Effect::Enter(assignment) => self.enter(*assignment),
             Effect::Fetch { epoch, version, shards } => self.fetch(epoch, version, shards),
             Effect::Copy { epoch, shard, from } => self.copy(epoch, shard, from),
-            Effect::Install { shard, replay, .. } => self.holdings.install(shard, &replay).await?,
-            Effect::LetGo(shards) => self.holdings.let_go(&shards),
+            Effect::Install { shard, replay, .. } => self.replicas.install(shard, &replay).await?,
+            Effect::Release(shards) => self.replicas.release(&shards),
             Effect::Run { epoch, step, pass, lanes } => self.run(epoch, step, pass, lanes).await?,
             Effect::Store { epoch, step, shards } => self.store(epoch, step, shards).await,
             Effect::Leave { reason } => self.leave(reason),
@@ -295,11 +299,11 @@ impl<B: Compute> NodeState<B> {
         self.part = None;
         self.lanes.values().for_each(|lane| drop(lane.cast(LaneMsg::Drop)));
         self.tasks.drain(..).for_each(|task| task.abort());
-        self.holdings.forget_arrivals();
+        self.replicas.discard_fetched();
         if all {
             drop(self.node.reducer().cast(ReducerMsg::Forget { epoch }));
         }
-        self.node.directory().owners().values().for_each(|owner| owner.tell(ShardMsg::Forget { epoch }));
+        self.node.shard_actors().all().values().for_each(|owner| owner.tell(ShardMsg::Forget { epoch }));
     }
 
     fn enter(&mut self, assignment: Assignment) {
@@ -309,24 +313,24 @@ impl<B: Compute> NodeState<B> {
 
     fn fetch(&mut self, epoch: Epoch, version: Step, shards: Vec<(ShardId, Source)>) {
         let Some(connection) = &self.connection else { return };
-        let (node, arrivals, me) = (Arc::clone(&self.node), self.holdings.arrivals.clone(), self.me.clone());
+        let (node, fetched, me) = (Arc::clone(&self.node), self.replicas.fetched.clone(), self.me.clone());
         let uplink = connection.uplink.clone();
         let span = self.traces.change.span("shards.fetch").with("volary.shards", shards.len() as i64);
         let task = tokio::spawn(async move {
             let _span = span;
-            let outcome = shards::fetch_all(&node, &uplink, &arrivals, shards, version, epoch).await;
+            let outcome = shards::fetch_all(&node, &uplink, &fetched, shards, version, epoch).await;
             drop(me.cast(NodeMsg::Came(Event::Fetched { epoch, outcome })));
         });
         self.tasks.push(task.abort_handle());
     }
 
     fn copy(&mut self, epoch: Epoch, shard: ShardId, from: Vec<NodeId>) {
-        let (node, arrivals, me) = (Arc::clone(&self.node), self.holdings.arrivals.clone(), self.me.clone());
+        let (node, fetched, me) = (Arc::clone(&self.node), self.replicas.fetched.clone(), self.me.clone());
         let mut span = self.traces.change.span("shard.copy").with("volary.shard", shard.to_string());
         span.set("volary.from", from.first().map(|node| node.0.clone()).unwrap_or_default());
         let task = tokio::spawn(async move {
             let _span = span;
-            let outcome = shards::learn(&node, &arrivals, shard, &from, epoch).await;
+            let outcome = shards::learn(&node, &fetched, shard, &from, epoch).await;
             drop(me.cast(NodeMsg::Came(Event::Copied { epoch, shard, outcome })));
         });
         self.tasks.retain(|task| !task.is_finished());
@@ -352,9 +356,9 @@ impl<B: Compute> NodeState<B> {
         self.node.set_begun(Begun { epoch, step, train: pass == Pass::Train });
         for (lane, tokens) in lanes {
             let actor = self.lane(lane).await?;
-            let (whole, followed) = self.traces.begun.of_lane(lane);
-            let trace = LaneTrace { step: self.traces.step.clone(), whole, followed };
-            drop(actor.cast(LaneMsg::Run { at: At { epoch, step, lane }, pass, tokens, trace }));
+            let (whole, sampled_tokens) = self.traces.begun.of_lane(lane);
+            let trace = LaneTrace { step: self.traces.step.clone(), whole, sampled_tokens };
+            drop(actor.cast(LaneMsg::Run { at: LaneStep { epoch, step, lane }, pass, tokens, trace }));
         }
         drop(self.me.cast(NodeMsg::Begun));
         Ok(())
@@ -372,7 +376,7 @@ impl<B: Compute> NodeState<B> {
         Ok(actor)
     }
 
-    async fn on_lane_done(&mut self, at: At, pass: Pass, outcome: Computed<LaneReport>) {
+    async fn on_lane_done(&mut self, at: LaneStep, pass: Pass, outcome: Computed<LaneReport>) {
         let report = match outcome {
             Ok(report) => report,
             Err(error) => return self.on_failed(at.epoch, format!("lane {}: {error}", at.lane), false).await,
@@ -411,9 +415,9 @@ impl<B: Compute> NodeState<B> {
             Pass::Train => {
                 let speed = self.node.take_speed(self.node.lane_work());
                 self.prepared = Some(Instant::now());
-                FromNode::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes, speed }
+                NodeReport::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes, speed }
             }
-            Pass::Validate { round } => FromNode::Validated { epoch, round, lanes },
+            Pass::Validate { round } => NodeReport::Validated { epoch, round, lanes },
         };
         self.on_event(Event::Done(message)).await;
     }
@@ -423,7 +427,7 @@ impl<B: Compute> NodeState<B> {
         let Some(connection) = &self.connection else { return };
         let (uplink, up) = (connection.uplink.clone(), connection.up.clone());
         let span = self.traces.checkpoint.span("shards.store").with("volary.shards", shards.len() as i64);
-        let stored = self.holdings.store(step, shards).await;
+        let stored = self.replicas.store(step, shards).await;
         tokio::spawn(async move {
             let _span = span;
             let sent = match stored {
@@ -432,7 +436,7 @@ impl<B: Compute> NodeState<B> {
             };
             if let Err(error) = sent {
                 let reason = error.to_string();
-                drop(up.send(Up::Say(FromNode::CheckpointFailed { step, reason })).await);
+                drop(up.send(ToSupervisor::Protocol(NodeReport::CheckpointFailed { step, reason })).await);
             }
         });
     }

@@ -1,6 +1,6 @@
 //! What all actors of one node share.
 
-use crate::directory::Directory;
+use crate::directory::ShardActors;
 use crate::executor::Executor;
 use crate::limits::EARLY_MAX;
 use crate::peers::Peers;
@@ -32,7 +32,7 @@ pub(crate) struct NodeContext<B: Compute> {
     pub(crate) metrics: Arc<NodeMetrics>,
     reducer: OnceLock<ActorRef<ReducerMsg<B>>>,
     placement: RwLock<Arc<Placement>>,
-    directory: RwLock<Arc<Directory<B>>>,
+    actors: RwLock<Arc<ShardActors<B>>>,
     begun: watch::Sender<Begun>,
     /// Nanoseconds that lanes have computed here, experts not counted.
     lane_time: AtomicU64,
@@ -67,7 +67,7 @@ impl<B: Compute> NodeContext<B> {
             metrics,
             reducer: OnceLock::new(),
             placement: RwLock::default(),
-            directory: RwLock::default(),
+            actors: RwLock::default(),
             begun: watch::Sender::new(Begun::default()),
             lane_time: AtomicU64::new(0),
         }
@@ -114,12 +114,12 @@ impl<B: Compute> NodeContext<B> {
         *self.placement.write().unwrap_or_else(PoisonError::into_inner) = placement;
     }
 
-    pub(crate) fn directory(&self) -> Arc<Directory<B>> {
-        Arc::clone(&self.directory.read().unwrap_or_else(PoisonError::into_inner))
+    pub(crate) fn shard_actors(&self) -> Arc<ShardActors<B>> {
+        Arc::clone(&self.actors.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(crate) fn set_directory(&self, directory: Directory<B>) {
-        *self.directory.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(directory);
+    pub(crate) fn set_shard_actors(&self, actors: ShardActors<B>) {
+        *self.actors.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(actors);
     }
 
     pub(crate) fn set_begun(&self, begun: Begun) {

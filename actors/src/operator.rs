@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use volary_core::machine::Activity;
 use volary_core::{Epoch, Lane, Step};
-use volary_transport::{TokenRole, TokenTerms};
+use volary_transport::{AccessRole, AccessTokenTerms};
 
 use crate::wire::LinkReport;
 
@@ -17,16 +17,16 @@ pub enum OperatorRequest {
     /// Write a checkpoint and end; answered when it is done.
     Stop,
     /// Make a token.
-    TokenCreate {
+    AccessTokenCreate {
         /// What it allows.
-        role: TokenRole,
+        role: AccessRole,
         /// For how long, how often, and what is written on it.
-        terms: TokenTerms,
+        terms: AccessTokenTerms,
     },
     /// List the tokens.
-    TokenList,
+    AccessTokenList,
     /// Make a token good for nothing.
-    TokenRevoke {
+    AccessTokenRevoke {
         /// Its name.
         id: String,
     },
@@ -39,11 +39,11 @@ pub enum OperatorRequest {
 
 /// One token at a glance; its secret is nowhere.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TokenStatus {
+pub struct AccessTokenStatus {
     /// Its name.
     pub id: String,
     /// What it allows.
-    pub role: TokenRole,
+    pub role: AccessRole,
     /// When it was made, in seconds since 1970.
     pub created_unix_s: u64,
     /// When it ends, in seconds since 1970; `None` is never.
@@ -59,13 +59,13 @@ pub struct TokenStatus {
 pub enum OperatorReply {
     /// To [`OperatorRequest::Status`].
     Status(Box<Status>),
-    /// To [`OperatorRequest::TokenCreate`]: the token, which is shown once.
-    Token {
+    /// To [`OperatorRequest::AccessTokenCreate`]: the token, which is shown once.
+    AccessToken {
         /// Its text.
         text: String,
     },
-    /// To [`OperatorRequest::TokenList`].
-    Tokens(Vec<TokenStatus>),
+    /// To [`OperatorRequest::AccessTokenList`].
+    AccessTokens(Vec<AccessTokenStatus>),
     /// Done, and after which step.
     Done {
         /// The step.

@@ -154,7 +154,7 @@ impl Peers {
         for (node, link) in new {
             // A link that cannot be measured is not asked again.
             let sent = || self.reports().iter().map(|report| report.sent_bytes).sum();
-            let bandwidth = measure::link(&link, sent).await.map_or(0.0, |carried| carried.bandwidth);
+            let bandwidth = measure::link(&link, sent).await.map_or(0.0, |probe| probe.bandwidth);
             self.lock().bandwidths.insert(node, bandwidth);
         }
     }

@@ -1,16 +1,16 @@
 //! The reducer actor: sums the weight gradients of every shard over the fixed tree of lanes.
 //!
 //! One per node, supervised by the node's agent. Dense, router and expert actors send it the leaves that this node
-//! computes. A node makes the sums that are its own to make ([`Placement::adder`]): those over what it computes alone, and as the
+//! computes. A node makes the sums that are its own to make ([`Placement::reducer`]): those over what it computes alone, and as the
 //! owner of a shard, or on the way there, those of what others send. The owner ends with the root and sends it to the other holders,
 //! some of which pass it on. When the root of every held shard is here, the agent is told the
 //! norms, and the gradients wait for the commit. Invariant: which additions are made, and in which order, depends on the
 //! tree alone ([`volary_core::tree`]).
 
 use crate::executor::Priority;
-use crate::keeper::At;
 use crate::node::NodeMsg;
 use crate::node_context::NodeContext;
+use crate::shard::LaneStep;
 use crate::wire::{self, SumOf};
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use std::sync::Arc;
 use volary_core::compute::{Compute, Computed};
 use volary_core::messages::Norm;
 use volary_core::placement::Placement;
-use volary_core::tree::{Fold, Next, Span};
+use volary_core::tree::{Fold, LeafSpan, Next};
 use volary_core::{Epoch, NodeId, ShardId, Step};
 use volary_transport::{Frame, Kind};
 
@@ -33,7 +33,7 @@ pub(crate) enum ReducerMsg<B: Compute> {
     /// A leaf that this node computed.
     Leaf { epoch: Epoch, step: Step, shard: ShardId, leaf: u32, gradient: Computed<Sum<B>> },
     /// A sum that came from another node, or out of an addition here.
-    Summed { epoch: Epoch, step: Step, shard: ShardId, span: Span, gradient: Computed<Sum<B>> },
+    Summed { epoch: Epoch, step: Step, shard: ShardId, span: LeafSpan, gradient: Computed<Sum<B>> },
     /// The root of a shard with its norm; the frame in which it came, to be passed on.
     Root {
         epoch: Epoch,
@@ -50,7 +50,7 @@ pub(crate) enum ReducerMsg<B: Compute> {
 
 impl<B: Compute> ReducerMsg<B> {
     /// A lane's gradient of a shard that every lane meets.
-    pub(crate) fn lane_leaf(at: At, shard: ShardId, gradient: Computed<B::Gradient>) -> Self {
+    pub(crate) fn lane_leaf(at: LaneStep, shard: ShardId, gradient: Computed<B::Gradient>) -> Self {
         Self::Leaf { epoch: at.epoch, step: at.step, shard, leaf: at.lane, gradient: gradient.map(Some) }
     }
 }
@@ -98,7 +98,7 @@ impl<B: Compute> Actor for ReducerActor<B> {
         match message {
             ReducerMsg::Begin { epoch, step, placement } => state.on_begin(epoch, step, placement),
             ReducerMsg::Leaf { epoch, step, shard, leaf, gradient } => {
-                let span = Span { start: leaf, end: leaf + 1 };
+                let span = LeafSpan { start: leaf, end: leaf + 1 };
                 state.on_summed(epoch, step, shard, span, gradient);
             }
             ReducerMsg::Summed { epoch, step, shard, span, gradient } => {
@@ -123,7 +123,7 @@ impl<B: Compute> ReducerState<B> {
         let mut folds = BTreeMap::new();
         let mut held = 0;
         for shard in self.node.architecture.shards() {
-            held += usize::from(placement.keeps(me, shard));
+            held += usize::from(placement.holds_or_learns(me, shard));
             folds.insert(shard, Fold::new(placement.leaves(shard)));
         }
         self.current = Some(Current { epoch, step, placement, folds, roots: BTreeMap::new(), held });
@@ -144,7 +144,7 @@ impl<B: Compute> ReducerState<B> {
         epoch: Epoch,
         step: Step,
         shard: ShardId,
-        span: Span,
+        span: LeafSpan,
         gradient: Computed<Sum<B>>,
     ) {
         let gradient = match gradient {
@@ -156,14 +156,14 @@ impl<B: Compute> ReducerState<B> {
         };
         let (placement, me) = (&current.placement, &self.node.id);
         let Some(fold) = current.folds.get_mut(&shard) else { return };
-        match fold.put(span, gradient, |above| placement.adder(shard, above) == Some(me)) {
+        match fold.put(span, gradient, |above| placement.reducer(shard, above) == Some(me)) {
             Next::Wait => {}
             Next::Add { span, left, right } => self.add(epoch, step, shard, span, left, right),
             Next::Done { span, value } => self.done(epoch, step, shard, span, value),
         }
     }
 
-    fn add(&self, epoch: Epoch, step: Step, shard: ShardId, span: Span, left: Sum<B>, right: Sum<B>) {
+    fn add(&self, epoch: Epoch, step: Step, shard: ShardId, span: LeafSpan, left: Sum<B>, right: Sum<B>) {
         let me = self.me.clone();
         let summed = move |gradient| drop(me.cast(ReducerMsg::Summed { epoch, step, shard, span, gradient }));
         match (left, right) {
@@ -178,11 +178,11 @@ impl<B: Compute> ReducerState<B> {
 
     /// A sum is complete that this node takes no further: a part for whoever adds it, or the root. That is the owner's, whoever made
     /// it, and goes from there to the other holders.
-    fn done(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: Span, value: Sum<B>) {
+    fn done(&mut self, epoch: Epoch, step: Step, shard: ShardId, span: LeafSpan, value: Sum<B>) {
         let Some(current) = self.at(epoch, step) else { return };
         let placement = Arc::clone(&current.placement);
         let next = match span.parent(placement.leaves(shard)) {
-            Some((parent, _)) => placement.adder(shard, parent),
+            Some((parent, _)) => placement.reducer(shard, parent),
             None => placement.owner(shard).filter(|owner| **owner != self.node.id),
         };
         let is_last = next.is_none();
@@ -190,7 +190,7 @@ impl<B: Compute> ReducerState<B> {
             Some(next) => (Kind::Partial, vec![next.clone()], Vec::new()),
             None => {
                 let learners = placement.learners.get(&shard).into_iter().flatten().cloned().collect();
-                (Kind::Sum, placement.relays(shard, &self.node.id), learners)
+                (Kind::Sum, placement.broadcast_children(shard, &self.node.id), learners)
             }
         };
         let (me, node, agent) = (self.me.clone(), Arc::clone(&self.node), self.agent.clone());
@@ -213,7 +213,7 @@ impl<B: Compute> ReducerState<B> {
     fn pass_on(&mut self, epoch: Epoch, step: Step, shard: ShardId, frame: Option<Frame>) {
         let Some((current, frame)) = self.at(epoch, step).zip(frame) else { return };
         let placement = Arc::clone(&current.placement);
-        let targets = placement.relays(shard, &self.node.id);
+        let targets = placement.broadcast_children(shard, &self.node.id);
         if !targets.is_empty() {
             let (node, agent) = (Arc::clone(&self.node), self.agent.clone());
             tokio::spawn(deliver(node, agent, targets, epoch, Ok(frame)));
@@ -260,7 +260,7 @@ fn to_frame<B: Compute>(
     epoch: Epoch,
     step: Step,
     shard: ShardId,
-    span: Span,
+    span: LeafSpan,
     value: Option<&B::Gradient>,
 ) -> Computed<Frame> {
     let tensors = value.map(|gradient| backend.export_gradient(gradient)).transpose()?.unwrap_or_default();

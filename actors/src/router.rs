@@ -6,11 +6,11 @@
 
 use crate::ask::ask;
 use crate::expert::ExpertMsg;
-use crate::flow::{Flow, token_spans, weights_of};
-use crate::keeper::{At, Between, Keeper, ShardMsg};
-use crate::leg::LayerFound;
 use crate::node_context::NodeContext;
 use crate::reducer::ReducerMsg;
+use crate::shard::{LaneStep, SavedActivations, ShardMsg, ShardReplica};
+use crate::stage::MoeLayerStats;
+use crate::trace::{TraceContext, token_spans, weights_of};
 use crate::wire::{self, Answered, Batch};
 use futures::future::try_join_all;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -27,24 +27,30 @@ use volary_transport::{Frame, Kind};
 /// What came of a lane in one MoE layer.
 pub(crate) struct Routed<B: Compute> {
     pub(crate) y: B::Tensor,
-    pub(crate) found: LayerFound,
+    pub(crate) found: MoeLayerStats,
 }
 
 /// What a router is asked.
 pub(crate) enum RouterMsg<B: Compute> {
     /// Gate, dispatch, combine.
-    Forward { at: At, x: B::Tensor, train: bool, flow: Flow, reply: RpcReplyPort<Computed<Routed<B>>> },
+    Forward {
+        at: LaneStep,
+        x: B::Tensor,
+        train: bool,
+        trace: TraceContext,
+        reply: RpcReplyPort<Computed<Routed<B>>>,
+    },
     /// The same in reverse.
-    Backward { at: At, dy: B::Tensor, flow: Flow, reply: RpcReplyPort<Computed<B::Tensor>> },
+    Backward { at: LaneStep, dy: B::Tensor, trace: TraceContext, reply: RpcReplyPort<Computed<B::Tensor>> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
 }
 
 /// The router's state.
 pub(crate) struct RouterState<B: Compute> {
-    keeper: Arc<Keeper<B>>,
+    replica: Arc<ShardReplica<B>>,
     layer: u16,
-    between: Between<(Arc<Dispatch>, B::Saved)>,
+    activations: SavedActivations<(Arc<Dispatch>, B::Saved)>,
 }
 
 /// See the module.
@@ -53,14 +59,14 @@ pub(crate) struct RouterActor<B>(pub(crate) PhantomData<B>);
 impl<B: Compute> Actor for RouterActor<B> {
     type Msg = RouterMsg<B>;
     type State = RouterState<B>;
-    type Arguments = (u16, Keeper<B>);
+    type Arguments = (u16, ShardReplica<B>);
 
     async fn pre_start(
         &self,
         _: ActorRef<Self::Msg>,
-        (layer, keeper): Self::Arguments,
+        (layer, replica): Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(RouterState { keeper: Arc::new(keeper), layer, between: Between::default() })
+        Ok(RouterState { replica: Arc::new(replica), layer, activations: SavedActivations::default() })
     }
 
     async fn handle(
@@ -70,8 +76,8 @@ impl<B: Compute> Actor for RouterActor<B> {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            RouterMsg::Forward { at, x, train, flow, reply } => state.on_forward(at, x, train, flow, reply),
-            RouterMsg::Backward { at, dy, flow, reply } => state.on_backward(at, dy, flow, reply),
+            RouterMsg::Forward { at, x, train, trace, reply } => state.on_forward(at, x, train, trace, reply),
+            RouterMsg::Backward { at, dy, trace, reply } => state.on_backward(at, dy, trace, reply),
             RouterMsg::Shard(message) => state.on_shard(message),
         }
         Ok(())
@@ -83,137 +89,143 @@ impl<B: Compute> RouterState<B> {
 
     fn on_forward(
         &self,
-        at: At,
+        at: LaneStep,
         x: B::Tensor,
         train: bool,
-        flow: Flow,
+        trace: TraceContext,
         reply: RpcReplyPort<Computed<Routed<B>>>,
     ) {
-        let (keeper, layer, between) = (Arc::clone(&self.keeper), self.layer, self.between.clone());
+        let (replica, layer, activations) = (Arc::clone(&self.replica), self.layer, self.activations.clone());
         tokio::spawn(async move {
-            drop(reply.send(forward(&keeper, layer, &between, at, x, train, &flow).await));
+            drop(reply.send(forward(&replica, layer, &activations, at, x, train, &trace).await));
         });
     }
 
-    fn on_backward(&self, at: At, dy: B::Tensor, flow: Flow, reply: RpcReplyPort<Computed<B::Tensor>>) {
-        let (keeper, layer, between) = (Arc::clone(&self.keeper), self.layer, self.between.clone());
+    fn on_backward(
+        &self,
+        at: LaneStep,
+        dy: B::Tensor,
+        trace: TraceContext,
+        reply: RpcReplyPort<Computed<B::Tensor>>,
+    ) {
+        let (replica, layer, activations) = (Arc::clone(&self.replica), self.layer, self.activations.clone());
         tokio::spawn(async move {
-            drop(reply.send(backward(&keeper, layer, &between, at, dy, &flow).await));
+            drop(reply.send(backward(&replica, layer, &activations, at, dy, &trace).await));
         });
     }
 
     fn on_shard(&self, message: ShardMsg<B>) {
         if let ShardMsg::Forget { epoch } = message {
-            self.between.forget_before(epoch);
+            self.activations.forget_before(epoch);
         }
-        self.keeper.on_shard(message);
+        self.replica.on_shard(message);
     }
 }
 
 async fn forward<B: Compute>(
-    keeper: &Keeper<B>,
+    replica: &ShardReplica<B>,
     layer: u16,
-    between: &Between<(Arc<Dispatch>, B::Saved)>,
-    at: At,
+    activations: &SavedActivations<(Arc<Dispatch>, B::Saved)>,
+    at: LaneStep,
     x: B::Tensor,
     train: bool,
-    flow: &Flow,
+    trace: &TraceContext,
 ) -> Computed<Routed<B>> {
-    let node = &keeper.node;
-    let plan = Plan::new(node, layer, at)?;
-    let mut span = flow.span("router.gate", layer);
+    let node = &replica.node;
+    let dispatcher = TokenDispatch::new(node, layer, at)?;
+    let mut span = trace.span("router.gate", layer);
     let (sender, receiver) = tokio::sync::oneshot::channel();
-    let (cut, followed) = (plan.clone(), Arc::clone(&flow.followed));
+    let (cut, sampled_tokens) = (dispatcher.clone(), Arc::clone(&trace.sampled_tokens));
     let gate = move |backend: &B, params| {
         let gated = backend.gate(layer, params, x, (at.step, at.lane), train)?;
-        let outgoing = cut.cut(backend, &gated.dispatch, &gated.rows)?;
-        let weights = weights_of(backend, &gated.saved, &followed)?;
-        Ok((gated, outgoing, weights))
+        let shipments = cut.cut(backend, &gated.dispatch, &gated.rows)?;
+        let weights = weights_of(backend, &gated.saved, &sampled_tokens)?;
+        Ok((gated, shipments, weights))
     };
-    keeper.compute(&span.meter(), gate, |done| drop(sender.send(done)));
-    let (gated, outgoing, weights) =
+    replica.compute(&span.meter(), gate, |done| drop(sender.send(done)));
+    let (gated, shipments, weights) =
         receiver.await.map_err(|_| ComputeError("the gate was dropped".into()))??;
     drop(span);
     let Gated { dispatch, choices, saved, aux_loss, entropy, .. } = gated;
-    let tokens = token_spans(flow, layer, &node.placement(), &choices, &dispatch, &weights);
+    let tokens = token_spans(trace, layer, &node.placement(), &choices, &dispatch, &weights);
     let dispatch = Arc::new(dispatch);
-    let returned = plan.send(node, Kind::Forward, train, &dispatch, outgoing, flow).await?;
+    let outputs = dispatcher.send(node, Kind::Forward, train, &dispatch, shipments, trace).await?;
     let own = Arc::clone(&dispatch);
     let combine = move |backend: &B| {
-        let outputs = plan.join(backend, &own, returned)?;
+        let outputs = dispatcher.join(backend, &own, outputs)?;
         backend.combine(&own, saved, outputs)
     };
-    let mut span = flow.span("router.combine", layer);
+    let mut span = trace.span("router.combine", layer);
     let (y, saved) = node.executor.run(&span.meter(), combine).await?;
     drop((span, tokens));
     let load = dispatch.counts.iter().map(|&count| count as u32).collect();
     let dropped = dispatch.dropped as u32;
     if train {
-        between.keep(at, (dispatch, saved));
+        activations.save(at, (dispatch, saved));
     }
-    Ok(Routed { y, found: LayerFound { aux_loss, entropy, load, dropped } })
+    Ok(Routed { y, found: MoeLayerStats { aux_loss, entropy, load, dropped } })
 }
 
 async fn backward<B: Compute>(
-    keeper: &Keeper<B>,
+    replica: &ShardReplica<B>,
     layer: u16,
-    between: &Between<(Arc<Dispatch>, B::Saved)>,
-    at: At,
+    activations: &SavedActivations<(Arc<Dispatch>, B::Saved)>,
+    at: LaneStep,
     dy: B::Tensor,
-    flow: &Flow,
+    trace: &TraceContext,
 ) -> Computed<B::Tensor> {
-    let node = &keeper.node;
-    let plan = Plan::new(node, layer, at)?;
-    let (dispatch, saved) = between.take(at)?;
-    let (cut, own) = (plan.clone(), Arc::clone(&dispatch));
+    let node = &replica.node;
+    let dispatcher = TokenDispatch::new(node, layer, at)?;
+    let (dispatch, saved) = activations.take(at)?;
+    let (cut, own) = (dispatcher.clone(), Arc::clone(&dispatch));
     let split = move |backend: &B| {
         let (rows, saved) = backend.combine_backward(&own, saved, dy)?;
         Ok((cut.cut(backend, &own, &rows)?, saved))
     };
-    let mut span = flow.span("router.combine.backward", layer);
-    let (outgoing, saved) = node.executor.run(&span.meter(), split).await?;
+    let mut span = trace.span("router.combine.backward", layer);
+    let (shipments, saved) = node.executor.run(&span.meter(), split).await?;
     drop(span);
-    let returned = plan.send(node, Kind::Backward, true, &dispatch, outgoing, flow).await?;
+    let outputs = dispatcher.send(node, Kind::Backward, true, &dispatch, shipments, trace).await?;
     let finish = move |backend: &B| {
-        let inputs = plan.join(backend, &dispatch, returned)?;
+        let inputs = dispatcher.join(backend, &dispatch, outputs)?;
         backend.gate_backward(&dispatch, saved, inputs)
     };
-    let mut span = flow.span("router.gate.backward", layer);
+    let mut span = trace.span("router.gate.backward", layer);
     let (dx, gradient) = node.executor.run(&span.meter(), finish).await?;
     drop(span);
-    drop(node.reducer().cast(ReducerMsg::lane_leaf(at, keeper.id, Ok(gradient))));
+    drop(node.reducer().cast(ReducerMsg::lane_leaf(at, replica.id, Ok(gradient))));
     Ok(dx)
 }
 
 /// Which node serves each expert of a layer to a lane.
 #[derive(Clone)]
-struct Plan {
+struct TokenDispatch {
     layer: u16,
-    at: At,
+    at: LaneStep,
     /// Experts by node, in the order of their numbers.
     servers: BTreeMap<NodeId, Vec<u16>>,
     local: NodeId,
 }
 
 /// A lane's rows on their way: tensors for experts here, one batch of bytes for each other node.
-enum Outgoing<B: Compute> {
+enum Shipment<B: Compute> {
     Local(Vec<(u16, B::Tensor)>),
     Remote(NodeId, HostTensor),
 }
 
 /// What came back.
-enum Returned<B: Compute> {
+enum ExpertOutput<B: Compute> {
     Local(Vec<(u16, B::Tensor)>),
     Remote(NodeId, Frame),
 }
 
-impl Plan {
-    fn new<B: Compute>(node: &NodeContext<B>, layer: u16, at: At) -> Computed<Self> {
+impl TokenDispatch {
+    fn new<B: Compute>(node: &NodeContext<B>, layer: u16, at: LaneStep) -> Computed<Self> {
         let placement = node.placement();
         let mut servers: BTreeMap<NodeId, Vec<u16>> = BTreeMap::new();
         for expert in 0..node.architecture.experts as u16 {
             let shard = ShardId::Expert { layer, expert };
-            let server = placement.server(shard, at.lane);
+            let server = placement.serving_replica(shard, at.lane);
             let server = server.ok_or_else(|| ComputeError(format!("{shard} has no holder")))?;
             servers.entry(server.clone()).or_default().push(expert);
         }
@@ -226,7 +238,7 @@ impl Plan {
         backend: &B,
         dispatch: &Dispatch,
         rows: &B::Tensor,
-    ) -> Computed<Vec<Outgoing<B>>> {
+    ) -> Computed<Vec<Shipment<B>>> {
         let offsets = dispatch.offsets();
         let rows_of = |expert: u16| {
             backend.rows(rows, offsets[usize::from(expert)], dispatch.counts[usize::from(expert)])
@@ -235,10 +247,10 @@ impl Plan {
             let parts =
                 experts.iter().map(|&expert| Ok((expert, rows_of(expert)?))).collect::<Computed<Vec<_>>>()?;
             if *server == self.local {
-                return Ok(Outgoing::Local(parts));
+                return Ok(Shipment::Local(parts));
             }
             let whole = backend.concatenate(parts.into_iter().map(|(_, rows)| rows).collect())?;
-            Ok(Outgoing::Remote(server.clone(), backend.export(&whole)?))
+            Ok(Shipment::Remote(server.clone(), backend.export(&whole)?))
         };
         self.servers.iter().map(batch).collect()
     }
@@ -250,24 +262,24 @@ impl Plan {
         kind: Kind,
         train: bool,
         dispatch: &Dispatch,
-        outgoing: Vec<Outgoing<B>>,
-        flow: &Flow,
-    ) -> Computed<Vec<Returned<B>>> {
-        let send = |out: Outgoing<B>| async move {
+        shipments: Vec<Shipment<B>>,
+        trace: &TraceContext,
+    ) -> Computed<Vec<ExpertOutput<B>>> {
+        let send = |out: Shipment<B>| async move {
             let server = match &out {
-                Outgoing::Local(_) => self.local.clone(),
-                Outgoing::Remote(server, _) => server.clone(),
+                Shipment::Local(_) => self.local.clone(),
+                Shipment::Remote(server, _) => server.clone(),
             };
-            let mut span = self.dispatch_span(kind, dispatch, &server, flow);
+            let mut span = self.dispatch_span(kind, dispatch, &server, trace);
             match out {
-                Outgoing::Local(parts) => {
+                Shipment::Local(parts) => {
                     let batch = self.batch(&server, dispatch);
                     let mut experts = expert_span(&span.scope(), kind, self.layer, self.at.lane, &batch);
                     let meter = experts.meter();
-                    let outputs = call_experts(node, self.layer, self.at, kind, train, parts, &meter).await?;
-                    Ok(Returned::Local(outputs))
+                    let outputs = run_experts(node, self.layer, self.at, kind, train, parts, &meter).await?;
+                    Ok(ExpertOutput::Local(outputs))
                 }
-                Outgoing::Remote(_, rows) => {
+                Shipment::Remote(_, rows) => {
                     let experts = self.batch(&server, dispatch);
                     let batch = Batch { layer: self.layer, lane: self.at.lane, train, experts };
                     let mut frame = wire::frame(kind, self.at.epoch, self.at.step, &batch, vec![rows])?;
@@ -280,11 +292,11 @@ impl Plan {
                         span.set("volary.wire_us", wire.as_micros() as i64);
                         span.set("volary.remote_us", there.as_micros() as i64);
                     }
-                    Ok(Returned::Remote(server, reply))
+                    Ok(ExpertOutput::Remote(server, reply))
                 }
             }
         };
-        try_join_all(outgoing.into_iter().map(send)).await
+        try_join_all(shipments.into_iter().map(send)).await
     }
 
     /// The experts of a node and the rows that each gets.
@@ -294,9 +306,9 @@ impl Plan {
     }
 
     /// A batch of rows on its way to the experts of one node and back.
-    fn dispatch_span(&self, kind: Kind, dispatch: &Dispatch, server: &NodeId, flow: &Flow) -> Span {
+    fn dispatch_span(&self, kind: Kind, dispatch: &Dispatch, server: &NodeId, trace: &TraceContext) -> Span {
         let name = if kind == Kind::Backward { "router.dispatch.backward" } else { "router.dispatch" };
-        let mut span = flow.scope.span_of(name, SpanKind::Producer);
+        let mut span = trace.scope.span_of(name, SpanKind::Producer);
         if span.is_recorded() {
             let rows: u32 = self.batch(server, dispatch).into_iter().map(|(_, rows)| rows).sum();
             span.set("volary.layer", i64::from(self.layer));
@@ -313,24 +325,24 @@ impl Plan {
         &self,
         backend: &B,
         dispatch: &Dispatch,
-        returned: Vec<Returned<B>>,
+        outputs: Vec<ExpertOutput<B>>,
     ) -> Computed<Vec<B::Tensor>> {
-        let mut outputs: BTreeMap<u16, B::Tensor> = BTreeMap::new();
-        for part in returned {
+        let mut by_expert: BTreeMap<u16, B::Tensor> = BTreeMap::new();
+        for part in outputs {
             match part {
-                Returned::Local(parts) => outputs.extend(parts),
-                Returned::Remote(server, frame) => {
+                ExpertOutput::Local(parts) => by_expert.extend(parts),
+                ExpertOutput::Remote(server, frame) => {
                     let whole = wire::import_one(backend, &frame)?;
                     let mut start = 0;
                     for &expert in &self.servers[&server] {
                         let count = dispatch.counts[usize::from(expert)];
-                        outputs.insert(expert, backend.rows(&whole, start, count)?);
+                        by_expert.insert(expert, backend.rows(&whole, start, count)?);
                         start += count;
                     }
                 }
             }
         }
-        Ok(outputs.into_values().collect())
+        Ok(by_expert.into_values().collect())
     }
 }
 
@@ -350,18 +362,18 @@ pub(crate) fn expert_span(scope: &Scope, kind: Kind, layer: u16, lane: Lane, exp
 }
 
 /// Calls experts on this node, all at once; for this node's routers and for those of others.
-pub(crate) async fn call_experts<B: Compute>(
+pub(crate) async fn run_experts<B: Compute>(
     node: &NodeContext<B>,
     layer: u16,
-    at: At,
+    at: LaneStep,
     kind: Kind,
     train: bool,
     parts: Vec<(u16, B::Tensor)>,
     meter: &Meter,
 ) -> Computed<Vec<(u16, B::Tensor)>> {
-    let directory = node.directory();
+    let actors = node.shard_actors();
     let call = |(expert, x): (u16, B::Tensor)| {
-        let (actor, meter) = (directory.expert(layer, expert), meter.clone());
+        let (actor, meter) = (actors.expert(layer, expert), meter.clone());
         async move {
             let actor = actor?;
             let y = match kind {

@@ -2,21 +2,21 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `setup` | its keys, spans and figures |
+//! | `setup` | its credentials, spans and figures |
 //! | `door` | who is let in, and what becomes of their links |
 
-mod door;
+mod admission;
 mod setup;
 
-use crate::feed::Feed;
+use crate::event_stream::EventStream;
 use crate::host::{Error, Result};
 use crate::limits::CHECKPOINT_BYTES_AHEAD;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::supervisor::{RunEnd, SupervisorActor, SupervisorArgs, SupervisorMsg};
 use crate::wire::RunInfo;
-use door::{Door, accept, ask_operator};
+use admission::{Admission, accept, ask_operator};
 use ractor::Actor;
-use setup::{look_before_scrapes, open_keys, start_telemetry};
+use setup::{open_credentials, register_scrape_hooks, start_telemetry};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
@@ -28,7 +28,7 @@ use volary_data::Dataset;
 use volary_storage::{BlobStore, Checkpoints, Digest, RunDir, RunIdentity, Store, journal};
 use volary_telemetry::Pipeline;
 use volary_telemetry::metrics::SupervisorMetrics;
-use volary_transport::{Admit, Canary, Endpoint, SUPERVISOR, Token, TokenRole, TransportOptions};
+use volary_transport::{AccessRole, AccessToken, Admit, Canary, Endpoint, SUPERVISOR, TransportOptions};
 
 /// How long the last words may take to reach the nodes.
 const FAREWELL_MAX: Duration = Duration::from_secs(2);
@@ -62,22 +62,22 @@ pub struct Supervisor {
     address: SocketAddr,
     ended: oneshot::Receiver<RunEnd>,
     endpoint: Endpoint,
-    door: Arc<Door>,
+    admission: Arc<Admission>,
     pipeline: Pipeline,
-    feed: Feed,
+    events: EventStream,
 }
 
 /// What others in the supervisor's process may ask of it.
 #[derive(Clone)]
-pub struct Desk {
-    door: Arc<Door>,
-    feed: Feed,
+pub struct SupervisorHandle {
+    admission: Arc<Admission>,
+    events: EventStream,
 }
 
-impl Desk {
+impl SupervisorHandle {
     /// Asks the supervisor.
     pub async fn ask(&self, request: OperatorRequest) -> OperatorReply {
-        ask_operator(&self.door.actor, request).await
+        ask_operator(&self.admission.actor, request).await
     }
 
     /// Whether a token's text lets somebody operate the run.
@@ -85,7 +85,7 @@ impl Desk {
     /// # Errors
     /// Why not.
     pub fn may_operate(&self, token: &str) -> std::result::Result<(), String> {
-        self.door.keys.check(token, TokenRole::Operator)
+        self.admission.credentials.check(token, AccessRole::Operator)
     }
 
     /// Whether a token's text lets somebody look: a viewer's does, and an operator's.
@@ -93,13 +93,13 @@ impl Desk {
     /// # Errors
     /// Why not.
     pub fn may_look(&self, token: &str) -> std::result::Result<(), String> {
-        self.door.keys.check(token, TokenRole::Viewer).or_else(|_| self.may_operate(token))
+        self.admission.credentials.check(token, AccessRole::Viewer).or_else(|_| self.may_operate(token))
     }
 
     /// What happens from now on.
     #[must_use]
-    pub fn feed(&self) -> &Feed {
-        &self.feed
+    pub fn events(&self) -> &EventStream {
+        &self.events
     }
 }
 
@@ -110,7 +110,7 @@ impl Supervisor {
     /// When the address is in use, or the state is damaged or another run's.
     pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
         let store = Store::open(&options.dir)?;
-        let keys = Arc::new(open_keys(&options, &store)?);
+        let credentials = Arc::new(open_credentials(&options, &store)?);
         let SupervisorOptions { run, settings, dir, config_hash, listen, metrics, nodes_are_gone, .. } =
             options;
         store.identify(&RunIdentity {
@@ -120,29 +120,29 @@ impl Supervisor {
             format: journal::FORMAT,
         })?;
         let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
-        let identity = keys.authority().identity(SUPERVISOR)?;
+        let identity = credentials.authority().identity(SUPERVISOR)?;
         let idle_timeout_ms = settings.cluster.node_timeout_ms.max(100);
         let keep_alive_ms = (idle_timeout_ms / 6).min(TransportOptions::default().keep_alive_ms);
         let transport = TransportOptions { keep_alive_ms, idle_timeout_ms };
         let endpoint = Endpoint::bind(listen, identity, Admit::Anybody, &transport)?;
         let address = endpoint.local_addr();
         let pipeline = start_telemetry(&run, &dir)?;
-        let feed = Feed::default();
-        look_before_scrapes(&metrics, &pipeline, (&store, &dir), &endpoint);
+        let events = EventStream::default();
+        register_scrape_hooks(&metrics, &pipeline, (&store, &dir), &endpoint);
         let (end, ended) = oneshot::channel();
         let args = SupervisorArgs {
             run,
             settings,
             dir,
             store: store.clone(),
-            keys: Arc::clone(&keys),
+            credentials: Arc::clone(&credentials),
             checkpoints: checkpoints.clone(),
             config_hash,
             dataset: Arc::new(dataset),
             address: address.to_string(),
             pipeline: pipeline.clone(),
             metrics,
-            feed: feed.clone(),
+            events: events.clone(),
             nodes_are_gone,
             end,
         };
@@ -156,9 +156,18 @@ impl Supervisor {
         let keep = pipeline.clone();
         let room = Arc::new(Semaphore::new(CHECKPOINT_BYTES_AHEAD as usize >> 10));
         let names = Mutex::default();
-        let door = Arc::new(Door { keys, checkpoints, actor, sessions, canary, pipeline: keep, names, room });
-        tokio::spawn(accept(Arc::clone(&door), endpoint.clone()));
-        Ok(Self { address, ended, endpoint, door, pipeline, feed })
+        let admission = Arc::new(Admission {
+            credentials,
+            checkpoints,
+            actor,
+            sessions,
+            canary,
+            pipeline: keep,
+            names,
+            room,
+        });
+        tokio::spawn(accept(Arc::clone(&admission), endpoint.clone()));
+        Ok(Self { address, ended, endpoint, admission, pipeline, events })
     }
 
     /// Where it listens.
@@ -169,14 +178,14 @@ impl Supervisor {
 
     /// For others in this process.
     #[must_use]
-    pub fn desk(&self) -> Desk {
-        Desk { door: Arc::clone(&self.door), feed: self.feed.clone() }
+    pub fn desk(&self) -> SupervisorHandle {
+        SupervisorHandle { admission: Arc::clone(&self.admission), events: self.events.clone() }
     }
 
     /// Waits until the run has ended and its nodes have heard so. When `interrupted` comes first, the run is asked
     /// to write a checkpoint and end.
     pub async fn ended(self, interrupted: impl Future<Output = ()>) -> RunEnd {
-        let Self { mut ended, endpoint, door, pipeline, .. } = self;
+        let Self { mut ended, endpoint, admission, pipeline, .. } = self;
         let first = tokio::select! {
             end = &mut ended => Some(end),
             () = interrupted => None,
@@ -184,7 +193,7 @@ impl Supervisor {
         let end = match first {
             Some(end) => end,
             None => {
-                drop(door.actor.cast(SupervisorMsg::Event(Event::StopRequested)));
+                drop(admission.actor.cast(SupervisorMsg::Event(Event::StopRequested)));
                 ended.await
             }
         };
@@ -206,7 +215,11 @@ impl Supervisor {
 ///
 /// # Errors
 /// When it is not there or refuses the token.
-pub async fn operate(address: SocketAddr, token: &Token, request: &OperatorRequest) -> Result<OperatorReply> {
+pub async fn operate(
+    address: SocketAddr,
+    token: &AccessToken,
+    request: &OperatorRequest,
+) -> Result<OperatorReply> {
     let endpoint = Endpoint::dial_only(address, &TransportOptions::default())?;
     let (_link, mut sender, mut receiver) = endpoint.operate(address, token).await?;
     sender.send(request).await?;

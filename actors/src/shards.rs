@@ -6,7 +6,7 @@ use crate::wire::{self, ShardAt, ShardWish};
 use futures::{StreamExt, TryStreamExt, stream};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use volary_core::agent::Trouble;
+use volary_core::agent::Failure;
 use volary_core::compute::{Compute, ComputeError, Computed};
 use volary_core::messages::Source;
 use volary_core::{Epoch, NodeId, ShardId, Step};
@@ -20,23 +20,23 @@ const FETCHES_AHEAD: usize = 4;
 pub(crate) type Copies<B> = HashMap<ShardId, (Step, <B as Compute>::Shard)>;
 
 /// Shards that have come and wait for the agent to say what becomes of them.
-pub(crate) struct Arrivals<B: Compute> {
+pub(crate) struct FetchedShards<B: Compute> {
     here: Arc<Mutex<Copies<B>>>,
 }
 
-impl<B: Compute> Clone for Arrivals<B> {
+impl<B: Compute> Clone for FetchedShards<B> {
     fn clone(&self) -> Self {
         Self { here: Arc::clone(&self.here) }
     }
 }
 
-impl<B: Compute> Default for Arrivals<B> {
+impl<B: Compute> Default for FetchedShards<B> {
     fn default() -> Self {
         Self { here: Arc::default() }
     }
 }
 
-impl<B: Compute> Arrivals<B> {
+impl<B: Compute> FetchedShards<B> {
     pub(crate) fn put(&self, shard: ShardId, version: Step, state: B::Shard) {
         self.here.lock().unwrap_or_else(PoisonError::into_inner).insert(shard, (version, state));
     }
@@ -87,14 +87,14 @@ impl Uplink {
 pub(crate) async fn fetch_all<B: Compute>(
     node: &Arc<NodeContext<B>>,
     uplink: &Uplink,
-    arrivals: &Arrivals<B>,
+    fetched: &FetchedShards<B>,
     shards: Vec<(ShardId, Source)>,
     version: Step,
     epoch: Epoch,
-) -> Result<(), Trouble> {
+) -> Result<(), Failure> {
     let fetch = |(shard, source)| async move {
         let state = fetch(node, uplink, shard, source, version, epoch).await?;
-        arrivals.put(shard, version, state);
+        fetched.put(shard, version, state);
         Ok(())
     };
     stream::iter(shards).map(fetch).buffer_unordered(FETCHES_AHEAD).try_collect().await
@@ -107,14 +107,14 @@ async fn fetch<B: Compute>(
     source: Source,
     version: Step,
     epoch: Epoch,
-) -> Result<B::Shard, Trouble> {
-    let fatal = |error: ComputeError| Trouble { reason: error.to_string(), fatal: true, suspect: None };
+) -> Result<B::Shard, Failure> {
+    let fatal = |error: ComputeError| Failure { reason: error.to_string(), fatal: true, suspect: None };
     let bytes = match source {
         Source::Peer(peer) => copy(node, shard, &peer, Some(version), epoch).await?.1,
         // A supervisor that is gone is not fatal: it comes back, and another placement with it.
         Source::Checkpoint(_) => uplink.fetch(shard, version).await.map_err(|error| {
             let fatal = uplink.link.is_open();
-            Trouble { reason: error.to_string(), fatal, suspect: None }
+            Failure { reason: error.to_string(), fatal, suspect: None }
         })?,
         Source::Initial | Source::Held => {
             let initial = move |backend: &B| backend.initial(shard);
@@ -128,17 +128,17 @@ async fn fetch<B: Compute>(
 /// Copies a shard from the first of `from` at whatever version it has, beside the training.
 pub(crate) async fn learn<B: Compute>(
     node: &Arc<NodeContext<B>>,
-    arrivals: &Arrivals<B>,
+    fetched: &FetchedShards<B>,
     shard: ShardId,
     from: &[NodeId],
     epoch: Epoch,
-) -> Result<Step, Trouble> {
-    let nobody = || Trouble { reason: format!("nobody has {shard}"), fatal: false, suspect: None };
+) -> Result<Step, Failure> {
+    let nobody = || Failure { reason: format!("nobody has {shard}"), fatal: false, suspect: None };
     let (version, bytes) = copy(node, shard, from.first().ok_or_else(nobody)?, None, epoch).await?;
     let load = move |backend: &B| backend.load(shard, &bytes);
     let state = node.executor.run(&Meter::default(), load).await;
-    let state = state.map_err(|error| Trouble { reason: error.to_string(), fatal: false, suspect: None })?;
-    arrivals.put(shard, version, state);
+    let state = state.map_err(|error| Failure { reason: error.to_string(), fatal: false, suspect: None })?;
+    fetched.put(shard, version, state);
     Ok(version)
 }
 
@@ -148,7 +148,7 @@ async fn copy<B: Compute>(
     peer: &NodeId,
     version: Option<Step>,
     epoch: Epoch,
-) -> Result<(Step, bytes::Bytes), Trouble> {
+) -> Result<(Step, bytes::Bytes), Failure> {
     let ask = async {
         let wish = ShardWish { shard, version };
         let frame = wire::frame(Kind::ShardRequest, epoch, version.unwrap_or(0), &wish, Vec::new())?;
@@ -157,7 +157,7 @@ async fn copy<B: Compute>(
         Ok::<_, ComputeError>((at.version, wire::only_blob(reply)?))
     };
     // A peer that died meanwhile is another placement's business.
-    ask.await.map_err(|error| Trouble {
+    ask.await.map_err(|error| Failure {
         reason: error.to_string(),
         fatal: false,
         suspect: node.peers.suspect(),

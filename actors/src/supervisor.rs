@@ -13,21 +13,21 @@ use observed::Observed;
 use traces::Traces;
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs, CheckpointerMsg};
+use crate::credentials::Credentials;
 use crate::durations::Durations;
-use crate::feed::Feed;
-use crate::keys::Keys;
+use crate::event_stream::EventStream;
 use crate::limits::TICK;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::run_files::{MetricsLine, RunFiles};
-use crate::wire::{Down, LinkReport, NodeInfo, RunInfo, Welcome};
+use crate::wire::{LinkReport, NodeInfo, RunInfo, ToNode, Welcome};
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
-use volary_core::machine::{Committed, Event, Machine, Remembered, Restored, Settings};
-use volary_core::messages::{FromNode, Held, LastCommit, ToNode};
+use volary_core::machine::{Committed, Event, Machine, PersistentState, Restored, Settings};
+use volary_core::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use volary_core::profile::Profile;
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
@@ -49,7 +49,7 @@ pub(crate) enum SupervisorMsg {
     /// A node is there, new or back.
     Joined(Box<Arrival>),
     /// A node said something.
-    Said { node: NodeId, session: u64, message: FromNode },
+    Said { node: NodeId, session: u64, message: NodeReport },
     /// What a node can do.
     Measured { node: NodeId, session: u64, profile: Box<Profile> },
     /// What a node knows of its links.
@@ -69,10 +69,10 @@ pub(crate) struct Arrival {
     pub(crate) node: NodeId,
     pub(crate) info: NodeInfo,
     /// What it has in memory.
-    pub(crate) held: Held,
+    pub(crate) held: ResidentState,
     pub(crate) session: u64,
     /// Its control stream.
-    pub(crate) down: mpsc::Sender<Down>,
+    pub(crate) down: mpsc::Sender<ToNode>,
     pub(crate) link: Link,
     /// Where it shows that its process lives.
     pub(crate) canary: Option<(u16, CanaryKey)>,
@@ -99,14 +99,14 @@ pub(crate) struct SupervisorArgs {
     pub(crate) settings: Settings,
     pub(crate) dir: RunDir,
     pub(crate) store: Store,
-    pub(crate) keys: Arc<Keys>,
+    pub(crate) credentials: Arc<Credentials>,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) config_hash: Digest,
     pub(crate) dataset: Arc<Dataset>,
     pub(crate) address: String,
     pub(crate) pipeline: Pipeline,
     pub(crate) metrics: Arc<SupervisorMetrics>,
-    pub(crate) feed: Feed,
+    pub(crate) events: EventStream,
     /// Whether nobody has anything in memory any more.
     pub(crate) nodes_are_gone: bool,
     pub(crate) end: oneshot::Sender<RunEnd>,
@@ -115,17 +115,17 @@ pub(crate) struct SupervisorArgs {
 struct Session {
     info: NodeInfo,
     session: u64,
-    down: mpsc::Sender<Down>,
+    down: mpsc::Sender<ToNode>,
     link: Link,
     links: Vec<LinkReport>,
     last_word: Instant,
     /// What it came with, until it has measured itself and is one of the cluster.
-    newcomer: Option<Held>,
+    newcomer: Option<ResidentState>,
 }
 
 impl Session {
     /// Puts a word on its way. Who does not read for so long that no more fit is given up; a node whose link is gone is told apart.
-    fn say(&self, word: Down) {
+    fn say(&self, word: ToNode) {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.down.try_send(word) {
             self.link.close("it does not read its control stream");
         }
@@ -139,7 +139,7 @@ pub(crate) struct SupervisorState {
     machine: Machine,
     sessions: BTreeMap<NodeId, Session>,
     store: Store,
-    keys: Arc<Keys>,
+    credentials: Arc<Credentials>,
     checkpoints: Checkpoints,
     dataset: Arc<Dataset>,
     files: RunFiles,
@@ -179,14 +179,14 @@ impl Actor for SupervisorActor {
             settings,
             dir,
             store,
-            keys,
+            credentials,
             checkpoints,
             config_hash,
             dataset,
             address,
             pipeline,
             metrics,
-            feed,
+            events,
             nodes_are_gone,
             end,
         } = args;
@@ -198,16 +198,16 @@ impl Actor for SupervisorActor {
             sample_every: telemetry.sample_every,
             traces: Traces::new(pipeline.tracer(), telemetry, model),
             metrics,
-            feed,
+            events,
             board,
         };
         let durable = checkpoints.latest_intact()?.map(|record| record.step);
         checkpoints.truncate_after(durable.unwrap_or(0))?;
-        let mut remembered: Remembered = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
+        let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
         if nodes_are_gone {
             // Nothing after the last durable checkpoint has its weights any more: these steps are done again.
             store.truncate_after(durable.unwrap_or(0))?;
-            remembered.members.clear();
+            persistent.members.clear();
         }
         let last: Option<Committed> = match store.last_committed()? {
             Some(step) => store.committed(step)?,
@@ -215,9 +215,9 @@ impl Actor for SupervisorActor {
         };
         let last_load = last.as_ref().map(|committed| committed.load.clone()).unwrap_or_default();
         let files = RunFiles::open(&dir, &store)?;
-        let restarted = !remembered.members.is_empty();
+        let restarted = !persistent.members.is_empty();
         let last = last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update });
-        let restored = Restored { durable, last, remembered };
+        let restored = Restored { durable, last, persistent };
         let start = CheckpointerArgs {
             checkpoints: checkpoints.clone(),
             config_hash,
@@ -232,7 +232,7 @@ impl Actor for SupervisorActor {
             settings,
             sessions: BTreeMap::new(),
             store,
-            keys,
+            credentials,
             checkpoints,
             dataset,
             files,
@@ -306,16 +306,16 @@ impl SupervisorState {
         if let Some(before) = self.sessions.get(&node) {
             if before.info.instance != info.instance {
                 // Another process of this name: the first one stays for as long as it lives.
-                drop(down.try_send(Down::Taken));
+                drop(down.try_send(ToNode::NameInUse));
                 return Ok(());
             }
             self.lose(&node, "its process came back on another link").await?;
         }
         let run = serde_json::to_string(&self.run).map_err(|error| error.to_string())?;
-        let keep = self.machine.takes_back(&held);
-        let revoked = self.keys.revoked()?;
-        drop(down.try_send(Down::Welcome(Box::new(Welcome { run, keep, canary, revoked }))));
-        let held = if keep { held } else { Held::default() };
+        let keep = self.machine.accepts_state(&held);
+        let revoked = self.credentials.revoked()?;
+        drop(down.try_send(ToNode::Welcome(Box::new(Welcome { run, keep, canary, revoked }))));
+        let held = if keep { held } else { ResidentState::default() };
         let profile = info.profile.clone();
         let (links, last_word) = (Vec::new(), Instant::now());
         let known = Session { info, session, down, link, links, last_word, newcomer: Some(held) };
@@ -360,13 +360,13 @@ impl SupervisorState {
         self.sessions.get_mut(node).filter(|known| known.session == session)
     }
 
-    async fn on_said(&mut self, node: NodeId, session: u64, message: FromNode) -> Outcome {
+    async fn on_said(&mut self, node: NodeId, session: u64, message: NodeReport) -> Outcome {
         let Some(known) = self.session(&node, session) else { return Ok(()) };
         known.last_word = Instant::now();
-        if matches!(message, FromNode::Prepared { .. }) {
+        if matches!(message, NodeReport::Prepared { .. }) {
             self.observed.traces.prepared(&node.0);
         }
-        self.on_event(Event::Said { node, message }).await
+        self.on_event(Event::Reported { node, message }).await
     }
 
     async fn on_links(&mut self, node: NodeId, session: u64, links: Vec<LinkReport>) -> Outcome {
@@ -384,7 +384,7 @@ impl SupervisorState {
         known.links = links;
         carried.sort_by(|a, b| a.0.total_cmp(&b.0));
         let Some(&(bandwidth, round_trip_s)) = carried.get(carried.len() / 2) else { return Ok(()) };
-        self.on_event(Event::Carried { node, bandwidth, round_trip_s }).await
+        self.on_event(Event::LinkMeasured { node, bandwidth, round_trip_s }).await
     }
 
     async fn on_lost(&mut self, node: NodeId, session: u64, reason: String) -> Outcome {
@@ -421,7 +421,7 @@ impl SupervisorState {
     /// The last word to everybody.
     async fn dismiss(&mut self, reason: &str) {
         for session in self.sessions.values() {
-            session.say(Down::Say(ToNode::Leave { reason: reason.to_owned() }, None));
+            session.say(ToNode::Protocol(NodeCommand::Leave { reason: reason.to_owned() }, None));
         }
     }
 }

@@ -1,19 +1,19 @@
 //! The words that nodes say to each other, and how they become frames. Messages with reply ports never cross the wire.
 
-use crate::flow::{Followed, Traced};
-use crate::leg::LayerFound;
+use crate::stage::MoeLayerStats;
+use crate::trace::{SampledToken, TraceRequest};
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use volary_core::architecture::Architecture;
 use volary_core::compute::{Compute, ComputeError, Computed, HostDtype, HostTensor};
-use volary_core::messages::{FromNode, Held, ToNode};
+use volary_core::messages::{NodeCommand, NodeReport, ResidentState};
 use volary_core::options::{TelemetryOptions, TrainingOptions};
 use volary_core::profile::Profile;
-use volary_core::tree::Span;
+use volary_core::tree::LeafSpan;
 use volary_core::{Epoch, Lane, ShardId, Step};
 use volary_telemetry::SpanIdentity;
-use volary_transport::{CanaryKey, Dtype, Frame, Issued, Kind, Part, TraceContext};
+use volary_transport::{CanaryKey, Dtype, Frame, Issued, Kind, Part, TraceHeader};
 
 /// What a node tells the supervisor about itself when it joins.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,26 +79,26 @@ impl RunInfo {
 
 /// Supervisor to node, on the control stream.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) enum Down {
-    /// The answer to [`Up::Hello`].
+pub(crate) enum ToNode {
+    /// The answer to [`ToSupervisor::Hello`].
     Welcome(Box<Welcome>),
     /// The name is taken by a living process: try again later, or under another name.
-    Taken,
-    /// The answer to [`Up::Renew`].
+    NameInUse,
+    /// The answer to [`ToSupervisor::Renew`].
     Renewed(Issued),
     /// Hashes of certificates that are not good any more, between nodes either.
     Revoked(Vec<[u8; 32]>),
     /// The protocol, and the trace that it belongs to.
-    Say(ToNode, Option<Traced>),
+    Protocol(NodeCommand, Option<TraceRequest>),
 }
 
 /// Node to supervisor, on the control stream.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) enum Up {
+pub(crate) enum ToSupervisor {
     /// The first words: what it is, and what it has in memory.
-    Hello(NodeInfo, Held),
+    Hello(NodeInfo, ResidentState),
     /// The protocol.
-    Say(FromNode),
+    Protocol(NodeReport),
     /// What it measured of itself: now it can be placed.
     Profile(Box<Profile>),
     /// A request for another certificate, for a new key, before the present one ends.
@@ -142,29 +142,29 @@ pub(crate) struct Answered {
 
 /// The words with a lane's residual stream, or its gradient, for the layers of a stage; the stream is the frame's only part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct LegOf {
+pub(crate) struct StageRequest {
     pub(crate) lane: Lane,
     pub(crate) layers: std::ops::Range<u16>,
     pub(crate) train: bool,
-    /// Tokens of the lane that are followed.
-    pub(crate) followed: Vec<Followed>,
+    /// Tokens of the lane that are sampled_tokens.
+    pub(crate) sampled_tokens: Vec<SampledToken>,
 }
 
-/// The words with the answer to a [`LegOf`].
+/// The words with the answer to a [`StageRequest`].
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub(crate) struct LegDone {
+pub(crate) struct StageReply {
     pub(crate) lane: Lane,
     /// How long the stream was here.
     pub(crate) here_us: u64,
     /// What the layers with experts found; nothing on the way back.
-    pub(crate) found: Vec<LayerFound>,
+    pub(crate) found: Vec<MoeLayerStats>,
 }
 
 /// The words with a sum over some leaves of a shard's gradient; no parts mean that no token met the expert.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct SumOf {
     pub(crate) shard: ShardId,
-    pub(crate) span: Span,
+    pub(crate) span: LeafSpan,
 }
 
 /// The words with the wish for a shard, at a version or at whatever version it has.
@@ -182,13 +182,13 @@ pub(crate) struct ShardAt {
 }
 
 /// The trace context of a frame's header.
-pub(crate) fn trace(SpanIdentity { trace_id, span_id, flags }: SpanIdentity) -> TraceContext {
-    TraceContext { trace_id, span_id, flags }
+pub(crate) fn trace(SpanIdentity { trace_id, span_id, flags }: SpanIdentity) -> TraceHeader {
+    TraceHeader { trace_id, span_id, flags }
 }
 
 /// The span that a frame came from.
 pub(crate) fn origin(frame: &Frame) -> SpanIdentity {
-    let TraceContext { trace_id, span_id, flags } = frame.trace;
+    let TraceHeader { trace_id, span_id, flags } = frame.trace;
     SpanIdentity { trace_id, span_id, flags }
 }
 
@@ -200,7 +200,7 @@ pub(crate) fn frame(
     tensors: Vec<HostTensor>,
 ) -> Computed<Frame> {
     let parts = tensors.into_iter().map(part).collect();
-    Ok(Frame { kind, epoch, step, trace: TraceContext::default(), meta: encode(meta)?, parts })
+    Ok(Frame { kind, epoch, step, trace: TraceHeader::default(), meta: encode(meta)?, parts })
 }
 
 /// A frame around stored bytes.
@@ -212,12 +212,12 @@ pub(crate) fn blob(
     data: Vec<u8>,
 ) -> Computed<Frame> {
     let part = Part { dtype: Dtype::U8, shape: vec![data.len() as u64], data: data.into() };
-    Ok(Frame { kind, epoch, step, trace: TraceContext::default(), meta: encode(meta)?, parts: vec![part] })
+    Ok(Frame { kind, epoch, step, trace: TraceHeader::default(), meta: encode(meta)?, parts: vec![part] })
 }
 
 pub(crate) fn refusal(epoch: Epoch, step: Step, reason: &str) -> Frame {
     let meta = encode(&reason).unwrap_or_default();
-    Frame { kind: Kind::Refusal, epoch, step, trace: TraceContext::default(), meta, parts: Vec::new() }
+    Frame { kind: Kind::Refusal, epoch, step, trace: TraceHeader::default(), meta, parts: Vec::new() }
 }
 
 fn encode(meta: &impl Serialize) -> Computed<Bytes> {
@@ -276,11 +276,11 @@ pub(crate) fn fuzz(bytes: &[u8]) {
     fn read<T: DeserializeOwned>(bytes: &[u8]) {
         drop(postcard::from_bytes::<T>(bytes));
     }
-    read::<Up>(bytes);
-    read::<Down>(bytes);
+    read::<ToSupervisor>(bytes);
+    read::<ToNode>(bytes);
     read::<Batch>(bytes);
-    read::<LegOf>(bytes);
-    read::<LegDone>(bytes);
+    read::<StageRequest>(bytes);
+    read::<StageReply>(bytes);
     read::<SumOf>(bytes);
     read::<ShardWish>(bytes);
     read::<ShardAt>(bytes);
@@ -293,19 +293,19 @@ pub(crate) fn fuzz(bytes: &[u8]) {
 pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
     let shard = ShardId::Expert { layer: 1, expert: 2 };
     let up = [
-        Up::Say(FromNode::Ready { epoch: 3 }),
-        Up::Say(FromNode::Learned { epoch: 3, shards: vec![shard, ShardId::Embedding] }),
-        Up::Profile(Box::new(Profile::relative(2.0))),
-        Up::Renew(vec![48, 1, 0]),
-        Up::Spans(vec!["{}".into()]),
+        ToSupervisor::Protocol(NodeReport::Ready { epoch: 3 }),
+        ToSupervisor::Protocol(NodeReport::Learned { epoch: 3, shards: vec![shard, ShardId::Embedding] }),
+        ToSupervisor::Profile(Box::new(Profile::relative(2.0))),
+        ToSupervisor::Renew(vec![48, 1, 0]),
+        ToSupervisor::Spans(vec!["{}".into()]),
     ];
-    let down = [Down::Taken, Down::Say(ToNode::Abort { epoch: 3 }, None)];
+    let down = [ToNode::NameInUse, ToNode::Protocol(NodeCommand::Abort { epoch: 3 }, None)];
     let batch = Batch { layer: 0, lane: 1, train: true, experts: vec![(0, 3), (5, 1)] };
-    let leg = LegOf { lane: 1, layers: 2..4, train: true, followed: Vec::new() };
+    let stage = StageRequest { lane: 1, layers: 2..4, train: true, sampled_tokens: Vec::new() };
     let mut seeds: Vec<Vec<u8>> = up.iter().filter_map(|word| postcard::to_stdvec(word).ok()).collect();
     seeds.extend(down.iter().filter_map(|word| postcard::to_stdvec(word).ok()));
     seeds.extend(postcard::to_stdvec(&batch).ok());
-    seeds.extend(postcard::to_stdvec(&leg).ok());
+    seeds.extend(postcard::to_stdvec(&stage).ok());
     seeds.extend(postcard::to_stdvec(&ShardWish { shard, version: Some(7) }).ok());
     seeds
 }

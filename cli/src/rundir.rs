@@ -6,7 +6,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use volary_storage::RunDir;
-use volary_transport::Token;
+use volary_transport::AccessToken;
 
 /// Where new runs go unless `--dir` says otherwise.
 pub const RUNS: &str = "runs";
@@ -114,7 +114,7 @@ pub struct Target {
     /// Its QUIC address.
     pub address: SocketAddr,
     /// The token.
-    pub token: Token,
+    pub token: AccessToken,
 }
 
 /// Which token is needed.

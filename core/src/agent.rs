@@ -11,34 +11,34 @@
 
 mod types;
 
-pub use types::{Effect, Event, Trouble};
+pub use types::{Effect, Event, Failure};
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
-use crate::messages::{Assignment, FromNode, Held, Pass, Source, ToNode};
+use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
 use crate::schedule::Update;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Shards that are copied at a time beside the training: enough to hide round trips, few enough to bound memory.
-pub const LEARN_AHEAD: usize = 4;
-/// Summed gradients that are kept of a shard whose state is on its way; when more steps pass, it is asked for again.
+pub const COPIES_IN_FLIGHT_MAX: usize = 4;
+/// Summed gradients that are kept of a shard whose state is on its way; when more steps pass, it is requested for again.
 pub const STASH_MAX: usize = 4;
-/// How often one shard is asked for before the node gives up.
-pub const ASKS_MAX: u32 = 8;
+/// How often one shard is requested for before the node gives up.
+pub const COPY_ATTEMPTS_MAX: u32 = 8;
 
 /// A shard on its way.
 #[derive(Clone, Debug, Default)]
-struct Coming {
+struct PendingCopy {
     from: Vec<NodeId>,
-    asked: bool,
-    asks: u32,
+    requested: bool,
+    attempts: u32,
     /// Steps whose gradients are kept for it, in order.
     stash: VecDeque<Step>,
 }
 
 /// How far a node is with its placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum EpochState {
     /// Shards are on their way.
     Entering,
     /// All are here: it works.
@@ -58,12 +58,12 @@ pub struct Agent {
     placement: Placement,
     /// The shards of the assignment, for the epoch's whole time.
     assigned: Vec<ShardId>,
-    stage: Stage,
+    state: EpochState,
     /// Shards in memory, each with its version.
     shards: BTreeMap<ShardId, Step>,
-    coming: BTreeMap<ShardId, Coming>,
+    pending_copies: BTreeMap<ShardId, PendingCopy>,
     /// Shards to copy that an earlier placement brought already.
-    here: Vec<ShardId>,
+    already_here: Vec<ShardId>,
     prepared: Option<(Epoch, Step)>,
     effects: Vec<Effect>,
 }
@@ -79,10 +79,10 @@ impl Agent {
             version: 0,
             placement: Placement::default(),
             assigned: Vec::new(),
-            stage: Stage::Stopped,
+            state: EpochState::Stopped,
             shards: BTreeMap::new(),
-            coming: BTreeMap::new(),
-            here: Vec::new(),
+            pending_copies: BTreeMap::new(),
+            already_here: Vec::new(),
             prepared: None,
             effects: Vec::new(),
         }
@@ -108,9 +108,9 @@ impl Agent {
 
     /// What it tells a supervisor that came back. A-4.
     #[must_use]
-    pub fn held(&self) -> Held {
+    pub fn resident_state(&self) -> ResidentState {
         let shards = self.shards.iter().filter(|(_, at)| **at == self.version).map(|(shard, _)| *shard);
-        Held {
+        ResidentState {
             timeline: self.timeline,
             version: self.version,
             shards: shards.collect(),
@@ -121,57 +121,61 @@ impl Agent {
     /// Takes one event and returns what to do, in order.
     pub fn handle(&mut self, event: Event) -> Vec<Effect> {
         match event {
-            Event::Told(message) => self.on_told(message),
-            Event::Fetched { epoch, outcome } if epoch == self.epoch && self.stage == Stage::Entering => {
+            Event::Command(message) => self.on_command(message),
+            Event::Fetched { epoch, outcome }
+                if epoch == self.epoch && self.state == EpochState::Entering =>
+            {
                 self.on_fetched(outcome)
             }
             Event::Copied { epoch, shard, outcome } if epoch == self.epoch && self.is_ready() => {
                 self.on_copied(shard, outcome)
             }
             Event::Done(message) => self.on_done(message),
-            Event::Failed { epoch, trouble } if epoch == self.epoch => self.failed(trouble),
-            Event::SupervisorGone => self.stop_working(),
+            Event::Failed { epoch, failure } if epoch == self.epoch => self.failed(failure),
+            Event::SupervisorLost => self.stop_working(),
             //
             Event::Fetched { .. } | Event::Copied { .. } | Event::Failed { .. } => {}
         }
         std::mem::take(&mut self.effects)
     }
 
-    fn on_told(&mut self, message: ToNode) {
+    fn on_command(&mut self, message: NodeCommand) {
         match message {
-            ToNode::Assign(assignment) => self.on_assign(*assignment),
-            ToNode::Begin { epoch, step, pass, lanes } if epoch == self.epoch => {
+            NodeCommand::Assign(assignment) => self.on_assign(*assignment),
+            NodeCommand::Begin { epoch, step, pass, lanes } if epoch == self.epoch => {
                 self.on_begin(epoch, step, pass, lanes)
             }
-            ToNode::Commit { epoch, step, update } if epoch == self.epoch => {
+            NodeCommand::Commit { epoch, step, update } if epoch == self.epoch => {
                 self.on_commit(epoch, step, update)
             }
-            ToNode::Abort { epoch } if epoch == self.epoch => self.stop_working(),
-            ToNode::Checkpoint { epoch, step, shards } => self.do_next(Effect::Store { epoch, step, shards }),
-            ToNode::Leave { reason } => self.do_next(Effect::Leave { reason }),
+            NodeCommand::Abort { epoch } if epoch == self.epoch => self.stop_working(),
+            NodeCommand::Checkpoint { epoch, step, shards } => {
+                self.push(Effect::Store { epoch, step, shards })
+            }
+            NodeCommand::Leave { reason } => self.push(Effect::Leave { reason }),
             //
-            ToNode::Begin { .. } | ToNode::Commit { .. } | ToNode::Abort { .. } => {}
+            NodeCommand::Begin { .. } | NodeCommand::Commit { .. } | NodeCommand::Abort { .. } => {}
         }
     }
 
     fn is_ready(&self) -> bool {
-        self.stage == Stage::Ready
+        self.state == EpochState::Ready
     }
 
-    fn do_next(&mut self, effect: Effect) {
+    fn push(&mut self, effect: Effect) {
         self.effects.push(effect);
     }
 
-    fn failed(&mut self, trouble: Trouble) {
-        let Trouble { reason, fatal, suspect } = trouble;
+    fn failed(&mut self, failure: Failure) {
+        let Failure { reason, fatal, suspect } = failure;
         let epoch = self.epoch;
-        self.do_next(Effect::Say(FromNode::Failed { epoch, reason, fatal, suspect }));
+        self.push(Effect::Report(NodeReport::Failed { epoch, reason, fatal, suspect }));
     }
 
     /// The work of this epoch is over, committed or not; what is prepared stays. A-3.
     fn stop_working(&mut self) {
-        self.stage = Stage::Stopped;
-        self.do_next(Effect::Forget { epoch: self.epoch, all: self.prepared.is_none() });
+        self.state = EpochState::Stopped;
+        self.push(Effect::Discard { epoch: self.epoch, all: self.prepared.is_none() });
     }
 
     fn on_assign(&mut self, assignment: Assignment) {
@@ -185,27 +189,27 @@ impl Agent {
             self.shards.iter().filter(|(_, at)| !same || **at != version).map(|(s, _)| *s).collect();
         if !stale.is_empty() {
             self.shards.retain(|shard, _| !stale.contains(shard));
-            self.do_next(Effect::LetGo(stale));
+            self.push(Effect::Release(stale));
         }
         self.epoch = assignment.placement.epoch;
-        self.do_next(Effect::Forget { epoch: self.epoch - 1, all: true });
+        self.push(Effect::Discard { epoch: self.epoch - 1, all: true });
         (self.timeline, self.version) = (assignment.timeline, assignment.version);
-        (self.stage, self.prepared) = (Stage::Entering, None);
+        (self.state, self.prepared) = (EpochState::Entering, None);
         self.assigned = assignment.shards.iter().map(|(shard, _)| *shard).collect();
         self.placement = Placement::clone(&assignment.placement);
-        let (here, coming): (Vec<_>, Vec<_>) =
+        let (here, pending): (Vec<_>, Vec<_>) =
             assignment.learn.iter().partition(|(shard, _)| self.shards.contains_key(shard));
-        self.here = here.into_iter().map(|(shard, _)| *shard).collect();
-        let coming = coming.into_iter();
-        self.coming = coming
-            .map(|(shard, from)| (*shard, Coming { from: from.clone(), ..Coming::default() }))
+        self.already_here = here.into_iter().map(|(shard, _)| *shard).collect();
+        let pending = pending.into_iter();
+        self.pending_copies = pending
+            .map(|(shard, from)| (*shard, PendingCopy { from: from.clone(), ..PendingCopy::default() }))
             .collect();
         let (epoch, version) = (self.epoch, self.version);
         let absent = |(shard, source): &&(ShardId, Source)| {
             *source == Source::Held && !self.shards.contains_key(shard)
         };
         if assignment.shards.iter().any(|entry| absent(&entry)) {
-            return self.do_next(Effect::Say(FromNode::Behind { epoch, version }));
+            return self.push(Effect::Report(NodeReport::Behind { epoch, version }));
         }
         let wanted: Vec<_> = assignment
             .shards
@@ -213,11 +217,11 @@ impl Agent {
             .filter(|(shard, source)| *source != Source::Held && !self.shards.contains_key(shard))
             .cloned()
             .collect();
-        self.do_next(Effect::Enter(Box::new(assignment)));
+        self.push(Effect::Enter(Box::new(assignment)));
         if wanted.is_empty() {
             return self.on_fetched(Ok(()));
         }
-        self.do_next(Effect::Fetch { epoch, version, shards: wanted });
+        self.push(Effect::Fetch { epoch, version, shards: wanted });
     }
 
     /// A step that was prepared here and journalled there, and whose commit was never heard. A-3.
@@ -229,19 +233,19 @@ impl Agent {
         }
     }
 
-    fn on_fetched(&mut self, outcome: Result<(), Trouble>) {
-        if let Err(trouble) = outcome {
-            return self.failed(trouble);
+    fn on_fetched(&mut self, outcome: Result<(), Failure>) {
+        if let Err(failure) = outcome {
+            return self.failed(failure);
         }
         for shard in &self.assigned {
             self.shards.entry(*shard).or_insert(self.version);
         }
-        self.stage = Stage::Ready;
+        self.state = EpochState::Ready;
         let epoch = self.epoch;
-        self.do_next(Effect::Say(FromNode::Ready { epoch }));
-        let shards = std::mem::take(&mut self.here);
+        self.push(Effect::Report(NodeReport::Ready { epoch }));
+        let shards = std::mem::take(&mut self.already_here);
         if !shards.is_empty() {
-            self.do_next(Effect::Say(FromNode::Learned { epoch, shards }));
+            self.push(Effect::Report(NodeReport::Learned { epoch, shards }));
         }
         self.copy_more();
     }
@@ -253,30 +257,34 @@ impl Agent {
         if step != self.version + 1 {
             // Its commit was lost on the way: the next assignment brings it again.
             let reason = format!("step {step} begins, and this node is at step {}", self.version);
-            return self.failed(Trouble { reason, fatal: false, suspect: None });
+            return self.failed(Failure { reason, fatal: false, suspect: None });
         }
-        let kept: BTreeSet<ShardId> =
-            self.shards.keys().copied().filter(|&shard| self.placement.keeps(&self.id, shard)).collect();
+        let kept: BTreeSet<ShardId> = self
+            .shards
+            .keys()
+            .copied()
+            .filter(|&shard| self.placement.holds_or_learns(&self.id, shard))
+            .collect();
         let gone: Vec<ShardId> = self.shards.keys().copied().filter(|shard| !kept.contains(shard)).collect();
         if !gone.is_empty() {
             self.shards.retain(|shard, _| kept.contains(shard));
-            self.do_next(Effect::LetGo(gone));
+            self.push(Effect::Release(gone));
         }
         self.prepared = None;
-        self.do_next(Effect::Run { epoch, step, pass, lanes });
+        self.push(Effect::Run { epoch, step, pass, lanes });
     }
 
-    fn on_done(&mut self, message: FromNode) {
+    fn on_done(&mut self, message: NodeReport) {
         match &message {
-            FromNode::Prepared { epoch, step, .. }
+            NodeReport::Prepared { epoch, step, .. }
                 if *epoch == self.epoch && *step == self.version + 1 && self.is_ready() =>
             {
                 self.prepared = Some((*epoch, *step));
             }
-            FromNode::Validated { epoch, .. } if *epoch == self.epoch => {}
+            NodeReport::Validated { epoch, .. } if *epoch == self.epoch => {}
             _ => return,
         }
-        self.do_next(Effect::Say(message));
+        self.push(Effect::Report(message));
     }
 
     fn on_commit(&mut self, epoch: Epoch, step: Step, update: Update) {
@@ -293,59 +301,60 @@ impl Agent {
             self.shards.insert(*shard, step);
         }
         let mut stash = Vec::new();
-        for (shard, coming) in self.coming.iter_mut().filter(|(_, coming)| coming.asked) {
+        for (shard, pending) in self.pending_copies.iter_mut().filter(|(_, pending)| pending.requested) {
             stash.push(*shard);
-            coming.stash.push_back(step);
-            if coming.stash.len() > STASH_MAX {
-                coming.stash.pop_front();
+            pending.stash.push_back(step);
+            if pending.stash.len() > STASH_MAX {
+                pending.stash.pop_front();
             }
         }
         self.version = step;
         self.prepared = None;
-        self.do_next(Effect::Apply { epoch, step, update, shards, stash });
+        self.push(Effect::Apply { epoch, step, update, shards, stash });
     }
 
     fn copy_more(&mut self) {
         let epoch = self.epoch;
-        let mut room = LEARN_AHEAD.saturating_sub(self.coming.values().filter(|c| c.asked).count());
+        let mut room =
+            COPIES_IN_FLIGHT_MAX.saturating_sub(self.pending_copies.values().filter(|c| c.requested).count());
         let mut wishes = Vec::new();
-        for (shard, coming) in self.coming.iter_mut().filter(|(_, coming)| !coming.asked) {
+        for (shard, pending) in self.pending_copies.iter_mut().filter(|(_, pending)| !pending.requested) {
             if room == 0 {
                 break;
             }
             room -= 1;
-            coming.asked = true;
-            coming.asks += 1;
-            wishes.push(Effect::Copy { epoch, shard: *shard, from: coming.from.clone() });
+            pending.requested = true;
+            pending.attempts += 1;
+            wishes.push(Effect::Copy { epoch, shard: *shard, from: pending.from.clone() });
         }
         self.effects.extend(wishes);
     }
 
-    fn on_copied(&mut self, shard: ShardId, outcome: Result<Step, Trouble>) {
-        let Some(coming) = self.coming.get_mut(&shard) else { return };
-        let (asks, epoch) = (coming.asks, self.epoch);
+    fn on_copied(&mut self, shard: ShardId, outcome: Result<Step, Failure>) {
+        let Some(pending) = self.pending_copies.get_mut(&shard) else { return };
+        let (attempts, epoch) = (pending.attempts, self.epoch);
         match outcome {
-            Ok(at) if at >= self.version || (at + 1..=self.version).all(|s| coming.stash.contains(&s)) => {
+            Ok(at) if at >= self.version || (at + 1..=self.version).all(|s| pending.stash.contains(&s)) => {
                 let replay: Vec<Step> = (at + 1..=self.version).collect();
-                self.coming.remove(&shard);
+                self.pending_copies.remove(&shard);
                 self.shards.insert(shard, at.max(self.version));
-                self.do_next(Effect::Install { shard, version: at, replay });
-                self.do_next(Effect::Say(FromNode::Learned { epoch, shards: vec![shard] }));
+                self.push(Effect::Install { shard, version: at, replay });
+                self.push(Effect::Report(NodeReport::Learned { epoch, shards: vec![shard] }));
                 self.copy_more();
             }
-            _ if asks < ASKS_MAX => {
-                coming.asked = false;
-                coming.stash.clear();
-                coming.from.rotate_left(1);
+            _ if attempts < COPY_ATTEMPTS_MAX => {
+                pending.requested = false;
+                pending.stash.clear();
+                pending.from.rotate_left(1);
                 self.copy_more();
             }
             Ok(at) => {
                 let reason =
                     format!("{shard} came at step {at} every time, and the run is at {}", self.version);
-                self.do_next(Effect::Say(FromNode::CannotLearn { epoch, reason }));
+                self.push(Effect::Report(NodeReport::CannotLearn { epoch, reason }));
             }
-            Err(Trouble { reason, .. }) => {
-                self.do_next(Effect::Say(FromNode::CannotLearn {
+            Err(Failure { reason, .. }) => {
+                self.push(Effect::Report(NodeReport::CannotLearn {
                     epoch,
                     reason: format!("{shard}: {reason}"),
                 }));

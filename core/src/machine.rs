@@ -26,10 +26,10 @@ mod steps;
 mod suspicion;
 mod types;
 
-pub use types::{Activity, Committed, Effect, Event, Notice, Remembered, Restored, Settings};
+pub use types::{Activity, Committed, Effect, Event, Notice, PersistentState, Restored, Settings};
 
 use crate::ids::{Lane, NodeId, ShardId, Step};
-use crate::messages::{FromNode, Held, LaneReport, LastCommit, Norm, ToNode};
+use crate::messages::{LaneReport, LastCommit, NodeCommand, NodeReport, Norm, ResidentState};
 use crate::placement::Placement;
 use crate::profile::Profile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -95,15 +95,15 @@ pub struct Machine {
     /// Nodes that may come back with what they hold.
     awaited: BTreeSet<NodeId>,
     /// Nodes on which the model did not fit, and why.
-    cramped: Option<(BTreeSet<NodeId>, String)>,
+    capacity_shortage: Option<(BTreeSet<NodeId>, String)>,
     /// Whether the next boundary between steps should look for a better placement.
-    unsettled: bool,
+    placement_dirty: bool,
     /// Placements that were made at boundaries since something last asked for one.
-    rounds: u32,
+    replan_rounds: u32,
     suspicion: suspicion::Suspicion,
     balance: balance::Balance,
     /// Milliseconds since anything came of what is under way.
-    quiet_ms: u64,
+    idle_ms: u64,
     effects: Vec<Effect>,
 }
 
@@ -111,16 +111,16 @@ impl Machine {
     /// The machine of a run, new or going on from what was restored.
     #[must_use]
     pub fn new(settings: Settings, restored: Restored) -> Self {
-        let Restored { durable, last, remembered } = restored;
+        let Restored { durable, last, persistent } = restored;
         let committed = last.map_or(0, |last| last.step).max(durable.unwrap_or(0));
-        let awaited: BTreeSet<NodeId> = remembered.members.into_iter().collect();
+        let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
         // A cluster that was whole goes on with those that come back; a new one waits for what was asked for.
         let wanted_nodes = if awaited.is_empty() { settings.cluster.nodes.max(1) } else { 1 };
         Self {
             settings,
             nodes: BTreeMap::new(),
-            placement: Placement { epoch: remembered.epoch, ..Placement::default() },
-            timeline: remembered.timeline,
+            placement: Placement { epoch: persistent.epoch, ..Placement::default() },
+            timeline: persistent.timeline,
             committed,
             last,
             durable,
@@ -135,12 +135,12 @@ impl Machine {
             stopping: false,
             wanted_nodes,
             awaited,
-            cramped: None,
-            unsettled: false,
-            rounds: 0,
+            capacity_shortage: None,
+            placement_dirty: false,
+            replan_rounds: 0,
             suspicion: suspicion::Suspicion::default(),
             balance: balance::Balance::default(),
-            quiet_ms: 0,
+            idle_ms: 0,
             effects: Vec::new(),
         }
     }
@@ -178,7 +178,7 @@ impl Machine {
 
     /// What a node is, for `status`: `member`, `learning`, `draining`, `suspended` or `joined`.
     #[must_use]
-    pub fn standing(&self, node: &NodeId) -> &'static str {
+    pub fn node_state(&self, node: &NodeId) -> &'static str {
         let draining = self.nodes.get(node).is_some_and(|n| n.draining);
         match () {
             () if draining => "draining",
@@ -208,12 +208,12 @@ impl Machine {
 
     /// Whether a node that comes back with state may keep it. Otherwise it is to start anew.
     #[must_use]
-    pub fn takes_back(&self, held: &Held) -> bool {
+    pub fn accepts_state(&self, held: &ResidentState) -> bool {
         matches!(self.phase, Phase::Gathering) && !held.shards.is_empty() && self.is_current(held)
     }
 
     /// Whether state is that of the last commit, or becomes so by applying that commit.
-    fn is_current(&self, held: &Held) -> bool {
+    fn is_current(&self, held: &ResidentState) -> bool {
         let missed = self.last.filter(|last| last.step == held.version + 1);
         let prepared = missed.is_some_and(|last| held.prepared == Some((last.epoch, last.step)));
         held.timeline == self.timeline && (held.version == self.committed || prepared)
@@ -226,11 +226,11 @@ impl Machine {
                 Event::Joined { node, profile, address, held } => {
                     self.on_joined(node, *profile, address, &held)
                 }
-                Event::Carried { node, bandwidth, round_trip_s } => {
-                    self.carried(&node, bandwidth, round_trip_s);
+                Event::LinkMeasured { node, bandwidth, round_trip_s } => {
+                    self.record_link(&node, bandwidth, round_trip_s);
                 }
                 Event::Lost { node, reason } => self.on_lost(&node, &reason),
-                Event::Said { node, message } => self.on_said(node, message),
+                Event::Reported { node, message } => self.on_report(node, message),
                 Event::CheckpointStored { step } => self.on_checkpoint_stored(step),
                 Event::CheckpointFailed { step, reason } => self.on_checkpoint_failed(step, reason),
                 Event::CheckpointRequested => self.checkpoint_wanted = true,
@@ -242,10 +242,10 @@ impl Machine {
         std::mem::take(&mut self.effects)
     }
 
-    fn on_joined(&mut self, node: NodeId, mut profile: Profile, address: String, held: &Held) {
+    fn on_joined(&mut self, node: NodeId, mut profile: Profile, address: String, held: &ResidentState) {
         self.awaited.remove(&node);
         let declared = profile.capacity();
-        if self.takes_back(held) {
+        if self.accepts_state(held) {
             let (version, shards) = (held.version, held.shards.len());
             self.notice(Notice::Returned { node: node.clone(), version, shards });
             for &shard in &held.shards {
@@ -257,7 +257,7 @@ impl Machine {
         }
         profile.scale(self.balance.scale(self.nodes.values()));
         self.nodes.insert(node, Node { declared, profile, speed: None, address, draining: false });
-        self.unsettle();
+        self.mark_placement_dirty();
         self.gather();
     }
 
@@ -266,11 +266,11 @@ impl Machine {
             return;
         }
         self.notice(Notice::Lost { node: node.clone(), reason: reason.into() });
-        self.without(node, reason);
+        self.on_node_removed(node, reason);
     }
 
     /// What follows when a node is gone, however it went.
-    fn without(&mut self, node: &NodeId, reason: &str) {
+    fn on_node_removed(&mut self, node: &NodeId, reason: &str) {
         self.holders.values_mut().for_each(|nodes| {
             nodes.remove(node);
         });
@@ -282,16 +282,16 @@ impl Machine {
         if matches!(self.phase, Phase::Gathering) {
             return;
         }
-        self.unsettle();
+        self.mark_placement_dirty();
         if member {
             self.abort(&format!("{node} is gone: {reason}"));
         } else if learner {
-            self.without_learner(node);
+            self.on_learner_removed(node);
         }
     }
 
     /// A learner held nothing that anybody needs: the others go on as if it had not been there.
-    fn without_learner(&mut self, node: &NodeId) {
+    fn on_learner_removed(&mut self, node: &NodeId) {
         match &mut self.phase {
             Phase::Placing { waiting } => {
                 waiting.remove(node);
@@ -316,35 +316,35 @@ impl Machine {
             return self.notice(Notice::MigrationFailed { node, reason });
         }
         known.draining = true;
-        self.unsettle();
+        self.mark_placement_dirty();
         self.notice(Notice::Draining { node });
     }
 
-    fn on_said(&mut self, node: NodeId, message: FromNode) {
+    fn on_report(&mut self, node: NodeId, message: NodeReport) {
         let current = self.placement.epoch;
         match message {
-            FromNode::WantsToLeave => self.on_drain(node),
-            FromNode::Ready { epoch } if epoch == current => self.on_ready(&node),
-            FromNode::Prepared { epoch, step, norms, lanes, speed } if epoch == current => {
-                self.measured(&node, speed);
+            NodeReport::LeaveRequested => self.on_drain(node),
+            NodeReport::Ready { epoch } if epoch == current => self.on_ready(&node),
+            NodeReport::Prepared { epoch, step, norms, lanes, speed } if epoch == current => {
+                self.record_speed(&node, speed);
                 self.on_prepared(node, step, norms, lanes);
             }
-            FromNode::Validated { epoch, round, lanes } if epoch == current => {
+            NodeReport::Validated { epoch, round, lanes } if epoch == current => {
                 self.on_validated(node, round, lanes)
             }
-            FromNode::Learned { epoch, shards } if epoch == current => self.on_learned(&node, &shards),
-            FromNode::CannotLearn { epoch, reason } if epoch == current => {
+            NodeReport::Learned { epoch, shards } if epoch == current => self.on_learned(&node, &shards),
+            NodeReport::CannotLearn { epoch, reason } if epoch == current => {
                 self.on_cannot_learn(&node, reason)
             }
-            FromNode::Behind { epoch, version } if epoch == current => {
+            NodeReport::Behind { epoch, version } if epoch == current => {
                 let reason = format!("it is at step {version}, and the run at {}", self.committed);
                 self.fence(&node, &reason);
             }
-            FromNode::Failed { epoch, reason, fatal, suspect } if epoch == current => {
+            NodeReport::Failed { epoch, reason, fatal, suspect } if epoch == current => {
                 self.on_failed(&node, &reason, fatal, suspect)
             }
             // A checkpoint's shards may still be on their way when the epoch is over.
-            FromNode::CheckpointFailed { step, reason } if self.checkpointing == Some(step) => {
+            NodeReport::CheckpointFailed { step, reason } if self.checkpointing == Some(step) => {
                 self.effects.push(Effect::DropCheckpoint { step });
                 self.on_checkpoint_failed(step, format!("{node}: {reason}"));
             }
@@ -367,21 +367,21 @@ impl Machine {
     }
 
     fn on_tick(&mut self, ms: u64) {
-        self.quiet_ms = self.quiet_ms.saturating_add(ms);
+        self.idle_ms = self.idle_ms.saturating_add(ms);
         if self.attempts > 0 {
             self.blocked_ms = self.blocked_ms.saturating_add(ms);
         }
         if self.suspicion.pass(ms) {
-            self.unsettle();
+            self.mark_placement_dirty();
         }
         self.watch_checkpoint(ms);
         match self.phase {
             Phase::Gathering => self.gather(),
             Phase::Finishing | Phase::Done => {}
-            _ if self.quiet_ms >= self.settings.cluster.step_timeout_ms => {
+            _ if self.idle_ms >= self.settings.cluster.step_timeout_ms => {
                 let limit = self.settings.cluster.step_timeout_ms;
                 let reason = format!("nothing came of step {} within {limit} ms", self.committed + 1);
-                self.quiet_ms = 0;
+                self.idle_ms = 0;
                 self.on_too_slow(&reason);
             }
             _ => {}
@@ -400,23 +400,23 @@ impl Machine {
         let cluster = &self.settings.cluster;
         let whole = self.nodes.len() >= self.wanted_nodes && self.awaited.is_empty();
         let goes_on = !self.nodes.is_empty() && self.wanted_nodes == 1;
-        let enough = self.quiet_ms >= cluster.node_timeout_ms && self.lost_shard().is_none();
-        let over = self.quiet_ms >= cluster.return_timeout_ms;
+        let enough = self.idle_ms >= cluster.node_timeout_ms && self.lost_shard().is_none();
+        let over = self.idle_ms >= cluster.return_timeout_ms;
         let gather_timeout_ms = cluster.gather_timeout_ms;
         let same_nodes = |(nodes, _): &(BTreeSet<NodeId>, String)| nodes.iter().eq(self.nodes.keys());
-        let cramped = self.cramped.as_ref().is_some_and(same_nodes);
-        if !cramped && (whole || (goes_on && (enough || over))) {
+        let capacity_shortage = self.capacity_shortage.as_ref().is_some_and(same_nodes);
+        if !capacity_shortage && (whole || (goes_on && (enough || over))) {
             self.awaited.clear();
             return self.place("the nodes are here");
         }
-        if self.quiet_ms >= gather_timeout_ms {
+        if self.idle_ms >= gather_timeout_ms {
             let waited = || {
                 let (wanted, came) = (self.wanted_nodes, self.nodes.len());
                 format!(
                     "waited {gather_timeout_ms} ms (cluster.gather_timeout_ms) for {wanted} nodes, and {came} came"
                 )
             };
-            let reason = self.cramped.take().map_or_else(waited, |(_, reason)| reason);
+            let reason = self.capacity_shortage.take().map_or_else(waited, |(_, reason)| reason);
             self.end(Effect::Fatal { reason });
         }
     }
@@ -428,15 +428,15 @@ impl Machine {
             _ => "the run is over".into(),
         };
         for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
-            self.effects.push(Effect::Send { node, message: ToNode::Leave { reason: reason.clone() } });
+            self.effects.push(Effect::Send { node, message: NodeCommand::Leave { reason: reason.clone() } });
         }
         self.phase = Phase::Done;
         self.effects.push(end);
     }
 
     /// Something has happened that may ask for another placement.
-    fn unsettle(&mut self) {
-        (self.unsettled, self.rounds) = (true, 0);
+    fn mark_placement_dirty(&mut self) {
+        (self.placement_dirty, self.replan_rounds) = (true, 0);
     }
 
     fn notice(&mut self, notice: Notice) {

@@ -51,7 +51,7 @@ pub struct Assignment {
 
 /// What a node has in memory when it comes back to a supervisor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Held {
+pub struct ResidentState {
     /// The timeline that its state belongs to.
     pub timeline: u64,
     /// The last step that it applied.
@@ -76,10 +76,10 @@ pub enum Pass {
 
 /// Supervisor to node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum ToNode {
-    /// Take part in a new epoch; answered by [`FromNode::Ready`].
+pub enum NodeCommand {
+    /// Take part in a new epoch; answered by [`NodeReport::Ready`].
     Assign(Box<Assignment>),
-    /// Run these lanes; answered by [`FromNode::Prepared`] or [`FromNode::Validated`].
+    /// Run these lanes; answered by [`NodeReport::Prepared`] or [`NodeReport::Validated`].
     Begin {
         /// The placement's number.
         epoch: Epoch,
@@ -146,7 +146,7 @@ pub struct LaneReport {
 
 /// Node to supervisor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum FromNode {
+pub enum NodeReport {
     /// Every shard of the assignment is here.
     Ready {
         /// The placement's number.
@@ -196,7 +196,7 @@ pub enum FromNode {
         version: Step,
     },
     /// Somebody wants this node to leave: it waits until it is let go.
-    WantsToLeave,
+    LeaveRequested,
     /// A shard for a checkpoint cannot be stored or sent.
     CheckpointFailed {
         /// The checkpoint's step.

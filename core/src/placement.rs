@@ -7,7 +7,7 @@
 //! shows in the mathematics.
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId};
-use crate::tree::Span;
+use crate::tree::LeafSpan;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -27,7 +27,7 @@ pub struct Stage {
 impl Stage {
     /// The node that takes a lane through this stage.
     #[must_use]
-    pub fn runner(&self, lane: Lane) -> Option<&NodeId> {
+    pub fn stage_node(&self, lane: Lane) -> Option<&NodeId> {
         self.holders.get(*self.lanes.get(lane as usize)? as usize)
     }
 
@@ -38,7 +38,7 @@ impl Stage {
     }
 
     /// How many times over `fan_in` nodes' sums are added up in a span of lanes: 0 for one node's.
-    fn level(&self, span: Span, fan_in: u32) -> u32 {
+    fn level(&self, span: LeafSpan, fan_in: u32) -> u32 {
         let own = self.lanes.get(span.start as usize..span.end as usize).unwrap_or_default();
         let runs = 1 + own.windows(2).filter(|pair| pair[0] != pair[1]).count() as u64;
         let (mut level, mut reach) = (0, 1u64);
@@ -118,7 +118,7 @@ impl Placement {
 
     /// Whether `node` holds `shard` or is copying it.
     #[must_use]
-    pub fn keeps(&self, node: &NodeId, shard: ShardId) -> bool {
+    pub fn holds_or_learns(&self, node: &NodeId, shard: ShardId) -> bool {
         self.holds(node, shard) || self.learners.get(&shard).is_some_and(|nodes| nodes.contains(node))
     }
 
@@ -172,10 +172,10 @@ impl Placement {
 
     /// The lanes that each node drives; those with none are left out.
     #[must_use]
-    pub fn driven(&self) -> BTreeMap<&NodeId, Vec<Lane>> {
+    pub fn lanes_by_driver(&self) -> BTreeMap<&NodeId, Vec<Lane>> {
         let mut driven: BTreeMap<&NodeId, Vec<Lane>> = BTreeMap::new();
         for lane in 0..self.lanes() {
-            if let Some(node) = self.stages.first().and_then(|stage| stage.runner(lane)) {
+            if let Some(node) = self.stages.first().and_then(|stage| stage.stage_node(lane)) {
                 driven.entry(node).or_default().push(lane);
             }
         }
@@ -230,10 +230,10 @@ impl Placement {
     /// The node that computes a leaf of a shard's gradient: the runner of the lane or, for an expert, the replica that
     /// serves the group; a replica on the node that runs the group's first lane is preferred.
     #[must_use]
-    pub fn home(&self, shard: ShardId, leaf: u32) -> Option<&NodeId> {
+    pub fn computed_by(&self, shard: ShardId, leaf: u32) -> Option<&NodeId> {
         let stage = self.stage_of(layer_of(shard))?;
-        let Some(holders) = self.experts.get(&shard) else { return stage.runner(leaf) };
-        let runner = stage.runner(leaf * self.lane_group)?;
+        let Some(holders) = self.experts.get(&shard) else { return stage.stage_node(leaf) };
+        let runner = stage.stage_node(leaf * self.lane_group)?;
         if let Some(local) = holders.iter().find(|&holder| holder == runner) {
             return Some(local);
         }
@@ -246,16 +246,16 @@ impl Placement {
 
     /// The replica that serves an expert to a lane.
     #[must_use]
-    pub fn server(&self, shard: ShardId, lane: Lane) -> Option<&NodeId> {
-        self.home(shard, lane / self.lane_group.max(1))
+    pub fn serving_replica(&self, shard: ShardId, lane: Lane) -> Option<&NodeId> {
+        self.computed_by(shard, lane / self.lane_group.max(1))
     }
 
     /// The node that makes the sum over `span` of a shard's gradient: whoever computes all of it; of what several nodes compute the
     /// owner, or where these are more than `fan_in`, one of them for every `fan_in` or so.
     #[must_use]
-    pub fn adder(&self, shard: ShardId, span: Span) -> Option<&NodeId> {
-        let home = self.home(shard, span.start)?;
-        if (span.start + 1..span.end).all(|leaf| self.home(shard, leaf) == Some(home)) {
+    pub fn reducer(&self, shard: ShardId, span: LeafSpan) -> Option<&NodeId> {
+        let home = self.computed_by(shard, span.start)?;
+        if (span.start + 1..span.end).all(|leaf| self.computed_by(shard, leaf) == Some(home)) {
             return Some(home);
         }
         let owner = self.owner(shard);
@@ -263,9 +263,9 @@ impl Placement {
             return owner;
         }
         let stage = self.stage_of(layer_of(shard))?;
-        let level = |span: Span| stage.level(span, self.fan_in);
+        let level = |span: LeafSpan| stage.level(span, self.fan_in);
         let wanted = level(span);
-        let mut block = Span::root(self.leaves(shard));
+        let mut block = LeafSpan::root(self.leaves(shard));
         if level(block) == wanted {
             return owner;
         }
@@ -273,12 +273,12 @@ impl Placement {
             let (left, right) = block.children()?;
             block = if span.start < right.start { left } else { right };
         }
-        stage.runner(block.start + turn(shard, (block.end - block.start) as usize) as u32)
+        stage.stage_node(block.start + turn(shard, (block.end - block.start) as usize) as u32)
     }
 
     /// The nodes to which `node` passes on a shard's last sum: the owner's are the first of a tree over all holders.
     #[must_use]
-    pub fn relays(&self, shard: ShardId, node: &NodeId) -> Vec<NodeId> {
+    pub fn broadcast_children(&self, shard: ShardId, node: &NodeId) -> Vec<NodeId> {
         let holders = self.holders(shard);
         let Some(place) = holders.iter().position(|holder| holder == node) else { return Vec::new() };
         let fan = self.fan_in.max(1) as usize;
@@ -287,8 +287,8 @@ impl Placement {
 
     /// The sums that `node` can make alone of a shard's gradient.
     #[must_use]
-    pub fn fragments(&self, shard: ShardId, node: &NodeId) -> Vec<Span> {
-        Span::fragments(self.leaves(shard), |leaf| self.home(shard, leaf) == Some(node))
+    pub fn fragments(&self, shard: ShardId, node: &NodeId) -> Vec<LeafSpan> {
+        LeafSpan::fragments(self.leaves(shard), |leaf| self.computed_by(shard, leaf) == Some(node))
     }
 }
 
@@ -329,16 +329,17 @@ mod tests {
         let lanes = placement.lanes();
         let mut folds: BTreeMap<NodeId, Fold<u32>> = BTreeMap::new();
         let mut received: BTreeMap<NodeId, u32> = BTreeMap::new();
-        let leaf = |l| (Span { start: l, end: l + 1 }, placement.home(shard, l).unwrap().clone(), 1);
-        let mut open: Vec<(Span, NodeId, u32)> = (0..lanes).map(leaf).collect();
+        let leaf =
+            |l| (LeafSpan { start: l, end: l + 1 }, placement.computed_by(shard, l).unwrap().clone(), 1);
+        let mut open: Vec<(LeafSpan, NodeId, u32)> = (0..lanes).map(leaf).collect();
         while let Some((span, node, count)) = open.pop() {
             let fold = folds.entry(node.clone()).or_insert_with(|| Fold::new(lanes));
-            match fold.put(span, count, |above| placement.adder(shard, above) == Some(&node)) {
+            match fold.put(span, count, |above| placement.reducer(shard, above) == Some(&node)) {
                 Next::Wait => {}
                 Next::Add { span, left, right } => open.push((span, node, left + right)),
                 Next::Done { span, value } => {
                     let next = match span.parent(lanes) {
-                        Some((parent, _)) => placement.adder(shard, parent).unwrap().clone(),
+                        Some((parent, _)) => placement.reducer(shard, parent).unwrap().clone(),
                         None => placement.owner(shard).unwrap().clone(),
                     };
                     if next == node {
@@ -387,7 +388,7 @@ mod tests {
             let mut open = vec![placement.owner(shard).unwrap().clone()];
             let mut reached = Vec::new();
             while let Some(node) = open.pop() {
-                let relays = placement.relays(shard, &node);
+                let relays = placement.broadcast_children(shard, &node);
                 prop_assert!(relays.len() <= fan_in as usize);
                 open.extend(relays);
                 reached.push(node);

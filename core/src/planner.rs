@@ -7,8 +7,8 @@
 //!
 //! | file | what |
 //! | --- | --- |
-//! | `site` | the nodes as the planner sees them, numbered |
-//! | `focus` | leaving nodes out |
+//! | `candidates` | the nodes as the planner sees them, numbered |
+//! | `participation` | leaving nodes out |
 //! | `stages` | cutting the layers, giving nodes their stages |
 //! | `experts` | where the replicas go |
 //! | `lanes` | who runs which lanes |
@@ -16,12 +16,12 @@
 //! | `predict` | the time of a step under a placement, with its parts |
 //! | `links` | the bytes over each link |
 
+mod candidates;
 mod experts;
-mod focus;
 mod lanes;
 mod links;
+mod participation;
 mod predict;
-mod site;
 mod stages;
 mod survivors;
 
@@ -34,8 +34,8 @@ use crate::ids::{Epoch, NodeId, ShardId};
 use crate::options::TrainingOptions;
 use crate::placement::{Placement, Stage};
 use crate::profile::Profile;
+use candidates::Candidates;
 use serde::Serialize;
-use site::Site;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -71,7 +71,7 @@ pub struct Request<'a> {
     /// Nodes whose sums one node adds up.
     pub fan_in: u32,
     /// Experts with more copies than that, because many tokens go to them.
-    pub hot: &'a BTreeMap<ShardId, usize>,
+    pub extra_replicas: &'a BTreeMap<ShardId, usize>,
     /// Experts that may move, beyond those that must, so that nodes are evenly full.
     pub moves_max: usize,
     /// The placement before this one: what it holds is moved as little as possible.
@@ -126,25 +126,25 @@ impl fmt::Display for Shortage {
 #[must_use]
 pub fn plan(request: &Request<'_>) -> Plan {
     let costs = Costs::new(request.architecture, request.training);
-    let mut site = Site::new(request.members);
+    let mut candidates = Candidates::new(request.members);
     let present = request.previous.map_or(1, |placement| placement.stages.len().max(1));
     let mut best: Option<Best> = None;
     let counts = stages::counts(&costs, present).into_iter();
-    let lean = request.previous.is_some_and(|placement| is_lean(placement, &site));
-    for (count, lean) in counts.flat_map(|count| [(count, lean), (count, !lean)]) {
-        let Some(placement) = attempt(&site, &costs, request, count, lean) else { continue };
+    let drop_idle = request.previous.is_some_and(|placement| leaves_idle_nodes_out(placement, &candidates));
+    for (count, drop_idle) in counts.flat_map(|count| [(count, drop_idle), (count, !drop_idle)]) {
+        let Some(placement) = attempt(&candidates, &costs, request, count, drop_idle) else { continue };
         let plan = promise(placement, request, &costs);
         if best.as_ref().is_none_or(|best| best.is_beaten_by(&plan, request.replication, WORTH_IT)) {
             best = Some(Best { stages: count, plan });
         }
     }
     if let Some(best) = best {
-        return leave_out(&mut site, &costs, request, best);
+        return leave_out(&mut candidates, &costs, request, best);
     }
-    let short = Some(site.shortage(&costs, experts::least_replicas(request.architecture)));
-    site.ignore_memory();
+    let short = Some(candidates.shortage(&costs, experts::least_replicas(request.architecture)));
+    candidates.ignore_memory();
     // One stage of everybody has no way to fail where memory does not count.
-    let placement = attempt(&site, &costs, request, 1, false).unwrap_or_default();
+    let placement = attempt(&candidates, &costs, request, 1, false).unwrap_or_default();
     Plan { short, ..promise(placement, request, &costs) }
 }
 
@@ -179,17 +179,17 @@ impl Best {
 }
 
 /// The best plan, or one with fewer nodes, where slow links make that shorter.
-fn leave_out(site: &mut Site<'_>, costs: &Costs, request: &Request<'_>, mut best: Best) -> Plan {
-    if site.len() == 1 || !best.is_ruled_by_network() {
+fn leave_out(candidates: &mut Candidates<'_>, costs: &Costs, request: &Request<'_>, mut best: Best) -> Plan {
+    if candidates.len() == 1 || !best.is_ruled_by_network() {
         return best.plan;
     }
     let running = request.previous.map(|placement| placement.lane_counts().len());
     let mut counts = vec![best.stages, 1];
     counts.dedup();
-    for (runners, focus) in focus::candidates(site, costs, request) {
-        site.focus_on(focus);
+    for (runners, participation) in participation::alternatives(candidates, costs, request) {
+        candidates.restrict_to(participation);
         for &count in &counts {
-            let Some(placement) = attempt(site, costs, request, count, false) else { continue };
+            let Some(placement) = attempt(candidates, costs, request, count, false) else { continue };
             let plan = promise(placement, request, costs);
             // What was left out once stays so until that is no shorter.
             let factor = if running == Some(runners) { 1.0 } else { WORTH_IT };
@@ -201,33 +201,33 @@ fn leave_out(site: &mut Site<'_>, costs: &Costs, request: &Request<'_>, mut best
     best.plan
 }
 
-/// A placement with so many stages, if memory allows it. In a lean one nodes for which no lane is left hold no layers
+/// A placement with so many stages, if memory allows it. In a drop_idle one nodes for which no lane is left hold no layers
 /// either, so that nobody sends them gradients.
 fn attempt(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     costs: &Costs,
     request: &Request<'_>,
     count: usize,
-    lean: bool,
+    drop_idle: bool,
 ) -> Option<Placement> {
-    let mut stages = stages::assign(site, costs, request, count)?;
-    if stages.iter().any(|stage| !stage.nodes.iter().any(|&node| site.may_run(node))) {
+    let mut stages = stages::assign(candidates, costs, request, count)?;
+    if stages.iter().any(|stage| !stage.nodes.iter().any(|&node| candidates.may_run(node))) {
         return None;
     }
-    let mut experts = experts::spread(site, costs, request, &stages)?;
-    if lean {
-        if !lanes::drop_idle(site, costs, request, &mut stages, &experts) {
+    let mut experts = experts::spread(candidates, costs, request, &stages)?;
+    if drop_idle {
+        if !lanes::drop_idle(candidates, costs, request, &mut stages, &experts) {
             return None;
         }
-        experts = experts::spread(site, costs, request, &stages)?;
+        experts = experts::spread(candidates, costs, request, &stages)?;
     }
-    Some(lanes::complete(site, costs, request, stages, experts))
+    Some(lanes::complete(candidates, costs, request, stages, experts))
 }
 
 /// Whether there are members without a stage.
-fn is_lean(placement: &Placement, site: &Site<'_>) -> bool {
+fn leaves_idle_nodes_out(placement: &Placement, candidates: &Candidates<'_>) -> bool {
     let staged = |node: &NodeId| placement.stages.iter().any(|stage| stage.holds(node));
-    let known = placement.members.iter().filter(|node| site.place(node).is_some());
+    let known = placement.members.iter().filter(|node| candidates.place(node).is_some());
     known.into_iter().any(|node| !staged(node))
 }
 

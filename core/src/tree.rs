@@ -10,14 +10,14 @@ use std::collections::BTreeMap;
 
 /// A node of the tree: the half-open range of leaves below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub struct Span {
+pub struct LeafSpan {
     /// The first leaf.
     pub start: u32,
     /// One past the last leaf.
     pub end: u32,
 }
 
-impl Span {
+impl LeafSpan {
     /// The root of the tree over `leaves` leaves.
     #[must_use]
     pub fn root(leaves: u32) -> Self {
@@ -60,10 +60,10 @@ impl Span {
         self == Self::root(leaves) || self.parent(leaves).is_some()
     }
 
-    /// How many nodes [`Span::fragments`] finds when `held` are consecutive leaves.
+    /// How many nodes [`LeafSpan::fragments`] finds when `held` are consecutive leaves.
     #[must_use]
     pub fn parts_of_run(leaves: u32, held: std::ops::Range<u32>) -> u32 {
-        fn parts(node: Span, held: &std::ops::Range<u32>) -> u32 {
+        fn parts(node: LeafSpan, held: &std::ops::Range<u32>) -> u32 {
             if node.end <= held.start || held.end <= node.start || node.start >= node.end {
                 return 0;
             }
@@ -99,7 +99,7 @@ pub enum Next<T> {
     /// Add `right` to `left` and put the sum back as `span`.
     Add {
         /// The node whose sum this will be.
-        span: Span,
+        span: LeafSpan,
         /// The sum over the left child.
         left: T,
         /// The sum over the right child.
@@ -108,7 +108,7 @@ pub enum Next<T> {
     /// This is as far as the sum goes here: `span` is the root, or its parent is added elsewhere.
     Done {
         /// The node of the tree.
-        span: Span,
+        span: LeafSpan,
         /// Its sum.
         value: T,
     },
@@ -120,7 +120,7 @@ pub enum Next<T> {
 #[derive(Debug)]
 pub struct Fold<T> {
     leaves: u32,
-    waiting: BTreeMap<Span, T>,
+    waiting: BTreeMap<LeafSpan, T>,
 }
 
 impl<T> Fold<T> {
@@ -131,7 +131,7 @@ impl<T> Fold<T> {
     }
 
     /// Takes the value of one node and says what to do next, given which nodes' sums are made here.
-    pub fn put(&mut self, span: Span, value: T, is_here: impl FnOnce(Span) -> bool) -> Next<T> {
+    pub fn put(&mut self, span: LeafSpan, value: T, is_here: impl FnOnce(LeafSpan) -> bool) -> Next<T> {
         let above = span.parent(self.leaves).filter(|(parent, _)| is_here(*parent));
         let Some((parent, sibling)) = above else { return Next::Done { span, value } };
         let Some(other) = self.waiting.remove(&sibling) else {
@@ -146,13 +146,13 @@ impl<T> Fold<T> {
 /// The sum of `values` in the tree's order: for what is small enough to be gathered first (losses, norms).
 #[must_use]
 pub fn fold_numbers(values: &[f64]) -> f64 {
-    fn fold(values: &[f64], span: Span) -> f64 {
+    fn fold(values: &[f64], span: LeafSpan) -> f64 {
         match span.children() {
             Some((left, right)) => fold(values, left) + fold(values, right),
             None => values.get(span.start as usize).copied().unwrap_or(0.0),
         }
     }
-    fold(values, Span::root(values.len() as u32))
+    fold(values, LeafSpan::root(values.len() as u32))
 }
 
 #[cfg(test)]
@@ -168,10 +168,10 @@ mod tests {
         fn the_sum_is_the_same_expression_for_every_split_and_order(leaves in 1u32..40, nodes in 1u64..6, seed: u64) {
             let mut stream = Stream::new(seed, Purpose::Faults, &[]);
             // Where the sum of a span is made: anywhere, but always in the same place.
-            let place = |span: Span| Stream::new(seed, Purpose::Faults, &[span.start.into(), span.end.into()]).below(nodes);
+            let place = |span: LeafSpan| Stream::new(seed, Purpose::Faults, &[span.start.into(), span.end.into()]).below(nodes);
             let mut folds: Vec<Fold<String>> = (0..nodes).map(|_| Fold::new(leaves)).collect();
-            let mut on_their_way: Vec<(Span, String)> =
-                (0..leaves).map(|l| (Span { start: l, end: l + 1 }, l.to_string())).collect();
+            let mut on_their_way: Vec<(LeafSpan, String)> =
+                (0..leaves).map(|l| (LeafSpan { start: l, end: l + 1 }, l.to_string())).collect();
             let mut roots = Vec::new();
             while !on_their_way.is_empty() {
                 let (span, value) = on_their_way.swap_remove(stream.below(on_their_way.len() as u64) as usize);
@@ -186,13 +186,13 @@ mod tests {
                     Next::Done { .. } => prop_assert!(false, "it was brought to where its parent is made"),
                 }
             }
-            fn expression(span: Span) -> String {
+            fn expression(span: LeafSpan) -> String {
                 match span.children() {
                     Some((left, right)) => format!("({}+{})", expression(left), expression(right)),
                     None => span.start.to_string(),
                 }
             }
-            prop_assert_eq!(roots, [expression(Span::root(leaves))]);
+            prop_assert_eq!(roots, [expression(LeafSpan::root(leaves))]);
         }
     }
 
@@ -200,9 +200,9 @@ mod tests {
     fn the_parts_of_a_run_are_counted_without_listing_its_leaves() {
         for leaves in 1..24 {
             for (start, end) in (0..=leaves).flat_map(|a| (a..=leaves).map(move |b| (a, b))) {
-                let listed = Span::fragments(leaves, |leaf| (start..end).contains(&leaf)).len();
+                let listed = LeafSpan::fragments(leaves, |leaf| (start..end).contains(&leaf)).len();
                 assert_eq!(
-                    Span::parts_of_run(leaves, start..end) as usize,
+                    LeafSpan::parts_of_run(leaves, start..end) as usize,
                     listed,
                     "{start}..{end} of {leaves}"
                 );
@@ -212,10 +212,10 @@ mod tests {
 
     #[test]
     fn twelve_lanes_over_three_nodes_are_three_whole_subtrees() {
-        let fragments = |node: u32| Span::fragments(12, |leaf| leaf / 4 == node);
-        assert_eq!(fragments(0), [Span { start: 0, end: 4 }]);
-        assert_eq!(fragments(1), [Span { start: 4, end: 8 }]);
-        assert_eq!(fragments(2), [Span { start: 8, end: 12 }]);
+        let fragments = |node: u32| LeafSpan::fragments(12, |leaf| leaf / 4 == node);
+        assert_eq!(fragments(0), [LeafSpan { start: 0, end: 4 }]);
+        assert_eq!(fragments(1), [LeafSpan { start: 4, end: 8 }]);
+        assert_eq!(fragments(2), [LeafSpan { start: 8, end: 12 }]);
     }
 
     #[test]

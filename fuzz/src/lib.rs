@@ -15,7 +15,7 @@ use volary_core::architecture::Architecture;
 use volary_core::compute::Compute;
 use volary_core::options::TrainingOptions;
 use volary_model::{Glam, device};
-use volary_transport::{Authority, Frame, Token};
+use volary_transport::{AccessToken, Authority, Frame};
 
 /// A name and what it feeds.
 pub type Target = (&'static str, fn(&[u8]));
@@ -59,8 +59,8 @@ pub fn words(bytes: &[u8]) {
 /// A token's text.
 pub fn token(bytes: &[u8]) {
     let text = String::from_utf8_lossy(bytes);
-    if let Ok(token) = text.parse::<Token>() {
-        assert_eq!(token.reveal().parse::<Token>().ok(), Some(token));
+    if let Ok(token) = text.parse::<AccessToken>() {
+        assert_eq!(token.reveal().parse::<AccessToken>().ok(), Some(token));
     }
 }
 

@@ -4,7 +4,7 @@ use bytes::Bytes;
 use volary_core::ShardId;
 use volary_core::compute::Compute;
 use volary_transport::{
-    Authority, Dtype, Frame, KeyRequest, Kind, Part, Token, TokenRole, TokenTerms, TraceContext,
+    AccessRole, AccessToken, AccessTokenTerms, Authority, Dtype, Frame, KeyRequest, Kind, Part, TraceHeader,
 };
 
 /// A configuration with every section.
@@ -58,7 +58,7 @@ bandwidth = "10GB"
 
 fn a_frame() -> Frame {
     let part = Part { dtype: Dtype::F32, shape: vec![2, 3], data: Bytes::from(vec![7u8; 24]) };
-    let trace = TraceContext::default();
+    let trace = TraceHeader::default();
     Frame {
         kind: Kind::Forward,
         epoch: 3,
@@ -69,8 +69,8 @@ fn a_frame() -> Frame {
     }
 }
 
-fn a_token() -> Option<Token> {
-    Token::mint([9; 32], TokenRole::Node, 0, TokenTerms::default()).ok().map(|(token, _)| token)
+fn a_token() -> Option<AccessToken> {
+    AccessToken::issue([9; 32], AccessRole::Node, 0, AccessTokenTerms::default()).ok().map(|(token, _)| token)
 }
 
 /// Good inputs of a target.

@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Instant;
 use volary_core::architecture::presets;
 use volary_core::machine::{Effect, Event, Machine, Restored, Settings};
-use volary_core::messages::{FromNode, Held, LaneReport, Norm, ToNode};
+use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, ResidentState};
 use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
@@ -83,7 +83,12 @@ impl Cluster {
         self.next += 1;
         self.alive.insert(node.clone());
         let address = "10.0.0.1:7100".into();
-        self.handle(Event::Joined { node, profile: Box::new(profile), address, held: Held::default() })
+        self.handle(Event::Joined {
+            node,
+            profile: Box::new(profile),
+            address,
+            held: ResidentState::default(),
+        })
     }
 
     /// Everybody does what the machine says, until `steps` more are committed.
@@ -100,29 +105,29 @@ impl Cluster {
                 }
             }
             for (node, message) in answers {
-                let more = self.handle(Event::Said { node, message });
+                let more = self.handle(Event::Reported { node, message });
                 effects.extend(more);
             }
         }
     }
 
-    fn answers(&self, node: &NodeId, message: ToNode) -> Vec<FromNode> {
+    fn answers(&self, node: &NodeId, message: NodeCommand) -> Vec<NodeReport> {
         let mut answers = Vec::new();
         match message {
-            ToNode::Assign(assignment) => {
+            NodeCommand::Assign(assignment) => {
                 let epoch = assignment.placement.epoch;
-                answers.push(FromNode::Ready { epoch });
+                answers.push(NodeReport::Ready { epoch });
                 if !assignment.learn.is_empty() {
                     let shards = assignment.learn.iter().map(|(shard, _)| *shard).collect();
-                    answers.push(FromNode::Learned { epoch, shards });
+                    answers.push(NodeReport::Learned { epoch, shards });
                 }
             }
-            ToNode::Begin { epoch, step, lanes, .. } => {
+            NodeCommand::Begin { epoch, step, lanes, .. } => {
                 let placement = self.machine.placement();
-                let kept = self.shards.iter().filter(|shard| placement.keeps(node, **shard));
+                let kept = self.shards.iter().filter(|shard| placement.holds_or_learns(node, **shard));
                 let norms = kept.map(|&shard| (shard, Norm { squared: 1.0, finite: true })).collect();
                 let lanes = lanes.into_iter().map(|(lane, _)| (lane, LaneReport::default())).collect();
-                answers.push(FromNode::Prepared { epoch, step, norms, lanes, speed: Some(1.0) });
+                answers.push(NodeReport::Prepared { epoch, step, norms, lanes, speed: Some(1.0) });
             }
             _ => {}
         }

@@ -1,6 +1,6 @@
 //! What goes wrong.
 
-use crate::world::{Happening, SILENCE_MS, Weather, World};
+use crate::world::{Happening, NetworkFaults, SILENCE_MS, World};
 use volary_core::NodeId;
 use volary_core::machine::{Event, Notice};
 use volary_core::random::{Purpose, Stream};
@@ -31,11 +31,11 @@ pub enum Fault {
     /// Somebody asks the run to write a checkpoint and end.
     Stop,
     /// The network changes.
-    Weather(Weather),
+    NetworkFaults(NetworkFaults),
 }
 
 impl World {
-    pub(crate) fn strike(&mut self, fault: Fault) {
+    pub(crate) fn inject(&mut self, fault: Fault) {
         if self.traced {
             eprintln!("{:>7} !! {fault:?}", self.now);
         }
@@ -70,9 +70,9 @@ impl World {
                 }
             }
             Fault::Stop => self.event(Event::StopRequested),
-            Fault::Weather(weather) => {
-                self.weather = weather;
-                self.stormy |= weather.loss > 0.0;
+            Fault::NetworkFaults(weather) => {
+                self.network = weather;
+                self.lossy |= weather.drop > 0.0;
             }
         }
     }
@@ -129,18 +129,18 @@ pub fn schedule(seed: u64, mut world: World, kinds: Kinds, faults: u64, ms: u64)
             return world;
         }
         if let Some(fault) = draw(&mut random, &world, kinds) {
-            world.strike(fault);
+            world.inject(fault);
         }
     }
-    world.strike(Fault::Weather(Weather::default()));
+    world.inject(Fault::NetworkFaults(NetworkFaults::default()));
     world.run_until(ms + 10_000);
     if world.alive().is_empty() {
-        world.strike(Fault::Join);
+        world.inject(Fault::Join);
     }
     world.run_until(ms + 60_000);
     let placed_or_not = |n: &&Notice| matches!(n, Notice::NoRoom { .. } | Notice::Placed { .. });
     if matches!(world.notices.iter().rev().find(placed_or_not), Some(Notice::NoRoom { .. })) {
-        (world.alive().len()..world.settings.cluster.nodes).for_each(|_| world.strike(Fault::Join));
+        (world.alive().len()..world.settings.cluster.nodes).for_each(|_| world.inject(Fault::Join));
     }
     let end = world.now() + 1_200_000;
     world.run_until(end);
@@ -170,7 +170,11 @@ fn draw(random: &mut Stream, world: &World, kinds: Kinds) -> Option<Fault> {
         8 if kinds.drains && alive.len() > 1 => pick(random).map(Fault::Drain),
         9 if kinds.weather => {
             let share = |random: &mut Stream| random.next_f64() * 0.1;
-            Some(Fault::Weather(Weather { loss: share(random), twice: share(random), late: share(random) }))
+            Some(Fault::NetworkFaults(NetworkFaults {
+                drop: share(random),
+                duplicate: share(random),
+                reorder: share(random),
+            }))
         }
         10 if kinds.hangs => pick(random).map(|node| Fault::Slow(node, 0.2 + random.next_f64())),
         11 if kinds.nodes && kinds.supervisor && random.below(8) == 0 => Some(Fault::KillEverything),

@@ -2,8 +2,8 @@
 
 use crate::world::{Happening, SILENCE_MS, World};
 use std::collections::BTreeMap;
-use volary_core::agent::{Agent, Effect, Event, STASH_MAX, Trouble};
-use volary_core::messages::{Assignment, FromNode, LaneReport, Norm, Pass, Source};
+use volary_core::agent::{Agent, Effect, Event, Failure, STASH_MAX};
+use volary_core::messages::{Assignment, LaneReport, NodeReport, Norm, Pass, Source};
 use volary_core::placement::Placement;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
@@ -115,14 +115,14 @@ impl World {
         let Some(node) = self.nodes.get_mut(id) else { return };
         let process = node.process;
         match effect {
-            Effect::Say(message) => {
+            Effect::Report(message) => {
                 let Some(session) = node.session else { return };
                 self.send(|| Happening::ToSupervisor { node: id.clone(), session, message: message.clone() });
             }
             Effect::Apply { step, update, shards, stash, .. } => {
                 self.apply(id, step, gradient(step, update.rate), &shards, &stash);
             }
-            Effect::Forget { .. } => node.forget(),
+            Effect::Discard { .. } => node.forget(),
             Effect::Enter(assignment) => self.enter(id, &assignment),
             Effect::Fetch { epoch, version, shards } => self.fetch(id, epoch, version, &shards),
             Effect::Copy { epoch, shard, from } => {
@@ -130,7 +130,7 @@ impl World {
                 self.after(2, 150, Happening::ReadCopy { node, process, epoch, shard, from });
             }
             Effect::Install { shard, version, replay } => self.install(id, shard, version, &replay),
-            Effect::LetGo(shards) => node.weights.retain(|shard, _| !shards.contains(shard)),
+            Effect::Release(shards) => node.weights.retain(|shard, _| !shards.contains(shard)),
             Effect::Run { epoch, step, pass, lanes } => {
                 assert_eq!(pass, Pass::Train);
                 node.work = Some((epoch, step, lanes.into_iter().map(|(lane, _)| lane).collect()));
@@ -186,7 +186,7 @@ impl World {
                     // A late word: the run is further on, and this one is not of its placement any more.
                     assert!(self.disk.durable > Some(*step));
                     let reason = format!("the checkpoint of step {step} is gone");
-                    outcome = Err(Trouble { reason, fatal: true, suspect: None });
+                    outcome = Err(Failure { reason, fatal: true, suspect: None });
                     continue;
                 }
                 Source::Peer(peer) if self.reachable(id, peer) => {
@@ -275,7 +275,7 @@ impl World {
         let others = || node.placement.members.iter().filter(|member| *member != id);
         let broken = others().find(|member| !self.reachable(id, member)).cloned();
         let begun = |member: &NodeId| {
-            let at = self.nodes.get(member).map(|n| (n.work.as_ref(), n.agent.held()));
+            let at = self.nodes.get(member).map(|n| (n.work.as_ref(), n.agent.resident_state()));
             at.is_some_and(|(work, held)| {
                 work.is_some_and(|w| (w.0, w.1) >= (epoch, step))
                     || held.prepared == Some((epoch, step))
@@ -287,20 +287,25 @@ impl World {
             if self.now < since + SILENCE_MS {
                 return self.put(self.now + 50, again);
             }
-            let event = Event::Failed { epoch, trouble: unreachable_peer(&peer) };
+            let event = Event::Failed { epoch, failure: unreachable_peer(&peer) };
             return self.node_event(id, event);
         }
         if early {
             return self.put(self.now + 20, again);
         }
-        let kept = self.settings.architecture.shards().into_iter().filter(|s| node.placement.keeps(id, *s));
+        let kept = self
+            .settings
+            .architecture
+            .shards()
+            .into_iter()
+            .filter(|s| node.placement.holds_or_learns(id, *s));
         let (experts, layers) =
             (self.settings.architecture.experts, self.settings.architecture.moe_layers().count());
         let load = vec![uneven_load(experts); layers];
         let report = |lane| {
             (lane, LaneReport { loss: lane_loss(step, lane), load: load.clone(), ..LaneReport::default() })
         };
-        let message = FromNode::Prepared {
+        let message = NodeReport::Prepared {
             epoch,
             step,
             norms: kept.map(|shard| (shard, Norm { squared: step as f64, finite: true })).collect(),
@@ -311,8 +316,8 @@ impl World {
     }
 }
 
-fn unreachable_peer(peer: &NodeId) -> Trouble {
-    Trouble { reason: format!("{peer} cannot be reached"), fatal: false, suspect: Some(peer.clone()) }
+fn unreachable_peer(peer: &NodeId) -> Failure {
+    Failure { reason: format!("{peer} cannot be reached"), fatal: false, suspect: Some(peer.clone()) }
 }
 
 fn volary_hash(shard: ShardId) -> u64 {

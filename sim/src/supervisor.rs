@@ -2,8 +2,8 @@
 
 use crate::world::{Happening, World};
 use std::collections::{BTreeMap, BTreeSet};
-use volary_core::machine::{Committed, Effect, Event, Remembered, Restored};
-use volary_core::messages::{LastCommit, ToNode};
+use volary_core::machine::{Committed, Effect, Event, PersistentState, Restored};
+use volary_core::messages::{LastCommit, NodeCommand};
 use volary_core::{NodeId, ShardId, Step};
 
 /// What survives the supervisor.
@@ -12,7 +12,7 @@ pub(crate) struct Disk {
     pub(crate) journal: BTreeMap<Step, Committed>,
     /// What was ever committed at a step: doing it again must give the same.
     pub(crate) ever: BTreeMap<Step, (u64, u64)>,
-    remembered: Remembered,
+    persistent: PersistentState,
     pub(crate) durable: Option<Step>,
     pub(crate) pending: Option<(Step, BTreeSet<ShardId>, BTreeSet<ShardId>)>,
 }
@@ -27,7 +27,7 @@ impl Disk {
         Restored {
             durable: self.durable,
             last: last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update }),
-            remembered: self.remembered.clone(),
+            persistent: self.persistent.clone(),
         }
     }
 }
@@ -38,9 +38,9 @@ impl World {
             Effect::Send { node, message } => self.tell(&node, &message),
             Effect::Fence { node, .. } => self.fence(&node),
             Effect::Journal(committed) => self.journal_step(*committed),
-            Effect::Remember(remembered) => {
-                assert!(remembered.epoch > self.disk.remembered.epoch, "an epoch's number is used twice");
-                self.disk.remembered = remembered;
+            Effect::Persist(persistent) => {
+                assert!(persistent.epoch > self.disk.persistent.epoch, "an epoch's number is used twice");
+                self.disk.persistent = persistent;
             }
             Effect::OpenCheckpoint { step, shards, .. } => {
                 self.disk.pending = Some((step, shards.into_iter().collect(), BTreeSet::new()));
@@ -61,13 +61,13 @@ impl World {
         }
     }
 
-    fn tell(&mut self, node: &NodeId, message: &ToNode) {
+    fn tell(&mut self, node: &NodeId, message: &NodeCommand) {
         let Some(&session) = self.sessions.get(node) else { return };
-        if matches!(message, ToNode::Leave { .. }) {
+        if matches!(message, NodeCommand::Leave { .. }) {
             // Let go for good, in order: nothing that it says after this counts.
             self.sessions.remove(node);
         }
-        self.send(|| Happening::ToNode { node: node.clone(), session, message: message.clone() });
+        self.send(|| Happening::NodeCommand { node: node.clone(), session, message: message.clone() });
     }
 
     fn fence(&mut self, node: &NodeId) {
@@ -98,7 +98,7 @@ impl World {
                 return false;
             }
             let Some(known) = self.nodes.get(node) else { return false };
-            let held = known.agent.held();
+            let held = known.agent.resident_state();
             let rolls = last
                 .is_some_and(|l| held.prepared == Some((l.epoch, l.step)) && held.version + 1 == committed);
             held.shards.contains(shard) && (held.version == committed || rolls)
@@ -112,10 +112,7 @@ impl World {
         let shards = self.settings.architecture.shards();
         let lost = shards.iter().any(|shard| !linked.iter().any(|node| has(node, shard)));
         // Where words are lost, a copy may be there and nobody knows of it.
-        assert!(
-            lost || self.stormy,
-            "went back from {committed} to {step} while a copy of every shard lives"
-        );
+        assert!(lost || self.lossy, "went back from {committed} to {step} while a copy of every shard lives");
         self.disk.journal.retain(|at, _| *at <= step);
     }
 

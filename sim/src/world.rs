@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use volary_core::architecture::presets;
 use volary_core::costs::Costs;
 use volary_core::machine::{self, Event, Machine, Notice, Settings};
-use volary_core::messages::{FromNode, ToNode};
+use volary_core::messages::{NodeCommand, NodeReport};
 use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use volary_core::placement::Placement;
 use volary_core::profile::Profile;
@@ -73,8 +73,8 @@ pub fn room_for_half(node: &NodeId) -> Profile {
 /// What will happen.
 #[derive(Debug)]
 pub(crate) enum Happening {
-    ToSupervisor { node: NodeId, session: u64, message: FromNode },
-    ToNode { node: NodeId, session: u64, message: ToNode },
+    ToSupervisor { node: NodeId, session: u64, message: NodeReport },
+    NodeCommand { node: NodeId, session: u64, message: NodeCommand },
     Blobs { node: NodeId, session: u64, step: Step, shards: Vec<ShardId> },
     LinkEnds { node: NodeId, session: u64 },
     LinkEndsForNode { node: NodeId, session: u64 },
@@ -90,13 +90,13 @@ pub(crate) enum Happening {
 
 /// How the network treats messages.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Weather {
+pub struct NetworkFaults {
     /// Share of messages that are lost.
-    pub loss: f64,
+    pub drop: f64,
     /// Share that come twice.
-    pub twice: f64,
+    pub duplicate: f64,
     /// Share that are late, and so come out of order.
-    pub late: f64,
+    pub reorder: f64,
 }
 
 /// A cluster.
@@ -120,9 +120,9 @@ pub struct World {
     pub(crate) disk: Disk,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) cuts: BTreeMap<(NodeId, NodeId), u64>,
-    pub(crate) weather: Weather,
+    pub(crate) network: NetworkFaults,
     /// Whether words were ever lost.
-    pub(crate) stormy: bool,
+    pub(crate) lossy: bool,
     processes: u64,
     named: u64,
     /// Whether the run has ended well.
@@ -169,8 +169,8 @@ impl World {
             disk: Disk::default(),
             nodes: BTreeMap::new(),
             cuts: BTreeMap::new(),
-            weather: Weather::default(),
-            stormy: false,
+            network: NetworkFaults::default(),
+            lossy: false,
             processes: 0,
             named: 0,
             done: false,
@@ -235,7 +235,7 @@ impl World {
             if self.traced && !matches!(happening, Happening::Tick { .. } | Happening::Work { .. }) {
                 eprintln!("{at:>7} {}", brief(&happening));
             }
-            self.happen(happening);
+            self.dispatch(happening);
         }
     }
 
@@ -263,13 +263,13 @@ impl World {
 
     /// A message on a control stream: in order, unless the weather is worse than QUIC lets it be.
     pub(crate) fn send(&mut self, make: impl Fn() -> Happening) {
-        if self.chance(self.weather.loss) {
+        if self.chance(self.network.drop) {
             return;
         }
-        if self.chance(self.weather.twice) {
+        if self.chance(self.network.duplicate) {
             self.after(5, 50, make());
         }
-        if self.chance(self.weather.late) {
+        if self.chance(self.network.reorder) {
             return self.after(5, 500, make());
         }
         self.put(self.now + 2, make());
@@ -310,7 +310,7 @@ impl World {
         (until > self.now).then_some(until)
     }
 
-    fn happen(&mut self, happening: Happening) {
+    fn dispatch(&mut self, happening: Happening) {
         match happening {
             Happening::ToSupervisor { node, session, message } => {
                 if let Some(until) = self.held_up(&node) {
@@ -319,15 +319,15 @@ impl World {
                 }
                 if self.sessions.get(&node) == Some(&session) {
                     self.note_report(&node, &message);
-                    self.event(Event::Said { node, message });
+                    self.event(Event::Reported { node, message });
                 }
             }
-            Happening::ToNode { node, session, message } => {
+            Happening::NodeCommand { node, session, message } => {
                 if let Some(until) = self.held_up(&node) {
-                    return self.put(until, Happening::ToNode { node, session, message });
+                    return self.put(until, Happening::NodeCommand { node, session, message });
                 }
                 if self.nodes.get(&node).is_some_and(|n| n.session == Some(session)) {
-                    self.node_event(&node, agent::Event::Told(message));
+                    self.node_event(&node, agent::Event::Command(message));
                 }
             }
             Happening::Blobs { node, session, step, shards } => {
@@ -368,7 +368,7 @@ impl World {
                 }
             }
             Happening::SupervisorStarts => self.start_supervisor(),
-            Happening::Fault(fault) => self.strike(fault),
+            Happening::Fault(fault) => self.inject(fault),
         }
     }
 
@@ -405,7 +405,7 @@ impl World {
         }
         known.session = None;
         let process = known.process;
-        self.node_event(node, agent::Event::SupervisorGone);
+        self.node_event(node, agent::Event::SupervisorLost);
         self.put(self.now + REDIAL_MS, Happening::Dial { node: node.clone(), process });
     }
 
@@ -415,7 +415,7 @@ impl World {
         else {
             return;
         };
-        let held = known.agent.held();
+        let held = known.agent.resident_state();
         if self.held_up(&node).is_some() || self.machine.is_none() {
             return self.put(self.now + REDIAL_MS, Happening::Dial { node, process });
         }
@@ -425,7 +425,7 @@ impl World {
         let Some(machine) = &self.machine else {
             return self.put(self.now + REDIAL_MS, Happening::Dial { node, process });
         };
-        let held = if machine.takes_back(&held) { held } else { Default::default() };
+        let held = if machine.accepts_state(&held) { held } else { Default::default() };
         self.sequence += 1;
         let session = self.sequence;
         self.sessions.insert(node.clone(), session);
@@ -440,14 +440,15 @@ impl World {
         self.event(Event::Joined { node, profile, address: String::new(), held });
     }
 
-    fn note_report(&mut self, node: &NodeId, message: &FromNode) {
+    fn note_report(&mut self, node: &NodeId, message: &NodeReport) {
         let current = self.machine.as_ref().map_or(0, |machine| machine.placement().epoch);
         let reported = self.reported.entry(node.clone()).or_default();
         match message {
-            FromNode::Ready { epoch } if *epoch == current => {
-                reported.extend(self.nodes.get(node).into_iter().flat_map(|n| n.agent.held().shards));
+            NodeReport::Ready { epoch } if *epoch == current => {
+                reported
+                    .extend(self.nodes.get(node).into_iter().flat_map(|n| n.agent.resident_state().shards));
             }
-            FromNode::Learned { epoch, shards } if *epoch == current => reported.extend(shards),
+            NodeReport::Learned { epoch, shards } if *epoch == current => reported.extend(shards),
             _ => {}
         }
     }

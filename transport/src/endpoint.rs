@@ -5,6 +5,7 @@
 //! on loopback 65,487-byte datagrams without segmentation offload, elsewhere MTU 1,452 with it.
 
 use crate::accept::{Accepted, Refused, accept_all};
+use crate::access_token::AccessToken;
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::handshake::{Answer, PROTOCOL, Role, greet};
@@ -15,7 +16,6 @@ use crate::link::{CONTROL_PRIORITY, Link};
 use crate::options::TransportOptions;
 use crate::settings::{LOOPBACK_DATAGRAM, bind_error, local_ip, transport_config, udp_socket};
 use crate::tls::{self, Admit};
-use crate::token::Token;
 use quinn::{Connection, Runtime as _, VarInt};
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -195,7 +195,7 @@ impl Endpoint {
         let options = TransportOptions { keep_alive_ms, idle_timeout_ms };
         let transport = Arc::new(transport_config(self.shared.local.ip().is_loopback(), &options)?);
         *self.shared.transport.write().unwrap_or_else(PoisonError::into_inner) = transport;
-        self.serve_anew()
+        self.reload_server_config()
     }
 
     /// From now on this end shows another certificate, of the same authority; links that are made stay.
@@ -208,10 +208,10 @@ impl Endpoint {
             return Err(Error::identity(format!("{identity:?} cannot take the place of {own:?}")));
         }
         *self.shared.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
-        self.serve_anew()
+        self.reload_server_config()
     }
 
-    fn serve_anew(&self) -> Result<()> {
+    fn reload_server_config(&self) -> Result<()> {
         if let Some((identity, admit)) = self.identity().ok().zip(self.shared.admit) {
             let mut server = tls::server(&identity, admit)?;
             let transport = self.shared.transport.read().unwrap_or_else(PoisonError::into_inner);
@@ -239,17 +239,17 @@ impl Endpoint {
     }
 
     /// The next node that links to this one; everybody else is refused.
-    pub async fn accept_peer(&self) -> Option<Link> {
+    pub async fn next_peer(&self) -> Option<Link> {
         loop {
             let accepted = self.accept().await?;
-            if let Some(link) = self.let_peer_in(accepted).await {
+            if let Some(link) = self.accept_peer(accepted).await {
                 return Some(link);
             }
         }
     }
 
     /// Lets somebody in who is a node and trusted, and refuses everybody else.
-    pub async fn let_peer_in(&self, accepted: Accepted) -> Option<Link> {
+    pub async fn accept_peer(&self, accepted: Accepted) -> Option<Link> {
         if !matches!(accepted.role, Role::Peer { .. }) {
             accepted.refuse("this is a node, not a supervisor").await;
             return None;
@@ -310,7 +310,7 @@ impl Endpoint {
     pub async fn operate(
         &self,
         address: SocketAddr,
-        token: &Token,
+        token: &AccessToken,
     ) -> Result<(Link, ControlSender, ControlReceiver)> {
         let config = tls::pinned(token.fingerprint())?;
         let role = Role::Operator { token: token.reveal() };
@@ -381,7 +381,7 @@ impl Endpoint {
 /// When the supervisor is not there, is another cluster's, or refuses.
 pub async fn join(
     address: SocketAddr,
-    token: &Token,
+    token: &AccessToken,
     name: Option<String>,
     options: &TransportOptions,
 ) -> Result<Identity> {

@@ -41,7 +41,7 @@ async fn a_peer_that_speaks_rubbish_is_cut_off_and_the_endpoint_lives_on() {
     let (left, right) = (node(&authority, "left"), node(&authority, "right"));
     let config = tls::client(&left.identity().unwrap()).unwrap();
     let accepting = right.clone();
-    let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+    let accepted = tokio::spawn(async move { accepting.next_peer().await.unwrap() });
     let role = Role::Peer { name: "left".into() };
     let (connection, ..) = left.dial(right.local_addr(), "right", config, role).await.unwrap();
     let mut inbound = accepted.await.unwrap().serve();
@@ -51,7 +51,7 @@ async fn a_peer_that_speaks_rubbish_is_cut_off_and_the_endpoint_lives_on() {
     connection.closed().await;
 
     let accepting = right.clone();
-    let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+    let accepted = tokio::spawn(async move { accepting.next_peer().await.unwrap() });
     let link = left.connect(right.local_addr(), "right").await.unwrap();
     let mut inbound = accepted.await.unwrap().serve();
     link.send(probe_frame(10)).await.unwrap();
@@ -74,12 +74,12 @@ impl Attacked {
             (node(&authority, "left"), node(&authority, "right"), node(&authority, "third"));
         let config = tls::client(&left.identity().unwrap()).unwrap();
         let accepting = right.clone();
-        let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+        let accepted = tokio::spawn(async move { accepting.next_peer().await.unwrap() });
         let role = Role::Peer { name: "left".into() };
         let (attacker, ..) = left.dial(right.local_addr(), "right", config, role).await.unwrap();
         let inbound = accepted.await.unwrap().serve();
         let accepting = right.clone();
-        let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+        let accepted = tokio::spawn(async move { accepting.next_peer().await.unwrap() });
         let honest = third.connect(right.local_addr(), "right").await.unwrap();
         let mut frames = accepted.await.unwrap().serve();
         tokio::spawn(async move {
@@ -201,7 +201,7 @@ async fn a_revoked_certificate_lets_nobody_in_and_nobody_is_dialled_who_has_one(
     tokio::spawn(async move {
         // A link ends with its last handle.
         let mut kept = Vec::new();
-        while let Some(link) = accepting.accept_peer().await {
+        while let Some(link) = accepting.next_peer().await {
             kept.push(link);
         }
     });

@@ -1,6 +1,6 @@
 //! What can go wrong on the way to a peer.
 
-use crate::token::TokenError;
+use crate::access_token::AccessTokenError;
 use std::net::SocketAddr;
 
 /// An error of the transport.
@@ -38,7 +38,7 @@ pub enum Error {
     Identity(String),
     /// A token is no good.
     #[error(transparent)]
-    Token(#[from] TokenError),
+    AccessToken(#[from] AccessTokenError),
 }
 
 impl Error {

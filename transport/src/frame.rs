@@ -50,9 +50,9 @@ pub enum Kind {
     /// A measurement.
     Probe = 10,
     /// A lane's residual stream for a stage's layers.
-    LegForward = 11,
+    StageForward = 11,
     /// The gradient of what came of it.
-    LegBackward = 12,
+    StageBackward = 12,
 }
 
 impl Kind {
@@ -67,8 +67,8 @@ impl Kind {
         Self::Shard,
         Self::Blob,
         Self::Probe,
-        Self::LegForward,
-        Self::LegBackward,
+        Self::StageForward,
+        Self::StageBackward,
     ];
 
     fn from_wire(number: u8) -> Result<Self> {
@@ -115,7 +115,7 @@ impl Dtype {
 
 /// W3C trace context in binary; all zero is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct TraceContext {
+pub struct TraceHeader {
     /// The trace.
     pub trace_id: [u8; 16],
     /// The sender's span.
@@ -124,7 +124,7 @@ pub struct TraceContext {
     pub flags: u8,
 }
 
-impl TraceContext {
+impl TraceHeader {
     /// Whether the trace is recorded.
     #[must_use]
     pub fn sampled(&self) -> bool {
@@ -153,7 +153,7 @@ pub struct Frame {
     /// The step.
     pub step: u64,
     /// Where it belongs in a trace.
-    pub trace: TraceContext,
+    pub trace: TraceHeader,
     /// The sender's words: a small serialized value.
     pub meta: Bytes,
     /// Tensors.
@@ -272,7 +272,7 @@ pub(crate) struct Fixed {
     pub(crate) parts: usize,
     epoch: u64,
     step: u64,
-    trace: TraceContext,
+    trace: TraceHeader,
     pub(crate) meta: usize,
 }
 
@@ -296,7 +296,7 @@ impl Fixed {
             parts,
             epoch: u64::from_le_bytes(number(bytes, 8)?),
             step: u64::from_le_bytes(number(bytes, 16)?),
-            trace: TraceContext { trace_id: number(bytes, 24)?, span_id: number(bytes, 40)?, flags },
+            trace: TraceHeader { trace_id: number(bytes, 24)?, span_id: number(bytes, 40)?, flags },
             meta,
         })
     }

@@ -20,7 +20,7 @@ fn frame() -> impl Strategy<Value = Frame> {
     let trace = (any::<[u8; 16]>(), any::<[u8; 8]>(), any::<u8>());
     (kind, any::<u64>(), any::<u64>(), trace, meta, proptest::collection::vec(part(), 0..4)).prop_map(
         |(kind, epoch, step, (trace_id, span_id, flags), meta, parts)| {
-            let trace = TraceContext { trace_id, span_id, flags };
+            let trace = TraceHeader { trace_id, span_id, flags };
             Frame { kind, epoch, step, trace, meta: meta.into(), parts }
         },
     )
@@ -64,7 +64,7 @@ fn small() -> Frame {
         shape: vec![1, 2],
         data: Bytes::from_static(&[0, 0, 128, 63, 0, 0, 0, 64]),
     };
-    let trace = TraceContext { trace_id: [1; 16], span_id: [2; 8], flags: 1 };
+    let trace = TraceHeader { trace_id: [1; 16], span_id: [2; 8], flags: 1 };
     Frame {
         kind: Kind::Forward,
         epoch: 3,

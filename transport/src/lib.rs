@@ -14,11 +14,12 @@
 //! | [`control`] | small typed messages |
 //! | [`frame`] | the layout of tensors on the wire |
 //! | [`handshake`] | who is there, in which version |
-//! | [`identity`], [`token`], `tls` | the cluster's authority, certificates, tokens |
+//! | [`identity`], [`access_token`], `tls` | the cluster's authority, certificates, tokens |
 //! | `settings` | what sockets and connections are set to |
 //! | [`limits`] | every bound |
 
 mod accept;
+pub mod access_token;
 pub mod canary;
 pub mod control;
 pub mod endpoint;
@@ -35,14 +36,14 @@ mod options;
 mod settings;
 mod stream;
 mod tls;
-pub mod token;
 
 pub use accept::Accepted;
+pub use access_token::{AccessRole, AccessToken, AccessTokenError, AccessTokenRecord, AccessTokenTerms};
 pub use canary::{Canary, CanaryKey, CanaryWatch};
 pub use control::{ControlReceiver, ControlSender};
 pub use endpoint::{Endpoint, join};
 pub use error::{Error, Result};
-pub use frame::{Dtype, Frame, Kind, Part, TraceContext};
+pub use frame::{Dtype, Frame, Kind, Part, TraceHeader};
 pub use handshake::{PROTOCOL, Role};
 pub use identity::{Authority, Identity, Issued, KeyRequest, SUPERVISOR, check_name, write_secret};
 pub use interference::Interference;
@@ -51,7 +52,6 @@ pub use loopback::{LoopbackReport, measure_loopback};
 pub use options::TransportOptions;
 pub use settings::local_ip;
 pub use tls::Admit;
-pub use token::{Token, TokenError, TokenRecord, TokenRole, TokenTerms};
 
 /// Reads bytes as the first words of a connection, for fuzzing.
 #[doc(hidden)]

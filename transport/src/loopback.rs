@@ -2,7 +2,7 @@
 
 use crate::endpoint::Endpoint;
 use crate::error::{Error, Result};
-use crate::frame::{Dtype, Frame, Kind, Part, TraceContext};
+use crate::frame::{Dtype, Frame, Kind, Part, TraceHeader};
 use crate::identity::Authority;
 use crate::options::TransportOptions;
 use crate::tls::Admit;
@@ -26,7 +26,7 @@ pub fn probe_frame(bytes: usize) -> Frame {
         kind: Kind::Probe,
         epoch: 0,
         step: 0,
-        trace: TraceContext::default(),
+        trace: TraceHeader::default(),
         meta: Bytes::new(),
         parts: vec![part],
     }
@@ -44,7 +44,7 @@ pub async fn measure_loopback(total_bytes: usize, frame_bytes: usize) -> Result<
     };
     let (left, right) = (end("left")?, end("right")?);
     let accept = right.clone();
-    let accepting = tokio::spawn(async move { accept.accept_peer().await });
+    let accepting = tokio::spawn(async move { accept.next_peer().await });
     let link = left.connect(right.local_addr(), "right").await?;
     let other =
         accepting.await.ok().flatten().ok_or_else(|| Error::connection("right", "it did not accept"))?;

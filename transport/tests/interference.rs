@@ -17,7 +17,7 @@ fn node(authority: &Authority, name: &str, hook: &Interference) -> Endpoint {
 
 async fn link(from: &Endpoint, to: &Endpoint, name: &str) -> (Link, Link) {
     let accepting = to.clone();
-    let accepted = tokio::spawn(async move { accepting.accept_peer().await });
+    let accepted = tokio::spawn(async move { accepting.next_peer().await });
     let link = from.connect(to.local_addr(), name).await.unwrap();
     (link, accepted.await.unwrap().unwrap())
 }

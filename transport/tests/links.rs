@@ -7,8 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use volary_transport::loopback::probe_frame;
 use volary_transport::{
-    Admit, Authority, Dtype, Endpoint, Frame, Issued, Kind, Link, Part, Role, Token, TokenRole, TokenTerms,
-    TraceContext, TransportOptions, join,
+    AccessRole, AccessToken, AccessTokenTerms, Admit, Authority, Dtype, Endpoint, Frame, Issued, Kind, Link,
+    Part, Role, TraceHeader, TransportOptions, join,
 };
 
 const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
@@ -21,8 +21,8 @@ fn node(authority: &Authority, name: &str) -> Endpoint {
     Endpoint::bind(ANY.into(), authority.identity(name).unwrap(), Admit::Certified, &options()).unwrap()
 }
 
-fn terms(lifetime: Option<Duration>) -> TokenTerms {
-    TokenTerms { lifetime, ..TokenTerms::default() }
+fn terms(lifetime: Option<Duration>) -> AccessTokenTerms {
+    AccessTokenTerms { lifetime, ..AccessTokenTerms::default() }
 }
 
 /// A certificate that nobody will show.
@@ -33,7 +33,7 @@ fn issued() -> Issued {
 async fn pair(authority: &Authority) -> (Link, Link, Endpoint, Endpoint) {
     let (left, right) = (node(authority, "left"), node(authority, "right"));
     let accepting = right.clone();
-    let accepted = tokio::spawn(async move { accepting.accept_peer().await });
+    let accepted = tokio::spawn(async move { accepting.next_peer().await });
     let link = left.connect(right.local_addr(), "right").await.expect("a link");
     (link, accepted.await.unwrap().expect("a link"), left, right)
 }
@@ -41,7 +41,7 @@ async fn pair(authority: &Authority) -> (Link, Link, Endpoint, Endpoint) {
 /// A supervisor that lets in whoever holds `token`.
 fn supervisor(
     authority: &Authority,
-    record: volary_transport::TokenRecord,
+    record: volary_transport::AccessTokenRecord,
     now: u64,
 ) -> (Endpoint, SocketAddr) {
     let endpoint =
@@ -53,8 +53,9 @@ fn supervisor(
         while let Some(accepted) = door.accept().await {
             match accepted.role.clone() {
                 Role::Join { token, .. } => {
-                    let verdict =
-                        token.parse::<Token>().and_then(|token| record.verify(&token, TokenRole::Node, now));
+                    let verdict = token
+                        .parse::<AccessToken>()
+                        .and_then(|token| record.verify(&token, AccessRole::Node, now));
                     match verdict {
                         Ok(()) => accepted.certify("node-1".into(), issued(), ca.clone()).await.unwrap(),
                         Err(error) => accepted.refuse(&error.to_string()).await,
@@ -80,11 +81,12 @@ async fn a_token_is_exchanged_for_an_identity_and_a_bad_one_is_told_why() {
     let authority = Authority::create().unwrap();
     let lifetime = Some(Duration::from_secs(60));
     let (token, record) =
-        Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, terms(lifetime)).unwrap();
+        AccessToken::issue(authority.fingerprint(), AccessRole::Node, 1_000, terms(lifetime)).unwrap();
     let (_endpoint, address) = supervisor(&authority, record.clone(), 1_000);
     assert_eq!(join(address, &token, None, &options()).await.unwrap().name(), "node-1");
 
-    let (other, _) = Token::mint(authority.fingerprint(), TokenRole::Node, 1_000, terms(lifetime)).unwrap();
+    let (other, _) =
+        AccessToken::issue(authority.fingerprint(), AccessRole::Node, 1_000, terms(lifetime)).unwrap();
     let error = join(address, &other, None, &options()).await.unwrap_err();
     assert_eq!(error.to_string(), "refused: the token's secret is wrong");
 
@@ -97,9 +99,11 @@ async fn a_token_is_exchanged_for_an_identity_and_a_bad_one_is_told_why() {
 async fn a_token_of_another_cluster_never_reaches_the_supervisor() {
     let (authority, other) = (Authority::create().unwrap(), Authority::create().unwrap());
     let (_, record) =
-        Token::mint(authority.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
+        AccessToken::issue(authority.fingerprint(), AccessRole::Node, 0, AccessTokenTerms::default())
+            .unwrap();
     let (_endpoint, address) = supervisor(&authority, record, 0);
-    let (stranger, _) = Token::mint(other.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
+    let (stranger, _) =
+        AccessToken::issue(other.fingerprint(), AccessRole::Node, 0, AccessTokenTerms::default()).unwrap();
     let error = join(address, &stranger, None, &options()).await.unwrap_err().to_string();
     assert!(error.contains("another cluster"), "{error}");
 }
@@ -112,14 +116,15 @@ async fn nodes_need_a_certificate_of_the_same_authority_and_their_own_name() {
     tokio::spawn(async move {
         // Kept, since a link ends with its last handle.
         let mut links = Vec::new();
-        while let Some(link) = accepting.accept_peer().await {
+        while let Some(link) = accepting.next_peer().await {
             links.push(link);
         }
     });
     assert!(node(&other, "left").connect(right.local_addr(), "right").await.is_err(), "another authority");
     assert!(node(&authority, "left").connect(right.local_addr(), "middle").await.is_err(), "another name");
     let (token, _) =
-        Token::mint(authority.fingerprint(), TokenRole::Operator, 0, TokenTerms::default()).unwrap();
+        AccessToken::issue(authority.fingerprint(), AccessRole::Operator, 0, AccessTokenTerms::default())
+            .unwrap();
     let bare = Endpoint::dial_only(right.local_addr(), &options()).unwrap();
     assert!(bare.operate(right.local_addr(), &token).await.is_err(), "no certificate");
     assert!(node(&authority, "left").connect(right.local_addr(), "right").await.is_ok());
@@ -129,7 +134,8 @@ async fn nodes_need_a_certificate_of_the_same_authority_and_their_own_name() {
 async fn the_supervisor_hears_only_nodes_that_prove_their_names() {
     let authority = Authority::create().unwrap();
     let (_, record) =
-        Token::mint(authority.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
+        AccessToken::issue(authority.fingerprint(), AccessRole::Node, 0, AccessTokenTerms::default())
+            .unwrap();
     let (_endpoint, address) = supervisor(&authority, record, 0);
     let endpoint = node(&authority, "a");
     let (_link, mut sender, mut receiver) = endpoint.connect_supervisor(address).await.unwrap();
@@ -141,7 +147,7 @@ fn patterned(length: usize, seed: u8) -> Frame {
     let data: Vec<u8> = (0..length * 4).map(|i| (i as u8).wrapping_mul(31).wrapping_add(seed)).collect();
     let part = Part { dtype: Dtype::F32, shape: vec![length as u64], data: data.into() };
     let meta = Bytes::from(vec![seed]);
-    Frame { kind: Kind::Forward, epoch: 1, step: 2, trace: TraceContext::default(), meta, parts: vec![part] }
+    Frame { kind: Kind::Forward, epoch: 1, step: 2, trace: TraceHeader::default(), meta, parts: vec![part] }
 }
 
 fn echo(link: &Link) {
@@ -216,7 +222,8 @@ async fn a_control_message_overtakes_bulk() {
 async fn the_certificate_that_a_token_buys_opens_links_between_nodes() {
     let authority = Arc::new(Authority::create().unwrap());
     let (token, record) =
-        Token::mint(authority.fingerprint(), TokenRole::Node, 0, TokenTerms::default()).unwrap();
+        AccessToken::issue(authority.fingerprint(), AccessRole::Node, 0, AccessTokenTerms::default())
+            .unwrap();
     let door =
         Endpoint::bind(ANY.into(), authority.identity("supervisor").unwrap(), Admit::Anybody, &options())
             .unwrap();
@@ -227,7 +234,7 @@ async fn the_certificate_that_a_token_buys_opens_links_between_nodes() {
             let Role::Join { token, request, name } = accepted.role.clone() else {
                 continue;
             };
-            record.verify(&token.parse().unwrap(), TokenRole::Node, 0).unwrap();
+            record.verify(&token.parse().unwrap(), AccessRole::Node, 0).unwrap();
             let name = name.expect("a name");
             let certificate = issuing.issue(&request, &name, Duration::from_secs(3_600)).unwrap();
             accepted.certify(name, certificate, issuing.certificate().to_vec()).await.unwrap();
@@ -240,7 +247,7 @@ async fn the_certificate_that_a_token_buys_opens_links_between_nodes() {
     };
     let (left, right) = (enter("left").await, enter("right").await);
     let accepting = right.clone();
-    let accepted = tokio::spawn(async move { accepting.accept_peer().await.unwrap() });
+    let accepted = tokio::spawn(async move { accepting.next_peer().await.unwrap() });
     let link = left.connect(right.local_addr(), "right").await.unwrap();
     let other = accepted.await.unwrap();
     assert_eq!((link.peer(), other.peer()), ("right", "left"));

@@ -19,7 +19,7 @@ async fn over_quic() -> (Link, Link, Vec<Endpoint>) {
     };
     let (left, right) = (node("left"), node("right"));
     let accepting = right.clone();
-    let accepted = tokio::spawn(async move { accepting.accept_peer().await });
+    let accepted = tokio::spawn(async move { accepting.next_peer().await });
     let link = left.connect(right.local_addr(), "right").await.expect("a link");
     (link, accepted.await.unwrap().expect("a link"), vec![left, right])
 }

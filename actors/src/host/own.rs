@@ -39,9 +39,9 @@ pub(super) async fn measure_all<B: Compute>(
     if let Err(error) = measured {
         tracing::warn!(%error, "the device cannot be measured; its speed is learned while it trains");
     }
-    if let Some(carried) = measure::link(link, || link.stats().bytes_sent).await {
-        profile.round_trip_s = carried.round_trip.as_secs_f64();
-        profile.bandwidth = carried.bandwidth;
+    if let Some(probe) = measure::link(link, || link.stats().bytes_sent).await {
+        profile.round_trip_s = probe.round_trip.as_secs_f64();
+        profile.bandwidth = probe.bandwidth;
     }
     let costs = &node.costs;
     let tokens = |flops: f64, rate: f64| (rate / flops).round();
@@ -82,7 +82,7 @@ pub(super) fn start_telemetry(
 }
 
 /// What is looked up when somebody asks for this node's figures.
-pub(super) fn look_before_scrapes<B: Compute>(node: &Arc<NodeContext<B>>, pipeline: &Pipeline) {
+pub(super) fn register_scrape_hooks<B: Compute>(node: &Arc<NodeContext<B>>, pipeline: &Pipeline) {
     let (weak, counts) = (Arc::downgrade(node), pipeline.counts());
     node.metrics.scrape().before_scrape(move || {
         let Some(node) = weak.upgrade() else { return };

@@ -1,15 +1,15 @@
-//! What a supervisor needs before it listens: its keys, and where its spans and figures go.
+//! What a supervisor needs before it listens: its credentials, and where its spans and figures go.
 
 use super::SupervisorOptions;
+use crate::credentials::Credentials;
 use crate::host::{Error, Result};
-use crate::keys::Keys;
 use crate::wire::RunInfo;
 use std::path::Path;
 use std::sync::Arc;
 use volary_storage::{RunDir, Store};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_telemetry::{Identity, Pipeline, SpanRecord, TraceStore};
-use volary_transport::{Authority, Endpoint, SUPERVISOR, TokenRole};
+use volary_transport::{AccessRole, Authority, Endpoint, SUPERVISOR};
 
 /// The pipeline of the supervisor's spans, which keeps those of the nodes too.
 pub(super) fn start_telemetry(run: &RunInfo, dir: &RunDir) -> Result<Pipeline> {
@@ -35,7 +35,7 @@ pub(super) fn start_telemetry(run: &RunInfo, dir: &RunDir) -> Result<Pipeline> {
 }
 
 /// What is looked up when somebody asks for the supervisor's figures.
-pub(super) fn look_before_scrapes(
+pub(super) fn register_scrape_hooks(
     metrics: &Arc<SupervisorMetrics>,
     pipeline: &Pipeline,
     (store, dir): (&Store, &RunDir),
@@ -55,7 +55,7 @@ pub(super) fn look_before_scrapes(
 }
 
 /// The authority, made here or brought along, and the tokens in the run's directory.
-pub(super) fn open_keys(options: &SupervisorOptions, store: &Store) -> Result<Keys> {
+pub(super) fn open_credentials(options: &SupervisorOptions, store: &Store) -> Result<Credentials> {
     let dir = &options.dir;
     let read = |folder: &Path, file: &str| {
         let path = folder.join(file);
@@ -65,23 +65,23 @@ pub(super) fn open_keys(options: &SupervisorOptions, store: &Store) -> Result<Ke
         Some(folder) => Authority::from_pem(&read(folder, "ca.crt")?, &read(folder, "ca.key")?)?,
         None => Authority::load_or_create(&dir.identity())?,
     };
-    let keys = Keys::new(authority, store.clone(), options.certificate_lifetime);
+    let credentials = Credentials::new(authority, store.clone(), options.certificate_lifetime);
     if let Some(folder) = &options.identity {
-        for (role, file) in [(TokenRole::Node, "join-token"), (TokenRole::Operator, "operator-token")] {
+        for (role, file) in [(AccessRole::Node, "join-token"), (AccessRole::Operator, "operator-token")] {
             let path = folder.join(file);
             if path.exists() {
-                let taken = keys.take_in(role, &read(folder, file)?);
+                let taken = credentials.import(role, &read(folder, file)?);
                 taken.map_err(|reason| Error::Start(format!("{}: {reason}", path.display())))?;
             }
         }
     }
     let own = [
-        (TokenRole::Node, "node.token"),
-        (TokenRole::Operator, "operator.token"),
-        (TokenRole::Viewer, "viewer.token"),
+        (AccessRole::Node, "node.token"),
+        (AccessRole::Operator, "operator.token"),
+        (AccessRole::Viewer, "viewer.token"),
     ];
     for (role, file) in own {
-        keys.hand_out(role, &dir.identity().join(file)).map_err(Error::Start)?;
+        credentials.write_token_file(role, &dir.identity().join(file)).map_err(Error::Start)?;
     }
-    Ok(keys)
+    Ok(credentials)
 }

@@ -5,11 +5,11 @@ use crate::checkpointer::{CheckpointerMsg, blocking};
 use crate::limits::STATUS_EVENTS;
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
-use crate::wire::Down;
+use crate::wire::ToNode;
 use serde::Serialize;
 use std::time::Instant;
 use volary_core::machine::{Committed, Effect, Notice};
-use volary_core::messages::{Pass, ToNode};
+use volary_core::messages::{NodeCommand, Pass};
 use volary_core::{NodeId, Step};
 use volary_storage::Table;
 
@@ -22,9 +22,9 @@ impl SupervisorState {
                 self.revoke(node, format!("it was shut out: {reason}")).await
             }
             Effect::Journal(committed) => self.journal(*committed).await,
-            Effect::Remember(remembered) => {
+            Effect::Persist(persistent) => {
                 let store = self.store.clone();
-                blocking(move || store.put(Table::Facts, CLUSTER, &remembered)).await
+                blocking(move || store.put(Table::Facts, CLUSTER, &persistent)).await
             }
             Effect::OpenCheckpoint { step, epoch, shards } => {
                 let scope = self.observed.traces.checkpoint(step, shards.len());
@@ -60,18 +60,19 @@ impl SupervisorState {
 
     /// Whoever shows a certificate of this node from now on is refused.
     async fn revoke(&self, node: NodeId, reason: String) -> Outcome {
-        let keys = std::sync::Arc::clone(&self.keys);
-        let revoked = tokio::task::spawn_blocking(move || keys.revoke_certificates(&node, &reason)).await;
+        let credentials = std::sync::Arc::clone(&self.credentials);
+        let revoked =
+            tokio::task::spawn_blocking(move || credentials.revoke_certificates(&node, &reason)).await;
         let hashes = revoked.unwrap_or_else(|error| Err(error.to_string()))?;
         if !hashes.is_empty() {
-            self.sessions.values().for_each(|session| session.say(Down::Revoked(hashes.clone())));
+            self.sessions.values().for_each(|session| session.say(ToNode::Revoked(hashes.clone())));
         }
         Ok(())
     }
 
-    async fn send(&mut self, node: &NodeId, mut message: ToNode) -> Outcome {
+    async fn send(&mut self, node: &NodeId, mut message: NodeCommand) -> Outcome {
         self.durations.sent(&message);
-        if let ToNode::Begin { step, pass, lanes, .. } = &mut message {
+        if let NodeCommand::Begin { step, pass, lanes, .. } = &mut message {
             for (lane, tokens) in lanes {
                 let read = match pass {
                     Pass::Train => self.dataset.lane(*step, *lane),
@@ -82,7 +83,7 @@ impl SupervisorState {
         }
         let traced = self.observed.traces.sent(&message, &self.dataset);
         if let Some(session) = self.sessions.get(node) {
-            session.say(Down::Say(message, traced));
+            session.say(ToNode::Protocol(message, traced));
         }
         Ok(())
     }
@@ -160,7 +161,7 @@ impl SupervisorState {
     fn event_line(&mut self, event: &impl Serialize) -> Outcome {
         let line = EventLine { unix_ms: unix_ms(), at_step: self.machine.committed(), event };
         self.files.event(&line).map_err(|error| error.to_string())?;
-        self.observed.feed.tell("event", &line);
+        self.observed.events.publish("event", &line);
         if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(&line)
             && let Some(name) = fields.get("event").and_then(serde_json::Value::as_str)
         {

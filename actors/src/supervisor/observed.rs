@@ -2,7 +2,7 @@
 
 use super::traces::Traces;
 use crate::durations::Cost;
-use crate::feed::Feed;
+use crate::event_stream::EventStream;
 use crate::run_files::{MetricsLine, ValidationLine};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use volary_telemetry::tensorboard::{EventFile, Figure};
 pub(crate) struct Observed {
     pub(crate) traces: Traces,
     pub(crate) metrics: Arc<SupervisorMetrics>,
-    pub(crate) feed: Feed,
+    pub(crate) events: EventStream,
     /// None once it could not be written.
     pub(crate) board: Option<EventFile>,
     /// Every so many steps the expert load goes to TensorBoard; 0 never.
@@ -36,7 +36,7 @@ impl Observed {
                 self.metrics.recovered(&seconds, *steps_lost);
             }
         }
-        self.feed.tell("step", line);
+        self.events.publish("step", line);
         self.write_figures(committed, line);
     }
 
@@ -77,7 +77,7 @@ impl Observed {
     /// The held-out loss was measured.
     pub(crate) fn validated(&mut self, line: &ValidationLine) {
         self.metrics.validated(line.loss);
-        self.feed.tell("validation", line);
+        self.events.publish("validation", line);
         self.write(line.step, &[("validation/loss".to_owned(), Figure::Scalar(line.loss))]);
     }
 

@@ -35,9 +35,9 @@ impl SupervisorState {
                 drop(reply.send(OperatorReply::Failed { reason }));
                 return Ok(());
             }
-            OperatorRequest::TokenCreate { .. }
-            | OperatorRequest::TokenList
-            | OperatorRequest::TokenRevoke { .. } => {
+            OperatorRequest::AccessTokenCreate { .. }
+            | OperatorRequest::AccessTokenList
+            | OperatorRequest::AccessTokenRevoke { .. } => {
                 let reason = "tokens are asked for at the door".into();
                 drop(reply.send(OperatorReply::Failed { reason }));
                 return Ok(());
@@ -59,7 +59,7 @@ impl SupervisorState {
         let node = |(node, session): (&NodeId, &Session)| NodeStatus {
             name: node.0.clone(),
             pid: session.info.pid,
-            state: self.machine.standing(node).into(),
+            state: self.machine.node_state(node).into(),
             device: session.info.device.clone(),
             capacity: self.machine.profile(node).map_or(0.0, Profile::capacity),
             zone: session.info.profile.as_ref().map_or_else(String::new, |profile| profile.zone.clone()),

@@ -2,11 +2,11 @@
 //! move of shards and checkpoint, linked to the step in which they happened.
 
 use crate::durations::Cost;
-use crate::flow::{Followed, Traced};
+use crate::trace::{SampledToken, TraceRequest};
 use std::time::{Duration, Instant, SystemTime};
 use volary_core::architecture::Architecture;
 use volary_core::machine::Notice;
-use volary_core::messages::{Pass, ToNode};
+use volary_core::messages::{NodeCommand, Pass};
 use volary_core::options::{TelemetryOptions, TrainingOptions};
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Epoch, Lane, Step};
@@ -44,11 +44,11 @@ struct Attempt {
     span: Span,
     why: &'static str,
     /// Where the nodes' part in the commit belongs.
-    committed: Option<Traced>,
+    committed: Option<TraceRequest>,
 }
 
 /// About how many spans a lane makes: its layers forward and back, and in MoE layers the gate, the combination, a way to each of a few
-/// nodes with its experts, and the followed tokens.
+/// nodes with its experts, and the sampled_tokens tokens.
 fn spans_of_lane(architecture: &Architecture, options: &TelemetryOptions) -> usize {
     let moe = architecture.moe_layers().count();
     5 + 2 * architecture.layers + moe * (2 * (2 + 2 * 3) + options.tokens_per_lane)
@@ -79,23 +79,23 @@ impl Traces {
     }
 
     /// A message goes out: the trace that it belongs to.
-    pub(crate) fn sent(&mut self, message: &ToNode, dataset: &Dataset) -> Option<Traced> {
+    pub(crate) fn sent(&mut self, message: &NodeCommand, dataset: &Dataset) -> Option<TraceRequest> {
         match message {
-            ToNode::Begin { epoch, step, pass: Pass::Train, lanes } => {
+            NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes } => {
                 self.begin(*epoch, *step);
                 let span = &self.attempt.as_ref()?.span;
-                let mut traced = Traced::below(span)?;
+                let mut traced = TraceRequest::below(span)?;
                 traced.lanes =
                     lanes.iter().map(|(lane, _)| *lane).filter(|&l| self.is_whole(*step, l)).collect();
-                traced.followed = self.follow(*step, lanes, dataset);
+                traced.sampled_tokens = self.follow(*step, lanes, dataset);
                 Some(traced)
             }
-            ToNode::Commit { .. } => self.attempt.as_ref()?.committed.clone(),
-            ToNode::Assign(_) => [&self.recovery, &self.migration, &self.membership]
+            NodeCommand::Commit { .. } => self.attempt.as_ref()?.committed.clone(),
+            NodeCommand::Assign(_) => [&self.recovery, &self.migration, &self.membership]
                 .into_iter()
                 .flatten()
-                .find_map(Traced::below),
-            ToNode::Checkpoint { .. } => Traced::below(&self.checkpoint.as_ref()?.0),
+                .find_map(TraceRequest::below),
+            NodeCommand::Checkpoint { .. } => TraceRequest::below(&self.checkpoint.as_ref()?.0),
             _ => None,
         }
     }
@@ -130,8 +130,8 @@ impl Traces {
     }
 
     /// Chooses tokens to follow, the same ones whenever the step is done again.
-    fn follow(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<Followed> {
-        let mut followed = Vec::new();
+    fn follow(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<SampledToken> {
+        let mut sampled_tokens = Vec::new();
         for (lane, tokens) in lanes.iter().filter(|(lane, _)| self.is_whole(step, *lane)) {
             let mut stream = Stream::new(self.seed, Purpose::Telemetry, &[step, u64::from(*lane)]);
             let length = dataset.sequence_length();
@@ -143,12 +143,12 @@ impl Traces {
                     continue;
                 };
                 let text = dataset.tokenizer().token(id);
-                followed.push(Followed { lane: *lane, position: position as u32, id, text });
+                sampled_tokens.push(SampledToken { lane: *lane, position: position as u32, id, text });
             }
         }
-        followed.sort_by_key(|token| (token.lane, token.position));
-        followed.dedup();
-        followed
+        sampled_tokens.sort_by_key(|token| (token.lane, token.position));
+        sampled_tokens.dedup();
+        sampled_tokens
     }
 
     /// A node has done its part of a step.
@@ -172,7 +172,7 @@ impl Traces {
     pub(crate) fn committed(&mut self, loss: f64, costs: &[Cost]) {
         let this = self.attempt.as_mut().map(|attempt| {
             attempt.span.set("volary.loss", loss);
-            attempt.committed = Traced::below(&attempt.span);
+            attempt.committed = TraceRequest::below(&attempt.span);
             std::mem::replace(&mut attempt.span, Span::none()).identity()
         });
         for cost in costs {

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, bail};
 use std::path::PathBuf;
-use volary_transport::{Authority, Token, TokenRole, TokenTerms, write_secret};
+use volary_transport::{AccessRole, AccessToken, AccessTokenTerms, Authority, write_secret};
 
 /// Make a cluster's authority and tokens before there is a supervisor.
 #[derive(clap::Args)]
@@ -41,8 +41,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let write = |name: &str, text: &str| {
         write_secret(&out.join(name), text.as_bytes()).with_context(|| out.join(name).display().to_string())
     };
-    for (role, name) in [(TokenRole::Node, "join-token"), (TokenRole::Operator, "operator-token")] {
-        let (token, _) = Token::mint(authority.fingerprint(), role, 0, TokenTerms::default())?;
+    for (role, name) in [(AccessRole::Node, "join-token"), (AccessRole::Operator, "operator-token")] {
+        let (token, _) = AccessToken::issue(authority.fingerprint(), role, 0, AccessTokenTerms::default())?;
         write(name, &token.reveal())?;
     }
     write("ca.crt", &certificate)?;

@@ -166,7 +166,7 @@ fn serve(
         let http = door.as_ref().map(|door| from_here(door.address).to_string());
         if let Some(door) = door {
             eprintln!("page at {}", http::page_url(dir, &from_here(door.address).to_string()));
-            door.serve(http::supervisor_routes(supervisor.desk(), dir.clone(), metrics, &args.guard))?;
+            door.serve(http::supervisor_routes(supervisor.handle(), dir.clone(), metrics, &args.guard))?;
         }
         rundir::write_contact(
             dir,
@@ -182,7 +182,7 @@ fn serve(
         if !args.stay {
             return Ok(Some(supervisor.ended(interrupted).await));
         }
-        let desk = supervisor.desk();
+        let handle = supervisor.handle();
         tokio::select! {
             end = supervisor.ended(std::future::pending()) => {
                 if let RunEnd::Done { step } = &end {
@@ -192,7 +192,7 @@ fn serve(
                 Ok(Some(end))
             }
             () = &mut interrupted => {
-                let checkpoint = desk.ask(OperatorRequest::Checkpoint);
+                let checkpoint = handle.ask(OperatorRequest::Checkpoint);
                 match tokio::time::timeout(LAST_CHECKPOINT_MAX, checkpoint).await {
                     Ok(OperatorReply::Failed { reason }) => tracing::warn!(reason, "no last checkpoint"),
                     Ok(_) => {}

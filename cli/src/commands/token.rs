@@ -4,8 +4,8 @@ use super::operate;
 use crate::units;
 use clap::ValueEnum;
 use std::time::Duration;
-use volary_actors::operator::{OperatorReply, OperatorRequest, TokenStatus};
-use volary_transport::{TokenRole, TokenTerms};
+use volary_actors::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
+use volary_transport::{AccessRole, AccessTokenTerms};
 
 /// Make, list and revoke the tokens of a running supervisor.
 #[derive(clap::Args)]
@@ -101,23 +101,29 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     match args.what {
         What::Create(CreateArgs { role, ttl, uses, labels, which }) => {
             let role = match role {
-                Role::Node => TokenRole::Node,
-                Role::Operator => TokenRole::Operator,
-                Role::Viewer => TokenRole::Viewer,
+                Role::Node => AccessRole::Node,
+                Role::Operator => AccessRole::Operator,
+                Role::Viewer => AccessRole::Viewer,
             };
-            let terms = TokenTerms { lifetime: ttl, uses, labels };
-            match operate::ask(&which, &OperatorRequest::TokenCreate { role, terms })? {
-                OperatorReply::Token { text } => println!("{text}"),
+            let terms = AccessTokenTerms { lifetime: ttl, uses, labels };
+            match operate::ask(&which, &OperatorRequest::AccessTokenCreate { role, terms })? {
+                OperatorReply::AccessToken { text } => println!("{text}"),
                 other => return operate::unexpected(other),
             }
         }
-        What::List(ListArgs { json, which }) => match operate::ask(&which, &OperatorRequest::TokenList)? {
-            OperatorReply::Tokens(tokens) if json => println!("{}", serde_json::to_string_pretty(&tokens)?),
-            OperatorReply::Tokens(tokens) => tokens.iter().for_each(|token| println!("{}", line(token))),
-            other => return operate::unexpected(other),
-        },
+        What::List(ListArgs { json, which }) => {
+            match operate::ask(&which, &OperatorRequest::AccessTokenList)? {
+                OperatorReply::AccessTokens(tokens) if json => {
+                    println!("{}", serde_json::to_string_pretty(&tokens)?)
+                }
+                OperatorReply::AccessTokens(tokens) => {
+                    tokens.iter().for_each(|token| println!("{}", line(token)))
+                }
+                other => return operate::unexpected(other),
+            }
+        }
         What::Revoke(RevokeArgs { id, which }) => {
-            match operate::ask(&which, &OperatorRequest::TokenRevoke { id: id.clone() })? {
+            match operate::ask(&which, &OperatorRequest::AccessTokenRevoke { id: id.clone() })? {
                 OperatorReply::Done { .. } => println!("{id} is revoked"),
                 other => return operate::unexpected(other),
             }
@@ -126,7 +132,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn line(token: &TokenStatus) -> String {
+fn line(token: &AccessTokenStatus) -> String {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let ends = match token.expires_unix_s {
         None => "never ends".to_owned(),

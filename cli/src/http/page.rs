@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
-use volary_actors::Desk;
+use volary_actors::SupervisorHandle;
 use volary_actors::operator::{OperatorReply, OperatorRequest};
 use volary_storage::RunDir;
 use volary_telemetry::metrics::SupervisorMetrics;
@@ -32,21 +32,21 @@ const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 
 
 #[derive(Clone)]
 struct Shown {
-    desk: Desk,
+    handle: SupervisorHandle,
     dir: RunDir,
     watchers: Arc<AtomicUsize>,
 }
 
 /// What a supervisor answers.
 pub fn supervisor_routes(
-    desk: Desk,
+    handle: SupervisorHandle,
     dir: RunDir,
     metrics: Arc<SupervisorMetrics>,
     guard: &GuardArgs,
 ) -> Router {
-    let door = desk.clone();
+    let door = handle.clone();
     let guarded = Guarded::new(guard, move |token| door.may_look(token));
-    let shown = Shown { desk, dir, watchers: Arc::default() };
+    let shown = Shown { handle, dir, watchers: Arc::default() };
     Router::new()
         .route("/", get(|| async { page(include_str!("page.html").to_owned()) }))
         .route("/api/status", get(status))
@@ -70,7 +70,7 @@ fn failure(code: StatusCode, reason: impl Into<String>) -> Response {
 }
 
 async fn current(shown: &Shown) -> Option<serde_json::Value> {
-    match shown.desk.ask(OperatorRequest::Status).await {
+    match shown.handle.ask(OperatorRequest::Status).await {
         OperatorReply::Status(status) => operate::to_json(&status).ok(),
         _ => None,
     }
@@ -103,7 +103,7 @@ async fn stream(State(shown): State<Shown>) -> Response {
 /// What happens, as it happens, and the state of the cluster now and then.
 fn news(shown: Shown) -> impl Stream<Item = Result<Event, Infallible>> {
     let watcher = Watcher(Arc::clone(&shown.watchers));
-    let feed = shown.desk.feed().listen();
+    let feed = shown.handle.events().subscribe();
     let ticks = tokio::time::interval(STATUS_EVERY);
     futures::stream::unfold(
         (shown, feed, ticks, watcher),
@@ -165,13 +165,13 @@ async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Result<Res
 /// Does what is asked, if it comes with the operator's token.
 async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> Response {
     let allowed = match guard::operators(headers) {
-        Some(token) => shown.desk.may_operate(token),
+        Some(token) => shown.handle.may_operate(token),
         None => Err("an operator's token is needed: RUN_DIR/identity/operator.token".to_owned()),
     };
     if let Err(reason) = allowed {
         return failure(StatusCode::UNAUTHORIZED, reason);
     }
-    match shown.desk.ask(request).await {
+    match shown.handle.ask(request).await {
         OperatorReply::Done { step } => Json(serde_json::json!({ "step": step })).into_response(),
         OperatorReply::Failed { reason } => failure(StatusCode::CONFLICT, reason),
         _ => failure(StatusCode::INTERNAL_SERVER_ERROR, "an answer to another question"),

@@ -27,20 +27,20 @@ impl Driven {
     }
 
     fn assign(&mut self, assignment: Assignment) -> &[Effect] {
-        self.handle(Event::Told(ToNode::Assign(Box::new(assignment))))
+        self.handle(Event::Command(NodeCommand::Assign(Box::new(assignment))))
     }
 
     fn begin(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
-        self.handle(Event::Told(ToNode::Begin { epoch, step, pass: Pass::Train, lanes: Vec::new() }))
+        self.handle(Event::Command(NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes: Vec::new() }))
     }
 
     fn prepare(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
         let (norms, lanes) = (Vec::new(), Vec::new());
-        self.handle(Event::Done(FromNode::Prepared { epoch, step, norms, lanes, speed: None }))
+        self.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, lanes, speed: None }))
     }
 
     fn commit(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
-        self.handle(Event::Told(ToNode::Commit { epoch, step, update: UPDATE }))
+        self.handle(Event::Command(NodeCommand::Commit { epoch, step, update: UPDATE }))
     }
 
     /// In placement `epoch` at `version`, with the embedding in memory and `learn` to be copied.
@@ -51,11 +51,11 @@ impl Driven {
         driven
     }
 
-    fn said(&self) -> Vec<&FromNode> {
+    fn said(&self) -> Vec<&NodeReport> {
         self.effects
             .iter()
             .filter_map(|effect| match effect {
-                Effect::Say(message) => Some(message),
+                Effect::Report(message) => Some(message),
                 _ => None,
             })
             .collect()
@@ -100,7 +100,7 @@ fn a_commit_is_applied_once_and_only_when_its_step_is_prepared() {
     driven.prepare(1, 1);
     assert_eq!(applied(driven.commit(1, 1)), [1]);
     assert!(driven.commit(1, 1).is_empty(), "heard twice");
-    assert_eq!(driven.agent.held().version, 1);
+    assert_eq!(driven.agent.resident_state().version, 1);
 }
 
 ///
@@ -121,13 +121,13 @@ fn a_commit_that_was_journalled_and_not_heard_of_is_applied_with_the_next_assign
     let mut driven = Driven::entered(1, 0, &[]);
     driven.begin(1, 1);
     driven.prepare(1, 1);
-    driven.handle(Event::SupervisorGone);
-    assert!(driven.effects.contains(&Effect::Forget { epoch: 1, all: false }), "its gradients stay");
-    assert_eq!(driven.agent.held().prepared, Some((1, 1)));
+    driven.handle(Event::SupervisorLost);
+    assert!(driven.effects.contains(&Effect::Discard { epoch: 1, all: false }), "its gradients stay");
+    assert_eq!(driven.agent.resident_state().prepared, Some((1, 1)));
     let last = Some(LastCommit { epoch: 1, step: 1, update: UPDATE });
     driven.assign(Assignment { last, ..assignment(2, 1, Source::Held, &[]) });
     assert_eq!(applied(&driven.effects), [1]);
-    assert_eq!(driven.said(), [&FromNode::Ready { epoch: 2 }]);
+    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: 2 }]);
 }
 
 #[test]
@@ -137,15 +137,15 @@ fn a_prepared_step_that_was_never_committed_is_dropped_and_the_state_stays() {
     driven.prepare(1, 1);
     driven.assign(assignment(2, 0, Source::Held, &[]));
     assert_eq!(applied(&driven.effects), [] as [Step; 0]);
-    assert_eq!(driven.said(), [&FromNode::Ready { epoch: 2 }]);
-    assert_eq!(driven.agent.held().prepared, None);
+    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: 2 }]);
+    assert_eq!(driven.agent.resident_state().prepared, None);
 }
 
 #[test]
 fn one_that_has_missed_a_commit_says_so_and_begins_nothing() {
     let mut driven = Driven::entered(1, 0, &[]);
     driven.assign(assignment(2, 2, Source::Held, &[]));
-    assert_eq!(driven.said(), [&FromNode::Behind { epoch: 2, version: 2 }]);
+    assert_eq!(driven.said(), [&NodeReport::Behind { epoch: 2, version: 2 }]);
     assert!(driven.begin(2, 3).is_empty());
 }
 
@@ -153,16 +153,16 @@ fn one_that_has_missed_a_commit_says_so_and_begins_nothing() {
 fn what_comes_for_an_aborted_placement_is_dropped() {
     let mut driven = Driven::new();
     driven.assign(assignment(1, 0, Source::Initial, &[]));
-    driven.handle(Event::Told(ToNode::Abort { epoch: 1 }));
+    driven.handle(Event::Command(NodeCommand::Abort { epoch: 1 }));
     assert!(driven.handle(Event::Fetched { epoch: 1, outcome: Ok(()) }).is_empty());
-    assert!(driven.agent.held().shards.is_empty());
+    assert!(driven.agent.resident_state().shards.is_empty());
 }
 
 #[test]
 fn a_history_that_the_run_went_back_from_is_let_go() {
     let mut driven = Driven::entered(1, 4, &[]);
     driven.assign(Assignment { timeline: 1, ..assignment(2, 4, Source::Checkpoint(4), &[]) });
-    assert!(driven.effects.contains(&Effect::LetGo(vec![ShardId::Embedding])));
+    assert!(driven.effects.contains(&Effect::Release(vec![ShardId::Embedding])));
     assert!(driven.effects.iter().any(|effect| matches!(effect, Effect::Fetch { version: 4, .. })));
 }
 
@@ -181,7 +181,7 @@ fn a_copy_that_is_steps_behind_catches_up_with_the_gradients_that_were_kept_for_
     driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(5) });
     let install = Effect::Install { shard: EXPERT, version: 5, replay: vec![6, 7] };
     assert!(driven.effects.contains(&install), "{:?}", driven.effects);
-    assert_eq!(driven.said(), [&FromNode::Learned { epoch: 1, shards: vec![EXPERT] }]);
+    assert_eq!(driven.said(), [&NodeReport::Learned { epoch: 1, shards: vec![EXPERT] }]);
     assert_eq!(driven.agent.shards().get(&EXPERT), Some(&7));
 }
 
@@ -193,12 +193,12 @@ fn a_copy_that_is_too_far_behind_is_asked_for_again_and_not_for_ever() {
         driven.prepare(1, step);
         driven.commit(1, step);
     }
-    for ask in 1..ASKS_MAX {
+    for ask in 1..COPY_ATTEMPTS_MAX {
         let effects = driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(0) });
         let first = if ask % 2 == 1 { "c" } else { "b" };
         let again = matches!(effects, [Effect::Copy { from, .. }] if from[0] == id(first));
         assert!(again, "the next in turn: {effects:?}");
     }
     driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(0) });
-    assert!(matches!(driven.said()[..], [FromNode::CannotLearn { .. }]), "{:?}", driven.effects);
+    assert!(matches!(driven.said()[..], [NodeReport::CannotLearn { .. }]), "{:?}", driven.effects);
 }

@@ -1,12 +1,12 @@
 //! What a node's machine is told, and what it answers.
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
-use crate::messages::{Assignment, FromNode, Pass, Source, ToNode};
+use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 use crate::schedule::Update;
 
 /// Why something was not done.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trouble {
+pub struct Failure {
     /// In words.
     pub reason: String,
     /// Whether trying again cannot help.
@@ -19,13 +19,13 @@ pub struct Trouble {
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The supervisor said something.
-    Told(ToNode),
+    Command(NodeCommand),
     /// The shards that an assignment wanted before its first step are here, or not.
     Fetched {
         /// The placement's number.
         epoch: Epoch,
         /// Whether all came.
-        outcome: Result<(), Trouble>,
+        outcome: Result<(), Failure>,
     },
     /// A shard that is copied beside the training came, at this version, or not.
     Copied {
@@ -34,26 +34,26 @@ pub enum Event {
         /// The shard.
         shard: ShardId,
         /// Its version.
-        outcome: Result<Step, Trouble>,
+        outcome: Result<Step, Failure>,
     },
     /// This node's part of a step is done: every lane and, in training, the whole gradient of every shard.
-    Done(FromNode),
+    Done(NodeReport),
     /// Something else failed.
     Failed {
         /// The placement's number.
         epoch: Epoch,
         /// Why.
-        trouble: Trouble,
+        failure: Failure,
     },
     /// The supervisor is gone; it may come back.
-    SupervisorGone,
+    SupervisorLost,
 }
 
 /// What a node does next, in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Say something to the supervisor.
-    Say(FromNode),
+    Report(NodeReport),
     /// Apply a prepared step to these shards, and keep the gradients of those that are on their way.
     Apply {
         /// The placement under which it was prepared.
@@ -68,7 +68,7 @@ pub enum Effect {
         stash: Vec<ShardId>,
     },
     /// Drop all work under way; of what is prepared only when `all`.
-    Forget {
+    Discard {
         /// The placement that the work belonged to, at most.
         epoch: Epoch,
         /// Whether the gradients of a prepared step go too.
@@ -104,7 +104,7 @@ pub enum Effect {
         replay: Vec<Step>,
     },
     /// Let these shards go.
-    LetGo(Vec<ShardId>),
+    Release(Vec<ShardId>),
     /// Run a step.
     Run {
         /// The placement's number.

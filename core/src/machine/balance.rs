@@ -26,7 +26,7 @@ pub(super) struct Balance {
     /// Share of each expert in its layer's tokens times the experts of the layer: 1 when even.
     load: BTreeMap<ShardId, f64>,
     /// Experts that get more copies than the run's replication.
-    pub(super) hot: BTreeMap<ShardId, usize>,
+    pub(super) extra_replicas: BTreeMap<ShardId, usize>,
     commits: u64,
 }
 
@@ -40,7 +40,7 @@ impl Balance {
 }
 
 impl Machine {
-    pub(super) fn measured(&mut self, node: &NodeId, speed: Option<f64>) {
+    pub(super) fn record_speed(&mut self, node: &NodeId, speed: Option<f64>) {
         let Some((known, speed)) = self.nodes.get_mut(node).zip(speed) else { return };
         if speed.is_finite() && speed > 0.0 {
             known.speed = Some(known.speed.map_or(speed, |before| before + NEWEST * (speed - before)));
@@ -48,14 +48,14 @@ impl Machine {
     }
 
     /// Links are looked at together with speeds, and move nothing by themselves.
-    pub(super) fn carried(&mut self, node: &NodeId, bandwidth: f64, round_trip_s: f64) {
+    pub(super) fn record_link(&mut self, node: &NodeId, bandwidth: f64, round_trip_s: f64) {
         let sound = bandwidth > 0.0 && round_trip_s.is_finite() && round_trip_s >= 0.0;
         if let Some(known) = self.nodes.get_mut(node).filter(|_| sound) {
             (known.profile.bandwidth, known.profile.round_trip_s) = (bandwidth, round_trip_s);
         }
     }
 
-    pub(super) fn loaded(&mut self, load: &[Vec<u64>]) {
+    pub(super) fn record_load(&mut self, load: &[Vec<u64>]) {
         let layers: Vec<usize> = self.settings.architecture.moe_layers().collect();
         for (layer, counts) in layers.into_iter().zip(load) {
             let total: u64 = counts.iter().sum();
@@ -74,15 +74,15 @@ impl Machine {
         if !self.settings.cluster.rebalance || !self.balance.commits.is_multiple_of(LOOK_EVERY) {
             return;
         }
-        let reasons = [self.look_at_speeds(), self.look_at_loads()];
+        let reasons = [self.check_speeds(), self.check_loads()];
         for reason in reasons.into_iter().flatten() {
-            self.unsettle();
+            self.mark_placement_dirty();
             self.notice(Notice::Rebalancing { step: self.committed, reason });
         }
     }
 
     /// The members with what was seen of them.
-    pub(super) fn observed(&self, costs: &Costs) -> Vec<Member> {
+    pub(super) fn observed_profiles(&self, costs: &Costs) -> Vec<Member> {
         let whole = costs.lane_flops(0..costs.layers());
         let there = self.placement.members.iter().filter_map(|name| self.nodes.get_key_value(name));
         let nodes: Vec<(&NodeId, &Node)> = there.collect();
@@ -99,12 +99,12 @@ impl Machine {
         nodes.into_iter().map(member).collect()
     }
 
-    fn look_at_speeds(&mut self) -> Option<String> {
+    fn check_speeds(&mut self) -> Option<String> {
         let costs = Costs::new(&self.settings.architecture, &self.settings.training);
         if self.placement.members.iter().all(|name| self.nodes.get(name).is_none_or(|n| n.speed.is_none())) {
             return None;
         }
-        let members = self.observed(&costs);
+        let members = self.observed_profiles(&costs);
         let request = Request {
             epoch: 0,
             members: &members,
@@ -112,7 +112,7 @@ impl Machine {
             training: &self.settings.training,
             replication: self.settings.cluster.replication,
             fan_in: self.settings.cluster.fan_in,
-            hot: &self.balance.hot,
+            extra_replicas: &self.balance.extra_replicas,
             moves_max: self.moves_max(),
             previous: Some(&self.placement),
         };
@@ -130,11 +130,11 @@ impl Machine {
     }
 
     /// An expert with twice its share of tokens deserves its copies, one with more of them more.
-    fn look_at_loads(&mut self) -> Option<String> {
+    fn check_loads(&mut self) -> Option<String> {
         let (least, most) = (self.settings.cluster.replication, self.placement.members.len());
         let mut changed = Vec::new();
         for (&shard, &load) in &self.balance.load {
-            let now = self.balance.hot.get(&shard).copied().unwrap_or(least).max(1);
+            let now = self.balance.extra_replicas.get(&shard).copied().unwrap_or(least).max(1);
             let wanted = load / 2.0 * least as f64;
             let next = match () {
                 () if wanted > now as f64 + MORE_ABOVE => now + 1,
@@ -148,9 +148,9 @@ impl Machine {
         }
         for &(shard, copies, _) in &changed {
             if copies > least {
-                self.balance.hot.insert(shard, copies);
+                self.balance.extra_replicas.insert(shard, copies);
             } else {
-                self.balance.hot.remove(&shard);
+                self.balance.extra_replicas.remove(&shard);
             }
         }
         let &(shard, copies, load) = changed.iter().max_by(|a, b| a.2.total_cmp(&b.2))?;

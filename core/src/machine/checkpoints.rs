@@ -2,7 +2,7 @@
 
 use super::{ATTEMPTS_MAX, Effect, Machine, Notice, Phase};
 use crate::ids::{NodeId, ShardId, Step};
-use crate::messages::ToNode;
+use crate::messages::NodeCommand;
 use std::collections::BTreeMap;
 
 impl Machine {
@@ -26,7 +26,8 @@ impl Machine {
         }
         self.effects.push(Effect::OpenCheckpoint { step, epoch, shards });
         for (node, shards) in senders {
-            self.effects.push(Effect::Send { node, message: ToNode::Checkpoint { epoch, step, shards } });
+            self.effects
+                .push(Effect::Send { node, message: NodeCommand::Checkpoint { epoch, step, shards } });
         }
     }
 

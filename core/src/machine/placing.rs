@@ -6,10 +6,10 @@
 //! boundary between steps cuts over to the target, and nothing moves any more. So a death costs no copying before the next
 //! step, and a join or a drain costs no abort.
 
-use super::{Effect, Machine, Notice, Phase, Remembered};
+use super::{Effect, Machine, Notice, PersistentState, Phase};
 use crate::costs::Costs;
 use crate::ids::{NodeId, ShardId};
-use crate::messages::{Assignment, Source, ToNode};
+use crate::messages::{Assignment, NodeCommand, Source};
 use crate::placement::Placement;
 use crate::planner::{self, Member, Request};
 use std::collections::{BTreeMap, BTreeSet};
@@ -17,9 +17,9 @@ use std::sync::Arc;
 
 /// Placements that follow one another at boundaries for one reason, each moving what the one before left over: a planner that cannot decide
 /// between two must not go on for ever.
-const ROUNDS_MAX: u32 = 16;
+const REPLAN_ROUNDS_MAX: u32 = 16;
 /// Nodes that a learner is told to ask for a shard, one after the other.
-const TEACHERS_MAX: usize = 8;
+const COPY_SOURCES_MAX: usize = 8;
 
 impl Machine {
     /// Drops the step in flight and places anew; the same step runs again.
@@ -33,19 +33,19 @@ impl Machine {
         let (epoch, step) = (self.placement.epoch, self.committed + 1);
         self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
         for node in self.voters() {
-            self.effects.push(Effect::Send { node, message: ToNode::Abort { epoch } });
+            self.effects.push(Effect::Send { node, message: NodeCommand::Abort { epoch } });
         }
     }
 
     /// At a boundary between steps: a better placement, if there is one now. Whether one begins.
-    pub(super) fn settle(&mut self) -> bool {
+    pub(super) fn replan_if_dirty(&mut self) -> bool {
         let leaving = self.nodes.values().any(|node| node.draining);
         // A node that leaves may still be sending its shards to the checkpoint.
-        if !self.unsettled || self.suspicion.is_paused() || (leaving && self.checkpointing.is_some()) {
+        if !self.placement_dirty || self.suspicion.is_paused() || (leaving && self.checkpointing.is_some()) {
             return false;
         }
-        if self.rounds >= ROUNDS_MAX && self.placement.learners.is_empty() {
-            self.unsettled = false;
+        if self.replan_rounds >= REPLAN_ROUNDS_MAX && self.placement.learners.is_empty() {
+            self.placement_dirty = false;
             return false;
         }
         let learning = self.placement.learning_nodes();
@@ -58,9 +58,9 @@ impl Machine {
         let same = next.same_as(&self.placement)
             && next.learners == self.placement.learners
             && learning.iter().all(|node| self.nodes.contains_key(node));
-        self.unsettled = false;
+        self.placement_dirty = false;
         if !same {
-            self.rounds += 1;
+            self.replan_rounds += 1;
             let cause = self.cause(&next);
             self.begin_epoch(next, &cause);
         }
@@ -73,8 +73,8 @@ impl Machine {
             return self.wait_for_nodes();
         }
         self.go_back_if_a_shard_is_lost();
-        if let Some(reason) = self.lacks_room() {
-            return self.wait_for_room(reason);
+        if let Some(reason) = self.capacity_shortfall() {
+            return self.wait_for_capacity(reason);
         }
         let next = self.next_placement();
         self.begin_epoch(next, cause);
@@ -82,24 +82,24 @@ impl Machine {
 
     /// What is lost must be loaded again, and there is no room for it. A run that has begun waits for more nodes; one that has
     /// not says what is wrong with it.
-    fn wait_for_room(&mut self, reason: String) {
+    fn wait_for_capacity(&mut self, reason: String) {
         if self.placement.epoch == 0 {
             return self.end(Effect::Fatal { reason });
         }
         if !matches!(self.phase, Phase::Gathering) {
-            (self.phase, self.quiet_ms) = (Phase::Gathering, 0);
+            (self.phase, self.idle_ms) = (Phase::Gathering, 0);
             self.awaited.clear();
             self.wanted_nodes = 1;
         }
         self.notice(Notice::NoRoom { reason: reason.clone() });
-        self.cramped = Some((self.nodes.keys().cloned().collect(), reason));
+        self.capacity_shortage = Some((self.nodes.keys().cloned().collect(), reason));
     }
 
     /// Everybody is gone. Those whose links broke may come back with their state.
     fn wait_for_nodes(&mut self) {
         self.awaited = self.placement.members.iter().cloned().collect();
         self.wanted_nodes = 1;
-        self.quiet_ms = 0;
+        self.idle_ms = 0;
         self.placement.members.clear();
         self.placement.learners.clear();
         self.holders.clear();
@@ -133,7 +133,7 @@ impl Machine {
 
     /// Why what nobody holds cannot be loaded on these nodes. As long as every shard is held the run goes on, whatever the
     /// estimate says.
-    fn lacks_room(&self) -> Option<String> {
+    fn capacity_shortfall(&self) -> Option<String> {
         let held = |shard: &ShardId| self.holders.get(shard).is_some_and(|nodes| !nodes.is_empty());
         if self.settings.architecture.shards().iter().all(held) {
             return None;
@@ -192,7 +192,7 @@ impl Machine {
             training: &self.settings.training,
             replication: self.settings.cluster.replication,
             fan_in: self.settings.cluster.fan_in,
-            hot: &self.balance.hot,
+            extra_replicas: &self.balance.extra_replicas,
             moves_max: self.moves_max(),
             previous,
         })
@@ -200,9 +200,9 @@ impl Machine {
 
     fn begin_epoch(&mut self, placement: Placement, cause: &str) {
         self.placement = placement;
-        self.quiet_ms = 0;
+        self.idle_ms = 0;
         // A budget may have left something to move.
-        self.unsettled = self.placement.learners.is_empty();
+        self.placement_dirty = self.placement.learners.is_empty();
         let voters = self.voters();
         let assignments = self.assignments(&voters);
         let fetches = |a: &Assignment| a.shards.iter().filter(|(_, source)| *source != Source::Held).count();
@@ -213,7 +213,7 @@ impl Machine {
         let learning = learners.map(|(s, nodes)| nodes.iter().filter(|node| !here(s, node)).count()).sum();
         let (epoch, step) = (self.placement.epoch, self.committed);
         let members = self.placement.members.clone();
-        self.effects.push(Effect::Remember(Remembered {
+        self.effects.push(Effect::Persist(PersistentState {
             epoch,
             timeline: self.timeline,
             members: members.clone(),
@@ -238,22 +238,22 @@ impl Machine {
             lanes,
         });
         for (node, assignment) in assignments {
-            self.effects.push(Effect::Send { node, message: ToNode::Assign(Box::new(assignment)) });
+            self.effects.push(Effect::Send { node, message: NodeCommand::Assign(Box::new(assignment)) });
         }
         self.phase = Phase::Placing { waiting: voters };
-        self.let_go_of_drained();
+        self.release_drained();
     }
 
     /// How long a step of the present placement should take, by what was seen of its nodes.
     #[must_use]
     pub fn predicted_step_s(&self) -> f64 {
         let costs = Costs::new(&self.settings.architecture, &self.settings.training);
-        let step_s = planner::predict(&self.placement, &self.observed(&costs), &costs).step_s;
+        let step_s = planner::predict(&self.placement, &self.observed_profiles(&costs), &costs).step_s;
         if step_s.is_finite() { step_s } else { 0.0 }
     }
 
     /// Nodes that were to leave, and have no part in the run any more.
-    pub(super) fn let_go_of_drained(&mut self) {
+    pub(super) fn release_drained(&mut self) {
         let voters = self.placement.voters();
         let gone: Vec<NodeId> = self
             .nodes
@@ -267,7 +267,7 @@ impl Machine {
                 nodes.remove(&node);
             });
             let reason = "drained".into();
-            self.effects.push(Effect::Send { node: node.clone(), message: ToNode::Leave { reason } });
+            self.effects.push(Effect::Send { node: node.clone(), message: NodeCommand::Leave { reason } });
             self.notice(Notice::Left { node });
         }
     }
@@ -299,10 +299,10 @@ impl Machine {
             }
         }
         for (shard, nodes) in &self.placement.learners {
-            let teachers = self.teachers(*shard);
+            let copy_sources = self.copy_sources(*shard);
             for node in nodes {
                 if let Some(assignment) = assignments.get_mut(node) {
-                    assignment.learn.push((*shard, teachers.clone()));
+                    assignment.learn.push((*shard, copy_sources.clone()));
                 }
             }
         }
@@ -310,7 +310,7 @@ impl Machine {
     }
 
     /// Who can give a shard away, in an order that spreads the work; not more than anybody would ask.
-    fn teachers(&self, shard: ShardId) -> Vec<NodeId> {
+    fn copy_sources(&self, shard: ShardId) -> Vec<NodeId> {
         let Some(holders) = self.holders.get(&shard).filter(|holders| !holders.is_empty()) else {
             return Vec::new();
         };
@@ -320,14 +320,14 @@ impl Machine {
             ShardId::Embedding => 0,
         };
         let first = turn % holders.len();
-        holders.iter().cycle().skip(first).take(holders.len().min(TEACHERS_MAX)).cloned().collect()
+        holders.iter().cycle().skip(first).take(holders.len().min(COPY_SOURCES_MAX)).cloned().collect()
     }
 
     fn source(&self, node: &NodeId, shard: ShardId) -> Source {
         match self.holders.get(&shard) {
             Some(holders) if holders.contains(node) => Source::Held,
             Some(holders) if !holders.is_empty() => {
-                self.teachers(shard).into_iter().next().map_or(Source::Initial, Source::Peer)
+                self.copy_sources(shard).into_iter().next().map_or(Source::Initial, Source::Peer)
             }
             _ if self.committed == 0 => Source::Initial,
             _ => Source::Checkpoint(self.committed),
@@ -353,7 +353,7 @@ impl Machine {
             holders.retain(|node| self.nodes.contains_key(node));
             self.holders.insert(shard, holders);
         }
-        self.unsettled |= self.all_learned();
+        self.placement_dirty |= self.all_learned();
         self.advance();
     }
 
@@ -364,7 +364,7 @@ impl Machine {
                 self.holders.entry(*shard).or_default().insert(node.clone());
             }
         }
-        self.unsettled |= self.all_learned();
+        self.placement_dirty |= self.all_learned();
     }
 
     /// Whether there is something to learn, and everybody who is still there has learned it.

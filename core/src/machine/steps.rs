@@ -2,7 +2,7 @@
 
 use super::{Committed, Effect, Machine, Notice, Phase};
 use crate::ids::{Lane, NodeId, ShardId, Step};
-use crate::messages::{LaneReport, LastCommit, Norm, Pass, ToNode};
+use crate::messages::{LaneReport, LastCommit, NodeCommand, Norm, Pass};
 use crate::schedule::Update;
 use crate::tree::fold_numbers;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,7 +26,7 @@ impl Machine {
             self.phase = Phase::Finishing;
             return self.finish_when_durable();
         }
-        if self.settle() {
+        if self.replan_if_dirty() {
             return;
         }
         self.phase = Phase::Training { prepared: BTreeMap::new(), lanes: BTreeMap::new() };
@@ -34,16 +34,17 @@ impl Machine {
     }
 
     fn begin(&mut self, pass: Pass) {
-        self.quiet_ms = 0;
+        self.idle_ms = 0;
         let (epoch, step) = (self.placement.epoch, self.committed + 1);
         let who: Vec<NodeId> = match pass {
             Pass::Train => self.voters().into_iter().collect(),
             Pass::Validate { .. } => self.placement.members.clone(),
         };
-        let driven = self.placement.driven();
+        let driven = self.placement.lanes_by_driver();
         for node in who {
             let lanes = driven.get(&node).into_iter().flatten().map(|&lane| (lane, Vec::new())).collect();
-            self.effects.push(Effect::Send { node, message: ToNode::Begin { epoch, step, pass, lanes } });
+            self.effects
+                .push(Effect::Send { node, message: NodeCommand::Begin { epoch, step, pass, lanes } });
         }
     }
 
@@ -113,14 +114,14 @@ impl Machine {
             load: sum_load(lanes.values()),
             dropped: lanes.values().map(|lane| u64::from(lane.dropped)).sum(),
         };
-        self.loaded(&committed.load);
+        self.record_load(&committed.load);
         self.effects.push(Effect::Journal(Box::new(committed)));
         self.committed = step;
         self.last = Some(LastCommit { epoch, step, update });
         (self.attempts, self.blocked_ms) = (0, 0);
-        self.suspicion.forgive();
+        self.suspicion.clear();
         for node in self.voters() {
-            self.effects.push(Effect::Send { node, message: ToNode::Commit { epoch, step, update } });
+            self.effects.push(Effect::Send { node, message: NodeCommand::Commit { epoch, step, update } });
         }
         self.rebalance_if_worth_it();
         self.advance();

@@ -7,12 +7,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// Complaints about unreachable nodes within one step after which somebody is shut out: one may be a death that
 /// everybody is about to hear of.
-const COMPLAINTS_MAX: u32 = 2;
+const REPORTS_MAX: u32 = 2;
 /// Failures of one node within one step, of whatever kind, after which it is shut out if it can be spared.
 const FAILURES_MAX: u32 = 3;
 /// Attempts at a step that follow one another at once where a node cannot be reached that cannot be spared; after these, each
 /// waits for the network.
-const HASTY_ATTEMPTS: u32 = 4;
+const IMMEDIATE_ATTEMPTS_MAX: u32 = 4;
 /// For how long a node that was shut out is not used, in milliseconds; twice as long each time.
 const SUSPENSION_MS: u64 = 5_000;
 /// The longest suspension, in milliseconds.
@@ -24,7 +24,7 @@ const PAUSE_MS: u64 = 5_000;
 #[derive(Debug, Default)]
 pub(super) struct Suspicion {
     /// Who could not reach whom, since the last commit.
-    complaints: BTreeMap<(NodeId, NodeId), u32>,
+    reports: BTreeMap<(NodeId, NodeId), u32>,
     /// How often a node failed by itself, since the last commit.
     failures: BTreeMap<NodeId, u32>,
     /// Milliseconds left.
@@ -36,8 +36,8 @@ pub(super) struct Suspicion {
 
 impl Suspicion {
     /// A step was committed: whatever was in its way is not any more.
-    pub(super) fn forgive(&mut self) {
-        self.complaints.clear();
+    pub(super) fn clear(&mut self) {
+        self.reports.clear();
         self.failures.clear();
     }
 
@@ -79,18 +79,18 @@ impl Machine {
         if let Some(suspect) = suspect
             && self.nodes.contains_key(&suspect)
         {
-            *self.suspicion.complaints.entry((node.clone(), suspect.clone())).or_default() += 1;
+            *self.suspicion.reports.entry((node.clone(), suspect.clone())).or_default() += 1;
             if let Some(culprit) = self.culprit() {
                 return self.fence(&culprit, &format!("a link to it is broken ({reason})"));
             }
-            if !fatal && self.attempts >= HASTY_ATTEMPTS {
+            if !fatal && self.attempts >= IMMEDIATE_ATTEMPTS_MAX {
                 return self.wait_for_network(suspect, &reason);
             }
         } else {
             // It fails by itself: its device, its memory, an actor. Others may have what it has.
             let failures = self.suspicion.failures.entry(node.clone()).or_default();
             *failures += 1;
-            if (fatal || *failures >= FAILURES_MAX) && self.can_be_spared(node) {
+            if (fatal || *failures >= FAILURES_MAX) && self.is_dispensable(node) {
                 return self.fence(node, &reason);
             }
         }
@@ -100,12 +100,12 @@ impl Machine {
     /// Of two nodes that cannot reach each other: the one that more complain of; if that does not tell, the one that
     /// does less. Never one without which a shard would be lost.
     fn culprit(&self) -> Option<NodeId> {
-        let complaints = &self.suspicion.complaints;
-        if complaints.values().sum::<u32>() < COMPLAINTS_MAX {
+        let reports = &self.suspicion.reports;
+        if reports.values().sum::<u32>() < REPORTS_MAX {
             return None;
         }
-        let about = |node: &NodeId| complaints.keys().filter(|(_, accused)| accused == node).count();
-        let named: BTreeSet<&NodeId> = complaints.keys().flat_map(|(by, about)| [by, about]).collect();
+        let about = |node: &NodeId| reports.keys().filter(|(_, accused)| accused == node).count();
+        let named: BTreeSet<&NodeId> = reports.keys().flat_map(|(by, about)| [by, about]).collect();
         let mut named: Vec<&NodeId> =
             named.into_iter().filter(|node| self.nodes.contains_key(node) && !self.is_needed(node)).collect();
         named.sort_by_key(|node| {
@@ -121,7 +121,7 @@ impl Machine {
     }
 
     /// Whether the run can go on without a node.
-    fn can_be_spared(&self, node: &NodeId) -> bool {
+    fn is_dispensable(&self, node: &NodeId) -> bool {
         self.nodes.len() > 1 && !self.is_needed(node) && !self.holders.is_empty()
     }
 
@@ -139,7 +139,7 @@ impl Machine {
             waiting.into_iter().partition(|node| self.placement.is_member(node));
         // Where everybody is waited for, nobody stands out.
         let others = members.len() < self.placement.members.len();
-        if let Some(node) = members.iter().find(|node| others && self.can_be_spared(node)) {
+        if let Some(node) = members.iter().find(|node| others && self.is_dispensable(node)) {
             return self.fence(node, reason);
         }
         let only_learners = members.is_empty() && !learners.is_empty();
@@ -157,7 +157,7 @@ impl Machine {
         self.suspicion.suspend(node);
         self.notice(Notice::Fenced { node: node.clone(), reason: reason.into() });
         self.effects.push(Effect::Fence { node: node.clone(), reason: reason.into() });
-        self.without(node, reason);
+        self.on_node_removed(node, reason);
     }
 
     /// A copy beside the training failed: the newcomer waits a while, and so does whatever was to move.
@@ -166,7 +166,7 @@ impl Machine {
             return;
         }
         self.notice(Notice::MigrationFailed { node: node.clone(), reason: reason.clone() });
-        self.unsettle();
+        self.mark_placement_dirty();
         if self.placement.is_member(node) {
             self.suspicion.paused_ms = PAUSE_MS;
         } else {
@@ -181,7 +181,7 @@ impl Machine {
             return self.end(Effect::Fatal { reason: reason.into() });
         }
         self.drop_step(reason);
-        (self.phase, self.quiet_ms) = (Phase::Gathering, 0);
+        (self.phase, self.idle_ms) = (Phase::Gathering, 0);
         self.wanted_nodes = 1;
         self.awaited = BTreeSet::from([suspect]);
     }

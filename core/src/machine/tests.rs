@@ -44,7 +44,7 @@ impl Driven {
     fn training(nodes: usize) -> Self {
         let mut driven = Self::new(settings(nodes), Restored::default());
         for node in 1..=nodes {
-            driven.join(node, Held::default());
+            driven.join(node, ResidentState::default());
         }
         driven.all_ready();
         assert_eq!(driven.machine.activity(), Activity::Training);
@@ -60,30 +60,30 @@ impl Driven {
         &self.effects
     }
 
-    fn join(&mut self, node: usize, held: Held) -> &[Effect] {
+    fn join(&mut self, node: usize, held: ResidentState) -> &[Effect] {
         let node = id(node);
         let profile = Box::new(Profile::relative(1.0));
         self.handle(Event::Joined { address: format!("{node}:1"), node, profile, held })
     }
 
-    fn say(&mut self, node: usize, message: FromNode) -> &[Effect] {
-        self.handle(Event::Said { node: id(node), message })
+    fn say(&mut self, node: usize, message: NodeReport) -> &[Effect] {
+        self.handle(Event::Reported { node: id(node), message })
     }
 
     fn all_ready(&mut self) {
         let epoch = self.machine.placement().epoch;
         for node in self.machine.placement().voters() {
-            self.handle(Event::Said { node, message: FromNode::Ready { epoch } });
+            self.handle(Event::Reported { node, message: NodeReport::Ready { epoch } });
         }
     }
 
     /// What a node says when it has its part of the step in flight.
-    fn prepared(&self, node: usize) -> FromNode {
+    fn prepared(&self, node: usize) -> NodeReport {
         let placement = self.machine.placement();
         let shards = self.machine.settings.architecture.shards().into_iter();
-        let kept = shards.filter(|&shard| placement.keeps(&id(node), shard));
+        let kept = shards.filter(|&shard| placement.holds_or_learns(&id(node), shard));
         let report = |lane| (lane, LaneReport { loss: f64::from(lane), ..LaneReport::default() });
-        FromNode::Prepared {
+        NodeReport::Prepared {
             epoch: placement.epoch,
             step: self.machine.committed() + 1,
             norms: kept.map(|shard| (shard, Norm { squared: 1.0, finite: true })).collect(),
@@ -110,13 +110,13 @@ impl Driven {
 }
 
 fn is_commit(effect: &Effect) -> bool {
-    matches!(effect, Effect::Send { message: ToNode::Commit { .. }, .. })
+    matches!(effect, Effect::Send { message: NodeCommand::Commit { .. }, .. })
 }
 
 #[test]
 fn the_run_waits_for_its_nodes_and_gives_up_after_the_limit() {
     let mut driven = Driven::new(settings(3), Restored::default());
-    driven.join(1, Held::default());
+    driven.join(1, ResidentState::default());
     driven.handle(Event::Tick { ms: driven.machine.settings.cluster.gather_timeout_ms - 1 });
     assert_eq!(driven.machine.activity(), Activity::Gathering);
     let effects = driven.handle(Event::Tick { ms: 1 });
@@ -156,13 +156,15 @@ fn a_commit_is_journalled_before_anybody_hears_of_it() {
 #[test]
 fn another_epochs_word_changes_nothing() {
     let mut driven = Driven::training(2);
-    let FromNode::Prepared { epoch, step, norms, lanes, speed } = driven.prepared(1) else { unreachable!() };
+    let NodeReport::Prepared { epoch, step, norms, lanes, speed } = driven.prepared(1) else {
+        unreachable!()
+    };
     for epoch in [epoch - 1, epoch + 1] {
         let (norms, lanes) = (norms.clone(), lanes.clone());
-        driven.say(1, FromNode::Prepared { epoch, step, norms, lanes, speed });
-        let failed = FromNode::Failed { epoch, reason: "late".into(), fatal: true, suspect: None };
+        driven.say(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
+        let failed = NodeReport::Failed { epoch, reason: "late".into(), fatal: true, suspect: None };
         assert!(driven.say(1, failed).is_empty());
-        assert!(driven.say(1, FromNode::Behind { epoch, version: 0 }).is_empty());
+        assert!(driven.say(1, NodeReport::Behind { epoch, version: 0 }).is_empty());
     }
     let message = driven.prepared(2);
     driven.say(2, message);
@@ -172,13 +174,13 @@ fn another_epochs_word_changes_nothing() {
 #[test]
 fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_goes_on() {
     let mut driven = Driven::training(1);
-    let FromNode::Prepared { epoch, step, mut norms, lanes, speed } = driven.prepared(1) else {
+    let NodeReport::Prepared { epoch, step, mut norms, lanes, speed } = driven.prepared(1) else {
         unreachable!()
     };
     norms[2].1.finite = false;
-    let effects = driven.say(1, FromNode::Prepared { epoch, step, norms, lanes, speed });
+    let effects = driven.say(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
     let update = effects.iter().find_map(|effect| match effect {
-        Effect::Send { message: ToNode::Commit { update, .. }, .. } => Some(*update),
+        Effect::Send { message: NodeCommand::Commit { update, .. }, .. } => Some(*update),
         _ => None,
     });
     assert!(matches!(update, Some(Update { apply: false, .. })), "{update:?}");
@@ -188,12 +190,12 @@ fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_goes_on() {
 #[test]
 fn replicas_that_differ_are_a_loud_event() {
     let mut driven = Driven::training(2);
-    let FromNode::Prepared { epoch, step, mut norms, lanes, speed } = driven.prepared(1) else {
+    let NodeReport::Prepared { epoch, step, mut norms, lanes, speed } = driven.prepared(1) else {
         unreachable!()
     };
     let shard = norms[0].0;
     norms[0].1.squared = 1.0 + f64::EPSILON;
-    driven.say(1, FromNode::Prepared { epoch, step, norms, lanes, speed });
+    driven.say(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
     let message = driven.prepared(2);
     driven.say(2, message);
     assert!(driven.notices().any(|notice| *notice == Notice::ReplicasDiffer { step: 1, shard }));
@@ -206,7 +208,7 @@ fn a_checkpoint_that_fails_is_told_and_the_next_one_is_written_all_the_same() {
         driven.step(1);
     }
     assert!(driven.effects.iter().any(|e| matches!(e, Effect::OpenCheckpoint { step: 3, .. })));
-    driven.say(1, FromNode::CheckpointFailed { step: 3, reason: "disk full".into() });
+    driven.say(1, NodeReport::CheckpointFailed { step: 3, reason: "disk full".into() });
     let told = Notice::CheckpointFailed { step: 3, reason: "n1: disk full".into() };
     assert!(driven.notices().any(|notice| *notice == told));
     for _ in 0..3 {
@@ -247,10 +249,10 @@ fn a_link_that_two_complain_of_costs_the_accused_its_place() {
     for by in [1, 2] {
         let epoch = driven.machine.placement().epoch;
         let suspect = Some(id(3));
-        driven.say(by, FromNode::Failed { epoch, reason: "no answer".into(), fatal: false, suspect });
+        driven.say(by, NodeReport::Failed { epoch, reason: "no answer".into(), fatal: false, suspect });
         driven.all_ready();
     }
-    assert!(driven.machine.standing(&id(3)) != "member");
+    assert!(driven.machine.node_state(&id(3)) != "member");
     assert_eq!(driven.machine.placement().members, [id(1), id(2)]);
 }
 
@@ -264,33 +266,34 @@ fn a_supervisor_that_comes_back_takes_only_state_of_its_last_commit() {
     let restored = || Restored {
         durable: Some(3),
         last: Some(LastCommit { epoch, step: last, update }),
-        remembered: Remembered { epoch, timeline: 2, members: vec![id(1), id(2), id(3)] },
+        persistent: PersistentState { epoch, timeline: 2, members: vec![id(1), id(2), id(3)] },
     };
     let machine = Machine::new(settings(3), restored());
     let shards: Vec<ShardId> = machine.settings.architecture.shards();
-    let held = |timeline, version, prepared| Held { timeline, version, shards: shards.clone(), prepared };
-    assert!(machine.takes_back(&held(2, last, None)));
-    assert!(machine.takes_back(&held(2, last - 1, Some((epoch, last)))));
-    assert!(!machine.takes_back(&held(2, last - 1, None)), "its commit is beyond reach");
-    assert!(!machine.takes_back(&held(2, last - 1, Some((epoch - 1, last)))), "of another attempt");
-    assert!(!machine.takes_back(&held(1, last, None)), "of a history that the run went back from");
-    assert!(!machine.takes_back(&held(2, last + 1, None)), "of a step that was never journalled");
-    assert!(!machine.takes_back(&Held::default()));
+    let held =
+        |timeline, version, prepared| ResidentState { timeline, version, shards: shards.clone(), prepared };
+    assert!(machine.accepts_state(&held(2, last, None)));
+    assert!(machine.accepts_state(&held(2, last - 1, Some((epoch, last)))));
+    assert!(!machine.accepts_state(&held(2, last - 1, None)), "its commit is beyond reach");
+    assert!(!machine.accepts_state(&held(2, last - 1, Some((epoch - 1, last)))), "of another attempt");
+    assert!(!machine.accepts_state(&held(1, last, None)), "of a history that the run went back from");
+    assert!(!machine.accepts_state(&held(2, last + 1, None)), "of a step that was never journalled");
+    assert!(!machine.accepts_state(&ResidentState::default()));
 }
 
 #[test]
 fn a_supervisor_that_comes_back_waits_for_its_nodes_and_goes_on_with_those_that_come() {
-    let remembered = Remembered { epoch: 4, timeline: 0, members: vec![id(1), id(2)] };
+    let persistent = PersistentState { epoch: 4, timeline: 0, members: vec![id(1), id(2)] };
     let update = Update::decide(1.0, true, 6, 0.1, None).0;
     let last = Some(LastCommit { epoch: 4, step: 2, update });
-    let mut driven = Driven::new(settings(2), Restored { durable: None, last, remembered });
+    let mut driven = Driven::new(settings(2), Restored { durable: None, last, persistent });
     let shards = driven.machine.settings.architecture.shards();
-    driven.join(1, Held { timeline: 0, version: 2, shards, prepared: None });
+    driven.join(1, ResidentState { timeline: 0, version: 2, shards, prepared: None });
     assert_eq!(driven.machine.activity(), Activity::Gathering, "node 2 may come, too");
     driven.handle(Event::Tick { ms: driven.machine.settings.cluster.node_timeout_ms });
     assert_eq!(driven.machine.placement().members, [id(1)]);
     driven.all_ready();
-    let begins = |e: &Effect| matches!(e, Effect::Send { message: ToNode::Begin { step: 3, .. }, .. });
+    let begins = |e: &Effect| matches!(e, Effect::Send { message: NodeCommand::Begin { step: 3, .. }, .. });
     assert!(driven.effects.iter().any(begins), "{:?}", driven.effects);
 }
 
@@ -299,7 +302,7 @@ fn the_last_node_cannot_be_drained() {
     let mut driven = Driven::training(1);
     driven.handle(Event::DrainRequested { node: id(1) });
     assert!(driven.notices().any(|notice| matches!(notice, Notice::MigrationFailed { .. })));
-    assert_eq!(driven.machine.standing(&id(1)), "member");
+    assert_eq!(driven.machine.node_state(&id(1)), "member");
 }
 
 fn fenced(driven: &Driven) -> Vec<NodeId> {
@@ -312,7 +315,7 @@ fn fenced(driven: &Driven) -> Vec<NodeId> {
 
 #[test]
 fn a_node_that_fails_by_itself_is_shut_out_while_others_have_what_it_has() {
-    let failed = |driven: &Driven, fatal| FromNode::Failed {
+    let failed = |driven: &Driven, fatal| NodeReport::Failed {
         epoch: driven.machine.placement().epoch,
         reason: "its device is full".into(),
         fatal,

@@ -2,7 +2,7 @@
 
 use crate::architecture::Architecture;
 use crate::ids::{Epoch, NodeId, ShardId, Step};
-use crate::messages::{FromNode, Held, LastCommit, ToNode};
+use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::profile::Profile;
 use crate::schedule::Update;
@@ -23,20 +23,20 @@ pub struct Settings {
     pub validation: ValidationOptions,
 }
 
-/// What a supervisor finds when it starts: nothing in a new run, and what it remembered in one that goes on.
+/// What a supervisor finds when it starts: nothing in a new run, and the persistent state in one that resumes.
 #[derive(Clone, Debug, Default)]
 pub struct Restored {
     /// The last durable checkpoint.
     pub durable: Option<Step>,
     /// The last journalled commit.
     pub last: Option<LastCommit>,
-    /// What [`Effect::Remember`] said last.
-    pub remembered: Remembered,
+    /// What [`Effect::Persist`] said last.
+    pub persistent: PersistentState,
 }
 
 /// What a supervisor must not forget about its cluster.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Remembered {
+pub struct PersistentState {
     /// The number of the last placement: it is never used twice.
     pub epoch: Epoch,
     /// How often the run went back.
@@ -57,10 +57,10 @@ pub enum Event {
         /// Where its peers reach it.
         address: String,
         /// What it has in memory; nothing, when it is new.
-        held: Held,
+        held: ResidentState,
     },
     /// What a node's links to its peers carry, as was seen of them.
-    Carried {
+    LinkMeasured {
         /// The node.
         node: NodeId,
         /// Bytes per second in one direction.
@@ -76,11 +76,11 @@ pub enum Event {
         reason: String,
     },
     /// A node said something.
-    Said {
+    Reported {
         /// The node.
         node: NodeId,
         /// What.
-        message: FromNode,
+        message: NodeReport,
     },
     /// A checkpoint is durable and catalogued.
     CheckpointStored {
@@ -194,13 +194,13 @@ pub enum Notice {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Send a message; the shell fills in a `Begin`'s tokens.
-    Send { node: NodeId, message: ToNode },
+    Send { node: NodeId, message: NodeCommand },
     /// End a node's link: what it still sends is not heard any more.
     Fence { node: NodeId, reason: String },
     /// Make this step durable before the next effect.
     Journal(Box<Committed>),
     /// Make this durable before the next effect.
-    Remember(Remembered),
+    Persist(PersistentState),
     /// Open a checkpoint of `step` that is complete when all of `shards` have come.
     OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
     /// Give up a checkpoint that cannot be completed.

@@ -1,7 +1,7 @@
 //! Where the experts' replicas go: by speed over the memory that is left, apart in zones, moving little.
 
 use super::Request;
-use super::site::Site;
+use super::candidates::Candidates;
 use super::stages::Staged;
 use crate::architecture::Architecture;
 use crate::costs::Costs;
@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Nodes that are looked at for one move, the lightest first.
 const LIGHTEST: usize = 8;
 
-/// The holders of each expert, its owner first, as places in the site.
+/// The holders of each expert, its owner first, as places in the candidates.
 pub(super) type Spread = BTreeMap<ShardId, Vec<usize>>;
 
 /// Replicas that a run has at least: one of each expert.
@@ -21,21 +21,23 @@ pub(super) fn least_replicas(a: &Architecture) -> usize {
 
 /// Every expert with as many copies as there is room for; `None` when one has none.
 pub(super) fn spread(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     costs: &Costs,
     request: &Request<'_>,
     stages: &[Staged],
 ) -> Option<Spread> {
     let copies = |shard: &ShardId| {
-        let wanted = request.hot.get(shard).copied().unwrap_or(0).max(request.replication);
-        wanted.clamp(1, site.len())
+        let wanted = request.extra_replicas.get(shard).copied().unwrap_or(0).max(request.replication);
+        wanted.clamp(1, candidates.len())
     };
     let experts: Vec<ShardId> = request.architecture.shards().into_iter().filter(|s| s.is_expert()).collect();
-    let mut loads = Loads::new(site, weights(site, costs, stages), slots(site, costs, stages));
+    let mut loads =
+        Loads::new(candidates, weights(candidates, costs, stages), slots(candidates, costs, stages));
     let mut spread = Spread::new();
     for &shard in &experts {
         let before = request.previous.and_then(|placement| placement.experts.get(&shard));
-        let kept: Vec<usize> = before.into_iter().flatten().filter_map(|node| site.place(node)).collect();
+        let kept: Vec<usize> =
+            before.into_iter().flatten().filter_map(|node| candidates.place(node)).collect();
         let mut holders = Vec::new();
         for node in kept {
             if holders.len() < copies(&shard) && loads.has_slot(node) {
@@ -65,16 +67,17 @@ pub(super) fn spread(
     }
     let moved = loads.part_zones(&mut spread, request.moves_max);
     loads.level(&mut spread, (request.moves_max - moved).min(experts.len() * most.max(1)));
-    take_turns(&mut spread, site.len());
+    take_turns(&mut spread, candidates.len());
     Some(spread)
 }
 
 /// Replicas that each node has room for beside its stage.
-fn slots(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<usize> {
-    let mut slots: Vec<usize> = (0..site.len()).map(|node| site.slots(costs, node, None)).collect();
+fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec<usize> {
+    let mut slots: Vec<usize> =
+        (0..candidates.len()).map(|node| candidates.slots(costs, node, None)).collect();
     for stage in stages {
         for &node in &stage.nodes {
-            slots[node] = site.slots(costs, node, Some(&stage.layers));
+            slots[node] = candidates.slots(costs, node, Some(&stage.layers));
         }
     }
     slots
@@ -82,11 +85,11 @@ fn slots(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<usize> {
 
 /// How many replicas each node should have, relative to the others: such that nodes with a stage and nodes without end
 /// at the same time, both as fast as their experts' rates.
-fn weights(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<f64> {
-    let rate = |node: usize| site.members[node].profile.expert.both();
-    let mut weights: Vec<f64> = (0..site.len()).map(rate).collect();
+fn weights(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec<f64> {
+    let rate = |node: usize| candidates.members[node].profile.expert.both();
+    let mut weights: Vec<f64> = (0..candidates.len()).map(rate).collect();
     let staged: Vec<usize> = stages.iter().flat_map(|stage| stage.nodes.iter().copied()).collect();
-    if staged.len() == site.len() {
+    if staged.len() == candidates.len() {
         return weights;
     }
     // All times in seconds of a whole stage group: dense work D takes d seconds of all its nodes, which could do e
@@ -95,7 +98,7 @@ fn weights(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<f64> {
         .iter()
         .map(|stage| {
             let together: f64 =
-                stage.nodes.iter().map(|&n| 1.0 / site.lane_seconds(costs, n, &stage.layers)).sum();
+                stage.nodes.iter().map(|&n| 1.0 / candidates.lane_seconds(costs, n, &stage.layers)).sum();
             f64::from(costs.lanes) / together
         })
         .fold(0.0, f64::max);
@@ -111,7 +114,7 @@ fn weights(site: &Site<'_>, costs: &Costs, stages: &[Staged]) -> Vec<f64> {
 
 /// Replicas held by weight, the lightest nodes at hand.
 struct Loads<'a> {
-    site: &'a Site<'a>,
+    candidates: &'a Candidates<'a>,
     weights: Vec<f64>,
     slots: Vec<usize>,
     held: Vec<BTreeSet<ShardId>>,
@@ -124,17 +127,17 @@ struct Loads<'a> {
 }
 
 impl<'a> Loads<'a> {
-    fn new(site: &'a Site<'a>, weights: Vec<f64>, slots: Vec<usize>) -> Self {
+    fn new(candidates: &'a Candidates<'a>, weights: Vec<f64>, slots: Vec<usize>) -> Self {
         let mut loads = Self {
-            site,
+            candidates,
             weights,
             slots,
-            held: vec![BTreeSet::new(); site.len()],
-            zones: vec![BTreeSet::new(); site.zone_count],
+            held: vec![BTreeSet::new(); candidates.len()],
+            zones: vec![BTreeSet::new(); candidates.zone_count],
             heads: BTreeSet::new(),
             full: BTreeSet::new(),
         };
-        (0..site.len()).for_each(|node| loads.enter(node));
+        (0..candidates.len()).for_each(|node| loads.enter(node));
         loads
     }
 
@@ -161,7 +164,7 @@ impl<'a> Loads<'a> {
 
     fn with_head(&mut self, node: usize, change: impl FnOnce(&mut BTreeSet<(u64, usize)>, (u64, usize))) {
         let entry = (self.key(node, 1), node);
-        let zone = &mut self.zones[self.site.zones[node]];
+        let zone = &mut self.zones[self.candidates.zones[node]];
         if let Some(head) = zone.first() {
             self.heads.remove(head);
         }
@@ -185,8 +188,8 @@ impl<'a> Loads<'a> {
 
     /// The node with room that would have least with one replica more, in a zone without one of `holders` if there is any.
     fn lightest(&self, holders: &[usize]) -> Option<usize> {
-        let known = |zone: usize| holders.iter().any(|&holder| self.site.zones[holder] == zone);
-        let apart = self.heads.iter().find(|(_, node)| !known(self.site.zones[*node]));
+        let known = |zone: usize| holders.iter().any(|&holder| self.candidates.zones[holder] == zone);
+        let apart = self.heads.iter().find(|(_, node)| !known(self.candidates.zones[*node]));
         if let Some(&(_, node)) = apart {
             return Some(node);
         }
@@ -196,20 +199,20 @@ impl<'a> Loads<'a> {
     }
 
     fn zones_of(&self, holders: &[usize]) -> usize {
-        holders.iter().map(|&node| self.site.zones[node]).collect::<BTreeSet<_>>().len()
+        holders.iter().map(|&node| self.candidates.zones[node]).collect::<BTreeSet<_>>().len()
     }
 
     /// Replicas that share a zone move to one that has none, as many as may. How many moved.
     fn part_zones(&mut self, spread: &mut Spread, moves_max: usize) -> usize {
         let mut moved = 0;
         for (&shard, holders) in spread.iter_mut() {
-            let possible = holders.len().min(self.site.zone_count);
+            let possible = holders.len().min(self.candidates.zone_count);
             while moved < moves_max && self.zones_of(holders) < possible {
                 let Some(node) = self.lightest(holders) else { break };
                 let mut wider = holders.clone();
                 let shared = (0..holders.len()).rev().find(|&i| {
-                    let zone = self.site.zones[holders[i]];
-                    holders.iter().filter(|&&other| self.site.zones[other] == zone).count() > 1
+                    let zone = self.candidates.zones[holders[i]];
+                    holders.iter().filter(|&&other| self.candidates.zones[other] == zone).count() > 1
                 });
                 let Some(place) = shared else { break };
                 wider[place] = node;

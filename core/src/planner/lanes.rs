@@ -1,8 +1,8 @@
 //! Who runs which lanes: contiguous runs, so that nodes run whole subtrees; as many for each as make the slowest end soonest.
 
 use super::Request;
+use super::candidates::Candidates;
 use super::experts::Spread;
-use super::site::Site;
 use super::stages::Staged;
 use crate::costs::Costs;
 use crate::ids::NodeId;
@@ -12,32 +12,35 @@ use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 
 /// The placement of given stages and experts, with the lanes shared.
 pub(super) fn complete(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     costs: &Costs,
     request: &Request<'_>,
     stages: Vec<Staged>,
     experts: Spread,
 ) -> Placement {
-    let busy = expert_seconds(site, costs, &experts);
+    let busy = expert_seconds(candidates, costs, &experts);
     let stages = stages
         .into_iter()
         .map(|stage| {
-            let seconds: Vec<(f64, f64)> =
-                stage.nodes.iter().map(|&n| (busy[n], site.lane_seconds(costs, n, &stage.layers))).collect();
+            let seconds: Vec<(f64, f64)> = stage
+                .nodes
+                .iter()
+                .map(|&n| (busy[n], candidates.lane_seconds(costs, n, &stage.layers)))
+                .collect();
             Stage {
                 lanes: runs(&share(&seconds, costs.lanes)),
-                holders: site.names(&stage.nodes),
+                holders: candidates.names(&stage.nodes),
                 layers: stage.layers,
             }
         })
         .collect();
     Placement {
         epoch: request.epoch,
-        members: site.members.iter().map(|member| member.node.clone()).collect(),
+        members: candidates.members.iter().map(|member| member.node.clone()).collect(),
         stages,
         lane_group: request.training.lane_group,
         fan_in: request.fan_in,
-        experts: experts.into_iter().map(|(shard, holders)| (shard, site.names(&holders))).collect(),
+        experts: experts.into_iter().map(|(shard, holders)| (shard, candidates.names(&holders))).collect(),
         learners: BTreeMap::new(),
     }
 }
@@ -45,17 +48,20 @@ pub(super) fn complete(
 /// Takes the layers from nodes that would run no lane, as long as `replication` others hold them, in as many zones as there are.
 /// Whether there was any.
 pub(super) fn drop_idle(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     costs: &Costs,
     request: &Request<'_>,
     stages: &mut [Staged],
     experts: &Spread,
 ) -> bool {
-    let busy = expert_seconds(site, costs, experts);
+    let busy = expert_seconds(candidates, costs, experts);
     let mut dropped = false;
     for stage in stages {
-        let seconds: Vec<(f64, f64)> =
-            stage.nodes.iter().map(|&n| (busy[n], site.lane_seconds(costs, n, &stage.layers))).collect();
+        let seconds: Vec<(f64, f64)> = stage
+            .nodes
+            .iter()
+            .map(|&n| (busy[n], candidates.lane_seconds(costs, n, &stage.layers)))
+            .collect();
         let counts = share(&seconds, costs.lanes);
         let mut kept: Vec<usize> = Vec::new();
         let (with, without): (Vec<_>, Vec<_>) =
@@ -63,7 +69,7 @@ pub(super) fn drop_idle(
         kept.extend(with.into_iter().map(|(&node, _)| node));
         let idle: Vec<usize> = without.into_iter().map(|(&node, _)| node).collect();
         // Copies beside those who run lanes: first in zones that have none, as far as copies ask for zones.
-        let zone = |node: &usize| site.zones[*node];
+        let zone = |node: &usize| candidates.zones[*node];
         let copies = request.replication.max(1);
         let wanted = stage.nodes.iter().map(zone).collect::<BTreeSet<_>>().len().min(copies);
         let mut zones: BTreeSet<usize> = kept.iter().map(zone).collect();
@@ -85,13 +91,13 @@ pub(super) fn drop_idle(
 }
 
 /// Seconds of a step that each node spends on its experts, when an expert's rows are shared evenly by its replicas.
-fn expert_seconds(site: &Site<'_>, costs: &Costs, experts: &Spread) -> Vec<f64> {
-    let mut busy = vec![0.0; site.len()];
+fn expert_seconds(candidates: &Candidates<'_>, costs: &Costs, experts: &Spread) -> Vec<f64> {
+    let mut busy = vec![0.0; candidates.len()];
     let rows = f64::from(costs.lanes) * costs.rows_per_lane() / costs.experts.max(1) as f64;
     for holders in experts.values() {
         for &node in holders {
             let flops = rows * costs.expert_flops / holders.len() as f64;
-            busy[node] += site.members[node].profile.expert.seconds(flops);
+            busy[node] += candidates.members[node].profile.expert.seconds(flops);
         }
     }
     busy
@@ -120,7 +126,7 @@ pub(crate) fn runs(counts: &[u32]) -> Vec<u32> {
 
 /// Keeps who runs what where nothing about a stage has changed, and shares its lanes anew where something has.
 pub(super) fn again(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     costs: &Costs,
     layers: std::ops::Range<u16>,
     holders: Vec<NodeId>,
@@ -135,8 +141,8 @@ pub(super) fn again(
     }
     let seconds: Vec<(f64, f64)> = holders
         .iter()
-        .filter_map(|node| site.place(node))
-        .map(|place| (0.0, site.lane_seconds(costs, place, &layers)))
+        .filter_map(|node| candidates.place(node))
+        .map(|place| (0.0, candidates.lane_seconds(costs, place, &layers)))
         .collect();
     Stage { lanes: runs(&share(&seconds, costs.lanes)), holders, layers }
 }

@@ -3,7 +3,7 @@
 use crate::costs::Costs;
 use crate::ids::{NodeId, ShardId};
 use crate::placement::Placement;
-use crate::tree::Span;
+use crate::tree::LeafSpan;
 use std::collections::BTreeMap;
 
 /// Bytes of a step over each link, sender first: rows, residual streams and gradients, leaf by leaf.
@@ -19,9 +19,9 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
     for &shard in placement.experts.keys() {
         let ShardId::Expert { layer, .. } = shard else { continue };
         for leaf in 0..placement.leaves(shard) {
-            let Some(server) = placement.home(shard, leaf) else { continue };
+            let Some(server) = placement.computed_by(shard, leaf) else { continue };
             for lane in placement.group_lanes(leaf) {
-                if let Some(runner) = placement.stage_of(layer).and_then(|stage| stage.runner(lane)) {
+                if let Some(runner) = placement.stage_of(layer).and_then(|stage| stage.stage_node(lane)) {
                     add(runner, server, 2 * rows);
                     add(server, runner, 2 * rows);
                 }
@@ -31,7 +31,7 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
     let Some(first) = placement.stages.first() else { return bytes };
     for stage in &placement.stages[1..] {
         for lane in 0..placement.lanes() {
-            if let (Some(driver), Some(runner)) = (first.runner(lane), stage.runner(lane)) {
+            if let (Some(driver), Some(runner)) = (first.stage_node(lane), stage.stage_node(lane)) {
                 add(driver, runner, 2 * costs.lane_wire);
                 add(runner, driver, 2 * costs.lane_wire);
             }
@@ -44,7 +44,7 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
         let holders = placement.holders(shard);
         sums(placement, shard, &mut |from, to| add(from, to, wire));
         for holder in &holders {
-            placement.relays(shard, holder).iter().for_each(|next| add(holder, next, wire));
+            placement.broadcast_children(shard, holder).iter().for_each(|next| add(holder, next, wire));
         }
     }
     bytes
@@ -52,20 +52,20 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
 
 /// Every sum of a shard's gradient that goes from one node to another.
 fn sums(placement: &Placement, shard: ShardId, add: &mut impl FnMut(&NodeId, &NodeId)) {
-    let root = Span::root(placement.leaves(shard));
-    if let (Some(there), Some(owner)) = (placement.adder(shard, root), placement.owner(shard)) {
+    let root = LeafSpan::root(placement.leaves(shard));
+    if let (Some(there), Some(owner)) = (placement.reducer(shard, root), placement.owner(shard)) {
         add(there, owner);
     }
     let mut open = vec![root];
     while let Some(span) = open.pop() {
-        let (Some(here), Some((left, right))) = (placement.adder(shard, span), span.children()) else {
+        let (Some(here), Some((left, right))) = (placement.reducer(shard, span), span.children()) else {
             continue;
         };
         for below in [left, right] {
-            let Some(there) = placement.adder(shard, below) else { continue };
+            let Some(there) = placement.reducer(shard, below) else { continue };
             add(there, here);
             // Whoever makes a sum alone gets nothing for it.
-            if placement.home(shard, below.start) != Some(there)
+            if placement.computed_by(shard, below.start) != Some(there)
                 || !placement.fragments(shard, there).contains(&below)
             {
                 open.push(below);

@@ -8,7 +8,7 @@ use super::Member;
 use crate::costs::{Costs, LANES_AHEAD, lanes_in_flight};
 use crate::ids::{NodeId, ShardId};
 use crate::placement::{Placement, Stage};
-use crate::tree::Span;
+use crate::tree::LeafSpan;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -227,7 +227,7 @@ impl<'a> Count<'a> {
             // To the stage and back to who drives the lane, in both passes.
             let wire = 2.0 * self.costs.lane_wire as f64;
             for (lane, &runner) in stage.lanes.iter().enumerate() {
-                let Some(driver) = self.placement.stages[0].runner(lane as u32) else { continue };
+                let Some(driver) = self.placement.stages[0].stage_node(lane as u32) else { continue };
                 let (there, here) = (self.places[&stage.holders[runner as usize]], self.places[driver]);
                 if there != here {
                     for place in [there, here] {
@@ -298,7 +298,7 @@ impl<'a> Count<'a> {
             let runners = self.runners(stage);
             let (mut sums, mut first) = (Vec::new(), 0);
             for &(_, lanes) in &runners {
-                sums.push(f64::from(Span::parts_of_run(self.costs.lanes, first..first + lanes as u32)));
+                sums.push(f64::from(LeafSpan::parts_of_run(self.costs.lanes, first..first + lanes as u32)));
                 first += lanes as u32;
             }
             let all: f64 = sums.iter().sum();
@@ -328,7 +328,7 @@ impl<'a> Count<'a> {
             // Leaves that run together are one sum; what is shared by turns goes leaf by leaf.
             let mut last = None;
             for leaf in 0..leaves {
-                let home = self.placement.home(*shard, leaf);
+                let home = self.placement.computed_by(*shard, leaf);
                 if home != last {
                     home.into_iter().for_each(|home| *parts.entry(home).or_default() += 1);
                 }

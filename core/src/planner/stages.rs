@@ -1,6 +1,6 @@
 //! Cutting the layers into stages, and giving nodes their stages.
 
-use super::site::Site;
+use super::candidates::Candidates;
 use super::{Request, WORTH_IT};
 use crate::costs::Costs;
 use std::collections::BTreeSet;
@@ -48,7 +48,7 @@ pub(super) fn cut(costs: &Costs, count: usize) -> Vec<Range<u16>> {
 
 /// The stages with their nodes; `None` when some stage fits no node.
 pub(super) fn assign(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     costs: &Costs,
     request: &Request<'_>,
     count: usize,
@@ -59,16 +59,17 @@ pub(super) fn assign(
         None => cut(costs, count),
     };
     if let [layers] = cuts.as_slice() {
-        let nodes: Vec<usize> = (0..site.len()).filter(|&n| site.has_room(costs, n, layers)).collect();
+        let nodes: Vec<usize> =
+            (0..candidates.len()).filter(|&n| candidates.has_room(costs, n, layers)).collect();
         return (!nodes.is_empty()).then(|| vec![Staged { layers: layers.clone(), nodes }]);
     }
-    let mut groups = Groups::new(site, costs, &cuts);
+    let mut groups = Groups::new(candidates, costs, &cuts);
     if let Some(placement) = same_cut {
         groups.keep(placement);
     }
     groups.fill();
     if groups.is_lopsided() {
-        groups = Groups::new(site, costs, &cuts);
+        groups = Groups::new(candidates, costs, &cuts);
         groups.fill();
     }
     groups.finish()
@@ -76,7 +77,7 @@ pub(super) fn assign(
 
 /// Stages that are being filled.
 struct Groups<'a> {
-    site: &'a Site<'a>,
+    candidates: &'a Candidates<'a>,
     costs: &'a Costs,
     cuts: &'a [Range<u16>],
     /// Lanes per second of all nodes of a stage.
@@ -87,28 +88,38 @@ struct Groups<'a> {
 }
 
 impl<'a> Groups<'a> {
-    fn new(site: &'a Site<'a>, costs: &'a Costs, cuts: &'a [Range<u16>]) -> Self {
+    fn new(candidates: &'a Candidates<'a>, costs: &'a Costs, cuts: &'a [Range<u16>]) -> Self {
         let (nodes, zones) = (vec![Vec::new(); cuts.len()], vec![BTreeSet::new(); cuts.len()]);
-        Self { site, costs, cuts, load: vec![0.0; cuts.len()], nodes, zones, stage: vec![None; site.len()] }
+        Self {
+            candidates,
+            costs,
+            cuts,
+            load: vec![0.0; cuts.len()],
+            nodes,
+            zones,
+            stage: vec![None; candidates.len()],
+        }
     }
 
     /// Lanes per second that a node adds to a stage.
     fn share(&self, node: usize, stage: usize) -> f64 {
-        1.0 / self.site.lane_seconds(self.costs, node, &self.cuts[stage])
+        1.0 / self.candidates.lane_seconds(self.costs, node, &self.cuts[stage])
     }
 
     fn put(&mut self, node: usize, stage: usize) {
         self.load[stage] += self.share(node, stage);
         self.nodes[stage].push(node);
-        self.zones[stage].insert(self.site.zones[node]);
+        self.zones[stage].insert(self.candidates.zones[node]);
         self.stage[node] = Some(stage);
     }
 
     /// Nodes keep the stages that they have.
     fn keep(&mut self, placement: &crate::placement::Placement) {
         for (number, stage) in placement.stages.iter().enumerate() {
-            for node in stage.holders.iter().filter_map(|node| self.site.place(node)) {
-                if self.stage[node].is_none() && self.site.has_room(self.costs, node, &self.cuts[number]) {
+            for node in stage.holders.iter().filter_map(|node| self.candidates.place(node)) {
+                if self.stage[node].is_none()
+                    && self.candidates.has_room(self.costs, node, &self.cuts[number])
+                {
                     self.put(node, number);
                 }
             }
@@ -118,16 +129,16 @@ impl<'a> Groups<'a> {
     /// Every other node gets the stage that does least so far, of those for which it has room; the fastest nodes
     /// first. Of stages that are a node apart, one without the node's zone comes first.
     fn fill(&mut self) {
-        let rate = |n: usize| self.site.members[n].profile.dense.both();
-        let mut order: Vec<usize> = (0..self.site.len()).filter(|&n| self.stage[n].is_none()).collect();
+        let rate = |n: usize| self.candidates.members[n].profile.dense.both();
+        let mut order: Vec<usize> = (0..self.candidates.len()).filter(|&n| self.stage[n].is_none()).collect();
         order.sort_by(|&a, &b| rate(b).total_cmp(&rate(a)).then(a.cmp(&b)));
         for node in order {
             let room: Vec<usize> = (0..self.cuts.len())
-                .filter(|&stage| self.site.has_room(self.costs, node, &self.cuts[stage]))
+                .filter(|&stage| self.candidates.has_room(self.costs, node, &self.cuts[stage]))
                 .collect();
             let least = room.iter().map(|&stage| self.load[stage]).fold(f64::INFINITY, f64::min);
             let near = room.into_iter().filter(|&s| self.load[s] <= least + self.share(node, s));
-            let known = |stage: usize| self.zones[stage].contains(&self.site.zones[node]);
+            let known = |stage: usize| self.zones[stage].contains(&self.candidates.zones[node]);
             let best =
                 near.min_by(|&a, &b| known(a).cmp(&known(b)).then(self.load[a].total_cmp(&self.load[b])));
             if let Some(stage) = best {

@@ -1,7 +1,7 @@
 //! Going on at once when nodes are gone: whoever holds what, keeps it, and only lanes change hands.
 
+use super::candidates::Candidates;
 use super::experts::take_turns;
-use super::site::Site;
 use super::{Member, Request, lanes};
 use crate::costs::Costs;
 use crate::ids::{NodeId, ShardId};
@@ -42,23 +42,23 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
     };
     let members: Vec<Member> =
         request.members.iter().filter(|m| in_stage.contains(&m.node) || hosts(&m.node)).cloned().collect();
-    let site = Site::new(&members);
+    let candidates = Candidates::new(&members);
     let alone = cuts.len() == 1;
     let mut stages = Vec::new();
     for (number, (layers, mut nodes)) in cuts.into_iter().zip(staged).enumerate() {
         if nodes.is_empty() {
-            nodes = fetchers(&site, before, &layers, request.replication, alone);
+            nodes = fetchers(&candidates, before, &layers, request.replication, alone);
         }
         nodes.sort();
-        stages.push(lanes::again(&site, &costs, layers, nodes, before.stages.get(number)));
+        stages.push(lanes::again(&candidates, &costs, layers, nodes, before.stages.get(number)));
     }
     Placement {
         epoch: request.epoch,
-        members: site.members.iter().map(|member| member.node.clone()).collect(),
+        members: candidates.members.iter().map(|member| member.node.clone()).collect(),
         stages,
         lane_group: request.training.lane_group,
         fan_in: request.fan_in,
-        experts: experts(&site, holders, before, &shards),
+        experts: experts(&candidates, holders, before, &shards),
         learners: BTreeMap::new(),
     }
 }
@@ -66,29 +66,30 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
 /// Who fetches layers that nobody holds: everybody where there is one stage, otherwise a few who hold none, or have
 /// most memory.
 fn fetchers(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     before: &Placement,
     layers: &Range<u16>,
     replication: usize,
     alone: bool,
 ) -> Vec<NodeId> {
-    let mut nodes: Vec<usize> = (0..site.len()).collect();
-    let other = |place: usize| before.stages.iter().any(|s| s.layers != *layers && s.holds(site.name(place)));
-    nodes.sort_by_key(|&n| (other(n), std::cmp::Reverse(site.members[n].profile.memory_bytes), n));
+    let mut nodes: Vec<usize> = (0..candidates.len()).collect();
+    let other =
+        |place: usize| before.stages.iter().any(|s| s.layers != *layers && s.holds(candidates.name(place)));
+    nodes.sort_by_key(|&n| (other(n), std::cmp::Reverse(candidates.members[n].profile.memory_bytes), n));
     if !alone {
         nodes.truncate(replication.max(1));
     }
-    site.names(&nodes)
+    candidates.names(&nodes)
 }
 
 /// Every expert where it is; one that is nowhere where least is.
 fn experts(
-    site: &Site<'_>,
+    candidates: &Candidates<'_>,
     holders: &Holders,
     before: &Placement,
     shards: &[ShardId],
 ) -> BTreeMap<ShardId, Vec<NodeId>> {
-    let mut held = vec![0usize; site.len()];
+    let mut held = vec![0usize; candidates.len()];
     let mut spread = BTreeMap::new();
     let mut nowhere = Vec::new();
     for &shard in shards.iter().filter(|shard| shard.is_expert()) {
@@ -96,7 +97,7 @@ fn experts(
         let alive = |node: &&NodeId| there.is_some_and(|nodes| nodes.contains(*node));
         let first = before.experts.get(&shard).into_iter().flatten().filter(alive);
         let mut kept: Vec<usize> = Vec::new();
-        for place in first.chain(there.into_iter().flatten()).filter_map(|node| site.place(node)) {
+        for place in first.chain(there.into_iter().flatten()).filter_map(|node| candidates.place(node)) {
             if !kept.contains(&place) {
                 kept.push(place);
                 held[place] += 1;
@@ -108,14 +109,14 @@ fn experts(
         spread.insert(shard, kept);
     }
     for shard in nowhere {
-        let load = |place: usize| (held[place] + 1) as f64 / site.members[place].profile.expert.both();
-        if let Some(place) = (0..site.len()).min_by(|&a, &b| load(a).total_cmp(&load(b))) {
+        let load = |place: usize| (held[place] + 1) as f64 / candidates.members[place].profile.expert.both();
+        if let Some(place) = (0..candidates.len()).min_by(|&a, &b| load(a).total_cmp(&load(b))) {
             held[place] += 1;
             spread.insert(shard, vec![place]);
         }
     }
-    take_turns(&mut spread, site.len());
-    spread.into_iter().map(|(shard, places)| (shard, site.names(&places))).collect()
+    take_turns(&mut spread, candidates.len());
+    spread.into_iter().map(|(shard, places)| (shard, candidates.names(&places))).collect()
 }
 
 /// Which nodes hold all of some layers but their experts.

@@ -42,7 +42,7 @@ fn whole_plan(members: &[Member], experts: usize, replication: usize, previous: 
         training: &training(),
         replication,
         fan_in: 8,
-        hot: &BTreeMap::new(),
+        extra_replicas: &BTreeMap::new(),
         moves_max: usize::MAX,
         previous,
     })
@@ -65,7 +65,7 @@ proptest! {
             let distinct: BTreeSet<_> = holders.iter().collect();
             prop_assert_eq!(distinct.len(), holders.len());
             for leaf in 0..placement.leaves(*shard) {
-                prop_assert!(holders.contains(placement.home(*shard, leaf).expect("a home")));
+                prop_assert!(holders.contains(placement.computed_by(*shard, leaf).expect("a home")));
             }
         }
         for shard in small(experts).shards() {
@@ -108,7 +108,7 @@ fn lanes_follow_speed_in_contiguous_runs() {
 }
 
 /// Nodes of `count` in each of `zones` with memory for so much of the model.
-fn site(count: usize, zones: usize, memory_bytes: u64) -> Vec<Member> {
+fn candidates(count: usize, zones: usize, memory_bytes: u64) -> Vec<Member> {
     let node = |i: usize| {
         let zone = format!("zone-{}", i % zones);
         let profile = Profile { memory_bytes, zone, ..Profile::relative(1.0) };
@@ -128,7 +128,7 @@ proptest! {
     fn replicas_never_share_a_zone_while_another_choice_exists(
         nodes in 2usize..12, zones in 1usize..5, gone in 0usize..3, replication in 1usize..4,
     ) {
-        let all = site(nodes + gone, zones, u64::MAX);
+        let all = candidates(nodes + gone, zones, u64::MAX);
         let before = plan(&all, 6, replication, None);
         let left = &all[gone..];
         for (members, placement) in [(&all[..], before.clone()), (left, plan(left, 6, replication, Some(&before)))] {
@@ -147,7 +147,7 @@ proptest! {
     ) {
         let costs = Costs::new(&small(experts), &training());
         let whole = costs.stage_bytes(0..costs.layers(), 2) + costs.expert_bytes * 2 * experts as u64;
-        let mut members = site(sizes.len(), 2, 0);
+        let mut members = candidates(sizes.len(), 2, 0);
         for (member, size) in members.iter_mut().zip(&sizes) {
             member.profile.memory_bytes = (whole as f64 * size) as u64;
         }
@@ -170,7 +170,7 @@ proptest! {
 fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_all() {
     let costs = Costs::new(&small(8), &training());
     let dense = costs.stage_bytes(0..costs.layers(), 2);
-    let members = site(8, 2, dense * 7 / 10);
+    let members = candidates(8, 2, dense * 7 / 10);
     let plan = whole_plan(&members, 8, 2, None);
     let placement = &plan.placement;
     assert_eq!(plan.short, None);
@@ -184,7 +184,7 @@ fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_
     }
     assert!(placement.experts.values().all(|holders| holders.len() == 2));
     // What is kept is kept: one node more moves no layer of the others.
-    let more = site(9, 2, dense * 7 / 10);
+    let more = candidates(9, 2, dense * 7 / 10);
     let after = whole_plan(&more, 8, 2, Some(placement)).placement;
     for (stage, now) in placement.stages.iter().zip(&after.stages) {
         assert!(stage.holders.iter().all(|node| now.holds(node)), "{stage:?} became {now:?}");
@@ -194,7 +194,7 @@ fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_
 #[test]
 fn a_node_without_room_for_layers_hosts_experts_and_drives_no_lane() {
     let costs = Costs::new(&small(8), &training());
-    let mut members = site(3, 1, u64::MAX);
+    let mut members = candidates(3, 1, u64::MAX);
     members[1].profile.memory_bytes = costs.expert_bytes * 5;
     let placement = plan(&members, 8, 1, None);
     let node = &members[1].node;
@@ -207,13 +207,13 @@ fn a_node_without_room_for_layers_hosts_experts_and_drives_no_lane() {
 #[test]
 fn what_fits_nowhere_is_said_with_the_bytes_that_are_missing() {
     let costs = Costs::new(&small(8), &training());
-    let plan = whole_plan(&site(2, 1, costs.expert_bytes), 8, 1, None);
+    let plan = whole_plan(&candidates(2, 1, costs.expert_bytes), 8, 1, None);
     let layer = plan.short.expect("a shortage").layer.expect("a layer");
     let largest = (0..costs.layers()).max_by_key(|&l| costs.stage_bytes(l..l + 1, 2));
     assert_eq!(Some(layer), largest);
     assert_eq!(plan.placement.lanes(), 12, "a placement is made all the same");
     let largest = costs.stage_bytes(layer..layer + 1, 2);
-    let short = whole_plan(&site(2, 1, largest), 8, 1, None).short.expect("a shortage");
+    let short = whole_plan(&candidates(2, 1, largest), 8, 1, None).short.expect("a shortage");
     let wanted = costs.stage_bytes(0..costs.layers(), 2) + 16 * costs.expert_bytes;
     assert_eq!(short, Shortage { bytes: wanted - 2 * largest, layer: None });
 }
@@ -224,7 +224,7 @@ fn bytes_per_node_are_those_of_its_links() {
     for (nodes, memory) in [(1, u64::MAX), (2, u64::MAX), (3, u64::MAX), (6, 0)] {
         let costs = Costs::new(&small(6), &training());
         let dense = costs.stage_bytes(0..costs.layers(), 2);
-        let members = site(nodes, 1, if memory == 0 { dense * 3 / 4 } else { memory });
+        let members = candidates(nodes, 1, if memory == 0 { dense * 3 / 4 } else { memory });
         let plan = whole_plan(&members, 6, 1, None);
         let links = links(&plan.placement, &costs);
         for (node, part) in plan.placement.members.iter().zip(&plan.prediction.nodes) {
@@ -253,7 +253,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
         training: &training(),
         replication: 2,
         fan_in: 8,
-        hot: &BTreeMap::new(),
+        extra_replicas: &BTreeMap::new(),
         moves_max: 0,
         previous: None,
     };
@@ -274,7 +274,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
 
 /// Nodes on links of so many bytes per second, each with a round trip in seconds.
 fn linked(links: &[(f64, f64)]) -> Vec<Member> {
-    let mut members = site(links.len(), 1, u64::MAX);
+    let mut members = candidates(links.len(), 1, u64::MAX);
     for (member, &(bandwidth, round_trip_s)) in members.iter_mut().zip(links) {
         (member.profile.bandwidth, member.profile.round_trip_s) = (bandwidth, round_trip_s);
     }

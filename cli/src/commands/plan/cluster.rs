@@ -119,7 +119,7 @@ impl Site<'_> {
             training: self.training,
             replication: self.cluster.replication,
             fan_in: self.cluster.fan_in,
-            hot: &BTreeMap::new(),
+            extra_replicas: &BTreeMap::new(),
             moves_max: usize::MAX,
             previous,
         })

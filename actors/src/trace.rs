@@ -1,4 +1,4 @@
-//! What a lane carries through a traced step: where its spans go, and which of its tokens are followed.
+//! What a lane carries through a traced step: where its spans go, and which of its tokens are sampled_tokens.
 
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -8,9 +8,9 @@ use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::placement::Placement;
 use volary_telemetry::{Scope, Span, SpanIdentity};
 
-/// A token that is followed through a step.
+/// A token that is sampled_tokens through a step.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Followed {
+pub(crate) struct SampledToken {
     pub(crate) lane: Lane,
     /// Its place among the lane's tokens, row by row.
     pub(crate) position: u32,
@@ -22,16 +22,16 @@ pub(crate) struct Followed {
 
 /// What goes with a message of the supervisor that belongs to a trace.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Traced {
+pub(crate) struct TraceRequest {
     pub(crate) trace_id: [u8; 16],
     pub(crate) span_id: [u8; 8],
     pub(crate) flags: u8,
     /// Lanes with all their spans; the others have one each.
     pub(crate) lanes: Vec<Lane>,
-    pub(crate) followed: Vec<Followed>,
+    pub(crate) sampled_tokens: Vec<SampledToken>,
 }
 
-impl Traced {
+impl TraceRequest {
     pub(crate) fn below(span: &Span) -> Option<Self> {
         let SpanIdentity { trace_id, span_id, flags } = span.identity();
         span.is_recorded().then(|| Self { trace_id, span_id, flags, ..Self::default() })
@@ -41,51 +41,51 @@ impl Traced {
         SpanIdentity { trace_id: self.trace_id, span_id: self.span_id, flags: self.flags }
     }
 
-    /// Whether a lane is to have all its spans, and which of its tokens are followed.
-    pub(crate) fn of_lane(&self, lane: Lane) -> (bool, Arc<[Followed]>) {
-        let own = self.followed.iter().filter(|token| token.lane == lane).cloned();
+    /// Whether a lane is to have all its spans, and which of its tokens are sampled_tokens.
+    pub(crate) fn of_lane(&self, lane: Lane) -> (bool, Arc<[SampledToken]>) {
+        let own = self.sampled_tokens.iter().filter(|token| token.lane == lane).cloned();
         (self.lanes.contains(&lane), own.collect())
     }
 }
 
 /// What a lane carries; empty in a step that is not traced.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Flow {
+pub(crate) struct TraceContext {
     pub(crate) scope: Scope,
-    pub(crate) followed: Arc<[Followed]>,
+    pub(crate) sampled_tokens: Arc<[SampledToken]>,
 }
 
-impl Flow {
+impl TraceContext {
     /// A span of one layer.
     pub(crate) fn span(&self, name: &'static str, layer: u16) -> Span {
         self.scope.span(name).with("volary.layer", i64::from(layer))
     }
 }
 
-/// The gate weights of the followed tokens, looked up on the device; none where none is followed.
+/// The gate weights of the sampled_tokens tokens, looked up on the device; none where none is sampled_tokens.
 pub(crate) fn weights_of<B: Compute>(
     backend: &B,
     saved: &B::Saved,
-    followed: &[Followed],
+    sampled_tokens: &[SampledToken],
 ) -> volary_core::compute::Computed<Vec<[f64; TOP_K]>> {
-    if followed.is_empty() {
+    if sampled_tokens.is_empty() {
         return Ok(Vec::new());
     }
-    let positions: Vec<usize> = followed.iter().map(|token| token.position as usize).collect();
+    let positions: Vec<usize> = sampled_tokens.iter().map(|token| token.position as usize).collect();
     backend.gate_weights(saved, &positions)
 }
 
-/// A span for each followed token of a lane in one layer: it lasts from the gate until what its experts made of it is combined.
+/// A span for each sampled_tokens token of a lane in one layer: it lasts from the gate until what its experts made of it is combined.
 pub(crate) fn token_spans(
-    flow: &Flow,
+    trace: &TraceContext,
     layer: u16,
     placement: &Placement,
     choices: &[Vec<i64>; TOP_K],
     dispatch: &Dispatch,
     weights: &[[f64; TOP_K]],
 ) -> Vec<Span> {
-    let span = |(token, weights): (&Followed, &[f64; TOP_K])| {
-        let mut span = flow
+    let span = |(token, weights): (&SampledToken, &[f64; TOP_K])| {
+        let mut span = trace
             .span("token", layer)
             .with("volary.lane", i64::from(token.lane))
             .with("volary.token.position", i64::from(token.position))
@@ -104,7 +104,7 @@ pub(crate) fn token_spans(
             span.set(expert_key, i64::from(expert));
             span.set(gate_key, weights[k]);
             let shard = volary_core::ShardId::Expert { layer, expert };
-            if let Some(node) = placement.server(shard, token.lane) {
+            if let Some(node) = placement.serving_replica(shard, token.lane) {
                 span.set(node_key, node.0.clone());
             }
             if dispatch.rows[k].get(position).is_some_and(|&row| row < 0) {
@@ -116,5 +116,5 @@ pub(crate) fn token_spans(
         }
         span
     };
-    flow.followed.iter().zip(weights).map(span).collect()
+    trace.sampled_tokens.iter().zip(weights).map(span).collect()
 }

@@ -1,13 +1,13 @@
 //! What the supervisor tells whoever watches a run, as it happens: a line of JSON each.
 
-use crate::limits::FEED_AHEAD;
+use crate::limits::EVENTS_AHEAD;
 use serde::Serialize;
 use std::sync::Arc;
 use tokio::sync::broadcast;
 
 /// Something that happened.
 #[derive(Clone, Debug)]
-pub struct News {
+pub struct Event {
     /// `step`, `validation` or `event`.
     pub kind: &'static str,
     /// As in `metrics.jsonl`, `validation.jsonl` or `events.jsonl`.
@@ -16,28 +16,28 @@ pub struct News {
 
 /// Hands news to listeners; one that is too slow misses some, and holds up nobody.
 #[derive(Clone, Debug)]
-pub struct Feed(broadcast::Sender<News>);
+pub struct EventStream(broadcast::Sender<Event>);
 
-impl Default for Feed {
+impl Default for EventStream {
     fn default() -> Self {
-        Self(broadcast::Sender::new(FEED_AHEAD))
+        Self(broadcast::Sender::new(EVENTS_AHEAD))
     }
 }
 
-impl Feed {
-    /// News from now on.
+impl EventStream {
+    /// Event from now on.
     #[must_use]
-    pub fn listen(&self) -> broadcast::Receiver<News> {
+    pub fn subscribe(&self) -> broadcast::Receiver<Event> {
         self.0.subscribe()
     }
 
-    pub(crate) fn tell(&self, kind: &'static str, what: &impl Serialize) {
+    pub(crate) fn publish(&self, kind: &'static str, what: &impl Serialize) {
         if self.0.receiver_count() == 0 {
             return;
         }
         if let Ok(json) = serde_json::to_string(what) {
             // The last listener may have gone just now.
-            let _ = self.0.send(News { kind, json: json.into() });
+            let _ = self.0.send(Event { kind, json: json.into() });
         }
     }
 }

@@ -12,7 +12,7 @@ const PREFIX: &str = "volary1";
 
 /// What a token allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum TokenRole {
+pub enum AccessRole {
     /// To join as a node.
     Node,
     /// To ask and order.
@@ -23,21 +23,21 @@ pub enum TokenRole {
 
 /// A token, with its secret.
 #[derive(Clone, PartialEq, Eq)]
-pub struct Token {
+pub struct AccessToken {
     fingerprint: [u8; 32],
     id: String,
     secret: [u8; 32],
 }
 
-impl fmt::Debug for Token {
+impl fmt::Debug for AccessToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Token({})", self.id)
+        write!(f, "AccessToken({})", self.id)
     }
 }
 
 /// Why a token is no good.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum TokenError {
+pub enum AccessTokenError {
     /// It is no token at all.
     #[error("this is no token: expected volary1.FINGERPRINT.ID.SECRET")]
     Malformed,
@@ -60,11 +60,11 @@ pub enum TokenError {
 
 /// What the supervisor keeps of a token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TokenRecord {
+pub struct AccessTokenRecord {
     /// The token's name.
     pub id: String,
     /// What it allows.
-    pub role: TokenRole,
+    pub role: AccessRole,
     /// When it was made, in seconds since 1970.
     pub created_unix_s: u64,
     /// When it ends, in seconds since 1970; `None` is never.
@@ -78,7 +78,7 @@ pub struct TokenRecord {
 
 /// What a new token is to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TokenTerms {
+pub struct AccessTokenTerms {
     /// How long it is good for; `None` is for ever.
     pub lifetime: Option<Duration>,
     /// How often it may be used to join; `None` is without end.
@@ -91,17 +91,17 @@ fn hash(secret: &[u8; 32]) -> [u8; 32] {
     blake3::derive_key("volary 2026 token secret", secret)
 }
 
-impl Token {
+impl AccessToken {
     /// A new token and what to keep of it; the token itself is shown once.
     ///
     /// # Errors
     /// When the machine has no randomness.
-    pub fn mint(
+    pub fn issue(
         fingerprint: [u8; 32],
-        role: TokenRole,
+        role: AccessRole,
         now_unix_s: u64,
-        terms: TokenTerms,
-    ) -> crate::Result<(Self, TokenRecord)> {
+        terms: AccessTokenTerms,
+    ) -> crate::Result<(Self, AccessTokenRecord)> {
         let mut random = [0; 40];
         let provider = rustls::crypto::ring::default_provider();
         provider
@@ -118,9 +118,9 @@ impl Token {
 
     /// What to keep of a token that was made elsewhere.
     #[must_use]
-    pub fn record(&self, role: TokenRole, now_unix_s: u64, terms: TokenTerms) -> TokenRecord {
-        let TokenTerms { lifetime, uses, labels } = terms;
-        TokenRecord {
+    pub fn record(&self, role: AccessRole, now_unix_s: u64, terms: AccessTokenTerms) -> AccessTokenRecord {
+        let AccessTokenTerms { lifetime, uses, labels } = terms;
+        AccessTokenRecord {
             id: self.id.clone(),
             role,
             created_unix_s: now_unix_s,
@@ -150,35 +150,40 @@ impl Token {
     }
 }
 
-impl TokenRecord {
+impl AccessTokenRecord {
     /// Whether a token is this one, and good for `role` now. The comparison takes the same time whatever differs.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn verify(&self, token: &Token, role: TokenRole, now_unix_s: u64) -> Result<(), TokenError> {
+    pub fn verify(
+        &self,
+        token: &AccessToken,
+        role: AccessRole,
+        now_unix_s: u64,
+    ) -> Result<(), AccessTokenError> {
         if blake3::Hash::from(hash(&token.secret)) != blake3::Hash::from(self.hash) {
-            return Err(TokenError::WrongSecret);
+            return Err(AccessTokenError::WrongSecret);
         }
         if self.role != role {
-            return Err(TokenError::WrongRole);
+            return Err(AccessTokenError::WrongRole);
         }
         match (self.expires_unix_s, self.uses_left) {
-            (Some(end), _) if end <= now_unix_s => Err(TokenError::Expired),
-            (_, Some(0)) => Err(TokenError::UsedUp),
+            (Some(end), _) if end <= now_unix_s => Err(AccessTokenError::Expired),
+            (_, Some(0)) => Err(AccessTokenError::UsedUp),
             _ => Ok(()),
         }
     }
 }
 
-impl FromStr for Token {
-    type Err = TokenError;
+impl FromStr for AccessToken {
+    type Err = AccessTokenError;
 
-    fn from_str(text: &str) -> Result<Self, TokenError> {
+    fn from_str(text: &str) -> Result<Self, AccessTokenError> {
         let mut parts = text.trim().split('.');
-        let mut next = || parts.next().ok_or(TokenError::Malformed);
+        let mut next = || parts.next().ok_or(AccessTokenError::Malformed);
         let (prefix, fingerprint, id, secret) = (next()?, next()?, next()?, next()?);
         if prefix != PREFIX || parts.next().is_some() || id.is_empty() || id.len() > 64 {
-            return Err(TokenError::Malformed);
+            return Err(AccessTokenError::Malformed);
         }
         Ok(Self { fingerprint: unhex(fingerprint)?, id: id.to_owned(), secret: unhex(secret)? })
     }
@@ -188,13 +193,14 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn unhex(text: &str) -> Result<[u8; 32], TokenError> {
+fn unhex(text: &str) -> Result<[u8; 32], AccessTokenError> {
     let mut bytes = [0; 32];
     if text.len() != 64 || !text.is_ascii() {
-        return Err(TokenError::Malformed);
+        return Err(AccessTokenError::Malformed);
     }
     for (index, byte) in bytes.iter_mut().enumerate() {
-        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16).map_err(|_| TokenError::Malformed)?;
+        *byte = u8::from_str_radix(&text[2 * index..2 * index + 2], 16)
+            .map_err(|_| AccessTokenError::Malformed)?;
     }
     Ok(bytes)
 }
@@ -203,33 +209,34 @@ fn unhex(text: &str) -> Result<[u8; 32], TokenError> {
 mod tests {
     use super::*;
 
-    fn mint() -> (Token, TokenRecord) {
-        let terms = TokenTerms { lifetime: Some(Duration::from_secs(50)), uses: Some(1), labels: vec![] };
-        Token::mint([7; 32], TokenRole::Node, 100, terms).expect("randomness")
+    fn issue() -> (AccessToken, AccessTokenRecord) {
+        let terms =
+            AccessTokenTerms { lifetime: Some(Duration::from_secs(50)), uses: Some(1), labels: vec![] };
+        AccessToken::issue([7; 32], AccessRole::Node, 100, terms).expect("randomness")
     }
 
     #[test]
     fn a_token_survives_its_text_and_its_debug_form_hides_the_secret() {
-        let (token, _) = mint();
-        assert_eq!(token.reveal().parse::<Token>(), Ok(token.clone()));
+        let (token, _) = issue();
+        assert_eq!(token.reveal().parse::<AccessToken>(), Ok(token.clone()));
         assert!(!format!("{token:?}").contains(&hex(&token.secret)));
     }
 
     #[test]
     fn wrong_expired_and_misused_tokens_are_told_apart() {
-        let (token, record) = mint();
-        assert_eq!(record.verify(&token, TokenRole::Node, 149), Ok(()));
-        assert_eq!(record.verify(&token, TokenRole::Node, 150), Err(TokenError::Expired));
-        assert_eq!(record.verify(&token, TokenRole::Operator, 100), Err(TokenError::WrongRole));
-        let used = TokenRecord { uses_left: Some(0), ..record.clone() };
-        assert_eq!(used.verify(&token, TokenRole::Node, 100), Err(TokenError::UsedUp));
-        assert_eq!(record.verify(&mint().0, TokenRole::Node, 100), Err(TokenError::WrongSecret));
+        let (token, record) = issue();
+        assert_eq!(record.verify(&token, AccessRole::Node, 149), Ok(()));
+        assert_eq!(record.verify(&token, AccessRole::Node, 150), Err(AccessTokenError::Expired));
+        assert_eq!(record.verify(&token, AccessRole::Operator, 100), Err(AccessTokenError::WrongRole));
+        let used = AccessTokenRecord { uses_left: Some(0), ..record.clone() };
+        assert_eq!(used.verify(&token, AccessRole::Node, 100), Err(AccessTokenError::UsedUp));
+        assert_eq!(record.verify(&issue().0, AccessRole::Node, 100), Err(AccessTokenError::WrongSecret));
     }
 
     #[test]
     fn rubbish_is_no_token() {
         for text in ["", "hello", "volary1.00.a.b", "volary2.x.y.z", "é".repeat(70).as_str()] {
-            assert_eq!(text.parse::<Token>(), Err(TokenError::Malformed), "{text}");
+            assert_eq!(text.parse::<AccessToken>(), Err(AccessTokenError::Malformed), "{text}");
         }
     }
 }

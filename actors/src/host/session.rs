@@ -1,13 +1,13 @@
 //! What runs beside a node's link to its supervisor: words both ways, reports of links, another certificate in time.
 
-use super::way::Connected;
+use super::connector::Connected;
 use crate::limits::{LINKS_EVERY, SPANS_PER_WORD};
 use crate::node::{Connection, NodeMsg};
 use crate::node_context::NodeContext;
 use crate::peers::Broken;
 use crate::shards::Uplink;
 use crate::supervisor::WORDS_AHEAD;
-use crate::wire::{Down, Up};
+use crate::wire::{ToNode, ToSupervisor};
 use ractor::ActorRef;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,16 +18,16 @@ use volary_transport::canary::CanaryHeld;
 use volary_transport::{ControlReceiver, ControlSender, Endpoint, Issued, KeyRequest, Link};
 
 /// A link to the supervisor in use.
-pub(super) struct Served {
+pub(super) struct SupervisorSession {
     pub(super) link: Link,
-    pub(super) up: mpsc::Sender<Up>,
+    pub(super) up: mpsc::Sender<ToSupervisor>,
     reader: tokio::task::JoinHandle<String>,
     canary: Option<CanaryHeld>,
     reports: tokio::task::JoinHandle<()>,
     renewals: tokio::task::JoinHandle<()>,
 }
 
-impl Served {
+impl SupervisorSession {
     pub(super) fn start<B: Compute>(
         connected: Connected,
         agent: &ActorRef<NodeMsg>,
@@ -63,7 +63,7 @@ impl Served {
     /// Spans that find no room are not kept, and counted.
     pub(super) fn send_spans(&self, pipeline: &Pipeline, spans: &[String]) {
         for part in spans.chunks(SPANS_PER_WORD) {
-            if self.up.try_send(Up::Spans(part.to_vec())).is_err() {
+            if self.up.try_send(ToSupervisor::Spans(part.to_vec())).is_err() {
                 pipeline.lost(part.len() as u64);
             }
         }
@@ -77,7 +77,7 @@ impl Served {
     }
 }
 
-async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<Up>) {
+async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<ToSupervisor>) {
     while let Some(word) = words.recv().await {
         if let Err(error) = sender.send(&word).await {
             return tracing::debug!(%error, "the supervisor does not hear this node any more");
@@ -87,7 +87,7 @@ async fn write_up(mut sender: ControlSender, mut words: mpsc::Receiver<Up>) {
 }
 
 /// Asks for another certificate, for a new key, when half of the present one's time has passed.
-async fn renew(endpoint: Endpoint, up: mpsc::Sender<Up>, mut answers: mpsc::Receiver<Issued>) {
+async fn renew(endpoint: Endpoint, up: mpsc::Sender<ToSupervisor>, mut answers: mpsc::Receiver<Issued>) {
     let (name, authority) = match endpoint.identity() {
         Ok(own) => (own.name().to_owned(), own.authority().to_vec()),
         Err(error) => return tracing::warn!(%error, "there is nothing to renew"),
@@ -96,7 +96,7 @@ async fn renew(endpoint: Endpoint, up: mpsc::Sender<Up>, mut answers: mpsc::Rece
         let left = endpoint.identity().map_or(Duration::ZERO, |own| own.left());
         tokio::time::sleep(left / 2).await;
         let Ok(request) = KeyRequest::new() else { continue };
-        if up.send(Up::Renew(request.der().to_vec())).await.is_err() {
+        if up.send(ToSupervisor::Renew(request.der().to_vec())).await.is_err() {
             return;
         }
         let Some(issued) = answers.recv().await else { return };
@@ -114,22 +114,22 @@ async fn read_down(
     endpoint: Endpoint,
 ) -> String {
     loop {
-        match receiver.recv::<Down>().await {
-            Ok(Some(Down::Say(message, traced))) => {
+        match receiver.recv::<ToNode>().await {
+            Ok(Some(ToNode::Protocol(message, traced))) => {
                 if agent.cast(NodeMsg::Down(message, traced)).is_err() {
                     return "the node's agent has ended".to_owned();
                 }
             }
-            Ok(Some(Down::Revoked(hashes))) => endpoint.revoke(hashes),
-            Ok(Some(Down::Renewed(issued))) => drop(renewed.try_send(issued)),
-            Ok(Some(Down::Welcome(_) | Down::Taken)) => {}
+            Ok(Some(ToNode::Revoked(hashes))) => endpoint.revoke(hashes),
+            Ok(Some(ToNode::Renewed(issued))) => drop(renewed.try_send(issued)),
+            Ok(Some(ToNode::Welcome(_) | ToNode::NameInUse)) => {}
             Ok(None) => return "it ended the control stream".to_owned(),
             Err(error) => return error.to_string(),
         }
     }
 }
 
-/// A link between two parts of a run that breaks ends the epoch: what was on its way may be lost, and its receiver would wait for it
+/// A link between two parts of a run that breaks ends the epoch: what was on its connector may be lost, and its receiver would wait for it
 /// in silence until the step's time is over.
 pub(super) async fn tell_of_breaks<B: Compute>(
     node: Arc<NodeContext<B>>,
@@ -147,11 +147,11 @@ pub(super) async fn tell_of_breaks<B: Compute>(
 }
 
 /// Tells the supervisor now and then what this node knows of its links.
-async fn report_links<B: Compute>(node: Arc<NodeContext<B>>, up: mpsc::Sender<Up>) {
+async fn report_links<B: Compute>(node: Arc<NodeContext<B>>, up: mpsc::Sender<ToSupervisor>) {
     loop {
         tokio::time::sleep(LINKS_EVERY).await;
         node.peers.measure_new_links().await;
-        if up.send(Up::Links(node.peers.reports())).await.is_err() {
+        if up.send(ToSupervisor::Links(node.peers.reports())).await.is_err() {
             return;
         }
     }

@@ -1,15 +1,15 @@
-//! A node's way to its supervisor: joining, connecting, and connecting again.
+//! A node's connector to its supervisor: joining, connecting, and connecting again.
 
 use super::{Error, NodeOptions, Result};
-use crate::keys::NAME_IN_USE;
+use crate::credentials::NAME_IN_USE;
 use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, WELCOME_MAX};
 use crate::node::NodeMsg;
-use crate::wire::{Down, NodeInfo, RunInfo, Up};
+use crate::wire::{NodeInfo, RunInfo, ToNode, ToSupervisor};
 use ractor::ActorRef;
 use ractor::rpc::CallResult;
 use std::net::SocketAddr;
 use std::time::Instant;
-use volary_core::messages::{Held, ToNode};
+use volary_core::messages::{NodeCommand, ResidentState};
 use volary_core::profile::Profile;
 use volary_transport::canary::CanaryHeld;
 use volary_transport::{ControlReceiver, ControlSender, Endpoint, Identity, Link, TransportOptions, join};
@@ -24,8 +24,8 @@ pub(super) struct Connected {
     pub(super) canary: Option<CanaryHeld>,
 }
 
-/// The way to the supervisor.
-pub(super) struct Way {
+/// The connector to the supervisor.
+pub(super) struct SupervisorConnector {
     pub(super) instance: u64,
     pub(super) name: String,
     pub(super) endpoint: Endpoint,
@@ -34,25 +34,25 @@ pub(super) struct Way {
     pub(super) profile: Option<Profile>,
 }
 
-impl Way {
+impl SupervisorConnector {
     /// Connects with what the agent holds, again and again until the deadline.
-    pub(super) async fn return_to(&self, agent: &ActorRef<NodeMsg>, deadline: Instant) -> Result<Connected> {
-        let held = match agent.call(|reply| NodeMsg::Held { reply }, None).await {
+    pub(super) async fn reconnect(&self, agent: &ActorRef<NodeMsg>, deadline: Instant) -> Result<Connected> {
+        let held = match agent.call(|reply| NodeMsg::ResidentState { reply }, None).await {
             Ok(CallResult::Success(held)) => held,
             _ => return Err(Error::Start("the node's agent died".into())),
         };
         self.connect(held, deadline).await
     }
 
-    pub(super) async fn connect(&self, held: Held, deadline: Instant) -> Result<Connected> {
+    pub(super) async fn connect(&self, held: ResidentState, deadline: Instant) -> Result<Connected> {
         loop {
             // While the supervisor was away nobody could renew it.
             if self.endpoint.identity()?.left().is_zero() {
-                drop(self.join_anew().await);
+                drop(self.rejoin().await);
             }
             match self.connect_once(held.clone()).await {
                 // Shut out, it may join anew: with its token, if that is still good, and another certificate.
-                Err(error) if error.says_that_the_certificate_is_over() => self.join_anew().await?,
+                Err(error) if error.says_that_the_certificate_is_over() => self.rejoin().await?,
                 Err(error) if Instant::now() < deadline && error.may_pass() => {
                     tracing::debug!(%error, "not yet");
                     tokio::time::sleep(DIAL_PAUSE).await;
@@ -69,7 +69,7 @@ impl Way {
         looked_up.ok().and_then(|mut found| found.next()).unwrap_or(options.supervisor)
     }
 
-    async fn join_anew(&self) -> Result<()> {
+    async fn rejoin(&self) -> Result<()> {
         tokio::time::sleep(DIAL_PAUSE).await;
         let token = &self.options.token;
         let name = Some(self.name.clone());
@@ -78,7 +78,7 @@ impl Way {
         Ok(())
     }
 
-    async fn connect_once(&self, held: Held) -> Result<Connected> {
+    async fn connect_once(&self, held: ResidentState) -> Result<Connected> {
         let options = &self.options;
         let supervisor = self.supervisor().await;
         let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(supervisor).await?;
@@ -91,13 +91,15 @@ impl Way {
             http: options.http.map(|address| address.to_string()),
             instance: self.instance,
         };
-        sender.send(&Up::Hello(info, held)).await?;
-        let welcome = match tokio::time::timeout(WELCOME_MAX, receiver.recv::<Down>()).await {
-            Ok(Ok(Some(Down::Welcome(welcome)))) => *welcome,
-            Ok(Ok(Some(Down::Taken))) => {
+        sender.send(&ToSupervisor::Hello(info, held)).await?;
+        let welcome = match tokio::time::timeout(WELCOME_MAX, receiver.recv::<ToNode>()).await {
+            Ok(Ok(Some(ToNode::Welcome(welcome)))) => *welcome,
+            Ok(Ok(Some(ToNode::NameInUse))) => {
                 return Err(Error::NotYet(format!("{NAME_IN_USE}; choose another one")));
             }
-            Ok(Ok(Some(Down::Say(ToNode::Leave { reason }, _)))) => return Err(Error::Start(reason)),
+            Ok(Ok(Some(ToNode::Protocol(NodeCommand::Leave { reason }, _)))) => {
+                return Err(Error::Start(reason));
+            }
             Ok(Err(error)) => return Err(error.into()),
             _ => return Err(Error::NotYet("the supervisor did not say what the run is".into())),
         };

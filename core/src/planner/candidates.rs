@@ -1,6 +1,6 @@
 //! The nodes as the planner sees them, numbered in the order of their names.
 
-use super::focus::Focus;
+use super::participation::Participation;
 use super::{Member, Shortage};
 use crate::costs::{Costs, lanes_in_flight};
 use crate::ids::NodeId;
@@ -9,17 +9,17 @@ use std::ops::Range;
 
 /// The nodes of a plan. Elsewhere a node is its place in here.
 #[derive(Debug)]
-pub(super) struct Site<'a> {
+pub(super) struct Candidates<'a> {
     pub(super) members: Vec<&'a Member>,
     /// The number of each node's zone.
     pub(super) zones: Vec<usize>,
     pub(super) zone_count: usize,
-    focus: Focus,
+    participation: Participation,
     memory: Vec<u64>,
     places: BTreeMap<&'a NodeId, usize>,
 }
 
-impl<'a> Site<'a> {
+impl<'a> Candidates<'a> {
     pub(super) fn new(members: &'a [Member]) -> Self {
         let mut members: Vec<&Member> = members.iter().collect();
         members.sort_by(|a, b| a.node.cmp(&b.node));
@@ -34,7 +34,7 @@ impl<'a> Site<'a> {
         Self {
             zone_count: names.len(),
             zones,
-            focus: Focus::all(members.len()),
+            participation: Participation::all(members.len()),
             memory: members.iter().map(|member| member.profile.memory_bytes).collect(),
             places: members.iter().enumerate().map(|(place, member)| (&member.node, place)).collect(),
             members,
@@ -63,12 +63,12 @@ impl<'a> Site<'a> {
     }
 
     pub(super) fn has_room(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> bool {
-        self.focus.holds[place] && self.stage_bytes(costs, place, layers) <= self.memory[place]
+        self.participation.holds[place] && self.stage_bytes(costs, place, layers) <= self.memory[place]
     }
 
     /// Experts that fit beside the dense parts of some layers.
     pub(super) fn slots(&self, costs: &Costs, place: usize, layers: Option<&Range<u16>>) -> usize {
-        if !self.focus.holds[place] {
+        if !self.participation.holds[place] {
             return 0;
         }
         if self.memory[place] == u64::MAX || costs.expert_bytes == 0 {
@@ -94,13 +94,13 @@ impl<'a> Site<'a> {
     }
 
     /// From now on only these nodes are given anything.
-    pub(super) fn focus_on(&mut self, focus: Focus) {
-        self.focus = focus;
+    pub(super) fn restrict_to(&mut self, participation: Participation) {
+        self.participation = participation;
     }
 
     /// Whether a node may run lanes.
     pub(super) fn may_run(&self, place: usize) -> bool {
-        self.focus.runs[place]
+        self.participation.runs[place]
     }
 
     pub(super) fn ignore_memory(&mut self) {

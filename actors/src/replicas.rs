@@ -1,13 +1,13 @@
 //! The shards in a node's memory: their actors, and the gradients that wait for shards on their way.
 
 use crate::dense::DenseActor;
-use crate::directory::{Directory, Owner};
+use crate::directory::{ShardActor, ShardActors};
 use crate::expert::ExpertActor;
-use crate::keeper::{Keeper, ShardMsg};
 use crate::node_context::NodeContext;
 use crate::reducer::ReducerMsg;
 use crate::router::RouterActor;
-use crate::shards::Arrivals;
+use crate::shard::{ShardMsg, ShardReplica};
+use crate::shards::FetchedShards;
 use futures::future::try_join_all;
 use ractor::{Actor, ActorCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
@@ -22,17 +22,17 @@ use volary_core::{Epoch, ShardId, Step};
 type Stashed<B> = (Step, Update, Option<<B as Compute>::Gradient>);
 
 /// The shards in a node's memory.
-pub(crate) struct Holdings<B: Compute> {
+pub(crate) struct LocalReplicas<B: Compute> {
     node: Arc<NodeContext<B>>,
     agent: ActorCell,
-    pub(crate) arrivals: Arrivals<B>,
+    pub(crate) fetched: FetchedShards<B>,
     /// A mutex only because a gradient may be sent to another thread and not shared with it.
     stash: Mutex<HashMap<ShardId, VecDeque<Stashed<B>>>>,
 }
 
-impl<B: Compute> Holdings<B> {
+impl<B: Compute> LocalReplicas<B> {
     pub(crate) fn new(node: Arc<NodeContext<B>>, agent: ActorCell) -> Self {
-        Self { node, agent, arrivals: Arrivals::default(), stash: Mutex::default() }
+        Self { node, agent, fetched: FetchedShards::default(), stash: Mutex::default() }
     }
 
     fn stash(&mut self) -> &mut HashMap<ShardId, VecDeque<Stashed<B>>> {
@@ -40,48 +40,48 @@ impl<B: Compute> Holdings<B> {
     }
 
     /// Drops what is on its way, with the gradients that wait for it.
-    pub(crate) fn forget_arrivals(&mut self) {
-        self.arrivals.take_all();
+    pub(crate) fn discard_fetched(&mut self) {
+        self.fetched.take_all();
         self.stash().clear();
     }
 
     /// Uses every shard that has come.
-    pub(crate) async fn take_in(&mut self) -> Computed<()> {
-        let mut owners = self.node.directory().owners().clone();
-        for (shard, (version, state)) in self.arrivals.take_all() {
-            let keeper = Keeper::new(shard, Arc::clone(&self.node), state, version);
-            insert(&mut owners, shard, spawn_owner(keeper, self.agent.clone()).await?);
+    pub(crate) async fn install_fetched(&mut self) -> Computed<()> {
+        let mut owners = self.node.shard_actors().all().clone();
+        for (shard, (version, state)) in self.fetched.take_all() {
+            let replica = ShardReplica::new(shard, Arc::clone(&self.node), state, version);
+            insert(&mut owners, shard, spawn_shard_actor(replica, self.agent.clone()).await?);
         }
-        self.node.set_directory(Directory::new(owners));
+        self.node.set_shard_actors(ShardActors::new(owners));
         Ok(())
     }
 
     /// Uses one shard that was copied beside the training, and applies to it what it missed.
     pub(crate) async fn install(&mut self, shard: ShardId, replay: &[Step]) -> Computed<()> {
-        let arrived = self.arrivals.take(shard);
-        let (version, state) = arrived.ok_or_else(|| ComputeError(format!("{shard} did not come")))?;
-        let keeper = Keeper::new(shard, Arc::clone(&self.node), state, version);
-        let owner = spawn_owner(keeper, self.agent.clone()).await?;
+        let fetched = self.fetched.take(shard);
+        let (version, state) = fetched.ok_or_else(|| ComputeError(format!("{shard} did not come")))?;
+        let replica = ShardReplica::new(shard, Arc::clone(&self.node), state, version);
+        let owner = spawn_shard_actor(replica, self.agent.clone()).await?;
         let stashed = self.stash().remove(&shard).unwrap_or_default();
         for (step, update, gradient) in stashed {
             if replay.contains(&step) {
                 owner.ask(|reply| ShardMsg::Apply { gradient, step, update, reply }).await?;
             }
         }
-        let mut owners = self.node.directory().owners().clone();
+        let mut owners = self.node.shard_actors().all().clone();
         insert(&mut owners, shard, owner);
-        self.node.set_directory(Directory::new(owners));
+        self.node.set_shard_actors(ShardActors::new(owners));
         Ok(())
     }
 
-    pub(crate) fn let_go(&self, shards: &[ShardId]) {
-        let mut owners = self.node.directory().owners().clone();
+    pub(crate) fn release(&self, shards: &[ShardId]) {
+        let mut owners = self.node.shard_actors().all().clone();
         for shard in shards {
             if let Some(owner) = owners.remove(shard) {
                 owner.stop();
             }
         }
-        self.node.set_directory(Directory::new(owners));
+        self.node.set_shard_actors(ShardActors::new(owners));
     }
 
     /// Applies a prepared step to shards, and keeps the gradients of those that are on their way.
@@ -98,11 +98,11 @@ impl<B: Compute> Holdings<B> {
             _ => return Err(ComputeError("the reducer is gone".into())),
         };
         let missing = |shard: &ShardId| ComputeError(format!("{shard} has no gradient"));
-        let directory = self.node.directory();
+        let actors = self.node.shard_actors();
         let mut applied = Vec::new();
         for &shard in shards {
             let gradient = gradients.remove(&shard).ok_or_else(|| missing(&shard))?;
-            let owner = directory.get(shard)?.clone();
+            let owner = actors.get(shard)?.clone();
             applied.push(async move {
                 owner.ask(|reply| ShardMsg::Apply { gradient, step, update, reply }).await
             });
@@ -121,11 +121,11 @@ impl<B: Compute> Holdings<B> {
 
     /// The stored form of shards as they are now.
     pub(crate) async fn store(&self, step: Step, shards: Vec<ShardId>) -> Computed<Vec<(ShardId, Vec<u8>)>> {
-        let directory = self.node.directory();
+        let actors = self.node.shard_actors();
         let store = |shard: ShardId| {
-            let directory = Arc::clone(&directory);
+            let actors = Arc::clone(&actors);
             async move {
-                let owner = directory.get(shard)?;
+                let owner = actors.get(shard)?;
                 let stored = owner.ask(|reply| ShardMsg::Store { version: Some(step), reply }).await?;
                 Ok::<_, ComputeError>((shard, stored.1))
             }
@@ -134,28 +134,31 @@ impl<B: Compute> Holdings<B> {
     }
 }
 
-fn insert<B: Compute>(owners: &mut BTreeMap<ShardId, Owner<B>>, shard: ShardId, owner: Owner<B>) {
+fn insert<B: Compute>(owners: &mut BTreeMap<ShardId, ShardActor<B>>, shard: ShardId, owner: ShardActor<B>) {
     if let Some(before) = owners.insert(shard, owner) {
         before.stop();
     }
 }
 
-async fn spawn_owner<B: Compute>(keeper: Keeper<B>, agent: ActorCell) -> Computed<Owner<B>> {
-    let shard = keeper.id;
+async fn spawn_shard_actor<B: Compute>(
+    replica: ShardReplica<B>,
+    agent: ActorCell,
+) -> Computed<ShardActor<B>> {
+    let shard = replica.id;
     let failed =
         |error: ractor::SpawnErr| ComputeError(format!("the actor of {shard} does not start: {error}"));
     Ok(match shard {
-        ShardId::Embedding | ShardId::Dense { .. } => Owner::Dense(
-            Actor::spawn_linked(None, DenseActor(PhantomData), keeper, agent).await.map_err(failed)?.0,
+        ShardId::Embedding | ShardId::Dense { .. } => ShardActor::Dense(
+            Actor::spawn_linked(None, DenseActor(PhantomData), replica, agent).await.map_err(failed)?.0,
         ),
         ShardId::Router { layer } => {
-            let start = (layer, keeper);
-            Owner::Router(
+            let start = (layer, replica);
+            ShardActor::Router(
                 Actor::spawn_linked(None, RouterActor(PhantomData), start, agent).await.map_err(failed)?.0,
             )
         }
-        ShardId::Expert { .. } => Owner::Expert(
-            Actor::spawn_linked(None, ExpertActor(PhantomData), keeper, agent).await.map_err(failed)?.0,
+        ShardId::Expert { .. } => ShardActor::Expert(
+            Actor::spawn_linked(None, ExpertActor(PhantomData), replica, agent).await.map_err(failed)?.0,
         ),
     })
 }

@@ -1,10 +1,10 @@
-//! The supervisor's door: who is let in, and what becomes of the links of nodes and operators.
+//! The supervisor's admission: who is let in, and what becomes of the links of nodes and operators.
 
-use crate::keys::{Keys, NAME_IN_USE};
+use crate::credentials::{Credentials, NAME_IN_USE};
 use crate::limits::{CHECKPOINT_BYTES_AHEAD, HELLO_MAX};
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::supervisor::{Arrival, SupervisorMsg, WORDS_AHEAD};
-use crate::wire::{self, Down, ShardAt, ShardWish, Up};
+use crate::wire::{self, ShardAt, ShardWish, ToNode, ToSupervisor};
 use ractor::rpc::CallResult;
 use ractor::{ActorRef, ActorStatus};
 use std::collections::HashMap;
@@ -18,13 +18,13 @@ use volary_core::profile::Profile;
 use volary_storage::Checkpoints;
 use volary_telemetry::{Pipeline, SpanRecord};
 use volary_transport::{
-    Accepted, Canary, CanaryKey, CanaryWatch, ControlReceiver, ControlSender, Endpoint, Frame, InboundFrame,
-    Kind, Link, Role, TokenRole,
+    Accepted, AccessRole, Canary, CanaryKey, CanaryWatch, ControlReceiver, ControlSender, Endpoint, Frame,
+    InboundFrame, Kind, Link, Role,
 };
 
 /// What is needed to let somebody in.
-pub(super) struct Door {
-    pub(super) keys: Arc<Keys>,
+pub(super) struct Admission {
+    pub(super) credentials: Arc<Credentials>,
     pub(super) checkpoints: Checkpoints,
     pub(super) actor: ActorRef<SupervisorMsg>,
     pub(super) sessions: AtomicU64,
@@ -37,7 +37,7 @@ pub(super) struct Door {
 }
 
 /// A name that is in use until this is dropped.
-struct InUse<'a>(&'a Door, NodeId);
+struct InUse<'a>(&'a Admission, NodeId);
 
 impl Drop for InUse<'_> {
     fn drop(&mut self) {
@@ -51,30 +51,30 @@ impl Drop for InUse<'_> {
     }
 }
 
-/// Whose words are heard.
-struct Heard {
+/// Whose words are session_state.
+struct NodeSession {
     node: NodeId,
     session: u64,
     /// The certificate that it came with, or its last one since.
     certificate: [u8; 32],
     /// The zone that its token gave it.
     zone: Option<String>,
-    down: mpsc::Sender<Down>,
+    down: mpsc::Sender<ToNode>,
     renewed: Option<Instant>,
 }
 
-pub(super) async fn accept(door: Arc<Door>, endpoint: Endpoint) {
+pub(super) async fn accept(admission: Arc<Admission>, endpoint: Endpoint) {
     while let Some(accepted) = endpoint.accept().await {
-        let door = Arc::clone(&door);
+        let admission = Arc::clone(&admission);
         tokio::spawn(async move {
-            if let Err(reason) = door.admit(accepted).await {
+            if let Err(reason) = admission.admit(accepted).await {
                 tracing::warn!(reason, "somebody was not let in");
             }
         });
     }
 }
 
-impl Door {
+impl Admission {
     fn names(&self) -> MutexGuard<'_, HashMap<NodeId, usize>> {
         self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -89,9 +89,9 @@ impl Door {
             Role::Join { name: Some(name), .. } if self.names().contains_key(&NodeId::new(name)) => {
                 Err(format!("{NAME_IN_USE}; choose another one"))
             }
-            Role::Join { token, .. } => self.keys.check(token, TokenRole::Node),
-            Role::Operator { token } => self.keys.check(token, TokenRole::Operator),
-            Role::Node { name } => self.keys.admit(name, accepted.certificate).map(|of| zone = of),
+            Role::Join { token, .. } => self.credentials.check(token, AccessRole::Node),
+            Role::Operator { token } => self.credentials.check(token, AccessRole::Operator),
+            Role::Node { name } => self.credentials.admit(name, accepted.certificate).map(|of| zone = of),
             Role::Peer { .. } => Err("this is the supervisor, not a node".into()),
         };
         if let Err(reason) = verdict {
@@ -119,9 +119,9 @@ impl Door {
         request: &[u8],
         name: Option<String>,
     ) -> std::result::Result<(), String> {
-        match self.keys.exchange(token, request, name) {
+        match self.credentials.exchange(token, request, name) {
             Ok((name, issued)) => {
-                let ca = self.keys.authority().certificate().to_vec();
+                let ca = self.credentials.authority().certificate().to_vec();
                 accepted.certify(name, issued, ca).await.map_err(|error| error.to_string())
             }
             Err(reason) => {
@@ -139,12 +139,12 @@ impl Door {
         mut receiver: ControlReceiver,
     ) -> std::result::Result<(), String> {
         let node = NodeId::new(link.peer());
-        let hello = tokio::time::timeout(HELLO_MAX, receiver.recv::<Up>()).await;
-        let Ok(Ok(Some(Up::Hello(mut info, held)))) = hello else {
+        let hello = tokio::time::timeout(HELLO_MAX, receiver.recv::<ToSupervisor>()).await;
+        let Ok(Ok(Some(ToSupervisor::Hello(mut info, held)))) = hello else {
             return Err(format!("{node} did not say what it is within {HELLO_MAX:?}"));
         };
-        // It may have been shut out since it came to the door.
-        if let Err(reason) = self.keys.admit(&node.0, Some(certificate)) {
+        // It may have been shut out since it came to the admission.
+        if let Err(reason) = self.credentials.admit(&node.0, Some(certificate)) {
             link.close(&reason);
             return Err(reason);
         }
@@ -156,8 +156,8 @@ impl Door {
         let session = self.sessions.fetch_add(1, Ordering::Relaxed);
         let (down, words) = mpsc::channel(WORDS_AHEAD);
         tokio::spawn(write_down(sender, words));
-        let mut heard =
-            Heard { node: node.clone(), session, certificate, zone, down: down.clone(), renewed: None };
+        let mut session_state =
+            NodeSession { node: node.clone(), session, certificate, zone, down: down.clone(), renewed: None };
         let (key, mut watch) = self.expect_canary().unzip();
         let arrival =
             Arrival { node: node.clone(), info, held, session, down, link: link.clone(), canary: key };
@@ -170,7 +170,7 @@ impl Door {
             }
         };
         let reason = tokio::select! {
-            reason = self.hear(&mut heard, &mut receiver) => reason,
+            reason = self.receive_loop(&mut session_state, &mut receiver) => reason,
             () = died => "its process has ended".to_owned(),
         };
         link.close("the control stream ended");
@@ -185,39 +185,43 @@ impl Door {
     }
 
     /// Hands on what a node says, until it says no more.
-    async fn hear(&self, heard: &mut Heard, receiver: &mut ControlReceiver) -> String {
+    async fn receive_loop(&self, session_state: &mut NodeSession, receiver: &mut ControlReceiver) -> String {
         loop {
-            let (node, session) = (heard.node.clone(), heard.session);
-            let told = match receiver.recv::<Up>().await {
-                Ok(Some(Up::Say(message))) => SupervisorMsg::Said { node, session, message },
-                Ok(Some(Up::Spans(spans))) => {
+            let (node, session) = (session_state.node.clone(), session_state.session);
+            let told = match receiver.recv::<ToSupervisor>().await {
+                Ok(Some(ToSupervisor::Protocol(message))) => SupervisorMsg::Said { node, session, message },
+                Ok(Some(ToSupervisor::Spans(spans))) => {
                     self.keep_spans(&node, &spans);
                     continue;
                 }
-                Ok(Some(Up::Links(links))) => SupervisorMsg::Links { node, session, links },
-                Ok(Some(Up::Profile(mut profile))) => {
-                    if let Err(reason) = measured(&mut profile, heard.zone.as_ref()) {
+                Ok(Some(ToSupervisor::Links(links))) => SupervisorMsg::Links { node, session, links },
+                Ok(Some(ToSupervisor::Profile(mut profile))) => {
+                    if let Err(reason) = measured(&mut profile, session_state.zone.as_ref()) {
                         return reason;
                     }
                     SupervisorMsg::Measured { node, session, profile }
                 }
                 // Half a lifetime lies between two of an honest node's.
-                Ok(Some(Up::Renew(_)))
-                    if heard.renewed.is_some_and(|at| at.elapsed() < self.keys.lifetime() / 4) =>
+                Ok(Some(ToSupervisor::Renew(_)))
+                    if session_state
+                        .renewed
+                        .is_some_and(|at| at.elapsed() < self.credentials.lifetime() / 4) =>
                 {
                     return "it asks for one certificate after the other".to_owned();
                 }
-                Ok(Some(Up::Renew(request))) => match self.keys.renew(&node.0, heard.certificate, &request) {
-                    Ok(issued) => {
-                        tracing::info!(%node, "its certificate was renewed");
-                        heard.certificate = issued.fingerprint();
-                        heard.renewed = Some(Instant::now());
-                        drop(heard.down.send(Down::Renewed(issued)).await);
-                        continue;
+                Ok(Some(ToSupervisor::Renew(request))) => {
+                    match self.credentials.renew(&node.0, session_state.certificate, &request) {
+                        Ok(issued) => {
+                            tracing::info!(%node, "its certificate was renewed");
+                            session_state.certificate = issued.fingerprint();
+                            session_state.renewed = Some(Instant::now());
+                            drop(session_state.down.send(ToNode::Renewed(issued)).await);
+                            continue;
+                        }
+                        Err(reason) => return reason,
                     }
-                    Err(reason) => return reason,
-                },
-                Ok(Some(Up::Hello(..))) => continue,
+                }
+                Ok(Some(ToSupervisor::Hello(..))) => continue,
                 Ok(None) => return "it ended its control stream".to_owned(),
                 Err(error) => return error.to_string(),
             };
@@ -236,10 +240,10 @@ impl Door {
     ) {
         while let Ok(Some(request)) = receiver.recv::<OperatorRequest>().await {
             // It may have been revoked since the link was made.
-            if let Err(reason) = self.keys.check(token, TokenRole::Operator) {
+            if let Err(reason) = self.credentials.check(token, AccessRole::Operator) {
                 return link.close(&reason);
             }
-            let answer = match self.keys.answer(&request) {
+            let answer = match self.credentials.answer(&request) {
                 Some(answer) => answer,
                 None => tokio::select! {
                     answer = ask_operator(&self.actor, request) => answer,
@@ -282,7 +286,7 @@ fn measured(profile: &mut Profile, zone: Option<&String>) -> std::result::Result
     Ok(())
 }
 
-async fn write_down(mut sender: ControlSender, mut words: mpsc::Receiver<Down>) {
+async fn write_down(mut sender: ControlSender, mut words: mpsc::Receiver<ToNode>) {
     while let Some(word) = words.recv().await {
         if let Err(error) = sender.send(&word).await {
             return tracing::debug!(%error, "a node does not hear its supervisor any more");
@@ -292,7 +296,7 @@ async fn write_down(mut sender: ControlSender, mut words: mpsc::Receiver<Down>) 
 }
 
 /// A node's wishes for shards of a checkpoint, and its own for the next one.
-async fn serve_shards(door: Arc<Door>, link: Link, session: u64) {
+async fn serve_shards(admission: Arc<Admission>, link: Link, session: u64) {
     let node = NodeId::new(link.peer());
     let mut inbound = link.serve();
     while let Some(InboundFrame { frame, reply }) = inbound.next().await {
@@ -304,9 +308,11 @@ async fn serve_shards(door: Arc<Door>, link: Link, session: u64) {
                         let kib = u32::try_from(bytes.len() >> 10).unwrap_or(u32::MAX);
                         let kib = kib.clamp(1, CHECKPOINT_BYTES_AHEAD >> 10);
                         // Nodes are quicker than disks: what finds no room waits on the wire.
-                        let Ok(room) = Arc::clone(&door.room).acquire_many_owned(kib).await else { return };
+                        let Ok(room) = Arc::clone(&admission.room).acquire_many_owned(kib).await else {
+                            return;
+                        };
                         let (node, shard) = (node.clone(), at.shard);
-                        drop(door.actor.cast(SupervisorMsg::Shard {
+                        drop(admission.actor.cast(SupervisorMsg::Shard {
                             node,
                             session,
                             step,
@@ -326,7 +332,7 @@ async fn serve_shards(door: Arc<Door>, link: Link, session: u64) {
                 }
             }
             Kind::ShardRequest => {
-                let answer = door.stored_shard(&frame).await;
+                let answer = admission.stored_shard(&frame).await;
                 let answer =
                     answer.unwrap_or_else(|error| wire::refusal(frame.epoch, frame.step, &error.to_string()));
                 if let Some(reply) = reply

@@ -13,7 +13,7 @@ use volary_telemetry::Meter;
 
 /// Which attempt at which step, and which lane of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct At {
+pub(crate) struct LaneStep {
     pub(crate) epoch: Epoch,
     pub(crate) step: Step,
     pub(crate) lane: Lane,
@@ -30,32 +30,32 @@ pub(crate) enum ShardMsg<B: Compute> {
 }
 
 /// What a lane leaves with an actor between its forward and backward calls, by attempt.
-pub(crate) struct Between<T> {
-    kept: Arc<Mutex<HashMap<At, T>>>,
+pub(crate) struct SavedActivations<T> {
+    kept: Arc<Mutex<HashMap<LaneStep, T>>>,
 }
 
-impl<T> Clone for Between<T> {
+impl<T> Clone for SavedActivations<T> {
     fn clone(&self) -> Self {
         Self { kept: Arc::clone(&self.kept) }
     }
 }
 
-impl<T> Default for Between<T> {
+impl<T> Default for SavedActivations<T> {
     fn default() -> Self {
         Self { kept: Arc::default() }
     }
 }
 
-impl<T> Between<T> {
-    fn lock(&self) -> MutexGuard<'_, HashMap<At, T>> {
+impl<T> SavedActivations<T> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<LaneStep, T>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn keep(&self, at: At, value: T) {
+    pub(crate) fn save(&self, at: LaneStep, value: T) {
         self.lock().insert(at, value);
     }
 
-    pub(crate) fn take(&self, at: At) -> Computed<T> {
+    pub(crate) fn take(&self, at: LaneStep) -> Computed<T> {
         self.lock().remove(&at).ok_or_else(|| ComputeError(format!("nothing is kept for {at:?}")))
     }
 
@@ -65,20 +65,20 @@ impl<T> Between<T> {
 }
 
 /// One shard on this node.
-pub(crate) struct Keeper<B: Compute> {
+pub(crate) struct ShardReplica<B: Compute> {
     pub(crate) id: ShardId,
     pub(crate) node: Arc<NodeContext<B>>,
-    state: Arc<Mutex<Held<B>>>,
+    state: Arc<Mutex<ReplicaState<B>>>,
 }
 
-struct Held<B: Compute> {
+struct ReplicaState<B: Compute> {
     shard: B::Shard,
     version: Step,
 }
 
-impl<B: Compute> Keeper<B> {
+impl<B: Compute> ShardReplica<B> {
     pub(crate) fn new(id: ShardId, node: Arc<NodeContext<B>>, shard: B::Shard, version: Step) -> Self {
-        Self { id, node, state: Arc::new(Mutex::new(Held { shard, version })) }
+        Self { id, node, state: Arc::new(Mutex::new(ReplicaState { shard, version })) }
     }
 
     /// Queues an urgent computation with a view of the shard's parameters; what it makes goes to `then`.

@@ -4,7 +4,7 @@
 //! that is not known, or was revoked because its node was fenced or has left, lets nobody in: a node then joins anew, with its
 //! token, if that is still good.
 
-use crate::operator::{OperatorReply, OperatorRequest, TokenStatus};
+use crate::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
 use crate::run_files::unix_ms;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -13,8 +13,8 @@ use std::time::Duration;
 use volary_core::NodeId;
 use volary_storage::{Store, Table};
 use volary_transport::{
-    Authority, Issued, SUPERVISOR, Token, TokenError, TokenRecord, TokenRole, TokenTerms, check_name,
-    write_secret,
+    AccessRole, AccessToken, AccessTokenError, AccessTokenRecord, AccessTokenTerms, Authority, Issued,
+    SUPERVISOR, check_name, write_secret,
 };
 
 /// The most tokens of a run.
@@ -42,7 +42,7 @@ pub(crate) const NAME_IN_USE: &str = "a living node has this name";
 type Verdict<T> = Result<T, String>;
 
 /// The tokens and certificates of a run.
-pub(crate) struct Keys {
+pub(crate) struct Credentials {
     authority: Authority,
     store: Store,
     lifetime: Duration,
@@ -78,7 +78,7 @@ pub(crate) fn random_number() -> u64 {
     std::collections::hash_map::RandomState::new().build_hasher().finish()
 }
 
-impl Keys {
+impl Credentials {
     pub(crate) fn new(authority: Authority, store: Store, lifetime: Duration) -> Self {
         Self { authority, store, lifetime, changing: Mutex::default() }
     }
@@ -97,18 +97,18 @@ impl Keys {
     }
 
     /// Leaves a token in a file of the run's directory, unless a good one lies there already.
-    pub(crate) fn hand_out(&self, role: TokenRole, path: &Path) -> Verdict<()> {
+    pub(crate) fn write_token_file(&self, role: AccessRole, path: &Path) -> Verdict<()> {
         let there = std::fs::read_to_string(path).ok();
         if there.is_some_and(|text| self.check(text.trim(), role).is_ok()) {
             return Ok(());
         }
-        let token = self.mint(role, TokenTerms::default())?;
+        let token = self.issue_token(role, AccessTokenTerms::default())?;
         write_secret(path, format!("{}\n", token.reveal()).as_bytes()).map_err(|error| error.to_string())
     }
 
     /// Takes a token that was made elsewhere, until it is revoked.
-    pub(crate) fn take_in(&self, role: TokenRole, text: &str) -> Verdict<()> {
-        let token: Token = text.trim().parse().map_err(|error: TokenError| error.to_string())?;
+    pub(crate) fn import(&self, role: AccessRole, text: &str) -> Verdict<()> {
+        let token: AccessToken = text.trim().parse().map_err(|error: AccessTokenError| error.to_string())?;
         if token.fingerprint() != self.authority.fingerprint() {
             return Err("it is for another authority".into());
         }
@@ -117,25 +117,26 @@ impl Keys {
             tracing::warn!(id = token.id(), "this token was revoked, and stays so");
             return Ok(());
         }
-        let record = token.record(role, now_unix_s(), TokenTerms::default());
+        let record = token.record(role, now_unix_s(), AccessTokenTerms::default());
         self.store.put(Table::Tokens, token.id(), &record).map_err(|error| error.to_string())
     }
 
-    fn mint(&self, role: TokenRole, terms: TokenTerms) -> Verdict<Token> {
-        let (token, record) = Token::mint(self.authority.fingerprint(), role, now_unix_s(), terms)
+    fn issue_token(&self, role: AccessRole, terms: AccessTokenTerms) -> Verdict<AccessToken> {
+        let (token, record) = AccessToken::issue(self.authority.fingerprint(), role, now_unix_s(), terms)
             .map_err(|error| error.to_string())?;
         self.store.put(Table::Tokens, token.id(), &record).map_err(|error| error.to_string())?;
         Ok(token)
     }
 
-    fn record(&self, text: &str) -> Verdict<(Token, TokenRecord)> {
-        let token: Token = text.parse().map_err(|error: TokenError| error.to_string())?;
-        let record = self.store.get::<TokenRecord>(Table::Tokens, token.id()).map_err(|e| e.to_string())?;
-        Ok((token, record.ok_or_else(|| TokenError::Unknown.to_string())?))
+    fn record(&self, text: &str) -> Verdict<(AccessToken, AccessTokenRecord)> {
+        let token: AccessToken = text.parse().map_err(|error: AccessTokenError| error.to_string())?;
+        let record =
+            self.store.get::<AccessTokenRecord>(Table::Tokens, token.id()).map_err(|e| e.to_string())?;
+        Ok((token, record.ok_or_else(|| AccessTokenError::Unknown.to_string())?))
     }
 
     /// Whether a token's text is good for something.
-    pub(crate) fn check(&self, text: &str, role: TokenRole) -> Verdict<()> {
+    pub(crate) fn check(&self, text: &str, role: AccessRole) -> Verdict<()> {
         let (token, record) = self.record(text)?;
         record.verify(&token, role, now_unix_s()).map_err(|error| error.to_string())
     }
@@ -161,10 +162,10 @@ impl Keys {
     }
 
     /// Counts one use, so that of two who come at once only one has the last.
-    fn use_once(&self, text: &str) -> Verdict<TokenRecord> {
+    fn use_once(&self, text: &str) -> Verdict<AccessTokenRecord> {
         for _ in 0..RACES_MAX {
             let (token, record) = self.record(text)?;
-            record.verify(&token, TokenRole::Node, now_unix_s()).map_err(|error| error.to_string())?;
+            record.verify(&token, AccessRole::Node, now_unix_s()).map_err(|error| error.to_string())?;
             let Some(left) = record.uses_left else { return Ok(record) };
             let mut used = record.clone();
             used.uses_left = Some(left.saturating_sub(1));
@@ -256,16 +257,16 @@ impl Keys {
     /// What an operator asks of the tokens; `None` when it asks something else.
     pub(crate) fn answer(&self, request: &OperatorRequest) -> Option<OperatorReply> {
         let answer = match request {
-            OperatorRequest::TokenCreate { role, terms } => self.create(*role, terms),
-            OperatorRequest::TokenList => self.list(),
-            OperatorRequest::TokenRevoke { id } => self.revoke(id),
+            OperatorRequest::AccessTokenCreate { role, terms } => self.create(*role, terms),
+            OperatorRequest::AccessTokenList => self.list(),
+            OperatorRequest::AccessTokenRevoke { id } => self.revoke(id),
             _ => return None,
         };
         Some(answer.unwrap_or_else(|reason| OperatorReply::Failed { reason }))
     }
 
-    fn create(&self, role: TokenRole, terms: &TokenTerms) -> Verdict<OperatorReply> {
-        let there = self.store.list::<TokenRecord>(Table::Tokens).map_err(|error| error.to_string())?;
+    fn create(&self, role: AccessRole, terms: &AccessTokenTerms) -> Verdict<OperatorReply> {
+        let there = self.store.list::<AccessTokenRecord>(Table::Tokens).map_err(|error| error.to_string())?;
         let now = now_unix_s();
         let (over, good): (Vec<_>, Vec<_>) =
             there.into_iter().partition(|(_, record)| record.expires_unix_s.is_some_and(|end| end <= now));
@@ -275,13 +276,14 @@ impl Keys {
         if good.len() >= TOKENS_MAX {
             return Err(format!("there are {TOKENS_MAX} tokens: revoke some first"));
         }
-        let token = self.mint(role, terms.clone())?;
-        Ok(OperatorReply::Token { text: token.reveal() })
+        let token = self.issue_token(role, terms.clone())?;
+        Ok(OperatorReply::AccessToken { text: token.reveal() })
     }
 
     fn list(&self) -> Verdict<OperatorReply> {
-        let tokens = self.store.list::<TokenRecord>(Table::Tokens).map_err(|error| error.to_string())?;
-        let status = |(id, record): (String, TokenRecord)| TokenStatus {
+        let tokens =
+            self.store.list::<AccessTokenRecord>(Table::Tokens).map_err(|error| error.to_string())?;
+        let status = |(id, record): (String, AccessTokenRecord)| AccessTokenStatus {
             id,
             role: record.role,
             created_unix_s: record.created_unix_s,
@@ -289,12 +291,13 @@ impl Keys {
             uses_left: record.uses_left,
             labels: record.labels,
         };
-        Ok(OperatorReply::Tokens(tokens.into_iter().map(status).collect()))
+        Ok(OperatorReply::AccessTokens(tokens.into_iter().map(status).collect()))
     }
 
     fn revoke(&self, id: &str) -> Verdict<OperatorReply> {
         // First what outlives a restart that brings the token along again.
-        let there = self.store.get::<TokenRecord>(Table::Tokens, id).map_err(|error| error.to_string())?;
+        let there =
+            self.store.get::<AccessTokenRecord>(Table::Tokens, id).map_err(|error| error.to_string())?;
         if there.is_some() {
             self.store.put(Table::Facts, &tombstone(id), &true).map_err(|error| error.to_string())?;
         }
@@ -307,5 +310,5 @@ impl Keys {
 }
 
 #[cfg(test)]
-#[path = "keys_tests.rs"]
+#[path = "credentials_tests.rs"]
 mod tests;
