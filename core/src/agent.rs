@@ -13,7 +13,7 @@ mod types;
 
 pub use types::{Effect, Event, Failure};
 
-use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
+use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
 use crate::schedule::Update;
@@ -52,7 +52,7 @@ enum EpochState {
 pub struct Agent {
     id: NodeId,
     epoch: Epoch,
-    timeline: u64,
+    timeline: Timeline,
     /// The last step that was applied.
     version: Step,
     placement: Placement,
@@ -74,9 +74,9 @@ impl Agent {
     pub fn new(id: NodeId) -> Self {
         Self {
             id,
-            epoch: 0,
-            timeline: 0,
-            version: 0,
+            epoch: Epoch::default(),
+            timeline: Timeline::default(),
+            version: Step::default(),
             placement: Placement::default(),
             assigned: Vec::new(),
             state: EpochState::Stopped,
@@ -192,7 +192,7 @@ impl Agent {
             self.push(Effect::Release(stale));
         }
         self.epoch = assignment.placement.epoch;
-        self.push(Effect::Discard { epoch: self.epoch - 1, all: true });
+        self.push(Effect::Discard { epoch: self.epoch.previous(), all: true });
         (self.timeline, self.version) = (assignment.timeline, assignment.version);
         (self.state, self.prepared) = (EpochState::Entering, None);
         self.assigned = assignment.shards.iter().map(|(shard, _)| *shard).collect();
@@ -227,7 +227,7 @@ impl Agent {
     /// A step that was prepared here and journalled there, and whose commit was never heard. A-3.
     fn roll_forward(&mut self, assignment: &Assignment) {
         let Some(last) = assignment.last else { return };
-        let missed = last.step == assignment.version && last.step == self.version + 1;
+        let missed = last.step == assignment.version && last.step == self.version.next();
         if missed && assignment.timeline == self.timeline && self.prepared == Some((last.epoch, last.step)) {
             self.apply(last.epoch, last.step, last.update);
         }
@@ -254,7 +254,7 @@ impl Agent {
         if !self.is_ready() {
             return;
         }
-        if step != self.version + 1 {
+        if step != self.version.next() {
             // Its commit was lost on the way: the next assignment brings it again.
             let reason = format!("step {step} begins, and this node is at step {}", self.version);
             return self.failed(Failure { reason, fatal: false, suspect: None });
@@ -277,7 +277,7 @@ impl Agent {
     fn on_done(&mut self, message: NodeReport) {
         match &message {
             NodeReport::Prepared { epoch, step, .. }
-                if *epoch == self.epoch && *step == self.version + 1 && self.is_ready() =>
+                if *epoch == self.epoch && *step == self.version.next() && self.is_ready() =>
             {
                 self.prepared = Some((*epoch, *step));
             }
@@ -289,13 +289,13 @@ impl Agent {
 
     fn on_commit(&mut self, epoch: Epoch, step: Step, update: Update) {
         // A commit that was heard before changes nothing.
-        if self.prepared == Some((epoch, step)) && step == self.version + 1 {
+        if self.prepared == Some((epoch, step)) && step == self.version.next() {
             self.apply(epoch, step, update);
         }
     }
 
     fn apply(&mut self, epoch: Epoch, step: Step, update: Update) {
-        let behind = self.shards.iter().filter(|(_, at)| **at + 1 == step);
+        let behind = self.shards.iter().filter(|(_, at)| at.next() == step);
         let shards: Vec<ShardId> = behind.map(|(shard, _)| *shard).collect();
         for shard in &shards {
             self.shards.insert(*shard, step);
@@ -334,8 +334,11 @@ impl Agent {
         let Some(pending) = self.pending_copies.get_mut(&shard) else { return };
         let (attempts, epoch) = (pending.attempts, self.epoch);
         match outcome {
-            Ok(at) if at >= self.version || (at + 1..=self.version).all(|s| pending.stash.contains(&s)) => {
-                let replay: Vec<Step> = (at + 1..=self.version).collect();
+            Ok(at)
+                if at >= self.version
+                    || at.next().through(self.version).all(|s| pending.stash.contains(&s)) =>
+            {
+                let replay: Vec<Step> = at.next().through(self.version).collect();
                 self.pending_copies.remove(&shard);
                 self.shards.insert(shard, at.max(self.version));
                 self.push(Effect::Install { shard, version: at, replay });

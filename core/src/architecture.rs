@@ -4,7 +4,7 @@
 //! gated dense feed-forward has three matrices, an expert has two, the token embedding is counted once (tied).
 
 use crate::dispatch::{Capacity, TOP_K};
-use crate::ids::ShardId;
+use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
 use serde::{Deserialize, Serialize};
 
 /// The activation inside an expert.
@@ -158,13 +158,26 @@ pub fn presets() -> Vec<Preset> {
 impl Architecture {
     /// Whether layer `layer` has experts.
     #[must_use]
-    pub fn is_moe(&self, layer: usize) -> bool {
-        self.experts > 0 && layer.is_multiple_of(2) == self.moe_first
+    pub fn is_moe(&self, layer: LayerId) -> bool {
+        self.experts > 0 && layer.index().is_multiple_of(2) == self.moe_first
+    }
+
+    /// All layers.
+    #[must_use]
+    pub fn layer_range(&self) -> LayerRange {
+        LayerId::range(0..self.layers as u16)
+    }
+
+    /// The experts of each MoE layer.
+    pub fn expert_ids(
+        &self,
+    ) -> impl DoubleEndedIterator<Item = ExpertId> + ExactSizeIterator + Clone + use<> {
+        ExpertId::first(self.experts as u16)
     }
 
     /// The layers that have experts.
-    pub fn moe_layers(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.layers).filter(|&layer| self.is_moe(layer))
+    pub fn moe_layers(&self) -> impl Iterator<Item = LayerId> + '_ {
+        self.layer_range().iter().filter(|&layer| self.is_moe(layer))
     }
 
     /// Width of one expert.
@@ -177,13 +190,11 @@ impl Architecture {
     #[must_use]
     pub fn shards(&self) -> Vec<ShardId> {
         let mut shards = vec![ShardId::Embedding];
-        for layer in 0..self.layers {
-            shards.push(ShardId::Dense { layer: layer as u16 });
+        for layer in self.layer_range().iter() {
+            shards.push(ShardId::Dense { layer });
             if self.is_moe(layer) {
-                shards.push(ShardId::Router { layer: layer as u16 });
-                let experts =
-                    (0..self.experts).map(|e| ShardId::Expert { layer: layer as u16, expert: e as u16 });
-                shards.extend(experts);
+                shards.push(ShardId::Router { layer });
+                shards.extend(self.expert_ids().map(|expert| ShardId::Expert { layer, expert }));
             }
         }
         shards.sort_unstable();
@@ -198,11 +209,8 @@ impl Architecture {
             ShardId::Embedding => self.vocabulary as u64 * hidden + hidden,
             ShardId::Dense { layer } => {
                 let attention = 4 * hidden * width + hidden + (self.position_buckets * self.heads) as u64;
-                let feed_forward = if self.is_moe(layer.into()) {
-                    0
-                } else {
-                    3 * hidden * self.feed_forward as u64 + hidden
-                };
+                let feed_forward =
+                    if self.is_moe(layer) { 0 } else { 3 * hidden * self.feed_forward as u64 + hidden };
                 attention + feed_forward
             }
             ShardId::Router { .. } => hidden * self.experts as u64 + hidden,
@@ -219,7 +227,7 @@ impl Architecture {
     /// Parameters that one token meets: everything but the experts it does not go to.
     #[must_use]
     pub fn activated_parameters(&self) -> u64 {
-        let expert = ShardId::Expert { layer: 0, expert: 0 };
+        let expert = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
         let idle = self.moe_layers().count() * self.experts.saturating_sub(TOP_K);
         self.parameters() - idle as u64 * self.shard_parameters(expert)
     }

@@ -6,7 +6,7 @@
 //! the whole is `lanes` times the gradient of the mean.
 
 use crate::dispatch::{Dispatch, TOP_K};
-use crate::ids::{Lane, ShardId, Step};
+use crate::ids::{Lane, LayerId, ShardId, Step};
 use crate::messages::Norm;
 use crate::schedule::Update;
 
@@ -104,7 +104,7 @@ pub trait Compute: Send + Sync + Sized + 'static {
     /// Attention and, in a layer without experts, the gated feed-forward.
     fn dense(
         &self,
-        layer: u16,
+        layer: LayerId,
         params: Self::Params,
         x: Self::Tensor,
         train: bool,
@@ -119,7 +119,7 @@ pub trait Compute: Send + Sync + Sized + 'static {
     /// Norm and gate: chooses each token's experts. `step` and `lane` key the random second-expert policy.
     fn gate(
         &self,
-        layer: u16,
+        layer: LayerId,
         params: Self::Params,
         x: Self::Tensor,
         at: (Step, Lane),

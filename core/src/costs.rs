@@ -5,7 +5,7 @@
 
 use crate::architecture::Architecture;
 use crate::dispatch::TOP_K;
-use crate::ids::ShardId;
+use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
 use crate::options::{Optimizer, TrainingOptions};
 
 /// Bytes of a number, in memory and on the wire.
@@ -23,7 +23,7 @@ pub struct Costs {
     /// Tokens in a lane.
     pub tokens_per_lane: usize,
     /// The layers that have experts.
-    pub moe_layers: Vec<u16>,
+    pub moe_layers: Vec<LayerId>,
     /// Experts in each of them.
     pub experts: usize,
     /// Forward operations of one token in each layer's dense part; the first layer has the embedding's and the loss's too.
@@ -64,7 +64,7 @@ impl Costs {
             lanes: training.lanes,
             lane_group: training.lane_group,
             tokens_per_lane: tokens,
-            moe_layers: a.moe_layers().map(|layer| layer as u16).collect(),
+            moe_layers: a.moe_layers().collect(),
             experts: a.experts,
             dense_flops: Vec::new(),
             expert_flops: 0.0,
@@ -77,7 +77,7 @@ impl Costs {
             row_wire: hidden * NUMBER,
         };
         if a.experts > 0 {
-            let parameters = a.shard_parameters(ShardId::Expert { layer: 0, expert: 0 });
+            let parameters = a.shard_parameters(ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) });
             costs.expert_flops = 2.0 * parameters as f64;
             // Beside its state, the rows of a group of lanes on their way through it, which wait for one another: inputs, what is kept inside,
             // and their gradients.
@@ -87,13 +87,13 @@ impl Costs {
             costs.expert_bytes = held(parameters) + rows as u64 * per_row;
             costs.expert_wire = parameters * NUMBER;
         }
-        for layer in 0..a.layers {
+        for layer in a.layer_range().iter() {
             let moe = a.is_moe(layer);
-            let mut parameters = a.shard_parameters(ShardId::Dense { layer: layer as u16 });
+            let mut parameters = a.shard_parameters(ShardId::Dense { layer });
             if moe {
-                parameters += a.shard_parameters(ShardId::Router { layer: layer as u16 });
+                parameters += a.shard_parameters(ShardId::Router { layer });
             }
-            let embedding = if layer == 0 { a.shard_parameters(ShardId::Embedding) } else { 0 };
+            let embedding = if layer == LayerId(0) { a.shard_parameters(ShardId::Embedding) } else { 0 };
             // Scores and their sum over values: two products over half the sequence.
             let attention = 2.0 * width as f64 * (length + 1) as f64;
             costs.dense_flops.push(2.0 * (parameters + embedding) as f64 + attention);
@@ -104,7 +104,7 @@ impl Costs {
             } else {
                 3 * a.feed_forward as u64
             };
-            let head = if layer == 0 { a.vocabulary as u64 } else { 0 };
+            let head = if layer == LayerId(0) { a.vocabulary as u64 } else { 0 };
             let numbers = 6 * hidden + 4 * width + 2 * a.heads as u64 * length + inner + head;
             costs.activation_bytes.push(tokens as u64 * numbers * NUMBER);
         }
@@ -117,11 +117,16 @@ impl Costs {
         self.dense_flops.len() as u16
     }
 
+    /// All layers.
+    #[must_use]
+    pub fn all_layers(&self) -> LayerRange {
+        LayerId::range(0..self.layers())
+    }
+
     /// Forward operations of one lane in the dense parts of some layers.
     #[must_use]
-    pub fn lane_flops(&self, layers: std::ops::Range<u16>) -> f64 {
-        let own = &self.dense_flops[usize::from(layers.start)..usize::from(layers.end)];
-        own.iter().sum::<f64>() * self.tokens_per_lane as f64
+    pub fn lane_flops(&self, layers: LayerRange) -> f64 {
+        self.dense_flops[layers.indices()].iter().sum::<f64>() * self.tokens_per_lane as f64
     }
 
     /// Rows that a lane sends to the experts of one layer, none dropped.
@@ -138,10 +143,9 @@ impl Costs {
 
     /// Memory that a node needs for the dense parts of some layers, with `in_flight` lanes at a time.
     #[must_use]
-    pub fn stage_bytes(&self, layers: std::ops::Range<u16>, in_flight: usize) -> u64 {
-        let own = usize::from(layers.start)..usize::from(layers.end);
-        let state: u64 = self.dense_bytes[own.clone()].iter().sum();
-        let activations: u64 = self.activation_bytes[own].iter().sum();
+    pub fn stage_bytes(&self, layers: LayerRange, in_flight: usize) -> u64 {
+        let state: u64 = self.dense_bytes[layers.indices()].iter().sum();
+        let activations: u64 = self.activation_bytes[layers.indices()].iter().sum();
         state.saturating_add(activations.saturating_mul(in_flight as u64))
     }
 }

@@ -35,4 +35,4 @@ pub mod random;
 pub mod schedule;
 pub mod tree;
 
-pub use ids::{Epoch, Lane, NodeId, ShardId, Step};
+pub use ids::{Epoch, ExpertId, Lane, LayerId, LayerRange, NodeId, ShardId, Step, Timeline};

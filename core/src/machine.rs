@@ -28,7 +28,7 @@ mod types;
 
 pub use types::{Activity, Committed, Effect, Event, Notice, PersistentState, Restored, Settings};
 
-use crate::ids::{Lane, NodeId, ShardId, Step};
+use crate::ids::{Lane, NodeId, ShardId, Step, Timeline};
 use crate::messages::{LaneReport, LastCommit, NodeCommand, NodeReport, Norm, ResidentState};
 use crate::placement::Placement;
 use crate::profile::Profile;
@@ -75,7 +75,7 @@ pub struct Machine {
     settings: Settings,
     nodes: BTreeMap<NodeId, Node>,
     placement: Placement,
-    timeline: u64,
+    timeline: Timeline,
     committed: Step,
     last: Option<LastCommit>,
     durable: Option<Step>,
@@ -112,7 +112,7 @@ impl Machine {
     #[must_use]
     pub fn new(settings: Settings, restored: Restored) -> Self {
         let Restored { durable, last, persistent } = restored;
-        let committed = last.map_or(0, |last| last.step).max(durable.unwrap_or(0));
+        let committed = last.map(|last| last.step).max(durable).unwrap_or_default();
         let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
         // A cluster that was whole goes on with those that come back; a new one waits for what was asked for.
         let wanted_nodes = if awaited.is_empty() { settings.cluster.nodes.max(1) } else { 1 };
@@ -214,7 +214,7 @@ impl Machine {
 
     /// Whether state is that of the last commit, or becomes so by applying that commit.
     fn is_current(&self, held: &ResidentState) -> bool {
-        let missed = self.last.filter(|last| last.step == held.version + 1);
+        let missed = self.last.filter(|last| last.step == held.version.next());
         let prepared = missed.is_some_and(|last| held.prepared == Some((last.epoch, last.step)));
         held.timeline == self.timeline && (held.version == self.committed || prepared)
     }
@@ -357,7 +357,9 @@ impl Machine {
         self.stopping = true;
         match self.phase {
             // Nothing is in flight. What is committed and not durable is in the nodes' memory, and waits for a placement.
-            Phase::Gathering | Phase::Placing { .. } if self.durable.unwrap_or(0) == self.committed => {
+            Phase::Gathering | Phase::Placing { .. }
+                if self.durable.unwrap_or_default() == self.committed =>
+            {
                 self.checkpointing = None;
                 self.finish_when_durable();
             }
@@ -380,7 +382,7 @@ impl Machine {
             Phase::Finishing | Phase::Done => {}
             _ if self.idle_ms >= self.settings.cluster.step_timeout_ms => {
                 let limit = self.settings.cluster.step_timeout_ms;
-                let reason = format!("nothing came of step {} within {limit} ms", self.committed + 1);
+                let reason = format!("nothing came of step {} within {limit} ms", self.committed.next());
                 self.idle_ms = 0;
                 self.on_too_slow(&reason);
             }
@@ -393,7 +395,7 @@ impl Machine {
         if !matches!(self.phase, Phase::Gathering) {
             return;
         }
-        if self.committed >= self.settings.training.steps && self.durable == Some(self.committed) {
+        if self.committed >= self.settings.training.last_step() && self.durable == Some(self.committed) {
             // The supervisor died after its last word.
             return self.end(Effect::Done);
         }

@@ -1,6 +1,6 @@
 //! What the supervisor and the nodes say to each other on the control stream.
 
-use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
+use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::placement::Placement;
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,7 @@ pub struct Assignment {
     /// The placement, the same for everybody.
     pub placement: Arc<Placement>,
     /// How often the run has gone back to a checkpoint: state from another timeline is no state of this run.
-    pub timeline: u64,
+    pub timeline: Timeline,
     /// The last committed step: the version of every shard.
     pub version: Step,
     /// The commit that made this version: a node that prepared it and did not hear of it applies it first.
@@ -53,7 +53,7 @@ pub struct Assignment {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResidentState {
     /// The timeline that its state belongs to.
-    pub timeline: u64,
+    pub timeline: Timeline,
     /// The last step that it applied.
     pub version: Step,
     /// The shards that it holds at that version.

@@ -1,5 +1,6 @@
 //! What a run is told about its training, as it stands in the configuration file.
 
+use crate::ids::Step;
 use crate::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -126,6 +127,12 @@ impl TrainingOptions {
     #[must_use]
     pub fn tokens_per_lane(&self) -> usize {
         self.sequences_per_lane * self.sequence_length
+    }
+
+    /// The last step of the run.
+    #[must_use]
+    pub fn last_step(&self) -> Step {
+        Step(self.steps)
     }
 
     /// What is wrong, if anything.

@@ -6,18 +6,17 @@
 //! `fan_in` nodes run a stage's lanes, sums are made and passed on by others too, so that no link carries everybody's. Nothing of this
 //! shows in the mathematics.
 
-use crate::ids::{Epoch, Lane, NodeId, ShardId};
+use crate::ids::{Epoch, Lane, LayerId, LayerRange, NodeId, ShardId};
 use crate::tree::LeafSpan;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 /// Consecutive layers, the nodes that hold them, and which of these takes which lane through them. The first stage has
 /// the embedding, and with it the loss: its nodes drive their lanes through the other stages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stage {
     /// Its layers.
-    pub layers: Range<u16>,
+    pub layers: LayerRange,
     /// The nodes that hold them, in the order of their names.
     pub holders: Vec<NodeId>,
     /// For each lane, the place in `holders` of the node that runs it.
@@ -28,7 +27,7 @@ impl Stage {
     /// The node that takes a lane through this stage.
     #[must_use]
     pub fn stage_node(&self, lane: Lane) -> Option<&NodeId> {
-        self.holders.get(*self.lanes.get(lane as usize)? as usize)
+        self.holders.get(*self.lanes.get(lane.index())? as usize)
     }
 
     /// Whether `node` holds the stage's shards.
@@ -53,8 +52,8 @@ impl Stage {
     #[must_use]
     pub fn lanes_of(&self, node: &NodeId) -> Vec<Lane> {
         let Ok(place) = self.holders.binary_search(node) else { return Vec::new() };
-        let own = |lane: &Lane| self.lanes[*lane as usize] as usize == place;
-        (0..self.lanes.len() as Lane).filter(own).collect()
+        let own = |lane: &Lane| self.lanes[lane.index()] as usize == place;
+        Lane::first(self.lanes.len() as u32).filter(own).collect()
     }
 }
 
@@ -77,14 +76,6 @@ pub struct Placement {
     pub learners: BTreeMap<ShardId, BTreeSet<NodeId>>,
 }
 
-/// The layer that a shard belongs to; the embedding is the first's.
-fn layer_of(shard: ShardId) -> u16 {
-    match shard {
-        ShardId::Embedding => 0,
-        ShardId::Dense { layer } | ShardId::Router { layer } | ShardId::Expert { layer, .. } => layer,
-    }
-}
-
 impl Placement {
     /// Lanes of the run.
     #[must_use]
@@ -94,7 +85,7 @@ impl Placement {
 
     /// The stage of a layer.
     #[must_use]
-    pub fn stage_of(&self, layer: u16) -> Option<&Stage> {
+    pub fn stage_of(&self, layer: LayerId) -> Option<&Stage> {
         self.stages.get(self.stages.partition_point(|stage| stage.layers.end <= layer))
     }
 
@@ -140,7 +131,7 @@ impl Placement {
         if let Some(holders) = self.experts.get(&shard) {
             return holders.clone();
         }
-        let Some(stage) = self.stage_of(layer_of(shard)) else { return Vec::new() };
+        let Some(stage) = self.stage_of(shard.layer()) else { return Vec::new() };
         let mut holders = stage.holders.clone();
         let first = turn(shard, holders.len());
         holders.rotate_left(first);
@@ -152,7 +143,7 @@ impl Placement {
     pub fn holders_unordered(&self, shard: ShardId) -> &[NodeId] {
         match self.experts.get(&shard) {
             Some(holders) => holders,
-            None => self.stage_of(layer_of(shard)).map_or(&[], |stage| &stage.holders),
+            None => self.stage_of(shard.layer()).map_or(&[], |stage| &stage.holders),
         }
     }
 
@@ -174,7 +165,7 @@ impl Placement {
     #[must_use]
     pub fn lanes_by_driver(&self) -> BTreeMap<&NodeId, Vec<Lane>> {
         let mut driven: BTreeMap<&NodeId, Vec<Lane>> = BTreeMap::new();
-        for lane in 0..self.lanes() {
+        for lane in Lane::first(self.lanes()) {
             if let Some(node) = self.stages.first().and_then(|stage| stage.stage_node(lane)) {
                 driven.entry(node).or_default().push(lane);
             }
@@ -188,7 +179,7 @@ impl Placement {
         if let Some(holders) = self.experts.get(&shard) {
             return holders.first();
         }
-        let holders = &self.stage_of(layer_of(shard))?.holders;
+        let holders = &self.stage_of(shard.layer())?.holders;
         holders.get(turn(shard, holders.len()))
     }
 
@@ -197,7 +188,7 @@ impl Placement {
     pub fn holds(&self, node: &NodeId, shard: ShardId) -> bool {
         match self.experts.get(&shard) {
             Some(holders) => holders.contains(node),
-            None => self.stage_of(layer_of(shard)).is_some_and(|stage| stage.holds(node)),
+            None => self.stage_of(shard.layer()).is_some_and(|stage| stage.holds(node)),
         }
     }
 
@@ -209,8 +200,8 @@ impl Placement {
 
     /// The lanes that a node has in all stages together, whole lanes: a third of the layers of three lanes are one.
     #[must_use]
-    pub fn lane_work(&self, node: &NodeId, share: impl Fn(&Range<u16>) -> f64) -> f64 {
-        self.stages.iter().map(|stage| stage.lanes_of(node).len() as f64 * share(&stage.layers)).sum()
+    pub fn lane_work(&self, node: &NodeId, share: impl Fn(LayerRange) -> f64) -> f64 {
+        self.stages.iter().map(|stage| stage.lanes_of(node).len() as f64 * share(stage.layers)).sum()
     }
 
     /// How many leaves the gradient of a shard has: lanes, or for an expert groups of lanes.
@@ -222,23 +213,26 @@ impl Placement {
 
     /// The lanes of leaf `leaf` of an expert's gradient.
     #[must_use]
-    pub fn group_lanes(&self, leaf: u32) -> Range<Lane> {
+    pub fn group_lanes(
+        &self,
+        leaf: u32,
+    ) -> impl DoubleEndedIterator<Item = Lane> + ExactSizeIterator + Clone + use<> {
         let start = leaf * self.lane_group;
-        start..(start + self.lane_group).min(self.lanes())
+        (start..(start + self.lane_group).min(self.lanes())).map(Lane)
     }
 
     /// The node that computes a leaf of a shard's gradient: the runner of the lane or, for an expert, the replica that
     /// serves the group; a replica on the node that runs the group's first lane is preferred.
     #[must_use]
     pub fn computed_by(&self, shard: ShardId, leaf: u32) -> Option<&NodeId> {
-        let stage = self.stage_of(layer_of(shard))?;
-        let Some(holders) = self.experts.get(&shard) else { return stage.stage_node(leaf) };
-        let runner = stage.stage_node(leaf * self.lane_group)?;
+        let stage = self.stage_of(shard.layer())?;
+        let Some(holders) = self.experts.get(&shard) else { return stage.stage_node(Lane(leaf)) };
+        let runner = stage.stage_node(Lane(leaf * self.lane_group))?;
         if let Some(local) = holders.iter().find(|&holder| holder == runner) {
             return Some(local);
         }
         let turn = match shard {
-            ShardId::Expert { expert, .. } => leaf as usize + usize::from(expert),
+            ShardId::Expert { expert, .. } => leaf as usize + expert.index(),
             _ => leaf as usize,
         };
         holders.get(turn % holders.len().max(1))
@@ -247,7 +241,7 @@ impl Placement {
     /// The replica that serves an expert to a lane.
     #[must_use]
     pub fn serving_replica(&self, shard: ShardId, lane: Lane) -> Option<&NodeId> {
-        self.computed_by(shard, lane / self.lane_group.max(1))
+        self.computed_by(shard, lane.0 / self.lane_group.max(1))
     }
 
     /// The node that makes the sum over `span` of a shard's gradient: whoever computes all of it; of what several nodes compute the
@@ -262,7 +256,7 @@ impl Placement {
         if shard.is_expert() {
             return owner;
         }
-        let stage = self.stage_of(layer_of(shard))?;
+        let stage = self.stage_of(shard.layer())?;
         let level = |span: LeafSpan| stage.level(span, self.fan_in);
         let wanted = level(span);
         let mut block = LeafSpan::root(self.leaves(shard));
@@ -273,7 +267,7 @@ impl Placement {
             let (left, right) = block.children()?;
             block = if span.start < right.start { left } else { right };
         }
-        stage.stage_node(block.start + turn(shard, (block.end - block.start) as usize) as u32)
+        stage.stage_node(Lane(block.start + turn(shard, (block.end - block.start) as usize) as u32))
     }
 
     /// The nodes to which `node` passes on a shard's last sum: the owner's are the first of a tree over all holders.
@@ -296,7 +290,7 @@ impl Placement {
 fn turn(shard: ShardId, holders: usize) -> usize {
     let ordinal = match shard {
         ShardId::Embedding => 0,
-        shard => 1 + usize::from(layer_of(shard)),
+        shard => 1 + shard.layer().index(),
     };
     ordinal % holders.max(1)
 }
@@ -310,12 +304,12 @@ mod tests {
     fn placement(nodes: u32, lanes: u32, fan_in: u32) -> Placement {
         let holders: Vec<NodeId> = (0..nodes).map(|node| NodeId::new(format!("n{node:04}"))).collect();
         let stage = Stage {
-            layers: 0..3,
+            layers: LayerId::range(0..3),
             holders: holders.clone(),
             lanes: (0..lanes).map(|lane| lane * nodes / lanes).collect(),
         };
         Placement {
-            epoch: 1,
+            epoch: Epoch(1),
             members: holders,
             stages: vec![stage],
             lane_group: 1,
@@ -361,7 +355,7 @@ mod tests {
             nodes in 1u32..70, spare in 0u32..40, fan_in in 2u32..9, layer in 0u16..3,
         ) {
             let placement = placement(nodes, nodes + spare, fan_in);
-            let shard = ShardId::Dense { layer };
+            let shard = ShardId::Dense { layer: LayerId(layer) };
             let (at, received) = sum(&placement, shard);
             prop_assert_eq!(Some(&at), placement.owner(shard));
             // A node may add up at each level; runs of lanes that are no subtrees come in pieces.
@@ -377,14 +371,14 @@ mod tests {
         fn what_one_node_makes_alone_ends_at_the_owner_too(nodes in 1u32..20, runner in 0u32..20, layer in 0u16..3) {
             let mut placement = placement(nodes, 8, 2);
             placement.stages[0].lanes.fill(runner % nodes);
-            let (at, _) = sum(&placement, ShardId::Dense { layer });
-            prop_assert_eq!(Some(&at), placement.owner(ShardId::Dense { layer }));
+            let (at, _) = sum(&placement, ShardId::Dense { layer: LayerId(layer) });
+            prop_assert_eq!(Some(&at), placement.owner(ShardId::Dense { layer: LayerId(layer) }));
         }
 
         #[test]
         fn the_last_sum_reaches_every_holder_once(nodes in 1u32..70, fan_in in 2u32..9, layer in 0u16..3) {
             let placement = placement(nodes, nodes, fan_in);
-            let shard = ShardId::Dense { layer };
+            let shard = ShardId::Dense { layer: LayerId(layer) };
             let mut open = vec![placement.owner(shard).unwrap().clone()];
             let mut reached = Vec::new();
             while let Some(node) = open.pop() {

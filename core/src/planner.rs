@@ -30,7 +30,7 @@ pub use predict::{NodePart, Prediction, predict};
 
 use crate::architecture::Architecture;
 use crate::costs::Costs;
-use crate::ids::{Epoch, NodeId, ShardId};
+use crate::ids::{Epoch, LayerId, NodeId, ShardId};
 use crate::options::TrainingOptions;
 use crate::placement::{Placement, Stage};
 use crate::profile::Profile;
@@ -108,14 +108,16 @@ pub struct Shortage {
     /// How much, in bytes.
     pub bytes: u64,
     /// The layer that is too large for every single node; none when all nodes together are too small.
-    pub layer: Option<u16>,
+    pub layer: Option<LayerId>,
 }
 
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let gib = self.bytes as f64 / f64::from(1 << 30);
         match self.layer {
-            Some(0) => write!(f, "layer 0 with the embedding takes {gib:.1} GiB more than any node has"),
+            Some(LayerId(0)) => {
+                write!(f, "layer 0 with the embedding takes {gib:.1} GiB more than any node has")
+            }
             Some(layer) => write!(f, "layer {layer} takes {gib:.1} GiB more than any node has"),
             None => write!(f, "all nodes together have {gib:.1} GiB too little"),
         }

@@ -1,5 +1,6 @@
 //! Learning rate and the decision to apply a step: pure functions of the step and its norms.
 
+use crate::ids::Step;
 use serde::{Deserialize, Serialize};
 
 /// How the learning rate follows the step.
@@ -49,7 +50,8 @@ impl Default for Schedule {
 impl Schedule {
     /// The learning rate of `step` (from 1) in a run of `steps`.
     #[must_use]
-    pub fn rate(&self, step: u64, steps: u64) -> f64 {
+    pub fn rate(&self, step: Step, steps: u64) -> f64 {
+        let step = step.0;
         let (&rate, &warmup) = match self {
             Self::InverseSquareRoot { rate, warmup_steps, .. }
             | Self::Cosine { rate, warmup_steps, .. }
@@ -112,9 +114,9 @@ mod tests {
     #[test]
     fn the_papers_schedule_is_flat_then_falls_as_inverse_square_root() {
         let schedule = Schedule::default();
-        assert_eq!(schedule.rate(1, 0), 0.01);
-        assert_eq!(schedule.rate(10_000, 0), 0.01);
-        assert_eq!(schedule.rate(40_000, 0), 0.005);
+        assert_eq!(schedule.rate(Step(1), 0), 0.01);
+        assert_eq!(schedule.rate(Step(10_000), 0), 0.01);
+        assert_eq!(schedule.rate(Step(40_000), 0), 0.005);
     }
 
     #[test]
@@ -123,11 +125,11 @@ mod tests {
             Schedule::Cosine { rate: 1.0, warmup_steps: 10, floor: 0.1 },
             Schedule::Linear { rate: 1.0, warmup_steps: 10, floor: 0.1 },
         ] {
-            assert_eq!(schedule.rate(5, 110), 0.5);
-            assert_eq!(schedule.rate(10, 110), 1.0);
-            assert!((schedule.rate(60, 110) - 0.55).abs() < 1e-12);
-            assert!((schedule.rate(110, 110) - 0.1).abs() < 1e-12);
-            assert!((schedule.rate(500, 110) - 0.1).abs() < 1e-12);
+            assert_eq!(schedule.rate(Step(5), 110), 0.5);
+            assert_eq!(schedule.rate(Step(10), 110), 1.0);
+            assert!((schedule.rate(Step(60), 110) - 0.55).abs() < 1e-12);
+            assert!((schedule.rate(Step(110), 110) - 0.1).abs() < 1e-12);
+            assert!((schedule.rate(Step(500), 110) - 0.1).abs() < 1e-12);
         }
     }
 

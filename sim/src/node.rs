@@ -33,7 +33,7 @@ fn mix(a: u64, b: u64) -> u64 {
 }
 
 fn lane_loss(step: Step, lane: Lane) -> f64 {
-    Stream::new(9, Purpose::Faults, &[step, lane.into()]).next_f64()
+    Stream::new(9, Purpose::Faults, &[step.0, lane.0.into()]).next_f64()
 }
 
 /// Tokens per expert of one lane and layer: expert 1 has more than half.
@@ -43,7 +43,7 @@ fn uneven_load(experts: usize) -> Vec<u32> {
 
 /// A number for the update of a step, the same for everybody.
 fn gradient(step: Step, rate: f64) -> u64 {
-    mix(step, rate.to_bits())
+    mix(step.0, rate.to_bits())
 }
 
 impl Node {
@@ -84,7 +84,7 @@ impl Node {
             panic!("{shard} is to be changed by step {step} and is not here");
         };
         //
-        assert_eq!(*version + 1, step, "{shard} is at another version");
+        assert_eq!(version.next(), step, "{shard} is at another version");
         (*version, *value) = (step, mix(*value, gradient));
     }
 }
@@ -93,7 +93,7 @@ impl World {
     /// What a shard's state must be after a step.
     fn truth(&self, shard: ShardId, step: Step) -> u64 {
         let start = mix(77, volary_hash(shard));
-        (1..=step).fold(start, |value, s| {
+        Step(1).through(step).fold(start, |value, s| {
             let (_, rate) = self.disk.ever.get(&s).unwrap_or_else(|| panic!("step {s} was never journalled"));
             mix(value, gradient(s, f64::from_bits(*rate)))
         })
@@ -180,7 +180,7 @@ impl World {
         let mut outcome = Ok(());
         for (shard, source) in shards {
             let value = match source {
-                Source::Initial => self.truth(*shard, 0),
+                Source::Initial => self.truth(*shard, Step(0)),
                 Source::Checkpoint(step) if Some(*step) == self.disk.durable => self.truth(*shard, *step),
                 Source::Checkpoint(step) => {
                     // A late word: the run is further on, and this one is not of its placement any more.
@@ -308,7 +308,7 @@ impl World {
         let message = NodeReport::Prepared {
             epoch,
             step,
-            norms: kept.map(|shard| (shard, Norm { squared: step as f64, finite: true })).collect(),
+            norms: kept.map(|shard| (shard, Norm { squared: step.0 as f64, finite: true })).collect(),
             lanes: lanes.into_iter().map(report).collect(),
             speed: Some(node.speed),
         };

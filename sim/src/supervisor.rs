@@ -19,7 +19,7 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) fn last_step(&self) -> Step {
-        self.journal.last_key_value().map_or(0, |(step, _)| *step)
+        self.journal.last_key_value().map(|(step, _)| *step).unwrap_or_default()
     }
 
     pub(crate) fn restored(&self) -> Restored {
@@ -78,7 +78,7 @@ impl World {
 
     fn journal_step(&mut self, committed: Committed) {
         // M-1: once, in order; and the same as ever before.
-        assert_eq!(committed.step, self.disk.last_step() + 1, "steps are committed in order, once");
+        assert_eq!(committed.step, self.disk.last_step().next(), "steps are committed in order, once");
         let bits = (committed.loss.to_bits(), committed.update.rate.to_bits());
         let before = *self.disk.ever.entry(committed.step).or_insert(bits);
         assert_eq!(before, bits, "step {} done again is another", committed.step);
@@ -89,8 +89,8 @@ impl World {
     /// M-4, and its other half: never while a copy of every shard lives among those who are here.
     fn go_back(&mut self, step: Step) {
         // One that was given up and became durable all the same is passed over.
-        assert!(step <= self.disk.durable.unwrap_or(0));
-        self.disk.durable = (step > 0).then_some(step);
+        assert!(step <= self.disk.durable.unwrap_or_default());
+        self.disk.durable = (step > Step(0)).then_some(step);
         let committed = self.disk.last_step();
         let last = self.disk.restored().last;
         let has = |node: &NodeId, shard: &ShardId| {
@@ -99,8 +99,9 @@ impl World {
             }
             let Some(known) = self.nodes.get(node) else { return false };
             let held = known.agent.resident_state();
-            let rolls = last
-                .is_some_and(|l| held.prepared == Some((l.epoch, l.step)) && held.version + 1 == committed);
+            let rolls = last.is_some_and(|l| {
+                held.prepared == Some((l.epoch, l.step)) && held.version.next() == committed
+            });
             held.shards.contains(shard) && (held.version == committed || rolls)
         };
         let linked: Vec<&NodeId> = self

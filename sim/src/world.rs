@@ -13,7 +13,7 @@ use volary_core::placement::Placement;
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Schedule;
-use volary_core::{Epoch, NodeId, ShardId, Step, agent};
+use volary_core::{Epoch, LayerId, NodeId, ShardId, Step, agent};
 
 /// Milliseconds of silence after which a link is given up.
 pub const SILENCE_MS: u64 = 2_000;
@@ -64,7 +64,10 @@ pub fn room_for_half(node: &NodeId) -> Profile {
     let costs = Costs::new(&settings.architecture, &settings.training);
     let number: usize = node.0.trim_start_matches('n').parse().unwrap_or_default();
     Profile {
-        memory_bytes: costs.stage_bytes(0..2, 2).max(costs.stage_bytes(2..4, 2)) + 5 * costs.expert_bytes,
+        memory_bytes: costs
+            .stage_bytes(LayerId::range(0..2), 2)
+            .max(costs.stage_bytes(LayerId::range(2..4), 2))
+            + 5 * costs.expert_bytes,
         zone: format!("zone-{}", number % 2),
         ..Profile::relative(1.0)
     }
@@ -441,7 +444,7 @@ impl World {
     }
 
     fn note_report(&mut self, node: &NodeId, message: &NodeReport) {
-        let current = self.machine.as_ref().map_or(0, |machine| machine.placement().epoch);
+        let current = self.machine.as_ref().map(|machine| machine.placement().epoch).unwrap_or_default();
         let reported = self.reported.entry(node.clone()).or_default();
         match message {
             NodeReport::Ready { epoch } if *epoch == current => {

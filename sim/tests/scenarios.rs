@@ -1,8 +1,8 @@
 //! What Volary promises of each thing that can happen, in simulated time.
 #![expect(clippy::expect_used, reason = "tests")]
 
-use volary_core::NodeId;
 use volary_core::machine::Notice;
+use volary_core::{ExpertId, LayerId, NodeId, ShardId, Step};
 use volary_sim::{Fault, World, deep_settings, room_for_half, settings};
 
 const STEPS: u64 = 40;
@@ -17,7 +17,7 @@ fn world(seed: u64, nodes: usize, replication: usize) -> World {
     World::new(seed, settings(STEPS, nodes, replication), nodes)
 }
 
-fn quiet() -> Vec<(u64, u64)> {
+fn quiet() -> Vec<(Step, u64)> {
     let mut world = world(1, 1, 1);
     end(&mut world);
     world.journal()
@@ -31,7 +31,7 @@ fn end(world: &mut World) {
 /// Lets `fault` happen in step 10 and plays the run to its end, which must be the quiet run's.
 fn struck(seed: u64, nodes: usize, replication: usize, fault: Fault) -> World {
     let mut world = world(seed, nodes, replication);
-    world.run_until_step(9);
+    world.run_until_step(Step(9));
     world.at(world.now() + 30, fault);
     end(&mut world);
     assert_eq!(world.journal(), quiet(), "seed {seed}");
@@ -48,8 +48,8 @@ fn longest_gap(world: &World) -> u64 {
 }
 
 fn nothing_undone(world: &World) {
-    let steps: Vec<u64> = world.commits.iter().map(|(step, _)| *step).collect();
-    assert_eq!(steps, (1..=STEPS).collect::<Vec<_>>(), "every step is committed once");
+    let steps: Vec<Step> = world.commits.iter().map(|(step, _)| *step).collect();
+    assert_eq!(steps, Step(1).through(Step(STEPS)).collect::<Vec<_>>(), "every step is committed once");
 }
 
 #[test]
@@ -112,7 +112,7 @@ fn when_the_last_copy_dies_the_run_goes_back_to_its_checkpoint_and_on() {
             _ => None,
         });
         let (from, to) = back.expect("a loud event");
-        assert!(to % 5 == 0 && (from - to) <= 10, "from {from} to {to}");
+        assert!(to.is_multiple_of(5) && (from - to) <= 10, "from {from} to {to}");
     }
 }
 
@@ -130,7 +130,7 @@ fn a_supervisor_that_dies_anywhere_comes_back_and_goes_on_where_it_was() {
 fn when_everything_dies_the_run_goes_on_from_the_last_checkpoint() {
     for seed in 0..100 {
         let mut world = world(seed, 3, 2);
-        world.run_until_step(12);
+        world.run_until_step(Step(12));
         world.at(world.now(), Fault::KillEverything);
         world.at(world.now() + 1_000, Fault::Join);
         end(&mut world);
@@ -142,12 +142,12 @@ fn when_everything_dies_the_run_goes_on_from_the_last_checkpoint() {
 fn a_stop_writes_a_checkpoint_of_the_last_committed_step() {
     for seed in 0..100 {
         let mut world = world(seed, 3, 2);
-        world.run_until_step(12);
+        world.run_until_step(Step(12));
         world.at(world.now() + seed, Fault::Stop);
         end(&mut world);
         let last = world.journal().last().map(|(step, _)| *step);
         assert_eq!(world.durable(), last, "seed {seed}");
-        assert_eq!(world.journal(), quiet()[..last.unwrap_or(0) as usize]);
+        assert_eq!(world.journal(), quiet()[..last.unwrap_or_default().0 as usize]);
     }
 }
 
@@ -185,7 +185,7 @@ fn of_two_that_cannot_be_spared_and_cannot_reach_each_other_the_run_waits() {
         assert!((2..=30).contains(&aborted), "seed {seed}: {aborted} attempts");
     }
     let mut world = world(1, 2, 1);
-    world.run_until_step(9);
+    world.run_until_step(Step(9));
     world.at(world.now() + 30, Fault::Cut(id(1), id(2), 10_000_000));
     world.run_until(world.now() + 600_000);
     let reason = world.fatal.expect("it does not wait for ever");
@@ -195,7 +195,7 @@ fn of_two_that_cannot_be_spared_and_cannot_reach_each_other_the_run_waits() {
 #[test]
 fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
     let mut world = world(7, 3, 1);
-    world.run_until_step(1);
+    world.run_until_step(Step(1));
     world.at(world.now(), Fault::Slow(id(3), 0.25));
     end(&mut world);
     assert_eq!(world.journal(), quiet());
@@ -213,14 +213,14 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
     let placement = world.placement().expect("a supervisor");
     let lanes = |node| placement.lanes_of(&id(node)).len();
     assert!(lanes(3) < lanes(1) && lanes(3) < lanes(2), "{placement:?}");
-    let hot = volary_core::ShardId::Expert { layer: 0, expert: 1 };
+    let hot = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
     assert!(placement.holders(hot).len() > 1, "{placement:?}");
     assert!(reasons.len() <= 4, "it does not flap: {reasons:?}");
 }
 
 fn spread(seed: u64, nodes: usize) -> World {
     let mut world = World::of_unlike_nodes(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
-    world.run_until_step(9);
+    world.run_until_step(Step(9));
     let stages = world.placement().expect("a supervisor").stages.len();
     assert_eq!(stages, 2, "no node has room for all layers");
     world

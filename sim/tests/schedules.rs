@@ -14,14 +14,14 @@
 #![expect(clippy::expect_used, reason = "tests")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use volary_core::NodeId;
 use volary_core::machine::{Notice, Settings};
 use volary_core::profile::Profile;
+use volary_core::{NodeId, Step};
 use volary_sim::{Kinds, World, deep_settings, room_for_half, schedule, settings};
 
 const STEPS: u64 = 30;
 
-fn quiet() -> Vec<(u64, u64)> {
+fn quiet() -> Vec<(Step, u64)> {
     let mut world = World::new(1, settings(STEPS, 1, 1), 1);
     world.run_until(600_000);
     assert!(world.done, "{world:?}");

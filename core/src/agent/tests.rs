@@ -1,10 +1,11 @@
 //! A node's machine alone, told by hand what its supervisor says.
 
 use super::*;
+use crate::ids::{ExpertId, LayerId};
 use crate::messages::LastCommit;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };
-const EXPERT: ShardId = ShardId::Expert { layer: 0, expert: 1 };
+const EXPERT: ShardId = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
 
 fn id(name: &str) -> NodeId {
     NodeId::new(name)
@@ -64,7 +65,11 @@ impl Driven {
 
 fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) -> Assignment {
     let members = vec![id("a"), id("b")];
-    let stage = crate::placement::Stage { layers: 0..u16::MAX, holders: members.clone(), lanes: vec![0, 1] };
+    let stage = crate::placement::Stage {
+        layers: LayerId::range(0..u16::MAX),
+        holders: members.clone(),
+        lanes: vec![0, 1],
+    };
     let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
     Assignment {
         placement: std::sync::Arc::new(Placement {
@@ -74,7 +79,7 @@ fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) ->
             learners,
             ..Placement::default()
         }),
-        timeline: 0,
+        timeline: Timeline(0),
         version,
         last: None,
         shards: vec![(ShardId::Embedding, source)],
@@ -94,111 +99,114 @@ fn applied(effects: &[Effect]) -> Vec<Step> {
 ///
 #[test]
 fn a_commit_is_applied_once_and_only_when_its_step_is_prepared() {
-    let mut driven = Driven::entered(1, 0, &[]);
-    driven.begin(1, 1);
-    assert!(driven.commit(1, 1).is_empty(), "not prepared");
-    driven.prepare(1, 1);
-    assert_eq!(applied(driven.commit(1, 1)), [1]);
-    assert!(driven.commit(1, 1).is_empty(), "heard twice");
-    assert_eq!(driven.agent.resident_state().version, 1);
+    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
+    driven.begin(Epoch(1), Step(1));
+    assert!(driven.commit(Epoch(1), Step(1)).is_empty(), "not prepared");
+    driven.prepare(Epoch(1), Step(1));
+    assert_eq!(applied(driven.commit(Epoch(1), Step(1))), [Step(1)]);
+    assert!(driven.commit(Epoch(1), Step(1)).is_empty(), "heard twice");
+    assert_eq!(driven.agent.resident_state().version, Step(1));
 }
 
 ///
 #[test]
 fn another_epochs_word_changes_nothing() {
-    let mut driven = Driven::entered(2, 0, &[]);
-    driven.begin(2, 1);
-    assert!(driven.begin(1, 1).is_empty());
-    driven.prepare(2, 1);
-    assert!(driven.commit(1, 1).is_empty());
-    assert!(driven.commit(3, 1).is_empty());
-    assert!(driven.assign(assignment(1, 0, Source::Held, &[])).is_empty());
+    let mut driven = Driven::entered(Epoch(2), Step(0), &[]);
+    driven.begin(Epoch(2), Step(1));
+    assert!(driven.begin(Epoch(1), Step(1)).is_empty());
+    driven.prepare(Epoch(2), Step(1));
+    assert!(driven.commit(Epoch(1), Step(1)).is_empty());
+    assert!(driven.commit(Epoch(3), Step(1)).is_empty());
+    assert!(driven.assign(assignment(Epoch(1), Step(0), Source::Held, &[])).is_empty());
 }
 
 ///
 #[test]
 fn a_commit_that_was_journalled_and_not_heard_of_is_applied_with_the_next_assignment() {
-    let mut driven = Driven::entered(1, 0, &[]);
-    driven.begin(1, 1);
-    driven.prepare(1, 1);
+    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
+    driven.begin(Epoch(1), Step(1));
+    driven.prepare(Epoch(1), Step(1));
     driven.handle(Event::SupervisorLost);
-    assert!(driven.effects.contains(&Effect::Discard { epoch: 1, all: false }), "its gradients stay");
-    assert_eq!(driven.agent.resident_state().prepared, Some((1, 1)));
-    let last = Some(LastCommit { epoch: 1, step: 1, update: UPDATE });
-    driven.assign(Assignment { last, ..assignment(2, 1, Source::Held, &[]) });
-    assert_eq!(applied(&driven.effects), [1]);
-    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: 2 }]);
+    assert!(driven.effects.contains(&Effect::Discard { epoch: Epoch(1), all: false }), "its gradients stay");
+    assert_eq!(driven.agent.resident_state().prepared, Some((Epoch(1), Step(1))));
+    let last = Some(LastCommit { epoch: Epoch(1), step: Step(1), update: UPDATE });
+    driven.assign(Assignment { last, ..assignment(Epoch(2), Step(1), Source::Held, &[]) });
+    assert_eq!(applied(&driven.effects), [Step(1)]);
+    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: Epoch(2) }]);
 }
 
 #[test]
 fn a_prepared_step_that_was_never_committed_is_dropped_and_the_state_stays() {
-    let mut driven = Driven::entered(1, 0, &[]);
-    driven.begin(1, 1);
-    driven.prepare(1, 1);
-    driven.assign(assignment(2, 0, Source::Held, &[]));
+    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
+    driven.begin(Epoch(1), Step(1));
+    driven.prepare(Epoch(1), Step(1));
+    driven.assign(assignment(Epoch(2), Step(0), Source::Held, &[]));
     assert_eq!(applied(&driven.effects), [] as [Step; 0]);
-    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: 2 }]);
+    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: Epoch(2) }]);
     assert_eq!(driven.agent.resident_state().prepared, None);
 }
 
 #[test]
 fn one_that_has_missed_a_commit_says_so_and_begins_nothing() {
-    let mut driven = Driven::entered(1, 0, &[]);
-    driven.assign(assignment(2, 2, Source::Held, &[]));
-    assert_eq!(driven.said(), [&NodeReport::Behind { epoch: 2, version: 2 }]);
-    assert!(driven.begin(2, 3).is_empty());
+    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
+    driven.assign(assignment(Epoch(2), Step(2), Source::Held, &[]));
+    assert_eq!(driven.said(), [&NodeReport::Behind { epoch: Epoch(2), version: Step(2) }]);
+    assert!(driven.begin(Epoch(2), Step(3)).is_empty());
 }
 
 #[test]
 fn what_comes_for_an_aborted_placement_is_dropped() {
     let mut driven = Driven::new();
-    driven.assign(assignment(1, 0, Source::Initial, &[]));
-    driven.handle(Event::Command(NodeCommand::Abort { epoch: 1 }));
-    assert!(driven.handle(Event::Fetched { epoch: 1, outcome: Ok(()) }).is_empty());
+    driven.assign(assignment(Epoch(1), Step(0), Source::Initial, &[]));
+    driven.handle(Event::Command(NodeCommand::Abort { epoch: Epoch(1) }));
+    assert!(driven.handle(Event::Fetched { epoch: Epoch(1), outcome: Ok(()) }).is_empty());
     assert!(driven.agent.resident_state().shards.is_empty());
 }
 
 #[test]
 fn a_history_that_the_run_went_back_from_is_let_go() {
-    let mut driven = Driven::entered(1, 4, &[]);
-    driven.assign(Assignment { timeline: 1, ..assignment(2, 4, Source::Checkpoint(4), &[]) });
+    let mut driven = Driven::entered(Epoch(1), Step(4), &[]);
+    driven.assign(Assignment {
+        timeline: Timeline(1),
+        ..assignment(Epoch(2), Step(4), Source::Checkpoint(Step(4)), &[])
+    });
     assert!(driven.effects.contains(&Effect::Release(vec![ShardId::Embedding])));
-    assert!(driven.effects.iter().any(|effect| matches!(effect, Effect::Fetch { version: 4, .. })));
+    assert!(driven.effects.iter().any(|effect| matches!(effect, Effect::Fetch { version: Step(4), .. })));
 }
 
 #[test]
 fn a_copy_that_is_steps_behind_catches_up_with_the_gradients_that_were_kept_for_it() {
-    let mut driven = Driven::entered(1, 5, &[EXPERT]);
-    let wish = Effect::Copy { epoch: 1, shard: EXPERT, from: vec![id("b"), id("c")] };
+    let mut driven = Driven::entered(Epoch(1), Step(5), &[EXPERT]);
+    let wish = Effect::Copy { epoch: Epoch(1), shard: EXPERT, from: vec![id("b"), id("c")] };
     assert!(driven.effects.contains(&wish), "{:?}", driven.effects);
-    for step in [6, 7] {
-        driven.begin(1, step);
-        driven.prepare(1, step);
-        let effects = driven.commit(1, step);
+    for step in [Step(6), Step(7)] {
+        driven.begin(Epoch(1), step);
+        driven.prepare(Epoch(1), step);
+        let effects = driven.commit(Epoch(1), step);
         let kept = matches!(effects, [Effect::Apply { stash, .. }] if stash == &[EXPERT]);
         assert!(kept, "{effects:?}");
     }
-    driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(5) });
-    let install = Effect::Install { shard: EXPERT, version: 5, replay: vec![6, 7] };
+    driven.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
+    let install = Effect::Install { shard: EXPERT, version: Step(5), replay: vec![Step(6), Step(7)] };
     assert!(driven.effects.contains(&install), "{:?}", driven.effects);
-    assert_eq!(driven.said(), [&NodeReport::Learned { epoch: 1, shards: vec![EXPERT] }]);
-    assert_eq!(driven.agent.shards().get(&EXPERT), Some(&7));
+    assert_eq!(driven.said(), [&NodeReport::Learned { epoch: Epoch(1), shards: vec![EXPERT] }]);
+    assert_eq!(driven.agent.shards().get(&EXPERT), Some(&Step(7)));
 }
 
 #[test]
 fn a_copy_that_is_too_far_behind_is_asked_for_again_and_not_for_ever() {
-    let mut driven = Driven::entered(1, 0, &[EXPERT]);
-    for step in 1..=STASH_MAX as Step + 1 {
-        driven.begin(1, step);
-        driven.prepare(1, step);
-        driven.commit(1, step);
+    let mut driven = Driven::entered(Epoch(1), Step(0), &[EXPERT]);
+    for step in Step(1).through(Step(STASH_MAX as u64 + 1)) {
+        driven.begin(Epoch(1), step);
+        driven.prepare(Epoch(1), step);
+        driven.commit(Epoch(1), step);
     }
     for ask in 1..COPY_ATTEMPTS_MAX {
-        let effects = driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(0) });
+        let effects = driven.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
         let first = if ask % 2 == 1 { "c" } else { "b" };
         let again = matches!(effects, [Effect::Copy { from, .. }] if from[0] == id(first));
         assert!(again, "the next in turn: {effects:?}");
     }
-    driven.handle(Event::Copied { epoch: 1, shard: EXPERT, outcome: Ok(0) });
+    driven.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
     assert!(matches!(driven.said()[..], [NodeReport::CannotLearn { .. }]), "{:?}", driven.effects);
 }

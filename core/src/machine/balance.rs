@@ -5,7 +5,7 @@
 
 use super::{Machine, Node, Notice};
 use crate::costs::Costs;
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{Epoch, ExpertId, LayerId, NodeId, ShardId};
 use crate::planner::{self, Member, Request, predict};
 use std::collections::BTreeMap;
 
@@ -56,12 +56,12 @@ impl Machine {
     }
 
     pub(super) fn record_load(&mut self, load: &[Vec<u64>]) {
-        let layers: Vec<usize> = self.settings.architecture.moe_layers().collect();
+        let layers: Vec<LayerId> = self.settings.architecture.moe_layers().collect();
         for (layer, counts) in layers.into_iter().zip(load) {
             let total: u64 = counts.iter().sum();
-            for (expert, &count) in counts.iter().enumerate() {
+            for (expert, &count) in (0..).map(ExpertId).zip(counts) {
                 let share = count as f64 * counts.len() as f64 / total.max(1) as f64;
-                let shard = ShardId::Expert { layer: layer as u16, expert: expert as u16 };
+                let shard = ShardId::Expert { layer, expert };
                 let average = self.balance.load.entry(shard).or_insert(share);
                 *average += NEWEST * (share - *average);
             }
@@ -83,7 +83,7 @@ impl Machine {
 
     /// The members with what was seen of them.
     pub(super) fn observed_profiles(&self, costs: &Costs) -> Vec<Member> {
-        let whole = costs.lane_flops(0..costs.layers());
+        let whole = costs.lane_flops(costs.all_layers());
         let there = self.placement.members.iter().filter_map(|name| self.nodes.get_key_value(name));
         let nodes: Vec<(&NodeId, &Node)> = there.collect();
         let factor = |node: &Node| node.speed.map(|speed| speed * node.profile.dense.seconds(whole));
@@ -106,7 +106,7 @@ impl Machine {
         }
         let members = self.observed_profiles(&costs);
         let request = Request {
-            epoch: 0,
+            epoch: Epoch::default(),
             members: &members,
             architecture: &self.settings.architecture,
             training: &self.settings.training,

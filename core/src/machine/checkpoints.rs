@@ -9,7 +9,7 @@ impl Machine {
     pub(super) fn checkpoint_if_due(&mut self, over: bool) {
         let every = self.settings.checkpoint.every;
         let due = self.checkpoint_wanted || over || (every > 0 && self.committed.is_multiple_of(every));
-        let there = self.durable == Some(self.committed) || self.committed == 0;
+        let there = self.durable == Some(self.committed) || self.committed == Step(0);
         if !due || there || self.checkpointing.is_some() {
             return;
         }
@@ -86,7 +86,8 @@ impl Machine {
     }
 
     pub(super) fn finish_when_durable(&mut self) {
-        if self.checkpointing.is_none() && (self.committed == 0 || self.durable == Some(self.committed)) {
+        if self.checkpointing.is_none() && (self.committed == Step(0) || self.durable == Some(self.committed))
+        {
             self.end(Effect::Done);
         }
     }

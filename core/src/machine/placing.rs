@@ -8,7 +8,7 @@
 
 use super::{Effect, Machine, Notice, PersistentState, Phase};
 use crate::costs::Costs;
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{Epoch, NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, Source};
 use crate::placement::Placement;
 use crate::planner::{self, Member, Request};
@@ -30,7 +30,7 @@ impl Machine {
 
     /// Drops the step in flight.
     pub(super) fn drop_step(&mut self, reason: &str) {
-        let (epoch, step) = (self.placement.epoch, self.committed + 1);
+        let (epoch, step) = (self.placement.epoch, self.committed.next());
         self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
         for node in self.voters() {
             self.effects.push(Effect::Send { node, message: NodeCommand::Abort { epoch } });
@@ -83,7 +83,7 @@ impl Machine {
     /// What is lost must be loaded again, and there is no room for it. A run that has begun waits for more nodes; one that has
     /// not says what is wrong with it.
     fn wait_for_capacity(&mut self, reason: String) {
-        if self.placement.epoch == 0 {
+        if self.placement.epoch == Epoch(0) {
             return self.end(Effect::Fatal { reason });
         }
         if !matches!(self.phase, Phase::Gathering) {
@@ -167,7 +167,7 @@ impl Machine {
     }
 
     /// Who can go on at once: whoever has all of a stage's layers, or had a part without any.
-    fn survivors(&self, epoch: u64) -> Placement {
+    fn survivors(&self, epoch: Epoch) -> Placement {
         let make = |request: &Request<'_>| planner::of_survivors(request, &self.holders, &self.placement);
         let mut placement = self.request(&self.members(self.nodes.keys().collect()), None, make);
         placement.epoch = epoch;
@@ -186,7 +186,7 @@ impl Machine {
         make: impl FnOnce(&Request<'_>) -> T,
     ) -> T {
         make(&Request {
-            epoch: self.placement.epoch + 1,
+            epoch: self.placement.epoch.next(),
             members,
             architecture: &self.settings.architecture,
             training: &self.settings.training,
@@ -315,8 +315,8 @@ impl Machine {
             return Vec::new();
         };
         let turn = match shard {
-            ShardId::Expert { expert, .. } => usize::from(expert),
-            ShardId::Dense { layer } | ShardId::Router { layer } => usize::from(layer),
+            ShardId::Expert { expert, .. } => expert.index(),
+            ShardId::Dense { layer } | ShardId::Router { layer } => layer.index(),
             ShardId::Embedding => 0,
         };
         let first = turn % holders.len();
@@ -329,7 +329,7 @@ impl Machine {
             Some(holders) if !holders.is_empty() => {
                 self.copy_sources(shard).into_iter().next().map_or(Source::Initial, Source::Peer)
             }
-            _ if self.committed == 0 => Source::Initial,
+            _ if self.committed == Step(0) => Source::Initial,
             _ => Source::Checkpoint(self.committed),
         }
     }
@@ -379,7 +379,7 @@ impl Machine {
 
     /// A shard that must be somewhere and is nowhere: neither in memory nor, as it is, in a checkpoint or the seed.
     pub(super) fn lost_shard(&self) -> Option<ShardId> {
-        if self.committed == self.durable.unwrap_or(0) && self.holders.is_empty() {
+        if self.committed == self.durable.unwrap_or_default() && self.holders.is_empty() {
             return None;
         }
         let nowhere = |shard: &ShardId| self.holders.get(shard).is_none_or(BTreeSet::is_empty);
@@ -388,10 +388,10 @@ impl Machine {
 
     /// M-4.
     fn go_back_if_a_shard_is_lost(&mut self) {
-        let back = self.durable.unwrap_or(0);
+        let back = self.durable.unwrap_or_default();
         let Some(shard) = self.lost_shard() else { return };
         if self.committed != back {
-            self.timeline += 1;
+            self.timeline = self.timeline.next();
             self.notice(Notice::WentBack { from: self.committed, to: back, shard });
             self.effects.push(Effect::GoBack { step: back });
             self.last = None;

@@ -10,9 +10,9 @@ use std::collections::{BTreeMap, BTreeSet};
 impl Machine {
     /// Between two steps: whatever is due, then the next step.
     pub(super) fn advance(&mut self) {
-        let over = self.stopping || self.committed >= self.settings.training.steps;
+        let over = self.stopping || self.committed >= self.settings.training.last_step();
         let every = self.settings.validation.every;
-        let due = self.committed == 0 || over || (every > 0 && self.committed.is_multiple_of(every));
+        let due = self.committed == Step(0) || over || (every > 0 && self.committed.is_multiple_of(every));
         if due
             && self.settings.validation.rounds > 0
             && !self.stopping
@@ -35,7 +35,7 @@ impl Machine {
 
     fn begin(&mut self, pass: Pass) {
         self.idle_ms = 0;
-        let (epoch, step) = (self.placement.epoch, self.committed + 1);
+        let (epoch, step) = (self.placement.epoch, self.committed.next());
         let who: Vec<NodeId> = match pass {
             Pass::Train => self.voters().into_iter().collect(),
             Pass::Validate { .. } => self.placement.members.clone(),
@@ -65,7 +65,7 @@ impl Machine {
         let voter = self.placement.is_member(&node) || self.placement.is_learning(&node);
         let voter = voter && self.nodes.contains_key(&node);
         let Phase::Training { prepared, lanes } = &mut self.phase else { return };
-        if step != self.committed + 1 || !voter {
+        if step != self.committed.next() || !voter {
             return;
         }
         lanes.extend(reports);
@@ -90,7 +90,7 @@ impl Machine {
         let Phase::Training { prepared, lanes } = std::mem::replace(&mut self.phase, Phase::Finishing) else {
             return;
         };
-        let (step, epoch) = (self.committed + 1, self.placement.epoch);
+        let (step, epoch) = (self.committed.next(), self.placement.epoch);
         let norms = self.fold_norms(step, &prepared);
         let squared: Vec<f64> = norms.values().map(|norm| norm.squared).collect();
         let finite = norms.values().all(|norm| norm.finite);

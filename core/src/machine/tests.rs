@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::architecture::presets;
+use crate::ids::Epoch;
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::schedule::{Schedule, Update};
 
@@ -82,10 +83,10 @@ impl Driven {
         let placement = self.machine.placement();
         let shards = self.machine.settings.architecture.shards().into_iter();
         let kept = shards.filter(|&shard| placement.holds_or_learns(&id(node), shard));
-        let report = |lane| (lane, LaneReport { loss: f64::from(lane), ..LaneReport::default() });
+        let report = |lane: Lane| (lane, LaneReport { loss: f64::from(lane.0), ..LaneReport::default() });
         NodeReport::Prepared {
             epoch: placement.epoch,
-            step: self.machine.committed() + 1,
+            step: self.machine.committed().next(),
             norms: kept.map(|shard| (shard, Norm { squared: 1.0, finite: true })).collect(),
             lanes: placement.lanes_of(&id(node)).into_iter().map(report).collect(),
             speed: Some(1.0),
@@ -138,7 +139,7 @@ fn a_step_is_committed_only_when_every_member_has_prepared() {
     }
     let message = driven.prepared(2);
     driven.say(2, message);
-    assert_eq!(driven.machine.committed(), 1);
+    assert_eq!(driven.machine.committed(), Step(1));
 }
 
 /// M-2.
@@ -159,16 +160,16 @@ fn another_epochs_word_changes_nothing() {
     let NodeReport::Prepared { epoch, step, norms, lanes, speed } = driven.prepared(1) else {
         unreachable!()
     };
-    for epoch in [epoch - 1, epoch + 1] {
+    for epoch in [epoch.previous(), epoch.next()] {
         let (norms, lanes) = (norms.clone(), lanes.clone());
         driven.say(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
         let failed = NodeReport::Failed { epoch, reason: "late".into(), fatal: true, suspect: None };
         assert!(driven.say(1, failed).is_empty());
-        assert!(driven.say(1, NodeReport::Behind { epoch, version: 0 }).is_empty());
+        assert!(driven.say(1, NodeReport::Behind { epoch, version: Step(0) }).is_empty());
     }
     let message = driven.prepared(2);
     driven.say(2, message);
-    assert_eq!(driven.machine.committed(), 0, "node 1 has said nothing of this epoch");
+    assert_eq!(driven.machine.committed(), Step(0), "node 1 has said nothing of this epoch");
 }
 
 #[test]
@@ -198,7 +199,7 @@ fn replicas_that_differ_are_a_loud_event() {
     driven.say(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
     let message = driven.prepared(2);
     driven.say(2, message);
-    assert!(driven.notices().any(|notice| *notice == Notice::ReplicasDiffer { step: 1, shard }));
+    assert!(driven.notices().any(|notice| *notice == Notice::ReplicasDiffer { step: Step(1), shard }));
 }
 
 #[test]
@@ -207,14 +208,14 @@ fn a_checkpoint_that_fails_is_told_and_the_next_one_is_written_all_the_same() {
     for _ in 0..3 {
         driven.step(1);
     }
-    assert!(driven.effects.iter().any(|e| matches!(e, Effect::OpenCheckpoint { step: 3, .. })));
-    driven.say(1, NodeReport::CheckpointFailed { step: 3, reason: "disk full".into() });
-    let told = Notice::CheckpointFailed { step: 3, reason: "n1: disk full".into() };
+    assert!(driven.effects.iter().any(|e| matches!(e, Effect::OpenCheckpoint { step: Step(3), .. })));
+    driven.say(1, NodeReport::CheckpointFailed { step: Step(3), reason: "disk full".into() });
+    let told = Notice::CheckpointFailed { step: Step(3), reason: "n1: disk full".into() };
     assert!(driven.notices().any(|notice| *notice == told));
     for _ in 0..3 {
         driven.step(1);
     }
-    assert!(driven.effects.iter().any(|e| matches!(e, Effect::OpenCheckpoint { step: 6, .. })));
+    assert!(driven.effects.iter().any(|e| matches!(e, Effect::OpenCheckpoint { step: Step(6), .. })));
 }
 
 #[test]
@@ -223,7 +224,7 @@ fn a_step_that_nothing_comes_of_is_tried_again_a_bounded_number_of_times() {
     let ms = driven.machine.settings.cluster.step_timeout_ms;
     for _ in 0..ATTEMPTS_MAX {
         driven.handle(Event::Tick { ms });
-        assert!(driven.notices().any(|notice| matches!(notice, Notice::Aborted { step: 1, .. })));
+        assert!(driven.notices().any(|notice| matches!(notice, Notice::Aborted { step: Step(1), .. })));
         driven.all_ready();
     }
     driven.handle(Event::Tick { ms });
@@ -261,39 +262,47 @@ fn a_link_that_two_complain_of_costs_the_accused_its_place() {
 #[test]
 fn a_supervisor_that_comes_back_takes_only_state_of_its_last_commit() {
     let quiet = Driven::training(3);
-    let (epoch, last) = (quiet.machine.placement().epoch, 5);
+    let (epoch, last) = (quiet.machine.placement().epoch, Step(5));
     let update = Update::decide(1.0, true, 6, 0.1, None).0;
     let restored = || Restored {
-        durable: Some(3),
+        durable: Some(Step(3)),
         last: Some(LastCommit { epoch, step: last, update }),
-        persistent: PersistentState { epoch, timeline: 2, members: vec![id(1), id(2), id(3)] },
+        persistent: PersistentState { epoch, timeline: Timeline(2), members: vec![id(1), id(2), id(3)] },
     };
     let machine = Machine::new(settings(3), restored());
     let shards: Vec<ShardId> = machine.settings.architecture.shards();
-    let held =
-        |timeline, version, prepared| ResidentState { timeline, version, shards: shards.clone(), prepared };
+    let held = |timeline, version, prepared| ResidentState {
+        timeline: Timeline(timeline),
+        version,
+        shards: shards.clone(),
+        prepared,
+    };
     assert!(machine.accepts_state(&held(2, last, None)));
-    assert!(machine.accepts_state(&held(2, last - 1, Some((epoch, last)))));
-    assert!(!machine.accepts_state(&held(2, last - 1, None)), "its commit is beyond reach");
-    assert!(!machine.accepts_state(&held(2, last - 1, Some((epoch - 1, last)))), "of another attempt");
+    assert!(machine.accepts_state(&held(2, last.previous(), Some((epoch, last)))));
+    assert!(!machine.accepts_state(&held(2, last.previous(), None)), "its commit is beyond reach");
+    assert!(
+        !machine.accepts_state(&held(2, last.previous(), Some((epoch.previous(), last)))),
+        "of another attempt"
+    );
     assert!(!machine.accepts_state(&held(1, last, None)), "of a history that the run went back from");
-    assert!(!machine.accepts_state(&held(2, last + 1, None)), "of a step that was never journalled");
+    assert!(!machine.accepts_state(&held(2, last.next(), None)), "of a step that was never journalled");
     assert!(!machine.accepts_state(&ResidentState::default()));
 }
 
 #[test]
 fn a_supervisor_that_comes_back_waits_for_its_nodes_and_goes_on_with_those_that_come() {
-    let persistent = PersistentState { epoch: 4, timeline: 0, members: vec![id(1), id(2)] };
+    let persistent = PersistentState { epoch: Epoch(4), timeline: Timeline(0), members: vec![id(1), id(2)] };
     let update = Update::decide(1.0, true, 6, 0.1, None).0;
-    let last = Some(LastCommit { epoch: 4, step: 2, update });
+    let last = Some(LastCommit { epoch: Epoch(4), step: Step(2), update });
     let mut driven = Driven::new(settings(2), Restored { durable: None, last, persistent });
     let shards = driven.machine.settings.architecture.shards();
-    driven.join(1, ResidentState { timeline: 0, version: 2, shards, prepared: None });
+    driven.join(1, ResidentState { timeline: Timeline(0), version: Step(2), shards, prepared: None });
     assert_eq!(driven.machine.activity(), Activity::Gathering, "node 2 may come, too");
     driven.handle(Event::Tick { ms: driven.machine.settings.cluster.node_timeout_ms });
     assert_eq!(driven.machine.placement().members, [id(1)]);
     driven.all_ready();
-    let begins = |e: &Effect| matches!(e, Effect::Send { message: NodeCommand::Begin { step: 3, .. }, .. });
+    let begins =
+        |e: &Effect| matches!(e, Effect::Send { message: NodeCommand::Begin { step: Step(3), .. }, .. });
     assert!(driven.effects.iter().any(begins), "{:?}", driven.effects);
 }
 

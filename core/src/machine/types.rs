@@ -1,7 +1,7 @@
 //! What the machine is told, what it answers, and what it remembers of a step.
 
 use crate::architecture::Architecture;
-use crate::ids::{Epoch, NodeId, ShardId, Step};
+use crate::ids::{Epoch, NodeId, ShardId, Step, Timeline};
 use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::profile::Profile;
@@ -40,7 +40,7 @@ pub struct PersistentState {
     /// The number of the last placement: it is never used twice.
     pub epoch: Epoch,
     /// How often the run went back.
-    pub timeline: u64,
+    pub timeline: Timeline,
     /// The members of the last placement, who may still hold their state when the supervisor comes back.
     pub members: Vec<NodeId>,
 }

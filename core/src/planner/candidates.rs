@@ -3,9 +3,8 @@
 use super::participation::Participation;
 use super::{Member, Shortage};
 use crate::costs::{Costs, lanes_in_flight};
-use crate::ids::NodeId;
+use crate::ids::{LayerRange, NodeId};
 use std::collections::BTreeMap;
-use std::ops::Range;
 
 /// The nodes of a plan. Elsewhere a node is its place in here.
 #[derive(Debug)]
@@ -58,16 +57,16 @@ impl<'a> Candidates<'a> {
     }
 
     /// What a node has in memory for the dense parts of some layers.
-    pub(super) fn stage_bytes(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> u64 {
-        costs.stage_bytes(layers.clone(), lanes_in_flight(self.members[place].profile.threads))
+    pub(super) fn stage_bytes(&self, costs: &Costs, place: usize, layers: LayerRange) -> u64 {
+        costs.stage_bytes(layers, lanes_in_flight(self.members[place].profile.threads))
     }
 
-    pub(super) fn has_room(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> bool {
+    pub(super) fn has_room(&self, costs: &Costs, place: usize, layers: LayerRange) -> bool {
         self.participation.holds[place] && self.stage_bytes(costs, place, layers) <= self.memory[place]
     }
 
     /// Experts that fit beside the dense parts of some layers.
-    pub(super) fn slots(&self, costs: &Costs, place: usize, layers: Option<&Range<u16>>) -> usize {
+    pub(super) fn slots(&self, costs: &Costs, place: usize, layers: Option<LayerRange>) -> usize {
         if !self.participation.holds[place] {
             return 0;
         }
@@ -81,12 +80,14 @@ impl<'a> Candidates<'a> {
     /// Why there is no room for one copy of everything.
     pub(super) fn shortage(&self, costs: &Costs, experts: usize) -> Shortage {
         let most = self.memory.iter().copied().max().unwrap_or(0);
-        let layers =
-            (0..costs.layers()).map(|layer| (costs.stage_bytes(layer..layer + 1, lanes_in_flight(1)), layer));
+        let layers = costs
+            .all_layers()
+            .iter()
+            .map(|layer| (costs.stage_bytes(layer.alone(), lanes_in_flight(1)), layer));
         if let Some((bytes, layer)) = layers.max().filter(|(bytes, _)| *bytes > most) {
             return Shortage { bytes: bytes - most, layer: Some(layer) };
         }
-        let wanted = costs.stage_bytes(0..costs.layers(), lanes_in_flight(1)) as u128
+        let wanted = costs.stage_bytes(costs.all_layers(), lanes_in_flight(1)) as u128
             + costs.expert_bytes as u128 * experts as u128;
         let there: u128 = self.memory.iter().map(|&bytes| u128::from(bytes)).sum();
         let bytes = u64::try_from(wanted.saturating_sub(there)).unwrap_or(u64::MAX).max(1);
@@ -108,10 +109,10 @@ impl<'a> Candidates<'a> {
     }
 
     /// Seconds that a node needs for a lane's dense part in some layers; for ever where it may run none.
-    pub(super) fn lane_seconds(&self, costs: &Costs, place: usize, layers: &Range<u16>) -> f64 {
+    pub(super) fn lane_seconds(&self, costs: &Costs, place: usize, layers: LayerRange) -> f64 {
         if !self.may_run(place) {
             return f64::INFINITY;
         }
-        self.members[place].profile.dense.seconds(costs.lane_flops(layers.clone()))
+        self.members[place].profile.dense.seconds(costs.lane_flops(layers))
     }
 }

@@ -77,7 +77,7 @@ fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec<u
         (0..candidates.len()).map(|node| candidates.slots(costs, node, None)).collect();
     for stage in stages {
         for &node in &stage.nodes {
-            slots[node] = candidates.slots(costs, node, Some(&stage.layers));
+            slots[node] = candidates.slots(costs, node, Some(stage.layers));
         }
     }
     slots
@@ -98,7 +98,7 @@ fn weights(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec
         .iter()
         .map(|stage| {
             let together: f64 =
-                stage.nodes.iter().map(|&n| 1.0 / candidates.lane_seconds(costs, n, &stage.layers)).sum();
+                stage.nodes.iter().map(|&n| 1.0 / candidates.lane_seconds(costs, n, stage.layers)).sum();
             f64::from(costs.lanes) / together
         })
         .fold(0.0, f64::max);

@@ -5,7 +5,7 @@ use super::candidates::Candidates;
 use super::experts::Spread;
 use super::stages::Staged;
 use crate::costs::Costs;
-use crate::ids::NodeId;
+use crate::ids::{LayerRange, NodeId};
 use crate::placement::{Placement, Stage};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -25,7 +25,7 @@ pub(super) fn complete(
             let seconds: Vec<(f64, f64)> = stage
                 .nodes
                 .iter()
-                .map(|&n| (busy[n], candidates.lane_seconds(costs, n, &stage.layers)))
+                .map(|&n| (busy[n], candidates.lane_seconds(costs, n, stage.layers)))
                 .collect();
             Stage {
                 lanes: runs(&share(&seconds, costs.lanes)),
@@ -57,11 +57,8 @@ pub(super) fn drop_idle(
     let busy = expert_seconds(candidates, costs, experts);
     let mut dropped = false;
     for stage in stages {
-        let seconds: Vec<(f64, f64)> = stage
-            .nodes
-            .iter()
-            .map(|&n| (busy[n], candidates.lane_seconds(costs, n, &stage.layers)))
-            .collect();
+        let seconds: Vec<(f64, f64)> =
+            stage.nodes.iter().map(|&n| (busy[n], candidates.lane_seconds(costs, n, stage.layers))).collect();
         let counts = share(&seconds, costs.lanes);
         let mut kept: Vec<usize> = Vec::new();
         let (with, without): (Vec<_>, Vec<_>) =
@@ -128,7 +125,7 @@ pub(crate) fn runs(counts: &[u32]) -> Vec<u32> {
 pub(super) fn again(
     candidates: &Candidates<'_>,
     costs: &Costs,
-    layers: std::ops::Range<u16>,
+    layers: LayerRange,
     holders: Vec<NodeId>,
     before: Option<&Stage>,
 ) -> Stage {
@@ -142,7 +139,7 @@ pub(super) fn again(
     let seconds: Vec<(f64, f64)> = holders
         .iter()
         .filter_map(|node| candidates.place(node))
-        .map(|place| (0.0, candidates.lane_seconds(costs, place, &layers)))
+        .map(|place| (0.0, candidates.lane_seconds(costs, place, layers)))
         .collect();
     Stage { lanes: runs(&share(&seconds, costs.lanes)), holders, layers }
 }

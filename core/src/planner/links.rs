@@ -1,7 +1,7 @@
 //! What a step sends over each link, leaf by leaf.
 
 use crate::costs::Costs;
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{Lane, NodeId, ShardId};
 use crate::placement::Placement;
 use crate::tree::LeafSpan;
 use std::collections::BTreeMap;
@@ -30,7 +30,7 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
     }
     let Some(first) = placement.stages.first() else { return bytes };
     for stage in &placement.stages[1..] {
-        for lane in 0..placement.lanes() {
+        for lane in Lane::first(placement.lanes()) {
             if let (Some(driver), Some(runner)) = (first.stage_node(lane), stage.stage_node(lane)) {
                 add(driver, runner, 2 * costs.lane_wire);
                 add(runner, driver, 2 * costs.lane_wire);
@@ -38,7 +38,7 @@ pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId),
         }
     }
     let layers =
-        (0..costs.layers()).map(|layer| (ShardId::Dense { layer }, costs.dense_wire[usize::from(layer)]));
+        costs.all_layers().iter().map(|layer| (ShardId::Dense { layer }, costs.dense_wire[layer.index()]));
     let experts = placement.experts.keys().map(|&shard| (shard, costs.expert_wire));
     for (shard, wire) in layers.chain(experts) {
         let holders = placement.holders(shard);

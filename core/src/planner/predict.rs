@@ -6,7 +6,7 @@
 
 use super::Member;
 use crate::costs::{Costs, LANES_AHEAD, lanes_in_flight};
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{ExpertId, Lane, NodeId, ShardId};
 use crate::placement::{Placement, Stage};
 use crate::tree::LeafSpan;
 use serde::Serialize;
@@ -154,8 +154,7 @@ impl<'a> Count<'a> {
     fn wait_at(&self, stage: &Stage, place: usize) -> f64 {
         let profile = &self.members[place].profile;
         let tokens = self.costs.tokens_per_lane as f64;
-        let own = usize::from(stage.layers.start)..usize::from(stage.layers.end);
-        let calls = self.costs.dense_flops[own].iter().flat_map(|flops| {
+        let calls = self.costs.dense_flops[stage.layers.indices()].iter().flat_map(|flops| {
             let work = flops * tokens * profile.threads as f64;
             [work / profile.dense.forward, 2.0 * work / profile.dense.backward]
         });
@@ -212,22 +211,21 @@ impl<'a> Count<'a> {
     /// The dense work, what is held for it, and residual streams from stage to stage.
     fn lanes(&mut self) {
         for (number, stage) in self.placement.stages.iter().enumerate() {
-            let flops = self.costs.lane_flops(stage.layers.clone());
+            let flops = self.costs.lane_flops(stage.layers);
             for (place, lanes) in self.runners(stage) {
                 let profile = &self.members[place].profile;
                 let part = &mut self.parts[place];
                 part.dense_s += profile.dense.seconds(flops * lanes);
                 part.lanes += lanes as usize;
-                part.memory_bytes +=
-                    self.costs.stage_bytes(stage.layers.clone(), lanes_in_flight(profile.threads));
+                part.memory_bytes += self.costs.stage_bytes(stage.layers, lanes_in_flight(profile.threads));
             }
             if number == 0 {
                 continue;
             }
             // To the stage and back to who drives the lane, in both passes.
             let wire = 2.0 * self.costs.lane_wire as f64;
-            for (lane, &runner) in stage.lanes.iter().enumerate() {
-                let Some(driver) = self.placement.stages[0].stage_node(lane as u32) else { continue };
+            for (lane, &runner) in (0..).map(Lane).zip(&stage.lanes) {
+                let Some(driver) = self.placement.stages[0].stage_node(lane) else { continue };
                 let (there, here) = (self.places[&stage.holders[runner as usize]], self.places[driver]);
                 if there != here {
                     for place in [there, here] {
@@ -247,8 +245,8 @@ impl<'a> Count<'a> {
             let mut own_rows = 0.0;
             let mut servers = BTreeSet::new();
             let mut kept: BTreeMap<usize, f64> = BTreeMap::new();
-            let first = ShardId::Expert { layer: stage.layers.start, expert: 0 };
-            let last = ShardId::Expert { layer: stage.layers.end, expert: 0 };
+            let first = ShardId::Expert { layer: stage.layers.start, expert: ExpertId(0) };
+            let last = ShardId::Expert { layer: stage.layers.end, expert: ExpertId(0) };
             for (_, holders) in self.placement.experts.range(first..last) {
                 let rows_per_lane = self.costs.rows_per_lane() / self.costs.experts.max(1) as f64;
                 own_rows += rows_per_lane;
@@ -306,9 +304,9 @@ impl<'a> Count<'a> {
                 self.gradients_over_several(stage, &runners, &sums);
                 continue;
             }
-            for layer in stage.layers.clone() {
+            for layer in stage.layers.iter() {
                 let owner = self.placement.owner(ShardId::Dense { layer }).map(|node| self.places[node]);
-                let wire = self.costs.dense_wire[usize::from(layer)] as f64;
+                let wire = self.costs.dense_wire[layer.index()] as f64;
                 for (&(place, lanes), sums) in runners.iter().zip(&sums) {
                     // The owner gets the others' sums and sends them the root.
                     let (sent, received) = match owner == Some(place) {
@@ -356,8 +354,7 @@ impl<'a> Count<'a> {
     /// where there are many, and somebody does it for one where there are few.
     fn gradients_over_several(&mut self, stage: &Stage, runners: &[(usize, f64)], sums: &[f64]) {
         let fan = f64::from(self.placement.fan_in);
-        let own = usize::from(stage.layers.start)..usize::from(stage.layers.end);
-        let wires = &self.costs.dense_wire[own];
+        let wires = &self.costs.dense_wire[stage.layers.indices()];
         let (all, most) = (wires.iter().sum::<u64>() as f64, wires.iter().max().map_or(0.0, |w| *w as f64));
         let running = runners.iter().filter(|(_, lanes)| *lanes > 0.0).count().max(1) as f64;
         // Each sum goes to somebody once, and so does what some of them are added up to.
@@ -419,12 +416,12 @@ impl<'a> Count<'a> {
 
     /// Seconds of one lane that a node has to itself in a stage: its layers one after the other, with the round trips between.
     fn lane_alone(&self, number: usize, place: usize) -> f64 {
-        let layers = &self.placement.stages[number].layers;
+        let layers = self.placement.stages[number].layers;
         let profile = &self.members[place].profile;
-        let moe = self.costs.moe_layers.iter().filter(|layer| layers.contains(layer)).count() as f64;
+        let moe = self.costs.moe_layers.iter().filter(|layer| layers.contains(**layer)).count() as f64;
         let rows = self.costs.rows_per_lane();
         // A lane's dense calls run on one thread, its experts on all.
-        let dense = profile.dense.seconds(self.costs.lane_flops(layers.clone())) * profile.threads as f64;
+        let dense = profile.dense.seconds(self.costs.lane_flops(layers)) * profile.threads as f64;
         let experts = profile.expert.seconds(rows * moe * self.costs.expert_flops);
         let away = self.away[place];
         let trips = self.travels[place] * 2.0 * moe * (profile.round_trip_s + self.waits[place]);

@@ -3,13 +3,13 @@
 use super::candidates::Candidates;
 use super::{Request, WORTH_IT};
 use crate::costs::Costs;
+use crate::ids::{LayerId, LayerRange};
 use std::collections::BTreeSet;
-use std::ops::Range;
 
 /// The nodes of one stage, in the order of their names.
 #[derive(Clone, Debug)]
 pub(super) struct Staged {
-    pub(super) layers: Range<u16>,
+    pub(super) layers: LayerRange,
     pub(super) nodes: Vec<usize>,
 }
 
@@ -27,7 +27,7 @@ pub(super) fn counts(costs: &Costs, present: usize) -> Vec<usize> {
 }
 
 /// Layers in `count` runs with about the same operations in each.
-pub(super) fn cut(costs: &Costs, count: usize) -> Vec<Range<u16>> {
+pub(super) fn cut(costs: &Costs, count: usize) -> Vec<LayerRange> {
     let total: f64 = costs.dense_flops.iter().sum();
     let layers = costs.layers();
     let mut cuts = vec![0u16];
@@ -43,7 +43,7 @@ pub(super) fn cut(costs: &Costs, count: usize) -> Vec<Range<u16>> {
         }
     }
     cuts.push(layers);
-    cuts.windows(2).map(|pair| pair[0]..pair[1]).filter(|layers| !layers.is_empty()).collect()
+    cuts.windows(2).map(|pair| LayerId::range(pair[0]..pair[1])).filter(|layers| !layers.is_empty()).collect()
 }
 
 /// The stages with their nodes; `None` when some stage fits no node.
@@ -55,13 +55,13 @@ pub(super) fn assign(
 ) -> Option<Vec<Staged>> {
     let same_cut = request.previous.filter(|placement| placement.stages.len() == count);
     let cuts = match same_cut {
-        Some(placement) => placement.stages.iter().map(|stage| stage.layers.clone()).collect(),
+        Some(placement) => placement.stages.iter().map(|stage| stage.layers).collect(),
         None => cut(costs, count),
     };
-    if let [layers] = cuts.as_slice() {
+    if let &[layers] = cuts.as_slice() {
         let nodes: Vec<usize> =
             (0..candidates.len()).filter(|&n| candidates.has_room(costs, n, layers)).collect();
-        return (!nodes.is_empty()).then(|| vec![Staged { layers: layers.clone(), nodes }]);
+        return (!nodes.is_empty()).then(|| vec![Staged { layers, nodes }]);
     }
     let mut groups = Groups::new(candidates, costs, &cuts);
     if let Some(placement) = same_cut {
@@ -79,7 +79,7 @@ pub(super) fn assign(
 struct Groups<'a> {
     candidates: &'a Candidates<'a>,
     costs: &'a Costs,
-    cuts: &'a [Range<u16>],
+    cuts: &'a [LayerRange],
     /// Lanes per second of all nodes of a stage.
     load: Vec<f64>,
     nodes: Vec<Vec<usize>>,
@@ -88,7 +88,7 @@ struct Groups<'a> {
 }
 
 impl<'a> Groups<'a> {
-    fn new(candidates: &'a Candidates<'a>, costs: &'a Costs, cuts: &'a [Range<u16>]) -> Self {
+    fn new(candidates: &'a Candidates<'a>, costs: &'a Costs, cuts: &'a [LayerRange]) -> Self {
         let (nodes, zones) = (vec![Vec::new(); cuts.len()], vec![BTreeSet::new(); cuts.len()]);
         Self {
             candidates,
@@ -103,7 +103,7 @@ impl<'a> Groups<'a> {
 
     /// Lanes per second that a node adds to a stage.
     fn share(&self, node: usize, stage: usize) -> f64 {
-        1.0 / self.candidates.lane_seconds(self.costs, node, &self.cuts[stage])
+        1.0 / self.candidates.lane_seconds(self.costs, node, self.cuts[stage])
     }
 
     fn put(&mut self, node: usize, stage: usize) {
@@ -117,8 +117,7 @@ impl<'a> Groups<'a> {
     fn keep(&mut self, placement: &crate::placement::Placement) {
         for (number, stage) in placement.stages.iter().enumerate() {
             for node in stage.holders.iter().filter_map(|node| self.candidates.place(node)) {
-                if self.stage[node].is_none()
-                    && self.candidates.has_room(self.costs, node, &self.cuts[number])
+                if self.stage[node].is_none() && self.candidates.has_room(self.costs, node, self.cuts[number])
                 {
                     self.put(node, number);
                 }
@@ -134,7 +133,7 @@ impl<'a> Groups<'a> {
         order.sort_by(|&a, &b| rate(b).total_cmp(&rate(a)).then(a.cmp(&b)));
         for node in order {
             let room: Vec<usize> = (0..self.cuts.len())
-                .filter(|&stage| self.candidates.has_room(self.costs, node, &self.cuts[stage]))
+                .filter(|&stage| self.candidates.has_room(self.costs, node, self.cuts[stage]))
                 .collect();
             let least = room.iter().map(|&stage| self.load[stage]).fold(f64::INFINITY, f64::min);
             let near = room.into_iter().filter(|&s| self.load[s] <= least + self.share(node, s));
@@ -154,9 +153,9 @@ impl<'a> Groups<'a> {
     }
 
     fn finish(self) -> Option<Vec<Staged>> {
-        let sorted = |(layers, mut nodes): (&Range<u16>, Vec<usize>)| {
+        let sorted = |(&layers, mut nodes): (&LayerRange, Vec<usize>)| {
             nodes.sort_unstable();
-            (!nodes.is_empty()).then(|| Staged { layers: layers.clone(), nodes })
+            (!nodes.is_empty()).then_some(Staged { layers, nodes })
         };
         self.cuts.iter().zip(self.nodes).map(sorted).collect()
     }

@@ -4,10 +4,9 @@ use super::candidates::Candidates;
 use super::experts::take_turns;
 use super::{Member, Request, lanes};
 use crate::costs::Costs;
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{LayerId, LayerRange, NodeId, ShardId};
 use crate::placement::Placement;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 
 /// Who holds each shard.
 type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
@@ -21,12 +20,12 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
     let cuts = if before.stages.is_empty() {
         cuts_of(holders, &costs, &shards)
     } else {
-        before.stages.iter().map(|stage| stage.layers.clone()).collect()
+        before.stages.iter().map(|stage| stage.layers).collect()
     };
     let whole = Whole { holders, shards: &shards };
     let mut staged: Vec<Vec<NodeId>> = Vec::new();
     let mut in_stage: BTreeSet<NodeId> = BTreeSet::new();
-    for (number, layers) in cuts.iter().enumerate() {
+    for (number, &layers) in cuts.iter().enumerate() {
         let taken = |node: &NodeId| in_stage.contains(node);
         let had = |node: &NodeId| before.stages.get(number).is_some_and(|stage| stage.holds(node));
         let all = request.members.iter().map(|member| &member.node);
@@ -47,7 +46,7 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
     let mut stages = Vec::new();
     for (number, (layers, mut nodes)) in cuts.into_iter().zip(staged).enumerate() {
         if nodes.is_empty() {
-            nodes = fetchers(&candidates, before, &layers, request.replication, alone);
+            nodes = fetchers(&candidates, before, layers, request.replication, alone);
         }
         nodes.sort();
         stages.push(lanes::again(&candidates, &costs, layers, nodes, before.stages.get(number)));
@@ -68,13 +67,13 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
 fn fetchers(
     candidates: &Candidates<'_>,
     before: &Placement,
-    layers: &Range<u16>,
+    layers: LayerRange,
     replication: usize,
     alone: bool,
 ) -> Vec<NodeId> {
     let mut nodes: Vec<usize> = (0..candidates.len()).collect();
     let other =
-        |place: usize| before.stages.iter().any(|s| s.layers != *layers && s.holds(candidates.name(place)));
+        |place: usize| before.stages.iter().any(|s| s.layers != layers && s.holds(candidates.name(place)));
     nodes.sort_by_key(|&n| (other(n), std::cmp::Reverse(candidates.members[n].profile.memory_bytes), n));
     if !alone {
         nodes.truncate(replication.max(1));
@@ -126,10 +125,10 @@ struct Whole<'a> {
 }
 
 impl Whole<'_> {
-    fn has(&self, node: &NodeId, layers: &Range<u16>) -> bool {
+    fn has(&self, node: &NodeId, layers: LayerRange) -> bool {
         let within = |shard: &&ShardId| match shard {
-            ShardId::Embedding => layers.start == 0,
-            ShardId::Dense { layer } | ShardId::Router { layer } => layers.contains(layer),
+            ShardId::Embedding => layers.start == LayerId(0),
+            ShardId::Dense { layer } | ShardId::Router { layer } => layers.contains(*layer),
             ShardId::Expert { .. } => false,
         };
         self.shards.iter().filter(within).all(|s| self.holders.get(s).is_some_and(|h| h.contains(node)))
@@ -137,11 +136,11 @@ impl Whole<'_> {
 }
 
 /// The stages that what is held shows: runs of layers that the same nodes hold.
-fn cuts_of(holders: &Holders, costs: &Costs, shards: &[ShardId]) -> Vec<Range<u16>> {
+fn cuts_of(holders: &Holders, costs: &Costs, shards: &[ShardId]) -> Vec<LayerRange> {
     let none = BTreeSet::new();
-    let of_layer = |layer: u16| {
+    let of_layer = |layer: LayerId| {
         let own = shards.iter().filter(move |shard| match shard {
-            ShardId::Embedding => layer == 0,
+            ShardId::Embedding => layer == LayerId(0),
             ShardId::Dense { layer: at } | ShardId::Router { layer: at } => *at == layer,
             ShardId::Expert { .. } => false,
         });
@@ -152,13 +151,13 @@ fn cuts_of(holders: &Holders, costs: &Costs, shards: &[ShardId]) -> Vec<Range<u1
             })
             .unwrap_or_default()
     };
-    let mut cuts: Vec<Range<u16>> = Vec::new();
+    let mut cuts: Vec<LayerRange> = Vec::new();
     let mut last = BTreeSet::new();
-    for layer in 0..costs.layers() {
+    for layer in costs.all_layers().iter() {
         let nodes = of_layer(layer);
         match cuts.last_mut() {
-            Some(cut) if nodes == last => cut.end = layer + 1,
-            _ => cuts.push(layer..layer + 1),
+            Some(cut) if nodes == last => cut.end = layer.next(),
+            _ => cuts.push(layer.alone()),
         }
         last = nodes;
     }

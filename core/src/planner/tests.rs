@@ -36,7 +36,7 @@ fn training() -> TrainingOptions {
 
 fn whole_plan(members: &[Member], experts: usize, replication: usize, previous: Option<&Placement>) -> Plan {
     super::plan(&Request {
-        epoch: 1,
+        epoch: Epoch(1),
         members,
         architecture: &small(experts),
         training: &training(),
@@ -146,7 +146,7 @@ proptest! {
         sizes in proptest::collection::vec(0.05f64..1.2, 2..10), experts in 2usize..12,
     ) {
         let costs = Costs::new(&small(experts), &training());
-        let whole = costs.stage_bytes(0..costs.layers(), 2) + costs.expert_bytes * 2 * experts as u64;
+        let whole = costs.stage_bytes(costs.all_layers(), 2) + costs.expert_bytes * 2 * experts as u64;
         let mut members = candidates(sizes.len(), 2, 0);
         for (member, size) in members.iter_mut().zip(&sizes) {
             member.profile.memory_bytes = (whole as f64 * size) as u64;
@@ -169,7 +169,7 @@ proptest! {
 #[test]
 fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_all() {
     let costs = Costs::new(&small(8), &training());
-    let dense = costs.stage_bytes(0..costs.layers(), 2);
+    let dense = costs.stage_bytes(costs.all_layers(), 2);
     let members = candidates(8, 2, dense * 7 / 10);
     let plan = whole_plan(&members, 8, 2, None);
     let placement = &plan.placement;
@@ -209,12 +209,12 @@ fn what_fits_nowhere_is_said_with_the_bytes_that_are_missing() {
     let costs = Costs::new(&small(8), &training());
     let plan = whole_plan(&candidates(2, 1, costs.expert_bytes), 8, 1, None);
     let layer = plan.short.expect("a shortage").layer.expect("a layer");
-    let largest = (0..costs.layers()).max_by_key(|&l| costs.stage_bytes(l..l + 1, 2));
+    let largest = costs.all_layers().iter().max_by_key(|l| costs.stage_bytes(l.alone(), 2));
     assert_eq!(Some(layer), largest);
     assert_eq!(plan.placement.lanes(), 12, "a placement is made all the same");
-    let largest = costs.stage_bytes(layer..layer + 1, 2);
+    let largest = costs.stage_bytes(layer.alone(), 2);
     let short = whole_plan(&candidates(2, 1, largest), 8, 1, None).short.expect("a shortage");
-    let wanted = costs.stage_bytes(0..costs.layers(), 2) + 16 * costs.expert_bytes;
+    let wanted = costs.stage_bytes(costs.all_layers(), 2) + 16 * costs.expert_bytes;
     assert_eq!(short, Shortage { bytes: wanted - 2 * largest, layer: None });
 }
 
@@ -223,7 +223,7 @@ fn what_fits_nowhere_is_said_with_the_bytes_that_are_missing() {
 fn bytes_per_node_are_those_of_its_links() {
     for (nodes, memory) in [(1, u64::MAX), (2, u64::MAX), (3, u64::MAX), (6, 0)] {
         let costs = Costs::new(&small(6), &training());
-        let dense = costs.stage_bytes(0..costs.layers(), 2);
+        let dense = costs.stage_bytes(costs.all_layers(), 2);
         let members = candidates(nodes, 1, if memory == 0 { dense * 3 / 4 } else { memory });
         let plan = whole_plan(&members, 6, 1, None);
         let links = links(&plan.placement, &costs);
@@ -247,7 +247,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
     }
     let left: Vec<Member> = members.iter().filter(|m| m.node != members[1].node).cloned().collect();
     let request = Request {
-        epoch: 2,
+        epoch: Epoch(2),
         members: &left,
         architecture: &small(8),
         training: &training(),
