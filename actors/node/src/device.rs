@@ -1,0 +1,4 @@
+//! The device: the threads that run all tensor operations, and their benchmark.
+
+pub(crate) mod benchmark;
+pub(crate) mod executor;

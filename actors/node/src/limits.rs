@@ -1,0 +1,42 @@
+//! Every bound of a node, in one place.
+
+use std::time::Duration;
+
+/// The longest wait of one actor for another's reply, or of a node for a peer's.
+pub(crate) const CALL_MAX: Duration = Duration::from_secs(600);
+/// The longest that a frame waits for its step to begin here.
+pub(crate) const EARLY_MAX: Duration = Duration::from_secs(60);
+/// Jobs queued for the device executor.
+pub(crate) const JOBS_MAX: usize = 1 << 16;
+/// Frames of one peer that are being answered, or wait for their step, at a time.
+pub(crate) const ANSWERS_MAX: usize = 1024;
+/// Time between two reports of links to the supervisor.
+pub(crate) const LINK_REPORT_INTERVAL: Duration = Duration::from_secs(2);
+/// The longest wait for the supervisor's welcome.
+pub(crate) const WELCOME_MAX: Duration = Duration::from_secs(10);
+/// Milliseconds of silence after which a node closes a link, unless the other end asks for less.
+pub(crate) const IDLE_MS: u64 = 10_000;
+/// Time between two attempts to reach a supervisor that does not answer.
+pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
+/// The same where a supervisor answers and refuses for now.
+pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(1);
+/// How long a node tries to reach its supervisor for the first time.
+pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
+/// Batches of spans queued for the supervisor.
+pub(crate) const SPAN_BATCHES_AHEAD: usize = 64;
+/// Control messages queued for the supervisor.
+pub(crate) const MESSAGES_AHEAD: usize = 256;
+/// Shards that are fetched at a time: enough to hide round trips, few enough to bound memory.
+pub(crate) const FETCHES_AHEAD: usize = 4;
+/// The longest bandwidth probe.
+pub(crate) const PROBE_MAX: Duration = Duration::from_secs(10);
+/// Frames of one bandwidth probe.
+pub(crate) const PROBE_FRAMES: usize = 4;
+/// Time spent on each kind of computation in the device benchmark, unless one call takes longer.
+pub(crate) const BENCHMARK_TIME: Duration = Duration::from_millis(80);
+/// The longest device benchmark by its own estimate, in seconds; a device that would take longer is measured in training.
+pub(crate) const BENCHMARK_SECONDS_MAX: f64 = 20.0;
+/// How long frames of an unknown node wait for the placement that names it.
+pub(crate) const UNKNOWN_PEER_MAX: Duration = Duration::from_secs(10);
+/// Time between two checks whether an unknown node is known.
+pub(crate) const UNKNOWN_PEER_POLL: Duration = Duration::from_millis(20);

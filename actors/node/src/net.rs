@@ -1,0 +1,5 @@
+//! A node's links: to the other nodes and to the supervisor.
+
+pub(crate) mod peers;
+pub(crate) mod probe;
+pub(crate) mod uplink;

@@ -1,0 +1,218 @@
+//! Links to the other nodes, dialed when they are first needed and re-dialed when they broke.
+
+use crate::error::{Error, Result};
+use crate::limits::{CALL_MAX, UNKNOWN_PEER_MAX, UNKNOWN_PEER_POLL};
+use crate::net::probe::probe;
+use parking_lot::Mutex;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{OnceCell, mpsc};
+use tokio::task::JoinHandle;
+use volary_core::NodeId;
+use volary_protocol::frames;
+use volary_protocol::{FrameRefusal, LinkReport};
+use volary_transport::{Endpoint, Frame, FrameKind, Link};
+
+/// Links to the other nodes.
+pub(crate) struct Peers {
+    endpoint: Endpoint,
+    state: Mutex<State>,
+    /// Reports of broken links. Unbounded, since each link sends at most one and there is at most one link per member.
+    breaks: mpsc::UnboundedSender<BrokenLink>,
+}
+
+#[derive(Default)]
+struct State {
+    addresses: HashMap<NodeId, String>,
+    /// A cell each: two senders to one peer share its dialing, and a peer that does not answer holds up no other.
+    links: HashMap<NodeId, LinkCell>,
+    /// Bytes per second to others, measured once for each link; 0 where the probe failed.
+    bandwidths: HashMap<NodeId, f64>,
+}
+
+type LinkCell = Arc<OnceCell<WatchedLink>>;
+
+/// A link, and the task that waits for its end for as long as the link is kept here.
+struct WatchedLink {
+    link: Link,
+    watch: JoinHandle<()>,
+}
+
+impl Drop for WatchedLink {
+    fn drop(&mut self) {
+        // The task holds the link, which closes with its last handle.
+        self.watch.abort();
+    }
+}
+
+/// A link that broke.
+pub(crate) struct BrokenLink {
+    pub(crate) peer: NodeId,
+    pub(crate) reason: String,
+    link: Link,
+}
+
+impl Peers {
+    /// No links yet, and the reports of those that break.
+    pub(crate) fn new(endpoint: Endpoint) -> (Self, mpsc::UnboundedReceiver<BrokenLink>) {
+        let (breaks, broken) = mpsc::unbounded_channel();
+        (Self { endpoint, state: Mutex::default(), breaks }, broken)
+    }
+
+    /// Takes the members of a new placement and their addresses; links to others are closed.
+    pub(crate) fn set_members(&self, addresses: &[(NodeId, String)]) {
+        let mut state = self.state.lock();
+        let before = std::mem::replace(&mut state.addresses, addresses.iter().cloned().collect());
+        let State { addresses, links, bandwidths } = &mut *state;
+        bandwidths.retain(|node, _| addresses.contains_key(node));
+        // A node of the same name at another address is another process.
+        links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
+    }
+
+    /// Removes a broken link, and tells whether it was in use: a frame may be lost with it, and nobody else would notice.
+    pub(crate) fn remove_broken(&self, broken: &BrokenLink) -> bool {
+        self.remove(&broken.peer, &broken.link)
+    }
+
+    /// Removes exactly this link: a new one may have been dialed since.
+    fn remove(&self, peer: &NodeId, link: &Link) -> bool {
+        let mut state = self.state.lock();
+        let same = |cell: &LinkCell| cell.get().is_some_and(|now| now.link.same_as(link));
+        let found = state.links.get(peer).is_some_and(same);
+        if found {
+            state.links.remove(peer);
+        }
+        found
+    }
+
+    /// Connections and frames refused so far.
+    pub(crate) fn refused(&self) -> u64 {
+        self.endpoint.refused()
+    }
+
+    pub(crate) fn count_refused(&self) {
+        self.endpoint.count_refused();
+    }
+
+    /// Whether the certificate at the other end of a link is revoked.
+    pub(crate) fn is_revoked(&self, link: &Link) -> bool {
+        self.endpoint.is_revoked(link.certificate())
+    }
+
+    /// Waits until a node has a part in the run: a new member may be a little ahead of the placement that names it.
+    pub(crate) async fn until_known(&self, node: &NodeId) -> bool {
+        let start = Instant::now();
+        loop {
+            if self.state.lock().addresses.contains_key(node) {
+                return true;
+            }
+            if start.elapsed() > UNKNOWN_PEER_MAX {
+                return false;
+            }
+            tokio::time::sleep(UNKNOWN_PEER_POLL).await;
+        }
+    }
+
+    /// The address of a member.
+    pub(crate) fn address(&self, node: &str) -> Option<SocketAddr> {
+        self.state.lock().addresses.get(&NodeId::new(node))?.parse().ok()
+    }
+
+    /// The present links.
+    pub(crate) fn reports(&self) -> Vec<LinkReport> {
+        let state = self.state.lock();
+        let report = |(node, cell): (&NodeId, &LinkCell)| {
+            let stats = cell.get()?.link.stats();
+            tracing::debug!(peer = %node, lost = stats.lost_packets, window = stats.window, "link");
+            Some(LinkReport {
+                peer: node.0.clone(),
+                round_trip_ms: stats.round_trip.as_secs_f64() * 1e3,
+                sent_bytes: stats.bytes_sent,
+                received_bytes: stats.bytes_received,
+                bandwidth: state.bandwidths.get(node).copied(),
+            })
+        };
+        state.links.iter().filter_map(report).collect()
+    }
+
+    /// Probes links that have not been probed yet, one after the other, since each probe takes bandwidth from training.
+    pub(crate) async fn probe_new_links(&self) {
+        let new: Vec<(NodeId, Link)> = {
+            let state = self.state.lock();
+            let unknown = |(node, cell): (&NodeId, &LinkCell)| {
+                let watched = cell.get().filter(|_| !state.bandwidths.contains_key(node))?;
+                Some((node.clone(), watched.link.clone()))
+            };
+            state.links.iter().filter_map(unknown).collect()
+        };
+        for (node, link) in new {
+            let sent = || self.reports().iter().map(|report| report.sent_bytes).sum();
+            let bandwidth = probe(&link, sent).await.map_or(0.0, |probe| probe.bandwidth);
+            self.state.lock().bandwidths.insert(node, bandwidth);
+        }
+    }
+
+    async fn link(&self, peer: &NodeId) -> Result<Link> {
+        let (cell, address) = {
+            let mut state = self.state.lock();
+            let address = state.addresses.get(peer).cloned();
+            let address = address.ok_or_else(|| Error::NotAMember { peer: peer.clone() })?;
+            (Arc::clone(state.links.entry(peer.clone()).or_default()), address)
+        };
+        let dial = || async {
+            let unreachable = |reason: String| Error::Unreachable { peer: peer.clone(), reason };
+            let socket: SocketAddr =
+                address.parse().map_err(|_| unreachable(format!("{address} is no socket address")))?;
+            let link = self.endpoint.connect(socket, &peer.0).await;
+            link.map(|link| self.watch(peer.clone(), link)).map_err(|error| unreachable(error.to_string()))
+        };
+        cell.get_or_try_init(dial).await.map(|watched| watched.link.clone())
+    }
+
+    fn watch(&self, peer: NodeId, link: Link) -> WatchedLink {
+        let (breaks, watched) = (self.breaks.clone(), link.clone());
+        let watch = tokio::spawn(async move {
+            let reason = watched.closed().await;
+            // The receiver ends with the node.
+            drop(breaks.send(BrokenLink { peer, reason, link: watched }));
+        });
+        WatchedLink { link, watch }
+    }
+
+    /// What a failed use of a link means. Only an error of the connection breaks the link.
+    fn failed(&self, peer: &NodeId, link: &Link, error: volary_transport::Error) -> Error {
+        let (peer, reason) = (peer.clone(), error.to_string());
+        if error.is_too_large() {
+            return Error::TooLarge { peer, reason };
+        }
+        self.remove(&peer, link);
+        Error::Unreachable { peer, reason }
+    }
+
+    /// Sends a frame and awaits the answer; a refusal is an error.
+    pub(crate) async fn request(&self, peer: &NodeId, frame: Frame) -> Result<Frame> {
+        let link = self.link(peer).await?;
+        let reply = match tokio::time::timeout(CALL_MAX, link.request(frame)).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(error)) => return Err(self.failed(peer, &link, error)),
+            Err(_) => return Err(Error::NoAnswer { peer: peer.clone(), limit: CALL_MAX }),
+        };
+        if reply.kind == FrameKind::Refusal {
+            let refusal: FrameRefusal = frames::decode(&reply)?;
+            return Err(Error::Refused { peer: peer.clone(), refusal });
+        }
+        Ok(reply)
+    }
+
+    /// Sends a frame that has no answer.
+    pub(crate) async fn send(&self, peer: &NodeId, frame: Frame) -> Result<()> {
+        let link = self.link(peer).await?;
+        match tokio::time::timeout(CALL_MAX, link.send(frame)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(error)) => Err(self.failed(peer, &link, error)),
+            Err(_) => Err(Error::NoAnswer { peer: peer.clone(), limit: CALL_MAX }),
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! How a node reaches its supervisor: it joins once, connects, and reconnects.
+
+use super::error::ProcessError;
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, WELCOME_MAX};
+use crate::messages::NodeMsg;
+use crate::options::NodeOptions;
+use ractor::ActorRef;
+use ractor::rpc::CallResult;
+use std::hash::{BuildHasher, Hasher};
+use std::net::SocketAddr;
+use std::time::Instant;
+use volary_core::NodeId;
+use volary_core::messages::{NodeCommand, ResidentState};
+use volary_core::profile::Profile;
+use volary_protocol::{NodeInfo, RunInfo, ToNode, ToSupervisor, Welcome};
+use volary_transport::canary::{self, CanaryHeld};
+use volary_transport::{ControlReceiver, ControlSender, Endpoint, Identity, Link, TransportOptions};
+
+/// A link that the supervisor has accepted.
+pub(crate) struct Connected {
+    pub(crate) link: Link,
+    pub(crate) sender: ControlSender,
+    pub(crate) receiver: ControlReceiver,
+    pub(crate) run: RunInfo,
+    /// Whether the supervisor accepts the state in this node's memory.
+    pub(crate) keep: bool,
+    pub(crate) canary: Option<CanaryHeld>,
+}
+
+/// Connects a node that has joined to its supervisor, as often as that is needed.
+pub(crate) struct SupervisorConnector {
+    /// A random number that tells this process from an earlier or later one of its name.
+    instance: u64,
+    name: NodeId,
+    endpoint: Endpoint,
+    options: NodeOptions,
+    /// What the node can do, once it is measured.
+    profile: Option<Profile>,
+}
+
+impl SupervisorConnector {
+    pub(super) fn new(name: NodeId, endpoint: Endpoint, options: NodeOptions) -> Self {
+        Self { instance: random_number(), name, endpoint, options, profile: None }
+    }
+
+    pub(super) fn options(&self) -> &NodeOptions {
+        &self.options
+    }
+
+    pub(super) fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    pub(super) fn set_profile(&mut self, profile: Profile) {
+        self.profile = Some(profile);
+    }
+
+    /// The measured profile; the default one before.
+    pub(super) fn profile(&self) -> Profile {
+        self.profile.clone().unwrap_or_else(|| Profile::relative(self.options.threads as f64))
+    }
+
+    /// Connects with the state that the agent holds.
+    pub(super) async fn reconnect(
+        &mut self,
+        agent: &ActorRef<NodeMsg>,
+        deadline: Instant,
+    ) -> Result<Connected, ProcessError> {
+        match agent.call(|reply| NodeMsg::ResidentState { reply }, None).await {
+            Ok(CallResult::Success(state)) => self.connect(state, deadline).await,
+            _ => Err(ProcessError::start("the node's agent", "it died")),
+        }
+    }
+
+    /// Connects, retrying until the deadline what may pass.
+    pub(super) async fn connect(
+        &mut self,
+        state: ResidentState,
+        deadline: Instant,
+    ) -> Result<Connected, ProcessError> {
+        loop {
+            // While the supervisor was away nobody could renew the certificate.
+            if self.endpoint.identity()?.left().is_zero() {
+                drop(self.rejoin().await);
+            }
+            match self.connect_once(state.clone()).await {
+                // A fenced node may join again, with its token if that is still valid.
+                Err(error) if error.needs_rejoin() => self.rejoin().await?,
+                Err(error) if Instant::now() < deadline && error.is_transient() => {
+                    tracing::debug!(%error, "supervisor not reached");
+                    tokio::time::sleep(DIAL_PAUSE).await;
+                }
+                connected => return connected,
+            }
+        }
+    }
+
+    /// The supervisor's present address.
+    async fn supervisor(&self) -> SocketAddr {
+        resolve(&self.options).await
+    }
+
+    async fn rejoin(&self) -> Result<(), ProcessError> {
+        tokio::time::sleep(DIAL_PAUSE).await;
+        let NodeOptions { network, token, .. } = &self.options;
+        let name = Some(self.name.0.clone());
+        let identity =
+            network.join(self.supervisor().await, token, name, &TransportOptions::default()).await?;
+        Ok(self.endpoint.set_identity(identity)?)
+    }
+
+    async fn connect_once(&self, state: ResidentState) -> Result<Connected, ProcessError> {
+        let supervisor = self.supervisor().await;
+        let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(supervisor).await?;
+        sender.send(&ToSupervisor::Hello(self.info(), state)).await?;
+        let Welcome { run, keep, canary, revoked } = receive_welcome(&mut receiver).await?;
+        self.endpoint.revoke(revoked);
+        let run: RunInfo = serde_json::from_str(&run).map_err(ProcessError::RunInfo)?;
+        let canary = match canary {
+            // Without it a death is detected later, by silence.
+            Some((port, key)) => canary::hold(SocketAddr::new(supervisor.ip(), port), &key).await.ok(),
+            None => None,
+        };
+        Ok(Connected { link, sender, receiver, run, keep, canary })
+    }
+
+    fn info(&self) -> NodeInfo {
+        let options = &self.options;
+        NodeInfo {
+            pid: std::process::id(),
+            device: options.device.clone(),
+            threads: options.threads,
+            profile: self.profile.clone(),
+            address: self.endpoint.local_addr().to_string(),
+            http: options.http.map(|address| address.to_string()),
+            instance: self.instance,
+        }
+    }
+}
+
+async fn resolve(options: &NodeOptions) -> SocketAddr {
+    let Some(host) = &options.supervisor_host else { return options.supervisor };
+    let resolved = tokio::net::lookup_host(host).await;
+    resolved.ok().and_then(|mut found| found.next()).unwrap_or(options.supervisor)
+}
+
+/// The supervisor's answer to a node's hello.
+async fn receive_welcome(receiver: &mut ControlReceiver) -> Result<Welcome, ProcessError> {
+    match tokio::time::timeout(WELCOME_MAX, receiver.recv::<ToNode>()).await {
+        Ok(Ok(Some(ToNode::Welcome(welcome)))) => Ok(*welcome),
+        Ok(Ok(Some(ToNode::NameInUse))) => Err(ProcessError::NameInUse),
+        Ok(Ok(Some(ToNode::Protocol(NodeCommand::Leave { reason }, _)))) => {
+            Err(ProcessError::Released(reason))
+        }
+        Ok(Err(error)) => Err(error.into()),
+        _ => Err(ProcessError::NoWelcome),
+    }
+}
+
+/// Joins the run with the access token, and retries for a while where it is too early; any other refusal is final.
+pub(super) async fn join_run(
+    options: &NodeOptions,
+    transport: &TransportOptions,
+) -> Result<Identity, ProcessError> {
+    let (start, mut reported) = (Instant::now(), false);
+    loop {
+        let joined = options.network.join(options.supervisor, &options.token, options.name.clone(), transport);
+        match joined.await.map_err(ProcessError::from) {
+            Err(error) if start.elapsed() < DIAL_MAX && error.is_early() => {
+                // A supervisor that answers is not asked ten times a second.
+                let refused = !error.is_transient();
+                if refused && !std::mem::replace(&mut reported, true) {
+                    tracing::warn!(%error, "retrying: the name may become free in a moment");
+                }
+                tokio::time::sleep(if refused { REFUSED_PAUSE } else { DIAL_PAUSE }).await;
+            }
+            joined => return joined,
+        }
+    }
+}
+
+/// A number that no other process draws. Not a secret.
+fn random_number() -> u64 {
+    std::collections::hash_map::RandomState::new().build_hasher().finish()
+}

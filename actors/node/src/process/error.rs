@@ -1,0 +1,77 @@
+//! Why a node process does not start, or cannot reach its supervisor.
+
+use std::fmt;
+use volary_core::compute::ComputeError;
+use volary_transport::RefusalCode;
+
+/// An error of a node process as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcessError {
+    /// The network, or a refusal.
+    #[error(transparent)]
+    Transport(#[from] volary_transport::Error),
+    /// The device cannot take the model.
+    #[error("the device: {0}")]
+    Compute(#[from] ComputeError),
+    /// A thread or an actor does not start.
+    #[error("{what} does not start: {reason}")]
+    Start {
+        /// Which.
+        what: &'static str,
+        /// The error.
+        reason: String,
+    },
+    /// A live process has the node's name.
+    #[error("a live node has this name; choose another one")]
+    NameInUse,
+    /// The supervisor answered and did not describe the run.
+    #[error("the supervisor did not send its welcome")]
+    NoWelcome,
+    /// The supervisor's description of the run cannot be read.
+    #[error("the supervisor's description of the run: {0}")]
+    RunInfo(serde_json::Error),
+    /// The supervisor released the node before it had welcomed it.
+    #[error("{0}")]
+    Released(String),
+}
+
+impl ProcessError {
+    pub(super) fn start(what: &'static str, reason: impl fmt::Display) -> Self {
+        Self::Start { what, reason: reason.to_string() }
+    }
+
+    /// The code of a refusal.
+    fn refusal(&self) -> Option<RefusalCode> {
+        match self {
+            Self::Transport(error) => error.refusal(),
+            _ => None,
+        }
+    }
+
+    /// Whether the supervisor does not accept this node's certificate any more, so that it may join again with its token.
+    pub(super) fn needs_rejoin(&self) -> bool {
+        matches!(
+            self.refusal(),
+            Some(
+                RefusalCode::CertificateRevoked
+                    | RefusalCode::CertificateUnknown
+                    | RefusalCode::CertificateExpired
+            )
+        )
+    }
+
+    /// Whether another attempt may succeed.
+    pub(super) fn is_transient(&self) -> bool {
+        match self {
+            Self::NameInUse | Self::NoWelcome => true,
+            Self::Transport(error) => error.is_connection(),
+            _ => false,
+        }
+    }
+
+    /// Whether a first attempt to join may succeed later: the supervisor does not listen yet, or does not know yet that an
+    /// earlier process of this name is gone.
+    pub(super) fn is_early(&self) -> bool {
+        self.is_transient() || self.refusal() == Some(RefusalCode::NameInUse)
+    }
+}

@@ -1,0 +1,179 @@
+//! What runs beside a node's link to its supervisor: messages both ways, link reports, certificate renewal.
+
+use super::connect::Connected;
+use crate::context::NodeContext;
+use crate::error::Error;
+use crate::limits::{LINK_REPORT_INTERVAL, MESSAGES_AHEAD};
+use crate::messages::{Connection, NodeMsg, notify};
+use crate::net::peers::BrokenLink;
+use crate::net::uplink::Uplink;
+use ractor::ActorRef;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use volary_core::compute::Compute;
+use volary_protocol::limits::SPANS_PER_MESSAGE;
+use volary_protocol::{ToNode, ToSupervisor};
+use volary_telemetry::Pipeline;
+use volary_transport::canary::CanaryHeld;
+use volary_transport::{ControlReceiver, ControlSender, Endpoint, IssuedCertificate, KeyRequest, Link};
+
+/// A link to the supervisor in use.
+pub(super) struct SupervisorSession {
+    link: Link,
+    messages: mpsc::Sender<ToSupervisor>,
+    reader: JoinHandle<String>,
+    canary: Option<CanaryHeld>,
+    reports: JoinHandle<()>,
+    renewals: JoinHandle<()>,
+}
+
+impl SupervisorSession {
+    /// Gives the link to the agent, and starts the tasks beside it.
+    pub(super) fn start<B: Compute>(
+        connected: Connected,
+        agent: &ActorRef<NodeMsg>,
+        node: &Arc<NodeContext<B>>,
+        endpoint: &Endpoint,
+    ) -> Self {
+        let Connected { link, sender, receiver, keep, canary, .. } = connected;
+        let (messages, outbound) = mpsc::channel(MESSAGES_AHEAD);
+        let uplink = Uplink { link: link.clone() };
+        notify(agent, NodeMsg::Connected(Connection { messages: messages.clone(), uplink, keep }));
+        tokio::spawn(write_messages(sender, outbound));
+        let (renewed, answers) = mpsc::channel(1);
+        let reader = tokio::spawn(read_messages(receiver, agent.clone(), renewed, endpoint.clone()));
+        let renewals = tokio::spawn(renew(endpoint.clone(), messages.clone(), answers));
+        let reports = tokio::spawn(report_links(Arc::clone(node), messages.clone()));
+        Self { link, messages, reader, canary, reports, renewals }
+    }
+
+    /// Queues a message; a session that has ended drops it.
+    pub(super) async fn send(&self, message: ToSupervisor) {
+        drop(self.messages.send(message).await);
+    }
+
+    /// Resolves when the session ends, with the reason.
+    pub(super) async fn ended(&mut self) -> String {
+        let canary = async {
+            match &mut self.canary {
+                Some(canary) => canary.ended().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            reason = &mut self.reader => reason.unwrap_or_else(|error| error.to_string()),
+            () = canary => "its process has ended".into(),
+        }
+    }
+
+    /// Sends ended spans. Those that do not fit into the queue are dropped and counted.
+    pub(super) fn send_spans(&self, pipeline: &Pipeline, spans: &[String]) {
+        for part in spans.chunks(SPANS_PER_MESSAGE) {
+            if self.messages.try_send(ToSupervisor::Spans(part.to_vec())).is_err() {
+                pipeline.lost(part.len() as u64);
+            }
+        }
+    }
+
+    /// Ends the session's tasks and its link.
+    pub(super) fn close(&self) {
+        self.link.close("the link is given up");
+        self.reader.abort();
+        self.reports.abort();
+        self.renewals.abort();
+    }
+
+    /// Ends the link only: queued messages are sent first where they can be.
+    pub(super) fn close_link(&self, reason: &str) {
+        self.link.close(reason);
+    }
+}
+
+async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<ToSupervisor>) {
+    while let Some(message) = messages.recv().await {
+        if let Err(error) = sender.send(&message).await {
+            return tracing::debug!(%error, "control stream to the supervisor closed");
+        }
+    }
+    sender.finish().await;
+}
+
+async fn read_messages(
+    mut receiver: ControlReceiver,
+    agent: ActorRef<NodeMsg>,
+    renewed: mpsc::Sender<IssuedCertificate>,
+    endpoint: Endpoint,
+) -> String {
+    loop {
+        match receiver.recv::<ToNode>().await {
+            Ok(Some(ToNode::Protocol(command, trace))) => {
+                if agent.cast(NodeMsg::Command(command, trace)).is_err() {
+                    return "the node's agent has ended".to_owned();
+                }
+            }
+            Ok(Some(ToNode::Revoked(hashes))) => endpoint.revoke(hashes),
+            // Nobody waits for a second certificate.
+            Ok(Some(ToNode::Renewed(certificate))) => drop(renewed.try_send(certificate)),
+            Ok(Some(ToNode::Welcome(_) | ToNode::NameInUse)) => {}
+            Ok(None) => return "it ended the control stream".to_owned(),
+            Err(error) => return error.to_string(),
+        }
+    }
+}
+
+/// Requests a certificate for a new key whenever half of the present one's lifetime has passed.
+async fn renew(
+    endpoint: Endpoint,
+    messages: mpsc::Sender<ToSupervisor>,
+    mut answers: mpsc::Receiver<IssuedCertificate>,
+) {
+    let (name, authority) = match endpoint.identity() {
+        Ok(identity) => (identity.name().to_owned(), identity.authority().to_vec()),
+        Err(error) => return tracing::warn!(%error, "no certificate to renew"),
+    };
+    loop {
+        let left = endpoint.identity().map_or(Duration::ZERO, |identity| identity.left());
+        tokio::time::sleep(left / 2).await;
+        let Ok(request) = KeyRequest::new() else { continue };
+        if messages.send(ToSupervisor::Renew(request.der().to_vec())).await.is_err() {
+            return;
+        }
+        let Some(issued) = answers.recv().await else { return };
+        match endpoint.set_identity(request.into_identity(&name, issued, authority.clone())) {
+            Ok(()) => tracing::info!("certificate renewed"),
+            Err(error) => tracing::warn!(%error, "a renewed certificate cannot be used"),
+        }
+    }
+}
+
+/// Fails the epoch when a link between two nodes of the placement breaks: a frame may be lost with it, and its receiver
+/// would wait for it until the step times out.
+pub(super) async fn report_broken_links<B: Compute>(
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg>,
+    mut broken_links: mpsc::UnboundedReceiver<BrokenLink>,
+) {
+    while let Some(broken) = broken_links.recv().await {
+        let in_use = node.peers.remove_broken(&broken);
+        let placement = node.placement();
+        let peer = broken.peer;
+        if in_use && (placement.is_member(&peer) || placement.is_learning(&peer)) {
+            let reason = format!("its link broke: {}", broken.reason);
+            let error = Error::Unreachable { peer, reason };
+            notify(&agent, NodeMsg::Failed { epoch: placement.epoch, error });
+        }
+    }
+}
+
+/// Reports this node's links to the supervisor at intervals.
+async fn report_links<B: Compute>(node: Arc<NodeContext<B>>, messages: mpsc::Sender<ToSupervisor>) {
+    loop {
+        tokio::time::sleep(LINK_REPORT_INTERVAL).await;
+        node.peers.probe_new_links().await;
+        if messages.send(ToSupervisor::Links(node.peers.reports())).await.is_err() {
+            return;
+        }
+    }
+}

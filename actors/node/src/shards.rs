@@ -1,0 +1,4 @@
+//! The replicas in this node's memory, and how shards get here.
+
+pub(crate) mod replicas;
+pub(crate) mod transfer;

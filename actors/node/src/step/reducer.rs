@@ -1,0 +1,265 @@
+//! The reducer actor: sums the weight gradients of every shard over the fixed tree of lanes.
+//!
+//! One per node, supervised by the agent. Shard actors send it the leaves that this node computes. A node makes the sums
+//! that the placement assigns to it ([`Placement::reducer`]): those over leaves that it computes alone and, as the owner
+//! of a shard or on the way there, those over what others send. The owner ends with the root and sends it to the other
+//! holders, some of which forward it. When the root of every held shard is here, the agent gets the norms, and the
+//! gradients wait for the commit.
+//!
+//! Invariant: which additions are made, and in which order, depends on the tree alone ([`volary_core::tree`]). A gradient
+//! that cannot be computed, sent or read fails the epoch.
+
+use crate::context::NodeContext;
+use crate::device::executor::Priority;
+use crate::error::{Error, Result};
+use crate::messages::{NodeMsg, ReducerMsg, Sum, notify, respond};
+use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
+use std::collections::BTreeMap;
+use std::marker::PhantomData;
+use std::sync::Arc;
+use volary_core::compute::Compute;
+use volary_core::messages::Norm;
+use volary_core::placement::Placement;
+use volary_core::tree::{Fold, LeafSpan, Next};
+use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_protocol::frames::{self, GradientSum};
+use volary_transport::{Frame, FrameKind};
+
+/// The step that is being reduced.
+struct Reduction<B: Compute> {
+    epoch: Epoch,
+    step: Step,
+    placement: Arc<Placement>,
+    folds: BTreeMap<ShardId, Fold<Sum<B>>>,
+    roots: BTreeMap<ShardId, (Sum<B>, Norm)>,
+    /// Shards that this node holds or learns: as many roots are expected.
+    held: usize,
+}
+
+/// The reducer's state.
+pub(crate) struct ReducerState<B: Compute> {
+    me: ActorRef<ReducerMsg<B>>,
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg>,
+    current: Option<Reduction<B>>,
+}
+
+/// See the module.
+pub(crate) struct ReducerActor<B>(pub(crate) PhantomData<B>);
+
+impl<B: Compute> Actor for ReducerActor<B> {
+    type Msg = ReducerMsg<B>;
+    type State = ReducerState<B>;
+    type Arguments = (Arc<NodeContext<B>>, ActorRef<NodeMsg>);
+
+    async fn pre_start(
+        &self,
+        me: ActorRef<Self::Msg>,
+        (node, agent): Self::Arguments,
+    ) -> std::result::Result<Self::State, ActorProcessingErr> {
+        Ok(ReducerState { me, node, agent, current: None })
+    }
+
+    async fn handle(
+        &self,
+        _: ActorRef<Self::Msg>,
+        message: Self::Msg,
+        state: &mut Self::State,
+    ) -> std::result::Result<(), ActorProcessingErr> {
+        match message {
+            ReducerMsg::Begin { epoch, step, placement } => state.on_begin(epoch, step, placement),
+            ReducerMsg::Leaf { epoch, step, shard, leaf, gradient } => {
+                let span = LeafSpan { start: leaf, end: leaf + 1 };
+                state.on_summed(epoch, step, GradientSum { shard, span }, gradient);
+            }
+            ReducerMsg::Summed { epoch, step, shard, span, gradient } => {
+                state.on_summed(epoch, step, GradientSum { shard, span }, gradient);
+            }
+            ReducerMsg::Root { epoch, step, shard, gradient, frame } => {
+                state.forward_root(epoch, step, shard, frame);
+                state.on_root(epoch, step, shard, gradient);
+            }
+            ReducerMsg::Take { epoch, step, reply } => state.on_take(epoch, step, reply),
+            ReducerMsg::Discard { epoch } => {
+                if state.current.as_ref().is_some_and(|current| current.epoch < epoch) {
+                    state.current = None;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<B: Compute> ReducerState<B> {
+    fn on_begin(&mut self, epoch: Epoch, step: Step, placement: Arc<Placement>) {
+        let me = &self.node.id;
+        let (mut folds, mut held) = (BTreeMap::new(), 0);
+        for shard in self.node.architecture.shards() {
+            held += usize::from(placement.holds_or_learns(me, shard));
+            folds.insert(shard, Fold::new(placement.leaves(shard)));
+        }
+        self.current = Some(Reduction { epoch, step, placement, folds, roots: BTreeMap::new(), held });
+        // A node that holds nothing expects nothing.
+        self.when_reduced();
+    }
+
+    /// The reduction of a step, if it is the current one.
+    fn at(&mut self, epoch: Epoch, step: Step) -> Option<&mut Reduction<B>> {
+        self.current.as_mut().filter(|current| (current.epoch, current.step) == (epoch, step))
+    }
+
+    fn fail(&self, epoch: Epoch, error: Error) {
+        notify(&self.agent, NodeMsg::Failed { epoch, error });
+    }
+
+    fn on_summed(&mut self, epoch: Epoch, step: Step, sum: GradientSum, gradient: Result<Sum<B>>) {
+        let value = match gradient {
+            Ok(value) => value,
+            Err(error) => return self.fail(epoch, error),
+        };
+        let me = self.node.id.clone();
+        let Some(current) = self.at(epoch, step) else { return };
+        let (placement, shard) = (&current.placement, sum.shard);
+        let Some(fold) = current.folds.get_mut(&shard) else { return };
+        match fold.put(sum.span, value, |parent| placement.reducer(shard, parent) == Some(&me)) {
+            Next::Wait => {}
+            Next::Add { span, left, right } => {
+                self.add(epoch, step, GradientSum { shard, span }, left, right);
+            }
+            Next::Done { span, value } => self.done(epoch, step, GradientSum { shard, span }, value),
+        }
+    }
+
+    /// Adds two sums on the device; a missing one counts as zero and costs nothing.
+    fn add(&self, epoch: Epoch, step: Step, sum: GradientSum, left: Sum<B>, right: Sum<B>) {
+        let me = self.me.clone();
+        let GradientSum { shard, span } = sum;
+        let summed = move |gradient| {
+            notify(&me, ReducerMsg::Summed { epoch, step, shard, span, gradient });
+        };
+        match (left, right) {
+            (Some(left), Some(right)) => {
+                self.node.executor.submit(Priority::Deferred, move |backend| {
+                    summed(backend.add(left, right).map(Some).map_err(Error::from));
+                });
+            }
+            (left, right) => summed(Ok(left.or(right))),
+        }
+    }
+
+    /// A sum that this node takes no further: either a part for the node that adds it, or the root. The root belongs to
+    /// the owner, whoever made it, and goes from there to the other holders and the learners.
+    fn done(&mut self, epoch: Epoch, step: Step, sum: GradientSum, value: Sum<B>) {
+        let me = self.node.id.clone();
+        let Some(current) = self.at(epoch, step) else { return };
+        let (placement, shard) = (Arc::clone(&current.placement), sum.shard);
+        let next = match sum.span.parent(placement.leaves(shard)) {
+            Some((parent, _)) => placement.reducer(shard, parent),
+            None => placement.owner(shard).filter(|owner| **owner != me),
+        };
+        let is_root = next.is_none();
+        let (kind, targets, learners) = match next {
+            Some(next) => (FrameKind::Partial, vec![next.clone()], Vec::new()),
+            None => {
+                let learners = placement.learners.get(&shard).into_iter().flatten().cloned().collect();
+                (FrameKind::Sum, placement.broadcast_children(shard, &me), learners)
+            }
+        };
+        let (reducer, node, agent) = (self.me.clone(), Arc::clone(&self.node), self.agent.clone());
+        let runtime = tokio::runtime::Handle::current();
+        self.node.executor.submit(Priority::Deferred, move |backend| {
+            if !targets.is_empty() || !learners.is_empty() {
+                match to_frame(backend, kind, epoch, step, &sum, value.as_ref()) {
+                    Ok(frame) => {
+                        runtime.spawn(teach(Arc::clone(&node), learners, frame.clone()));
+                        runtime.spawn(deliver(node, agent, targets, frame));
+                    }
+                    Err(error) => notify(&agent, NodeMsg::Failed { epoch, error }),
+                }
+            }
+            if is_root {
+                let gradient = with_norm(backend, value);
+                notify(&reducer, ReducerMsg::Root { epoch, step, shard, gradient, frame: None });
+            }
+        });
+    }
+
+    /// Sends a root that came from another holder on to the holders that get it from here.
+    fn forward_root(&mut self, epoch: Epoch, step: Step, shard: ShardId, frame: Option<Frame>) {
+        let Some((current, frame)) = self.at(epoch, step).zip(frame) else { return };
+        let placement = Arc::clone(&current.placement);
+        let targets = placement.broadcast_children(shard, &self.node.id);
+        if !targets.is_empty() {
+            tokio::spawn(deliver(Arc::clone(&self.node), self.agent.clone(), targets, frame));
+        }
+    }
+
+    fn on_root(&mut self, epoch: Epoch, step: Step, shard: ShardId, gradient: Result<(Sum<B>, Norm)>) {
+        let root = match gradient {
+            Ok(root) => root,
+            Err(error) => return self.fail(epoch, error),
+        };
+        let Some(current) = self.at(epoch, step) else { return };
+        // The first one counts: its norm may be reported already.
+        current.roots.entry(shard).or_insert(root);
+        self.when_reduced();
+    }
+
+    fn when_reduced(&self) {
+        let Some(Reduction { epoch, step, roots, held, .. }) = &self.current else { return };
+        if roots.len() == *held {
+            let norms = roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
+            notify(&self.agent, NodeMsg::Reduced { epoch: *epoch, step: *step, norms });
+        }
+    }
+
+    fn on_take(&mut self, epoch: Epoch, step: Step, reply: RpcReplyPort<BTreeMap<ShardId, Sum<B>>>) {
+        let taken = self.current.take_if(|current| (current.epoch, current.step) == (epoch, step));
+        let roots = taken.map(|current| current.roots).unwrap_or_default();
+        respond(reply, roots.into_iter().map(|(shard, (gradient, _))| (shard, gradient)).collect());
+    }
+}
+
+/// A root with its norm: 0 when no token reached the expert.
+pub(crate) fn with_norm<B: Compute>(backend: &B, value: Sum<B>) -> Result<(Sum<B>, Norm)> {
+    let norm = match &value {
+        Some(gradient) => backend.norm(gradient)?,
+        None => Norm { squared: 0.0, finite: true },
+    };
+    Ok((value, norm))
+}
+
+fn to_frame<B: Compute>(
+    backend: &B,
+    kind: FrameKind,
+    epoch: Epoch,
+    step: Step,
+    sum: &GradientSum,
+    value: Option<&B::Gradient>,
+) -> Result<Frame> {
+    let tensors = value.map(|gradient| backend.export_gradient(gradient)).transpose()?.unwrap_or_default();
+    Ok(frames::frame(kind, epoch, step, sum, tensors)?)
+}
+
+/// Sends a root to learners. One that cannot be reached holds up nobody: the supervisor decides what becomes of it.
+async fn teach<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Frame) {
+    for learner in &learners {
+        if let Err(error) = node.peers.send(learner, frame.clone()).await {
+            tracing::debug!(%learner, %error, "a gradient did not reach a learner");
+        }
+    }
+}
+
+/// Sends a sum to nodes that need it for the step; the epoch fails when one cannot be reached.
+async fn deliver<B: Compute>(
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg>,
+    targets: Vec<NodeId>,
+    frame: Frame,
+) {
+    for target in &targets {
+        if let Err(error) = node.peers.send(target, frame.clone()).await {
+            return notify(&agent, NodeMsg::Failed { epoch: frame.epoch, error });
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! Carries out what the machine decides, in its order.
+
+use super::recovery::persist;
+use super::{RunEnd, SupervisorState};
+use crate::blocking::blocking;
+use crate::error::{Error, Result};
+use crate::limits::STATUS_EVENTS;
+use crate::messages::{CheckpointerMsg, notify};
+use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
+use serde::Serialize;
+use std::sync::Arc;
+use std::time::Instant;
+use volary_core::machine::{Committed, Effect, Notice};
+use volary_core::messages::{NodeCommand, Pass};
+use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_protocol::ToNode;
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
+use volary_storage::Error as StorageError;
+
+impl SupervisorState {
+    pub(super) async fn carry_out(&mut self, effect: Effect) -> Result<()> {
+        match effect {
+            Effect::Send { node, message } => self.send(&node, message)?,
+            Effect::Fence { node, reason } => {
+                self.disconnect(&node, &reason);
+                self.revoke(node, format!("the node was fenced: {reason}")).await?;
+            }
+            Effect::Journal(committed) => self.journal(*committed).await?,
+            Effect::Persist(state) => {
+                let store = self.store.clone();
+                blocking(move || persist(&store, &state)).await?;
+            }
+            Effect::OpenCheckpoint { step, epoch, shards } => self.open_checkpoint(step, epoch, shards),
+            Effect::DropCheckpoint { step } => notify(&self.checkpointer, CheckpointerMsg::Drop { step }),
+            Effect::GoBack { step } => self.go_back(step).await?,
+            Effect::Validated { step, loss, tokens } => {
+                self.last_commit = Instant::now();
+                let line = ValidationLine { step, loss, tokens };
+                self.telemetry.validated(&line);
+                self.files.validation(&line)?;
+            }
+            Effect::Notice(notice) => self.on_notice(notice).await?,
+            Effect::Done => self.on_end(RunEnd::Done { step: self.machine.committed() }),
+            Effect::Fatal { reason } => self.on_end(RunEnd::Fatal { reason }),
+        }
+        Ok(())
+    }
+
+    fn open_checkpoint(&mut self, step: Step, epoch: Epoch, shards: Vec<ShardId>) {
+        let scope = self.telemetry.traces.checkpoint(step, shards.len());
+        let placement = self.machine.placement();
+        let sender = |&shard: &ShardId| Some((shard, placement.owner(shard)?.clone()));
+        self.checkpoint_senders = shards.iter().filter_map(sender).collect();
+        notify(&self.checkpointer, CheckpointerMsg::Open { step, epoch, shards, scope });
+    }
+
+    /// Revokes a node's certificates, also between nodes.
+    async fn revoke(&self, node: NodeId, reason: String) -> Result<()> {
+        let credentials = Arc::clone(&self.credentials);
+        let hashes = blocking(move || credentials.revoke_certificates(&node, &reason)).await?;
+        if !hashes.is_empty() {
+            self.sessions.send_to_all(&ToNode::Revoked(hashes));
+        }
+        Ok(())
+    }
+
+    /// Sends a command; a `Begin` gets the tokens of its lanes.
+    fn send(&mut self, node: &NodeId, mut command: NodeCommand) -> Result<()> {
+        self.timings.sent(&command);
+        if let NodeCommand::Begin { step, pass, lanes, .. } = &mut command {
+            for (lane, tokens) in lanes {
+                let read = match pass {
+                    Pass::Train => self.dataset.lane(*step, *lane),
+                    Pass::Validate { round } => self.dataset.validation(*round, *lane),
+                };
+                *tokens = read.map_err(|source| Error::Tokens { step: *step, lane: *lane, source })?;
+            }
+        }
+        let trace = self.telemetry.traces.sent(&command, &self.dataset);
+        if let Some(session) = self.sessions.get(node) {
+            session.send(ToNode::Protocol(command, trace));
+        }
+        Ok(())
+    }
+
+    /// Makes a step durable, then reports it.
+    async fn journal(&mut self, committed: Committed) -> Result<()> {
+        let (store, record) = (self.store.clone(), committed.clone());
+        let (prepared, span) = self.telemetry.traces.committing();
+        let (began, scope) = (Instant::now(), span.scope());
+        blocking(move || scope.enter(|| store.commit(record.step, &record))).await?;
+        drop(span);
+        self.telemetry.metrics.journalled(began.elapsed());
+        if let Some(took) = prepared {
+            self.telemetry.metrics.prepared(took);
+        }
+        let seconds = self.last_commit.elapsed().as_secs_f64();
+        self.last_commit = Instant::now();
+        let costs = self.timings.committed(committed.step);
+        for cost in &costs {
+            self.write_event(cost)?;
+        }
+        let line = MetricsLine::new(&committed, Some(seconds));
+        self.files.metrics(&line)?;
+        self.telemetry.committed(&committed, &line, &costs);
+        if self.telemetry.is_sampled(line.step) {
+            let (loss, busiest_expert) = (line.loss, line.busiest_expert);
+            tracing::info!(step = %line.step, loss, seconds, busiest_expert, load = ?committed.load, "committed");
+        }
+        self.last_metrics = Some(line);
+        self.load = committed.load;
+        Ok(())
+    }
+
+    /// Removes everything after `step`.
+    async fn go_back(&mut self, step: Step) -> Result<()> {
+        let (store, checkpoints) = (self.store.clone(), self.checkpoints.clone());
+        blocking(move || {
+            checkpoints.truncate_after(step)?;
+            store.truncate_after(step)?;
+            Ok::<_, StorageError>(())
+        })
+        .await?;
+        Ok(self.files.go_back(step)?)
+    }
+
+    async fn on_notice(&mut self, notice: Notice) -> Result<()> {
+        self.answer_requests(&notice);
+        if let Notice::Left { node } = &notice {
+            self.sessions.release(node.clone());
+            self.revoke(node.clone(), "the node has left".into()).await?;
+        }
+        match &notice {
+            Notice::WentBack { .. }
+            | Notice::NoRoom { .. }
+            | Notice::ReplicasDiffer { .. }
+            | Notice::CheckpointFailed { .. } => tracing::error!(?notice, "event"),
+            Notice::Lost { .. }
+            | Notice::Fenced { .. }
+            | Notice::MigrationFailed { .. }
+            | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
+            _ => tracing::info!(?notice, "event"),
+        }
+        self.timings.on_notice(&notice);
+        self.telemetry.on_notice(&notice);
+        self.write_event(&notice)
+    }
+
+    /// Answers the operators who wait for what has just happened.
+    fn answer_requests(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Checkpoint { step } => {
+                self.answer(&OperatorRequest::Checkpoint, &OperatorReply::Done { step: *step });
+            }
+            Notice::CheckpointFailed { reason, .. } => {
+                let failed = OperatorReply::Failed { reason: reason.clone() };
+                self.answer(&OperatorRequest::Checkpoint, &failed);
+            }
+            Notice::MigrationFailed { node, reason } => {
+                let failed = OperatorReply::Failed { reason: reason.clone() };
+                self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &failed);
+            }
+            _ => {}
+        }
+    }
+
+    /// Writes a line of `events.jsonl`, and publishes it.
+    fn write_event(&mut self, event: &impl Serialize) -> Result<()> {
+        let line = EventLine { unix_ms: unix_ms(), at_step: self.machine.committed(), event };
+        self.files.event(&line)?;
+        self.telemetry.events.publish("event", &line);
+        if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(&line)
+            && let Some(name) = fields.get("event").and_then(serde_json::Value::as_str)
+        {
+            self.telemetry.metrics.event(name);
+        }
+        if let Ok(text) = serde_json::to_string(&line) {
+            self.recent_events.push_back(text);
+        }
+        while self.recent_events.len() > STATUS_EVENTS {
+            self.recent_events.pop_front();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,122 @@
+//! Requests of operators, and their replies.
+
+use super::sessions::Session;
+use super::SupervisorState;
+use crate::error::Result;
+use crate::messages::respond;
+use ractor::RpcReplyPort;
+use volary_core::machine::{Activity, Event};
+use volary_core::profile::Profile;
+use volary_core::{NodeId, ShardId};
+use volary_protocol::operator::{
+    NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus,
+};
+
+/// What becomes of a request.
+enum Disposition {
+    /// It is answered at once.
+    Answer(OperatorReply),
+    /// It becomes an event, and is answered when that has its effect.
+    Event(Event),
+}
+
+impl SupervisorState {
+    pub(super) async fn on_operator(
+        &mut self,
+        request: OperatorRequest,
+        reply: RpcReplyPort<OperatorReply>,
+    ) -> Result<()> {
+        match self.dispose(&request) {
+            Disposition::Answer(answer) => {
+                respond(reply, answer);
+                Ok(())
+            }
+            Disposition::Event(event) => {
+                self.pending_requests.push((request, reply));
+                self.on_event(event).await
+            }
+        }
+    }
+
+    fn dispose(&self, request: &OperatorRequest) -> Disposition {
+        let failed = |reason: String| Disposition::Answer(OperatorReply::Failed { reason });
+        match request {
+            OperatorRequest::Status => {
+                Disposition::Answer(OperatorReply::Status(Box::new(self.status())))
+            }
+            OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
+                Disposition::Answer(OperatorReply::Done { step: self.machine.committed() })
+            }
+            OperatorRequest::Checkpoint => Disposition::Event(Event::CheckpointRequested),
+            OperatorRequest::Stop => Disposition::Event(Event::StopRequested),
+            OperatorRequest::Drain { node } => {
+                let node = NodeId::new(node);
+                match self.sessions.get(&node) {
+                    None => {
+                        let connected: Vec<&str> =
+                            self.sessions.iter().map(|(node, _)| node.0.as_str()).collect();
+                        failed(format!("no node {node}; connected: {}", connected.join(", ")))
+                    }
+                    Some(session) if session.is_joining() => {
+                        failed(format!("{node} has not joined yet: it is measuring itself"))
+                    }
+                    Some(_) => Disposition::Event(Event::DrainRequested { node }),
+                }
+            }
+            OperatorRequest::AccessTokenCreate { .. }
+            | OperatorRequest::AccessTokenList
+            | OperatorRequest::AccessTokenRevoke { .. } => {
+                failed("access tokens are handled at admission".into())
+            }
+        }
+    }
+
+    /// Answers every pending request that equals `request`.
+    pub(super) fn answer(&mut self, request: &OperatorRequest, answer: &OperatorReply) {
+        for (_, reply) in self.pending_requests.extract_if(.., |(asked, _)| asked == request) {
+            respond(reply, answer.clone());
+        }
+    }
+
+    fn status(&self) -> Status {
+        let placement = self.machine.placement();
+        let shard = |shard: ShardId| ShardStatus {
+            name: shard.to_string(),
+            version: self.machine.committed(),
+            replicas: self.machine.holders(shard).into_iter().map(|node| node.0).collect(),
+        };
+        Status {
+            run: self.run.run.clone(),
+            epoch: placement.epoch,
+            step: self.machine.committed(),
+            steps: self.settings.training.steps,
+            activity: if self.end.is_some() { self.machine.activity() } else { Activity::Done },
+            checkpoint: self.machine.durable(),
+            load: self.load.clone(),
+            loss: self.last_metrics.as_ref().map(|line| line.loss),
+            tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
+            predicted_step_ms: 1e3 * self.machine.predicted_step_s(),
+            supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },
+            nodes: self.sessions.iter().map(|(node, session)| self.node_status(node, session)).collect(),
+            shards: self.settings.architecture.shards().into_iter().map(shard).collect(),
+            events: self.recent_events.iter().cloned().collect(),
+        }
+    }
+
+    fn node_status(&self, node: &NodeId, session: &Session) -> NodeStatus {
+        let placement = self.machine.placement();
+        let shards = self.settings.architecture.shards();
+        NodeStatus {
+            name: node.0.clone(),
+            pid: session.info.pid,
+            state: self.machine.node_state(node).into(),
+            device: session.info.device.clone(),
+            capacity: self.machine.profile(node).map_or(0.0, Profile::capacity),
+            zone: session.info.profile.as_ref().map_or_else(String::new, |profile| profile.zone.clone()),
+            shards: shards.into_iter().filter(|&shard| placement.holds(node, shard)).count(),
+            lanes: placement.lanes_of(node),
+            links: session.links.clone(),
+            http: session.info.http.clone(),
+        }
+    }
+}

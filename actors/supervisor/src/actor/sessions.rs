@@ -1,0 +1,179 @@
+//! Connected nodes: they connect, measure themselves, join the cluster, report, and disconnect.
+
+use super::SupervisorState;
+use crate::error::Result;
+use crate::messages::{NodeArrival, SessionId};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Instant;
+use tokio::sync::mpsc;
+use volary_core::NodeId;
+use volary_core::machine::Event;
+use volary_core::messages::{NodeReport, ResidentState};
+use volary_core::profile::Profile;
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
+use volary_protocol::{LinkReport, NodeInfo, ToNode, Welcome};
+use volary_transport::Link;
+
+/// A connected node.
+pub(super) struct Session {
+    pub(super) info: NodeInfo,
+    number: u64,
+    messages: mpsc::Sender<ToNode>,
+    link: Link,
+    /// The links that it reported last.
+    pub(super) links: Vec<LinkReport>,
+    last_message: Instant,
+    /// What it came with, until it has measured itself and joins the cluster.
+    joining: Option<ResidentState>,
+}
+
+impl Session {
+    /// Queues a message. A node that does not read until the queue is full is disconnected; a disconnected one is handled
+    /// elsewhere.
+    pub(super) fn send(&self, message: ToNode) {
+        if let Err(mpsc::error::TrySendError::Full(_)) = self.messages.try_send(message) {
+            self.link.close("it does not read its control stream");
+        }
+    }
+
+    /// Whether it is still measuring itself.
+    pub(super) fn is_joining(&self) -> bool {
+        self.joining.is_some()
+    }
+}
+
+/// The connected nodes.
+#[derive(Default)]
+pub(super) struct Sessions {
+    sessions: BTreeMap<NodeId, Session>,
+    /// Nodes that were released, until their links end.
+    released: BTreeSet<NodeId>,
+}
+
+impl Sessions {
+    pub(super) fn get(&self, node: &NodeId) -> Option<&Session> {
+        self.sessions.get(node)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&NodeId, &Session)> {
+        self.sessions.iter()
+    }
+
+    /// A node's session, if this is its current one.
+    pub(super) fn current(&mut self, id: &SessionId) -> Option<&mut Session> {
+        self.sessions.get_mut(&id.node).filter(|session| session.number == id.number)
+    }
+
+    pub(super) fn send_to_all(&self, message: &ToNode) {
+        self.sessions.values().for_each(|session| session.send(message.clone()));
+    }
+
+    /// A node that was released leaves once its link ends.
+    pub(super) fn release(&mut self, node: NodeId) {
+        self.released.insert(node);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.sessions.clear();
+    }
+
+    /// Closes a node's link, and returns when its last message came.
+    fn disconnect(&mut self, node: &NodeId, reason: &str) -> Option<Instant> {
+        let session = self.sessions.remove(node)?;
+        session.link.close(reason);
+        Some(session.last_message)
+    }
+}
+
+impl SupervisorState {
+    pub(super) async fn on_connected(&mut self, arrival: NodeArrival) -> Result<()> {
+        let NodeArrival { session: SessionId { node, number }, info, held, messages, link, canary } = arrival;
+        if let Some(before) = self.sessions.get(&node) {
+            if before.info.instance != info.instance {
+                // Another process of this name: the first one stays for as long as it lives. A full queue is not possible
+                // here, a closed one means that the newcomer is gone.
+                drop(messages.try_send(ToNode::NameInUse));
+                return Ok(());
+            }
+            self.lose(&node, "its process reconnected").await?;
+        }
+        let run = serde_json::to_string(&self.run)?;
+        let keep = self.machine.accepts_state(&held);
+        let revoked = self.credentials.revoked()?;
+        drop(messages.try_send(ToNode::Welcome(Box::new(Welcome { run, keep, canary, revoked }))));
+        let joining = Some(if keep { held } else { ResidentState::default() });
+        let profile = info.profile.clone();
+        let (links, last_message) = (Vec::new(), Instant::now());
+        let session = Session { info, number, messages, link, links, last_message, joining };
+        self.sessions.sessions.insert(node.clone(), session);
+        match profile {
+            Some(profile) => self.on_measured(SessionId { node, number }, Box::new(profile)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// A node has measured its profile: it joins the cluster.
+    pub(super) async fn on_measured(&mut self, id: SessionId, profile: Box<Profile>) -> Result<()> {
+        let Some(session) = self.sessions.current(&id) else { return Ok(()) };
+        session.last_message = Instant::now();
+        session.info.profile = Some((*profile).clone());
+        let Some(held) = session.joining.take() else { return Ok(()) };
+        let address = session.info.address.clone();
+        self.on_event(Event::Joined { node: id.node, profile, address, held }).await
+    }
+
+    pub(super) async fn on_report(&mut self, id: SessionId, report: NodeReport) -> Result<()> {
+        let Some(session) = self.sessions.current(&id) else { return Ok(()) };
+        session.last_message = Instant::now();
+        if matches!(report, NodeReport::Prepared { .. }) {
+            self.telemetry.traces.prepared(&id.node.0);
+        }
+        self.on_event(Event::Reported { node: id.node, message: report }).await
+    }
+
+    /// Takes a node's links. The median by bandwidth stands for all of them.
+    pub(super) async fn on_links(&mut self, id: SessionId, links: Vec<LinkReport>) -> Result<()> {
+        let Some(session) = self.sessions.current(&id) else { return Ok(()) };
+        session.last_message = Instant::now();
+        for LinkReport { peer, sent_bytes, received_bytes, .. } in &links {
+            self.telemetry.metrics.link(&id.node.0, peer, *sent_bytes, *received_bytes);
+        }
+        let probed = |link: &LinkReport| {
+            let bandwidth = link.bandwidth.filter(|bandwidth| *bandwidth > 0.0)?;
+            Some((bandwidth, link.round_trip_ms / 1e3))
+        };
+        let mut probes: Vec<(f64, f64)> = links.iter().filter_map(probed).collect();
+        session.links = links;
+        probes.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let Some(&(bandwidth, round_trip_s)) = probes.get(probes.len() / 2) else { return Ok(()) };
+        self.on_event(Event::LinkMeasured { node: id.node, bandwidth, round_trip_s }).await
+    }
+
+    pub(super) async fn on_disconnected(&mut self, id: SessionId, reason: String) -> Result<()> {
+        if self.sessions.current(&id).is_none() {
+            return Ok(());
+        }
+        let node = id.node;
+        if self.sessions.released.remove(&node) {
+            self.sessions.sessions.remove(&node);
+            let step = self.machine.committed();
+            self.answer(&OperatorRequest::Drain { node: node.0 }, &OperatorReply::Done { step });
+            return Ok(());
+        }
+        self.lose(&node, &reason).await
+    }
+
+    /// A node is lost; whatever its link still brings is ignored.
+    async fn lose(&mut self, node: &NodeId, reason: &str) -> Result<()> {
+        self.disconnect(node, reason);
+        let lost = OperatorReply::Failed { reason: format!("{node} is disconnected: {reason}") };
+        self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &lost);
+        self.on_event(Event::Lost { node: node.clone(), reason: reason.to_owned() }).await
+    }
+
+    pub(super) fn disconnect(&mut self, node: &NodeId, reason: &str) {
+        if let Some(last_message) = self.sessions.disconnect(node, reason) {
+            self.timings.lost(node, reason, last_message.elapsed());
+        }
+    }
+}

@@ -1,0 +1,26 @@
+//! Every bound of the supervisor, in one place.
+
+use std::time::Duration;
+
+/// The longest wait for a new node's hello.
+pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
+/// Control messages queued for one node.
+pub(crate) const MESSAGES_AHEAD: usize = 256;
+/// Bytes of checkpoint shards in memory at a time: received and not on disk yet.
+pub(crate) const CHECKPOINT_BYTES_AHEAD: u32 = 256 << 20;
+/// Events in a status.
+pub(crate) const STATUS_EVENTS: usize = 20;
+/// The state machine's clock tick.
+pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// Events kept for a slow subscriber.
+pub(crate) const EVENTS_AHEAD: usize = 1024;
+/// How long a run that is complete waits for its last messages to be sent.
+pub(crate) const FAREWELL_DONE: Duration = Duration::from_millis(250);
+/// The same for a run that failed.
+pub(crate) const FAREWELL_FAILED: Duration = Duration::from_millis(500);
+/// The most access tokens of a run.
+pub(crate) const ACCESS_TOKENS_MAX: usize = 1000;
+/// Attempts to count a use of an access token against concurrent uses.
+pub(crate) const USE_RACES_MAX: usize = 16;
+/// A node may renew its certificate this many times within one certificate lifetime; an honest one does it twice.
+pub(crate) const RENEWALS_PER_LIFETIME: u32 = 4;

@@ -1,0 +1,75 @@
+//! Every message between the actors of the supervisor's process.
+
+use bytes::Bytes;
+use ractor::{ActorRef, Message, RpcReplyPort};
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use volary_core::machine;
+use volary_core::messages::{NodeReport, ResidentState};
+use volary_core::profile::Profile;
+use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
+use volary_protocol::{LinkReport, NodeInfo, ToNode};
+use volary_telemetry::Scope;
+use volary_transport::{CanaryKey, Link};
+
+/// Sends a message without waiting. An actor that has stopped drops it: the run has ended.
+pub(crate) fn notify<M: Message>(actor: &ActorRef<M>, message: M) {
+    drop(actor.cast(message));
+}
+
+/// Answers a call. A caller that has given up since then does not need the answer.
+pub(crate) fn respond<T>(reply: RpcReplyPort<T>, answer: T) {
+    drop(reply.send(answer));
+}
+
+/// One connection of a node: messages of an earlier one are ignored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SessionId {
+    pub(crate) node: NodeId,
+    pub(crate) number: u64,
+}
+
+/// To the supervisor actor.
+pub(crate) enum SupervisorMsg {
+    /// An event for the state machine.
+    Event(machine::Event),
+    /// A node is connected, new or returning.
+    Connected(Box<NodeArrival>),
+    /// A node's report, as the protocol has it.
+    Report { session: SessionId, report: NodeReport },
+    /// A node has measured its profile.
+    Measured { session: SessionId, profile: Box<Profile> },
+    /// A node's links.
+    Links { session: SessionId, links: Vec<LinkReport> },
+    /// A node's link has ended.
+    Disconnected { session: SessionId, reason: String },
+    /// A shard for the checkpoint, with its share of the memory budget.
+    Shard { session: SessionId, step: Step, shard: ShardId, bytes: Bytes, permit: OwnedSemaphorePermit },
+    /// Time has passed.
+    Tick,
+    /// An operator's request.
+    Operator { request: OperatorRequest, reply: RpcReplyPort<OperatorReply> },
+}
+
+/// A node that has connected, new or returning.
+pub(crate) struct NodeArrival {
+    pub(crate) session: SessionId,
+    pub(crate) info: NodeInfo,
+    /// What it has in memory.
+    pub(crate) held: ResidentState,
+    /// Its control stream.
+    pub(crate) messages: mpsc::Sender<ToNode>,
+    pub(crate) link: Link,
+    /// The port and key of the canary for its process.
+    pub(crate) canary: Option<(u16, CanaryKey)>,
+}
+
+/// To the checkpointer actor.
+pub(crate) enum CheckpointerMsg {
+    /// Open a checkpoint of `step`, complete when all of `shards` are stored.
+    Open { step: Step, epoch: Epoch, shards: Vec<ShardId>, scope: Scope },
+    /// Store a shard.
+    Shard { step: Step, shard: ShardId, bytes: Bytes, permit: OwnedSemaphorePermit },
+    /// Give the checkpoint up.
+    Drop { step: Step },
+}
