@@ -45,10 +45,10 @@ pub enum AccessTokenError {
     #[error("the token is not known here: it is another run's, or was revoked")]
     Unknown,
     /// The secret is another.
-    #[error("the token's secret is wrong")]
+    #[error("the access token's secret is wrong")]
     WrongSecret,
     /// Its time is over.
-    #[error("the token has expired")]
+    #[error("the access token has expired")]
     Expired,
     /// It was used as often as it may be.
     #[error("the token was used as often as it may be")]

@@ -6,12 +6,13 @@
 
 use crate::error::{Error, Result};
 use crate::limits::{CANARY_KEY_MAX, CANARY_STRANGERS_MAX};
+use parking_lot::Mutex;
 use rustls::crypto::ring::default_provider;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
@@ -89,15 +90,11 @@ impl Canary {
         let key = CanaryKey::draw()?;
         let (held, ended) = oneshot::channel();
         let (alive, dropped) = oneshot::channel();
-        lock(&self.expected).insert(key.clone(), (held, dropped));
+        self.expected.lock().insert(key.clone(), (held, dropped));
         let watch =
             CanaryWatch { key: key.clone(), ended, expected: Arc::clone(&self.expected), _alive: alive };
         Ok((key, watch))
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Tells when a connection has ended. Dropped, it ends the connection.
@@ -119,7 +116,7 @@ impl CanaryWatch {
 
 impl Drop for CanaryWatch {
     fn drop(&mut self) {
-        lock(&self.expected).remove(&self.key);
+        self.expected.lock().remove(&self.key);
     }
 }
 
@@ -154,7 +151,7 @@ async fn introduce(
     let mut key = [0; KEY_BYTES];
     tokio::time::timeout(CANARY_KEY_MAX, stream.read_exact(&mut key)).await.ok()?.ok()?;
     // Looked up in a hash map under a random seed: its timing tells nothing about a secret of 128 bits.
-    lock(expected).remove(&CanaryKey(key))
+    expected.lock().remove(&CanaryKey(key))
 }
 
 /// The holding end.

@@ -1,31 +1,27 @@
-//! A QUIC endpoint: one UDP socket for all links of a process.
-//!
-//! quinn's drivers run on a thread of their own with a runtime of their own, away from everything that computes;
-//! the links' methods may be awaited from any runtime. Settings follow the path (measured; see `docs/performance.md`):
-//! on loopback 65,487-byte datagrams without segmentation offload, elsewhere MTU 1,452 with it.
+//! An endpoint: the identity of a process, its admission of peers, and its links, over the socket of a
+//! [`crate::Network`].
 
-use crate::accept::{Accepted, Refused, accept_all};
+use crate::accept::{Accepted, RefusedCount};
 use crate::access_token::AccessToken;
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
-use crate::handshake::{Answer, PROTOCOL, Role, greet};
-use crate::identity::{Identity, Issued, KeyRequest, SUPERVISOR, dns_name};
-use crate::interference::{Disturbed, Interference};
-use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX};
-use crate::link::{CONTROL_PRIORITY, Link};
+use crate::handshake::PeerRole;
+use crate::identity::{Identity, SUPERVISOR};
+use crate::limits::KEEP_ALIVES_PER_IDLE_TIMEOUT;
+use crate::link::Link;
+use crate::network::{Backend, Credential, Dial, Dialed, Network, Socket, SocketArgs};
 use crate::options::TransportOptions;
-use crate::settings::{LOOPBACK_DATAGRAM, bind_error, local_ip, transport_config, udp_socket};
-use crate::tls::{self, Admit};
-use quinn::{Connection, Runtime as _, VarInt};
+use crate::refusal::{Refusal, RefusalCode};
+use crate::tls::ClientAuth;
+use parking_lot::RwLock;
 use std::collections::HashSet;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
-use tokio::runtime::Handle;
-use tokio::sync::{Mutex, mpsc, oneshot};
 
-/// One UDP socket and its connections; clones are the same endpoint.
+const REVOKED: &str = "the certificate is revoked";
+
+/// One socket and its links. Clones are handles of the same endpoint; it closes when the last of them is dropped.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     shared: Arc<Shared>,
@@ -33,212 +29,146 @@ pub struct Endpoint {
 
 #[derive(Debug)]
 struct Shared {
-    quinn: quinn::Endpoint,
-    runtime: Handle,
-    identity: RwLock<Option<Identity>>,
-    admit: Option<Admit>,
-    options: TransportOptions,
-    transport: RwLock<Arc<quinn::TransportConfig>>,
-    local: SocketAddr,
-    incoming: Mutex<mpsc::Receiver<Accepted>>,
-    refused: Refused,
-    /// Certificates of nodes that are not trusted any more.
+    socket: Arc<dyn Socket>,
+    config: RwLock<Config>,
+    clients: Option<ClientAuth>,
+    /// Of the options at the start.
+    keep_alive_ms: u64,
+    refused: RefusedCount,
     revoked: RwLock<HashSet<[u8; 32]>>,
-    /// Ends the endpoint's thread when the last clone is gone.
-    _alive: oneshot::Sender<()>,
+}
+
+#[derive(Debug)]
+struct Config {
+    identity: Option<Identity>,
+    options: TransportOptions,
 }
 
 impl Endpoint {
-    /// Listens on `address` as `identity`.
+    /// [`Network::bind`] over QUIC.
     ///
     /// # Errors
-    /// When the address is in use or not this machine's, or the identity is damaged.
+    /// As [`Network::bind`].
     pub fn bind(
         address: SocketAddr,
         identity: Identity,
-        admit: Admit,
+        clients: ClientAuth,
         options: &TransportOptions,
     ) -> Result<Self> {
-        Self::open(address, Some((identity, admit)), options, None)
+        Network::quic().bind(address, identity, clients, options)
     }
 
-    /// As [`Endpoint::bind`], with a hook that disturbs the socket.
+    /// [`Network::dial_only`] over QUIC.
     ///
     /// # Errors
-    /// As [`Endpoint::bind`].
-    pub fn bind_disturbed(
-        address: SocketAddr,
-        identity: Identity,
-        admit: Admit,
-        options: &TransportOptions,
-        interference: Interference,
-    ) -> Result<Self> {
-        Self::open(address, Some((identity, admit)), options, Some(interference))
-    }
-
-    /// An endpoint that only dials, with nothing but a token to show.
-    ///
-    /// # Errors
-    /// When the machine gives no socket.
+    /// As [`Network::dial_only`].
     pub fn dial_only(towards: SocketAddr, options: &TransportOptions) -> Result<Self> {
-        Self::open(SocketAddr::new(local_ip(towards)?, 0), None, options, None)
+        Network::quic().dial_only(towards, options)
     }
 
-    fn open(
+    pub(crate) fn open(
+        backend: &dyn Backend,
         address: SocketAddr,
-        server: Option<(Identity, Admit)>,
+        server: Option<(Identity, ClientAuth)>,
         options: &TransportOptions,
-        interference: Option<Interference>,
     ) -> Result<Self> {
-        let loopback = address.ip().is_loopback();
-        let transport = Arc::new(transport_config(loopback, options)?);
-        let socket = udp_socket(address)?;
-        let local = socket.local_addr().map_err(|e| bind_error(address, &e))?;
-        let mut config = quinn::EndpointConfig::default();
-        if loopback {
-            config.max_udp_payload_size(LOOPBACK_DATAGRAM).map_err(Error::identity)?;
-        }
-        let (identity, admit) = server.unzip();
-        let server = match identity.as_ref().zip(admit) {
-            Some((identity, admit)) => {
-                let mut server = tls::server(identity, admit)?;
-                server.transport_config(Arc::clone(&transport));
-                Some(server)
-            }
-            None => None,
-        };
-        let (alive, gone) = oneshot::channel::<()>();
-        let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
-        let (opened, wait) = std::sync::mpsc::channel();
-        let refused = Refused::default();
-        let counting = Arc::clone(&refused);
-        let start = move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-            let _entered = runtime.enter();
-            let here = Arc::new(quinn::TokioRuntime);
-            let quinn = match interference {
-                None => quinn::Endpoint::new(config, server, socket, here)?,
-                Some(interference) => {
-                    let socket = here.wrap_udp_socket(socket)?;
-                    let disturbed = Arc::new(Disturbed { socket, interference });
-                    quinn::Endpoint::new_with_abstract_socket(config, server, disturbed, here)?
-                }
-            };
-            // The other end waits for exactly this.
-            drop(opened.send(Ok((quinn.clone(), runtime.handle().clone()))));
-            runtime.block_on(async {
-                tokio::spawn(accept_all(quinn.clone(), accepted, counting));
-                drop(gone.await);
-                quinn.close(VarInt::from_u32(0), b"the process ends");
-                // The last words leave the socket.
-                drop(tokio::time::timeout(Duration::from_millis(200), quinn.wait_idle()).await);
-            });
-            Ok::<(), std::io::Error>(())
-        };
-        let failed = |error: &dyn std::fmt::Display| Error::Bind { address, reason: error.to_string() };
-        std::thread::Builder::new()
-            .name("quic".into())
-            .spawn(move || {
-                if let Err(error) = start() {
-                    tracing::error!(%error, "the endpoint does not start");
-                }
-            })
-            .map_err(|e| failed(&e))?;
-        let started: std::result::Result<_, std::io::Error> =
-            wait.recv().map_err(|_| failed(&"its thread did not start"))?;
-        let (quinn, runtime) = started.map_err(|e| failed(&e))?;
+        let refused = RefusedCount::default();
+        let args = SocketArgs { address, server: server.clone(), options, refused: Arc::clone(&refused) };
+        let socket = backend.open(args)?;
+        let (identity, clients) = server.unzip();
         let shared = Shared {
-            quinn,
-            runtime,
-            identity: RwLock::new(identity),
-            admit,
-            options: options.clone(),
-            transport: RwLock::new(transport),
-            local,
-            incoming: Mutex::new(incoming),
+            socket,
+            config: RwLock::new(Config { identity, options: options.clone() }),
+            clients,
+            keep_alive_ms: options.keep_alive_ms,
             refused,
             revoked: RwLock::default(),
-            _alive: alive,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// How many connections, and frames that the caller counted, were turned away.
+    /// The number of refused connections, and of refused frames that the caller has counted.
     #[must_use]
     pub fn refused(&self) -> u64 {
         self.shared.refused.load(Ordering::Relaxed)
     }
 
-    /// [`Endpoint::refused`] for somebody who must not keep the endpoint open.
-    pub fn counter(&self) -> impl Fn() -> u64 + Send + 'static {
+    /// [`Endpoint::refused`] for a caller that must not keep the endpoint open.
+    pub fn refused_counter(&self) -> impl Fn() -> u64 + Send + 'static {
         let refused = Arc::clone(&self.shared.refused);
         move || refused.load(Ordering::Relaxed)
     }
 
-    /// Counts something that was turned away after its connection was let in.
+    /// Counts a refusal on an admitted connection.
     pub fn count_refused(&self) {
         self.shared.refused.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The address that it listens on.
+    /// The address on which the endpoint listens.
     #[must_use]
     pub fn local_addr(&self) -> SocketAddr {
-        self.shared.local
+        self.shared.socket.local_addr()
     }
 
-    /// From now on a silent peer is gone after so many milliseconds, on links that are not made yet.
+    /// Changes the idle timeout of future links, in milliseconds. Existing links keep theirs.
     ///
     /// # Errors
-    /// When that is more than QUIC can count.
+    /// [`Error::Identity`] when the timeout is out of QUIC's range.
     pub fn set_idle_timeout(&self, idle_timeout_ms: u64) -> Result<()> {
-        let keep_alive_ms = self.shared.options.keep_alive_ms.min((idle_timeout_ms / 6).max(1));
+        let keep_alive_max_ms = (idle_timeout_ms / KEEP_ALIVES_PER_IDLE_TIMEOUT).max(1);
+        let keep_alive_ms = self.shared.keep_alive_ms.min(keep_alive_max_ms);
+        let mut config = self.shared.config.write();
         let options = TransportOptions { keep_alive_ms, idle_timeout_ms };
-        let transport = Arc::new(transport_config(self.shared.local.ip().is_loopback(), &options)?);
-        *self.shared.transport.write().unwrap_or_else(PoisonError::into_inner) = transport;
-        self.reload_server_config()
-    }
-
-    /// From now on this end shows another certificate, of the same authority; links that are made stay.
-    ///
-    /// # Errors
-    /// When the identity is damaged, or another cluster's or name's.
-    pub fn set_identity(&self, identity: Identity) -> Result<()> {
-        let own = self.identity()?;
-        if identity.ca != own.ca || identity.name() != own.name() {
-            return Err(Error::identity(format!("{identity:?} cannot take the place of {own:?}")));
-        }
-        *self.shared.identity.write().unwrap_or_else(PoisonError::into_inner) = Some(identity);
-        self.reload_server_config()
-    }
-
-    fn reload_server_config(&self) -> Result<()> {
-        if let Some((identity, admit)) = self.identity().ok().zip(self.shared.admit) {
-            let mut server = tls::server(&identity, admit)?;
-            let transport = self.shared.transport.read().unwrap_or_else(PoisonError::into_inner);
-            server.transport_config(Arc::clone(&transport));
-            self.shared.quinn.set_server_config(Some(server));
-        }
+        self.shared.socket.configure(self.server(config.identity.as_ref()), &options)?;
+        config.options = options;
         Ok(())
     }
 
-    /// The next one who wants in, or `None` when the endpoint is closed.
+    /// Replaces the certificate, for future links, by another one of the same authority and name.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the identity is damaged, or has another authority or name.
+    pub fn set_identity(&self, identity: Identity) -> Result<()> {
+        let mut config = self.shared.config.write();
+        let current = config.identity.as_ref().ok_or_else(no_identity)?;
+        if identity.ca != current.ca || identity.name() != current.name() {
+            return Err(Error::identity(format!("{identity:?} cannot replace {current:?}")));
+        }
+        self.shared.socket.configure(self.server(Some(&identity)), &config.options)?;
+        config.identity = Some(identity);
+        Ok(())
+    }
+
+    fn server(&self, identity: Option<&Identity>) -> Option<(Identity, ClientAuth)> {
+        identity.cloned().zip(self.shared.clients)
+    }
+
+    /// The identity that this endpoint presents.
+    ///
+    /// # Errors
+    /// [`Error::Identity`] when the endpoint only dials.
+    pub fn identity(&self) -> Result<Identity> {
+        self.shared.config.read().identity.clone().ok_or_else(no_identity)
+    }
+
+    /// The next connection that asks for admission, or `None` when the endpoint is closed.
     pub async fn accept(&self) -> Option<Accepted> {
-        self.shared.incoming.lock().await.recv().await
+        self.shared.socket.accept().await
     }
 
-    /// From now on links of these certificates are refused, either way.
+    /// Revokes certificates, by their SHA-256 hashes: [`Endpoint::accept_peer`] and [`Endpoint::connect`] refuse their
+    /// holders from now on. Existing links stay.
     pub fn revoke(&self, fingerprints: impl IntoIterator<Item = [u8; 32]>) {
-        self.shared.revoked.write().unwrap_or_else(PoisonError::into_inner).extend(fingerprints);
+        self.shared.revoked.write().extend(fingerprints);
     }
 
-    /// Whether a certificate is not trusted any more.
+    /// Whether a certificate is revoked.
     #[must_use]
     pub fn is_revoked(&self, certificate: Option<[u8; 32]>) -> bool {
-        let revoked = self.shared.revoked.read().unwrap_or_else(PoisonError::into_inner);
-        certificate.is_some_and(|certificate| revoked.contains(&certificate))
+        certificate.is_some_and(|certificate| self.shared.revoked.read().contains(&certificate))
     }
 
-    /// The next node that links to this one; everybody else is refused.
+    /// The next link from another node, or `None` when the endpoint is closed; all other connections are refused.
     pub async fn next_peer(&self) -> Option<Link> {
         loop {
             let accepted = self.accept().await?;
@@ -248,47 +178,51 @@ impl Endpoint {
         }
     }
 
-    /// Lets somebody in who is a node and trusted, and refuses everybody else.
+    /// Admits a node whose certificate is not revoked, and refuses all other connections.
     pub async fn accept_peer(&self, accepted: Accepted) -> Option<Link> {
-        if !matches!(accepted.role, Role::Peer { .. }) {
-            accepted.refuse("this is a node, not a supervisor").await;
+        if !matches!(accepted.role, PeerRole::Peer { .. }) {
+            let reason = "this is a node, not a supervisor";
+            accepted.refuse(Refusal::new(RefusalCode::NotASupervisor, reason)).await;
             return None;
         }
         if self.is_revoked(accepted.certificate) {
-            accepted.refuse("the certificate is not good any more").await;
+            accepted.refuse(Refusal::new(RefusalCode::CertificateRevoked, REVOKED)).await;
             return None;
         }
         match accepted.welcome().await {
             Ok((link, sender, receiver)) => Some(link.with_control(sender, receiver)),
             Err(error) => {
-                tracing::debug!(%error, "a peer went away");
+                tracing::debug!(%error, "a peer disconnected during its handshake");
                 None
             }
         }
     }
 
-    /// Closes all links and takes up no more; what waited to be taken up still is.
+    /// Closes all links and accepts no more; connections that wait in [`Endpoint::accept`] are still returned.
     pub fn close(&self, reason: &str) {
-        self.shared.quinn.close(VarInt::from_u32(0), reason.as_bytes());
+        self.shared.socket.close(reason);
     }
 
-    /// Links to the node `name` at `address`, which must prove the name.
+    /// Connects to the node `name` at `address`, which must prove its name.
     ///
     /// # Errors
-    /// When it is not there, is another, or refuses.
+    /// [`Error::Connection`] when it is unreachable or does not prove its name, [`Error::Refused`] when it refuses, or
+    /// when its certificate is revoked.
     pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link> {
-        let own = self.own_name()?;
-        let config = tls::client(&self.identity()?)?;
-        let (connection, _, control) = self.dial(address, name, config, Role::Peer { name: own }).await?;
-        let link = self.link(connection, name);
+        let identity = self.identity()?;
+        let role = PeerRole::Peer { name: identity.name().to_owned() };
+        let dialed = self.dial(address, name, Credential::Certificate(identity), role).await?;
+        let (link, sender, receiver) = admitted(dialed, name);
         if self.is_revoked(link.certificate()) {
-            link.close("the certificate is not good any more");
-            return Err(Error::Refused(format!("{name} is not trusted any more")));
+            let refusal = Refusal::new(RefusalCode::CertificateRevoked, REVOKED);
+            link.refuse(&refusal);
+            let reason = format!("the certificate of {name} is revoked");
+            return Err(Error::Refused { code: refusal.code, reason });
         }
-        Ok(link.with_control(control.0, control.1))
+        Ok(link.with_control(sender, receiver))
     }
 
-    /// Links to the supervisor as a node; its certificate must prove that it is one.
+    /// Connects to the supervisor as a node; its certificate must prove that it is the supervisor.
     ///
     /// # Errors
     /// As [`Endpoint::connect`].
@@ -296,107 +230,44 @@ impl Endpoint {
         &self,
         address: SocketAddr,
     ) -> Result<(Link, ControlSender, ControlReceiver)> {
-        let own = self.own_name()?;
-        let config = tls::client(&self.identity()?)?;
-        let (connection, _, control) =
-            self.dial(address, SUPERVISOR, config, Role::Node { name: own }).await?;
-        Ok((self.link(connection, SUPERVISOR), control.0, control.1))
+        let identity = self.identity()?;
+        let role = PeerRole::Node { name: identity.name().to_owned() };
+        let dialed = self.dial(address, SUPERVISOR, Credential::Certificate(identity), role).await?;
+        Ok(admitted(dialed, SUPERVISOR))
     }
 
-    /// A control stream to the supervisor as an operator.
+    /// Connects to the supervisor as an operator.
     ///
     /// # Errors
-    /// When it is not there, or the token is no good.
+    /// [`Error::Connection`] when it is unreachable or belongs to another cluster, [`Error::Refused`] when it refuses
+    /// the access token.
     pub async fn operate(
         &self,
         address: SocketAddr,
         token: &AccessToken,
     ) -> Result<(Link, ControlSender, ControlReceiver)> {
-        let config = tls::pinned(token.fingerprint())?;
-        let role = Role::Operator { token: token.reveal() };
-        let (connection, _, control) = self.dial(address, SUPERVISOR, config, role).await?;
-        Ok((self.link(connection, SUPERVISOR), control.0, control.1))
+        let role = PeerRole::Operator { token: token.reveal() };
+        let credential = Credential::Pinned(token.fingerprint());
+        let dialed = self.dial(address, SUPERVISOR, credential, role).await?;
+        Ok(admitted(dialed, SUPERVISOR))
     }
 
-    fn link(&self, connection: Connection, peer: &str) -> Link {
-        let Shared { runtime, refused, .. } = &*self.shared;
-        Link::new(connection, peer.to_owned(), runtime.clone(), Arc::clone(refused))
-    }
-
-    /// The identity that this end shows.
-    ///
-    /// # Errors
-    /// When it has none: it only dials.
-    pub fn identity(&self) -> Result<Identity> {
-        let own = self.shared.identity.read().unwrap_or_else(PoisonError::into_inner).clone();
-        own.ok_or_else(|| Error::identity("this endpoint has no certificate"))
-    }
-
-    fn own_name(&self) -> Result<String> {
-        Ok(self.identity()?.name().to_owned())
-    }
-
-    async fn dial(
+    pub(crate) async fn dial(
         &self,
         address: SocketAddr,
         name: &str,
-        config: quinn::ClientConfig,
-        role: Role,
-    ) -> Result<(Connection, Answer, (ControlSender, ControlReceiver))> {
-        self.dial_as(address, name, config, role, PROTOCOL).await
-    }
-
-    pub(crate) async fn dial_as(
-        &self,
-        address: SocketAddr,
-        name: &str,
-        mut config: quinn::ClientConfig,
-        role: Role,
-        protocol: u16,
-    ) -> Result<(Connection, Answer, (ControlSender, ControlReceiver))> {
-        let transport = Arc::clone(&self.shared.transport.read().unwrap_or_else(PoisonError::into_inner));
-        config.transport_config(transport);
-        let (quinn, dns, peer) = (self.shared.quinn.clone(), dns_name(name), format!("{name} at {address}"));
-        // On the endpoint's runtime: a connection's driver runs where it was opened.
-        let work = self.shared.runtime.spawn(async move {
-            let broken = |error: &dyn std::fmt::Display| Error::connection(peer.clone(), error);
-            let connecting = quinn.connect_with(config, address, &dns).map_err(|e| broken(&e))?;
-            let connection = match tokio::time::timeout(HANDSHAKE_MAX, connecting).await {
-                Ok(connected) => connected.map_err(|e| broken(&e))?,
-                Err(_) => return Err(broken(&format!("no answer within {HANDSHAKE_MAX:?}"))),
-            };
-            let (mut send, mut receive) = connection.open_bi().await.map_err(|e| broken(&e))?;
-            // The stream is young; a closed one shows at the first write.
-            let _ = send.set_priority(CONTROL_PRIORITY);
-            let answer = greet(&mut send, &mut receive, &role, protocol).await?;
-            Ok((connection, answer, (ControlSender::new(send), ControlReceiver::new(receive))))
-        });
-        work.await.unwrap_or_else(|error| Err(Error::connection(name, error)))
+        credential: Credential,
+        role: PeerRole,
+    ) -> Result<Dialed> {
+        self.shared.socket.dial(Dial::new(address, name, credential, role)).await
     }
 }
 
-/// Exchanges a token and a key made here for an identity.
-///
-/// # Errors
-/// When the supervisor is not there, is another cluster's, or refuses.
-pub async fn join(
-    address: SocketAddr,
-    token: &AccessToken,
-    name: Option<String>,
-    options: &TransportOptions,
-) -> Result<Identity> {
-    let endpoint = Endpoint::dial_only(address, options)?;
-    let request = KeyRequest::new()?;
-    let role = Role::Join { token: token.reveal(), request: request.der().to_vec(), name };
-    let config = tls::pinned(token.fingerprint())?;
-    match endpoint.dial(address, SUPERVISOR, config, role).await? {
-        (_, Answer::Certificate { name, certificate, ca, lifetime }, _) => {
-            Ok(request.into_identity(&name, Issued { certificate, lifetime }, ca))
-        }
-        _ => Err(Error::malformed("handshake", "the supervisor gave no certificate")),
-    }
+fn no_identity() -> Error {
+    Error::identity("this endpoint has no certificate")
 }
 
-#[cfg(test)]
-#[path = "endpoint_tests.rs"]
-mod tests;
+fn admitted(dialed: Dialed, peer: &str) -> (Link, ControlSender, ControlReceiver) {
+    let (sender, receiver) = dialed.control;
+    (Link::new(dialed.wire, peer.to_owned()), sender, receiver)
+}

@@ -1,42 +1,48 @@
-//! What can go wrong on the way to a peer.
+//! Errors of the transport.
 
 use crate::access_token::AccessTokenError;
+use crate::refusal::{Refusal, RefusalCode};
 use std::net::SocketAddr;
 
 /// An error of the transport.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The address cannot be listened on.
-    #[error("address {address} cannot be listened on: {reason}")]
+    /// The endpoint cannot bind its address.
+    #[error("cannot listen on {address}: {reason}")]
     Bind {
         /// The address.
         address: SocketAddr,
-        /// Why: in use, not this machine's.
+        /// The reason, e.g. that it is in use or not an address of this machine.
         reason: String,
     },
     /// The peer did not answer, or the connection broke.
     #[error("{peer}: {reason}")]
     Connection {
-        /// Which peer.
+        /// The peer.
         peer: String,
-        /// What happened.
+        /// The reason.
         reason: String,
     },
-    /// The peer said no.
-    #[error("refused: {0}")]
-    Refused(String),
-    /// What the peer sent is no frame or message of ours.
+    /// The peer refused the connection.
+    #[error("refused: {reason}")]
+    Refused {
+        /// For programs.
+        code: RefusalCode,
+        /// For people.
+        reason: String,
+    },
+    /// The peer's bytes are not a valid frame, message or handshake.
     #[error("malformed {what}: {reason}")]
     Malformed {
         /// Frame, message or handshake.
         what: &'static str,
-        /// What is wrong with it.
+        /// The reason.
         reason: String,
     },
-    /// A certificate or key cannot be made, read or used.
+    /// A certificate or key cannot be created, read or used.
     #[error("identity: {0}")]
     Identity(String),
-    /// A token is no good.
+    /// An access token is invalid.
     #[error(transparent)]
     AccessToken(#[from] AccessTokenError),
 }
@@ -52,6 +58,21 @@ impl Error {
 
     pub(crate) fn identity(reason: impl ToString) -> Self {
         Self::Identity(reason.to_string())
+    }
+
+    /// The code of a refusal; `None` for every other error.
+    #[must_use]
+    pub fn refusal_code(&self) -> Option<RefusalCode> {
+        match self {
+            Self::Refused { code, .. } => Some(*code),
+            _ => None,
+        }
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(Refusal { reason, code }: Refusal) -> Self {
+        Self::Refused { code, reason }
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) const FIXED: usize = 56;
 /// What a frame is for. Numbers are never used again for something else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
-pub enum Kind {
+pub enum FrameKind {
     /// Rows for experts, forward.
     Forward = 1,
     /// Gradients of experts' outputs.
@@ -55,7 +55,7 @@ pub enum Kind {
     StageBackward = 12,
 }
 
-impl Kind {
+impl FrameKind {
     const ALL: [Self; 12] = [
         Self::Forward,
         Self::Backward,
@@ -147,7 +147,7 @@ pub struct Part {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
     /// What it is for.
-    pub kind: Kind,
+    pub kind: FrameKind,
     /// The placement's number; receivers drop what is stale.
     pub epoch: u64,
     /// The step.
@@ -268,7 +268,7 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N]> {
 
 /// The fixed part of a header.
 pub(crate) struct Fixed {
-    kind: Kind,
+    kind: FrameKind,
     pub(crate) parts: usize,
     epoch: u64,
     step: u64,
@@ -292,7 +292,7 @@ impl Fixed {
         }
         let [flags] = number(bytes, 48)?;
         Ok(Self {
-            kind: Kind::from_wire(kind)?,
+            kind: FrameKind::from_wire(kind)?,
             parts,
             epoch: u64::from_le_bytes(number(bytes, 8)?),
             step: u64::from_le_bytes(number(bytes, 16)?),

@@ -15,7 +15,7 @@ fn part() -> impl Strategy<Value = Part> {
 }
 
 fn frame() -> impl Strategy<Value = Frame> {
-    let kind = proptest::sample::select(Kind::ALL.to_vec());
+    let kind = proptest::sample::select(FrameKind::ALL.to_vec());
     let meta = proptest::collection::vec(any::<u8>(), 0..40);
     let trace = (any::<[u8; 16]>(), any::<[u8; 8]>(), any::<u8>());
     (kind, any::<u64>(), any::<u64>(), trace, meta, proptest::collection::vec(part(), 0..4)).prop_map(
@@ -66,7 +66,7 @@ fn small() -> Frame {
     };
     let trace = TraceHeader { trace_id: [1; 16], span_id: [2; 8], flags: 1 };
     Frame {
-        kind: Kind::Forward,
+        kind: FrameKind::Forward,
         epoch: 3,
         step: 4,
         trace,

@@ -1,47 +1,58 @@
-//! The first words on a connection: who is there, in which version, and what it wants.
+//! The first messages on a connection: the dialer's role and version, and the answer.
 //!
-//! The dialler opens the control stream and says [`Hello`]; the other answers [`Answer`]. What follows on the stream is
-//! the caller's. Versions must be equal: a cluster's processes are one program.
+//! The dialer opens the control stream and sends a [`Hello`]; the other end replies with an [`Answer`]. The rest of the
+//! stream is the caller's. Versions must be equal: all processes of a cluster are one program.
 
-use crate::control::{read_message, write_message};
+use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::limits::{HANDSHAKE_MAX, HELLO_BYTES_MAX};
-use quinn::{RecvStream, SendStream};
+use crate::refusal::{Refusal, RefusalCode};
 use serde::{Deserialize, Serialize};
 
-/// The version of everything that nodes and supervisors say to each other.
-pub const PROTOCOL: u16 = 2;
+/// The version of all messages between nodes and supervisors.
+pub const PROTOCOL: u16 = 3;
 
-/// Who is there and what it wants.
+/// The role in which a process dials.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Role {
-    /// A machine that wants a certificate for its key.
+pub enum PeerRole {
+    /// A machine that requests a certificate for its key.
     Join {
-        /// The token's text.
+        /// The access token's text.
         token: String,
         /// The certificate request, DER.
         request: Vec<u8>,
-        /// The name that it would like.
+        /// The preferred node name.
         name: Option<String>,
     },
-    /// A person with a token.
+    /// An operator with an access token.
     Operator {
-        /// The token's text.
+        /// The access token's text.
         token: String,
     },
-    /// A node, to its supervisor.
+    /// A node that connects to its supervisor.
     Node {
         /// Its name, which its certificate must prove.
         name: String,
     },
-    /// A node, to another.
+    /// A node that connects to another node.
     Peer {
         /// Its name, which its certificate must prove.
         name: String,
     },
 }
 
-/// The dialler's first message. Its layout never changes, so that unlike versions can tell each other.
+impl PeerRole {
+    /// The name that the dialer's certificate must prove.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        match self {
+            Self::Node { name } | Self::Peer { name } => Some(name),
+            Self::Join { .. } | Self::Operator { .. } => None,
+        }
+    }
+}
+
+/// The dialer's first message. Its layout never changes, so that different versions can name each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Hello {
     pub(crate) protocol: u16,
@@ -49,54 +60,76 @@ pub(crate) struct Hello {
     pub(crate) role: Vec<u8>,
 }
 
-/// The answer.
+/// The answer to a [`Hello`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Answer {
-    /// No, and why.
-    Refused(String),
-    /// Come in.
+pub(crate) enum Answer {
+    /// Number 0, and the reason first, in every version.
+    Refused(Refusal),
     Welcome,
-    /// To [`Role::Join`].
+    /// To [`PeerRole::Join`].
     Certificate {
-        /// The name that the node goes by.
+        /// The node's name.
         name: String,
         /// Its certificate, DER.
         certificate: Vec<u8>,
         /// The authority's certificate, DER.
         ca: Vec<u8>,
-        /// How long the certificate is good for.
+        /// Validity of the certificate from now on.
         lifetime: std::time::Duration,
     },
 }
 
-/// Says hello and reads the answer; a refusal is an error.
+/// The answer of protocol 2, as far as another version needs it.
+#[derive(Serialize, Deserialize)]
+enum AnswerV2 {
+    Refused(String),
+}
+
+/// Sends a hello and reads the answer; a refusal is an error.
+///
+/// # Errors
+/// [`Error::Refused`] with the peer's code and reason; otherwise when the connection breaks or the answer is malformed.
 pub(crate) async fn greet(
-    send: &mut SendStream,
-    receive: &mut RecvStream,
-    role: &Role,
+    control: (&mut ControlSender, &mut ControlReceiver),
+    role: &PeerRole,
     protocol: u16,
 ) -> Result<Answer> {
     let role = postcard::to_stdvec(role).map_err(|e| Error::malformed("handshake", e.to_string()))?;
     let hello = Hello { protocol, version: env!("CARGO_PKG_VERSION").into(), role };
-    write_message(send, &hello, HELLO_BYTES_MAX).await?;
-    match within(read_message(receive, HELLO_BYTES_MAX)).await? {
-        Some(Answer::Refused(reason)) => Err(Error::Refused(reason)),
-        Some(answer) => Ok(answer),
+    let (sender, receiver) = control;
+    sender.send_within(&hello, HELLO_BYTES_MAX).await?;
+    match within(receiver.recv_bytes(HELLO_BYTES_MAX)).await? {
+        Some(bytes) => match decode_answer(&bytes)? {
+            Answer::Refused(refusal) => Err(refusal.into()),
+            answer => Ok(answer),
+        },
         None => Err(Error::malformed("handshake", "the peer closed without an answer")),
     }
 }
 
-/// Reads a hello; another version's is told both versions.
-pub(crate) async fn hear(receive: &mut RecvStream) -> Result<Role> {
-    let hello: Option<Hello> = within(read_message(receive, HELLO_BYTES_MAX)).await?;
-    let hello = hello.ok_or_else(|| Error::malformed("handshake", "the peer closed without a word"))?;
+fn decode_answer(bytes: &[u8]) -> Result<Answer> {
+    postcard::from_bytes(bytes).or_else(|error| match postcard::from_bytes(bytes) {
+        // The only hello that protocol 2 can read of this version is one that it refuses for its version.
+        Ok(AnswerV2::Refused(reason)) => Ok(Answer::Refused(Refusal::new(RefusalCode::Version, reason))),
+        Err(_) => Err(Error::malformed("message", error.to_string())),
+    })
+}
+
+/// Reads a hello; a peer of another version is refused with both versions in the reason.
+pub(crate) async fn read_greeting(receiver: &mut ControlReceiver) -> Result<PeerRole> {
+    let hello = within(receiver.recv_bytes(HELLO_BYTES_MAX)).await?;
+    let hello = hello.ok_or_else(|| Error::malformed("handshake", "the peer closed without a greeting"))?;
+    let hello: Hello =
+        postcard::from_bytes(&hello).map_err(|error| Error::malformed("message", error.to_string()))?;
     if hello.protocol != PROTOCOL {
-        return Err(Error::Refused(format!(
-            "this is Volary {} (protocol {PROTOCOL}), and the other end is {} (protocol {}): use the same version everywhere",
+        let reason = format!(
+            "this is Volary {} (protocol {PROTOCOL}), and the other end is {} (protocol {}): \
+             use the same version everywhere",
             env!("CARGO_PKG_VERSION"),
             hello.version,
             hello.protocol
-        )));
+        );
+        return Err(Refusal::new(RefusalCode::Version, reason).into());
     }
     postcard::from_bytes(&hello.role).map_err(|error| Error::malformed("handshake", error.to_string()))
 }
@@ -107,26 +140,48 @@ async fn within<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
         .unwrap_or_else(|_| Err(Error::malformed("handshake", format!("not within {HANDSHAKE_MAX:?}"))))
 }
 
-/// What [`hear`] does with bytes that have come whole.
+/// Decodes complete bytes as [`read_greeting`] and [`greet`] do.
 pub(crate) fn fuzz(bytes: &[u8]) {
     if let Ok(hello) = postcard::from_bytes::<Hello>(bytes) {
-        drop(postcard::from_bytes::<Role>(&hello.role));
+        drop(postcard::from_bytes::<PeerRole>(&hello.role));
     }
-    drop(postcard::from_bytes::<Role>(bytes));
-    drop(postcard::from_bytes::<Answer>(bytes));
+    drop(postcard::from_bytes::<PeerRole>(bytes));
+    drop(decode_answer(bytes));
 }
 
 pub(crate) fn fuzz_seeds() -> Vec<Vec<u8>> {
     let (token, name) = ("volary1.a.b.c".to_owned(), "node-1".to_owned());
     let roles = [
-        Role::Join { token: token.clone(), request: vec![48, 3, 2, 1, 0], name: Some(name.clone()) },
-        Role::Operator { token },
-        Role::Node { name: name.clone() },
-        Role::Peer { name },
+        PeerRole::Join { token: token.clone(), request: vec![48, 3, 2, 1, 0], name: Some(name.clone()) },
+        PeerRole::Operator { token },
+        PeerRole::Node { name: name.clone() },
+        PeerRole::Peer { name },
     ];
-    let hello = |role: &Role| {
+    let hello = |role: &PeerRole| {
         let role = postcard::to_stdvec(role).unwrap_or_default();
         postcard::to_stdvec(&Hello { protocol: PROTOCOL, version: "0.1.0".into(), role }).unwrap_or_default()
     };
     roles.iter().map(hello).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_of_protocol_2_is_understood_and_ours_is_understood_there() {
+        let old = postcard::to_stdvec(&AnswerV2::Refused("use protocol 2".into())).unwrap();
+        let expected = Refusal::new(RefusalCode::Version, "use protocol 2");
+        assert_eq!(decode_answer(&old).unwrap(), Answer::Refused(expected));
+        let ours = Answer::Refused(Refusal::new(RefusalCode::Version, "use protocol 3"));
+        let AnswerV2::Refused(reason) = postcard::from_bytes(&postcard::to_stdvec(&ours).unwrap()).unwrap();
+        assert_eq!(reason, "use protocol 3");
+    }
+
+    #[test]
+    fn rubbish_is_no_answer() {
+        for bytes in [&[][..], &[9], &[0], &[0, 5, b'a'], &[2, 1]] {
+            assert!(decode_answer(bytes).is_err(), "{bytes:?}");
+        }
+    }
 }

@@ -46,14 +46,14 @@ pub fn check_name(name: &str) -> Result<()> {
 
 /// A certificate that was issued.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Issued {
+pub struct IssuedCertificate {
     /// The certificate, DER.
     pub certificate: Vec<u8>,
     /// How long it is good for from now on.
     pub lifetime: std::time::Duration,
 }
 
-impl Issued {
+impl IssuedCertificate {
     /// The certificate's SHA-256 hash: its name where it is kept or revoked.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
@@ -61,9 +61,9 @@ impl Issued {
     }
 }
 
-impl fmt::Debug for Issued {
+impl fmt::Debug for IssuedCertificate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Issued({:?})", self.lifetime)
+        write!(f, "IssuedCertificate({:?})", self.lifetime)
     }
 }
 
@@ -146,14 +146,19 @@ impl Authority {
     ///
     /// # Errors
     /// When the request is malformed, the name cannot stand in a certificate, or the lifetime goes beyond what a calendar holds.
-    pub fn issue(&self, request: &[u8], name: &str, lifetime: std::time::Duration) -> Result<Issued> {
+    pub fn issue(
+        &self,
+        request: &[u8],
+        name: &str,
+        lifetime: std::time::Duration,
+    ) -> Result<IssuedCertificate> {
         check_name(name)?;
         let csr =
             CertificateSigningRequestParams::from_der(&request.to_vec().into()).map_err(Error::identity)?;
         // Only the key is taken from the request: what it asks for beside that is not its to choose.
         let issued =
             node_params(name, lifetime)?.signed_by(&csr.public_key, &self.issuer).map_err(Error::identity)?;
-        Ok(Issued { certificate: issued.der().to_vec(), lifetime })
+        Ok(IssuedCertificate { certificate: issued.der().to_vec(), lifetime })
     }
 
     /// An identity with a key made here: the supervisor's own.
@@ -257,7 +262,7 @@ impl KeyRequest {
 
     /// The identity that the key makes with its certificate.
     #[must_use]
-    pub fn into_identity(self, name: &str, issued: Issued, ca: Vec<u8>) -> Identity {
+    pub fn into_identity(self, name: &str, issued: IssuedCertificate, ca: Vec<u8>) -> Identity {
         Identity {
             ends: std::time::Instant::now() + issued.lifetime,
             name: name.to_owned(),
@@ -299,7 +304,7 @@ impl Identity {
 
     /// How long the certificate is still good for.
     #[must_use]
-    pub fn left(&self) -> std::time::Duration {
+    pub fn remaining(&self) -> std::time::Duration {
         self.ends.saturating_duration_since(std::time::Instant::now())
     }
 

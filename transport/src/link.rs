@@ -1,75 +1,100 @@
-//! A link to one authenticated peer: requests with answers, frames without, each on a stream of its own, so that a big
-//! one never holds up a small one.
-//!
-//! Two wires carry links: QUIC, and [`crate::memory`] for tests. Their promises are the same.
+//! A link to one authenticated peer: requests with replies and frames without, each on a stream of its own, so that a
+//! large frame never blocks a small one.
 
-use crate::accept::{Refused, presented};
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::frame::Frame;
-use crate::identity::fingerprint;
 use crate::limits::INBOUND_MAX;
-use crate::memory;
-use crate::stream;
-use quinn::{Connection, SendStream, VarInt};
-use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use crate::refusal::{Refusal, RefusalCode};
+use crate::wire::{Control, OutboundFrame, ReplyStream, Wire};
+use parking_lot::Mutex;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-/// The control stream goes before everything else.
-pub(crate) const CONTROL_PRIORITY: i32 = 1;
+/// The code of a close that is neither an error nor a refusal.
+pub(crate) const CLOSE_NORMAL: u32 = 0;
 
-type Control = (ControlSender, ControlReceiver);
-
-/// A link to one peer; clones are the same link, which ends with the last of them.
+/// A link to one peer. Clones are handles of the same link; it closes when the last of them is dropped.
 #[derive(Clone, Debug)]
 pub struct Link {
-    wire: Wire,
+    wire: Arc<dyn Wire>,
     peer: String,
     control: Arc<Mutex<Option<Control>>>,
 }
 
-#[derive(Clone, Debug)]
-enum Wire {
-    Quic(stream::Wire),
-    Memory(memory::End),
-}
-
-/// What a link has carried.
+/// Traffic of a link since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct LinkStats {
     /// UDP bytes sent.
     pub bytes_sent: u64,
     /// UDP bytes received.
     pub bytes_received: u64,
-    /// The current estimate of the round trip.
+    /// The current estimate of the round-trip time.
     pub round_trip: Duration,
-    /// Packets that were lost on the way and sent again.
+    /// Packets that were lost and retransmitted.
     pub lost_packets: u64,
-    /// Bytes that may be on their way at a time, as congestion control sees it.
+    /// The congestion window in bytes.
     pub window: u64,
 }
 
-impl Link {
-    pub(crate) fn new(connection: Connection, peer: String, runtime: Handle, refused: Refused) -> Self {
-        let wire = stream::Wire { connection, peer: peer.clone(), runtime, refused };
-        Self { wire: Wire::Quic(wire), peer, control: Arc::default() }
-    }
+/// Why a link is closed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CloseReason {
+    /// This end closed it.
+    Local,
+    /// The peer closed it.
+    Peer {
+        /// The peer's code: 0, or a [`RefusalCode`].
+        code: u32,
+        /// The peer's reason; may be empty.
+        reason: String,
+    },
+    /// Nothing arrived within the idle timeout.
+    TimedOut,
+    /// The connection broke in another way, e.g. with a reset.
+    Broken(String),
+}
 
-    pub(crate) fn in_memory(end: memory::End, peer: String) -> Self {
-        Self { wire: Wire::Memory(end), peer, control: Arc::default() }
+impl CloseReason {
+    /// The code, where the peer closed the link with a refusal.
+    #[must_use]
+    pub fn refusal_code(&self) -> Option<RefusalCode> {
+        match self {
+            Self::Peer { code, .. } => RefusalCode::from_close_code(*code),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for CloseReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Local => f.write_str("closed"),
+            Self::Peer { code, reason } if reason.is_empty() => write!(f, "closed by peer: {code}"),
+            Self::Peer { code, reason } => write!(f, "closed by peer: {reason} (code {code})"),
+            Self::TimedOut => f.write_str("timed out"),
+            Self::Broken(reason) => f.write_str(reason),
+        }
+    }
+}
+
+impl Link {
+    pub(crate) fn new(wire: Arc<dyn Wire>, peer: String) -> Self {
+        Self { wire, peer, control: Arc::default() }
     }
 
     pub(crate) fn with_control(self, sender: ControlSender, receiver: ControlReceiver) -> Self {
         Self { control: Arc::new(Mutex::new(Some((sender, receiver)))), ..self }
     }
 
-    /// The control stream between two nodes; `None` once it is taken, and where it was handed out with the link.
+    /// Takes the control stream between two nodes. `None` when it is already taken, and on links that were returned
+    /// together with their control stream.
     #[must_use]
-    pub fn control(&self) -> Option<Control> {
-        self.control.lock().unwrap_or_else(PoisonError::into_inner).take()
+    pub fn take_control(&self) -> Option<Control> {
+        self.control.lock().take()
     }
 
     /// The peer's proven name.
@@ -78,122 +103,96 @@ impl Link {
         &self.peer
     }
 
-    /// Where the peer is; port 0 of localhost in memory.
+    /// The peer's address.
     #[must_use]
     pub fn remote_address(&self) -> SocketAddr {
-        match &self.wire {
-            Wire::Quic(wire) => wire.connection.remote_address(),
-            Wire::Memory(_) => (Ipv4Addr::LOCALHOST, 0).into(),
-        }
+        self.wire.remote_address()
     }
 
-    /// Sends a frame and awaits the answer on the same stream.
+    /// Sends a frame and waits for the reply on the same stream.
     ///
     /// # Errors
-    /// When the frame is over a bound, the connection breaks, or the answer is malformed.
+    /// [`Error::Malformed`] when the frame exceeds a limit or the reply is malformed, [`Error::Connection`] when the
+    /// link is closed.
     pub async fn request(&self, frame: Frame) -> Result<Frame> {
-        let pieces = frame.encode()?;
-        match &self.wire {
-            Wire::Quic(wire) => wire.request(pieces).await,
-            Wire::Memory(end) => end.request(frame, &pieces).await,
-        }
+        self.wire.request(OutboundFrame::new(frame)?).await
     }
 
-    /// [`Link::request`], given up when there is no answer within `limit`; the peer may have acted on it all the same.
+    /// [`Link::request`] with a timeout; the peer may have processed the request all the same.
     ///
     /// # Errors
-    /// As [`Link::request`], and when the time is over.
+    /// As [`Link::request`], and when there is no reply within `limit`.
     pub async fn request_within(&self, frame: Frame, limit: Duration) -> Result<Frame> {
-        let answer = tokio::time::timeout(limit, self.request(frame)).await;
-        answer.unwrap_or_else(|_| {
+        let reply = tokio::time::timeout(limit, self.request(frame)).await;
+        reply.unwrap_or_else(|_| {
             Err(Error::connection(self.peer.clone(), format!("no answer within {limit:?}")))
         })
     }
 
-    /// Sends a frame that has no answer; returns when all of it is on its way.
+    /// Sends a frame without a reply; resolves when all of it is on its way.
     ///
     /// # Errors
     /// As [`Link::request`].
     pub async fn send(&self, frame: Frame) -> Result<()> {
-        let pieces = frame.encode()?;
-        match &self.wire {
-            Wire::Quic(wire) => wire.send(pieces).await,
-            Wire::Memory(end) => end.send(frame, &pieces).await,
-        }
+        self.wire.send(OutboundFrame::new(frame)?).await
     }
 
-    /// Takes up the frames that the peer sends. To be called once.
+    /// Starts to receive the peer's frames. Call it once.
     #[must_use]
     pub fn serve(&self) -> Inbound {
         let (sender, frames) = mpsc::channel(INBOUND_MAX);
-        match &self.wire {
-            Wire::Quic(wire) => drop(wire.runtime.spawn(wire.clone().take_up(sender))),
-            Wire::Memory(end) => drop(tokio::spawn(end.clone().take_up(sender))),
-        }
+        self.wire.serve(sender);
         Inbound { frames }
     }
 
-    /// Waits until the link is closed, and says why.
-    pub async fn closed(&self) -> String {
-        match &self.wire {
-            Wire::Quic(wire) => wire.connection.closed().await.to_string(),
-            Wire::Memory(end) => end.closed().await,
-        }
+    /// Waits until the link is closed.
+    pub async fn closed(&self) -> CloseReason {
+        self.wire.closed().await
     }
 
-    /// Whether the link still holds, as far as this end knows.
+    /// Why the link is closed; `None` while it is open, as far as this end knows.
+    #[must_use]
+    pub fn close_reason(&self) -> Option<CloseReason> {
+        self.wire.close_reason()
+    }
+
+    /// Whether the link is open, as far as this end knows.
     #[must_use]
     pub fn is_open(&self) -> bool {
-        match &self.wire {
-            Wire::Quic(wire) => wire.connection.close_reason().is_none(),
-            Wire::Memory(end) => end.is_open(),
-        }
+        self.close_reason().is_none()
     }
 
-    /// Whether both are handles of one link.
+    /// Whether both are handles of the same link.
     #[must_use]
     pub fn same_as(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.control, &other.control)
     }
 
-    /// Closes the link.
+    /// Closes the link normally.
     pub fn close(&self, reason: &str) {
-        self.close_with(0, reason);
+        self.close_with(CLOSE_NORMAL, reason);
     }
 
-    /// Closes the link with a number for the peer's program and a reason for its log.
+    /// Closes the link as refused: the peer's [`CloseReason`] has the code.
+    pub fn refuse(&self, refusal: &Refusal) {
+        self.close_with(refusal.code.into(), &refusal.reason);
+    }
+
+    /// Closes the link with a code for the peer's program and a reason for its log.
     pub fn close_with(&self, code: u32, reason: &str) {
-        match &self.wire {
-            Wire::Quic(wire) => wire.connection.close(VarInt::from_u32(code), reason.as_bytes()),
-            Wire::Memory(end) => end.close(code, reason),
-        }
+        self.wire.close(code, reason);
     }
 
-    /// The SHA-256 hash of the certificate that the other end has shown; none in memory, and of operators.
+    /// The SHA-256 hash of the peer's certificate; `None` for operators, who have no certificate.
     #[must_use]
     pub fn certificate(&self) -> Option<[u8; 32]> {
-        match &self.wire {
-            Wire::Quic(wire) => presented(&wire.connection).map(|certificate| fingerprint(&certificate)),
-            Wire::Memory(_) => None,
-        }
+        self.wire.certificate()
     }
 
-    /// What the link has carried.
+    /// Traffic since the link's start.
     #[must_use]
     pub fn stats(&self) -> LinkStats {
-        match &self.wire {
-            Wire::Quic(wire) => {
-                let stats = wire.connection.stats();
-                LinkStats {
-                    bytes_sent: stats.udp_tx.bytes,
-                    bytes_received: stats.udp_rx.bytes,
-                    round_trip: wire.connection.rtt(),
-                    lost_packets: stats.path.lost_packets,
-                    window: stats.path.cwnd,
-                }
-            }
-            Wire::Memory(end) => end.stats(),
-        }
+        self.wire.stats()
     }
 }
 
@@ -202,43 +201,29 @@ impl Link {
 pub struct InboundFrame {
     /// The frame.
     pub frame: Frame,
-    /// How to answer, when the peer waits for one.
+    /// The reply side, when the peer waits for a reply.
     pub reply: Option<Replier>,
 }
 
-/// Answers one request; dropped without an answer, the request fails.
+/// Replies to one request; the request fails when it is dropped.
 #[derive(Debug)]
-pub struct Replier(Answering);
-
-#[derive(Debug)]
-enum Answering {
-    Quic { wire: stream::Wire, stream: SendStream },
-    Memory(memory::Answer),
-}
+pub struct Replier(Box<dyn ReplyStream>);
 
 impl Replier {
-    pub(crate) fn over_quic(wire: stream::Wire, stream: SendStream) -> Self {
-        Self(Answering::Quic { wire, stream })
+    pub(crate) fn new(stream: impl ReplyStream + 'static) -> Self {
+        Self(Box::new(stream))
     }
 
-    pub(crate) fn in_memory(answer: memory::Answer) -> Self {
-        Self(Answering::Memory(answer))
-    }
-
-    /// Sends the answer.
+    /// Sends the reply.
     ///
     /// # Errors
     /// As [`Link::send`].
     pub async fn reply(self, frame: Frame) -> Result<()> {
-        let pieces = frame.encode()?;
-        match self.0 {
-            Answering::Quic { wire, stream } => wire.answer(stream, pieces).await,
-            Answering::Memory(answer) => answer.give(frame, &pieces).await,
-        }
+        self.0.reply(OutboundFrame::new(frame)?).await
     }
 }
 
-/// The frames that a peer sends, in the order in which they are complete.
+/// The frames from the peer, in the order in which they were complete.
 #[derive(Debug)]
 pub struct Inbound {
     frames: mpsc::Receiver<InboundFrame>,

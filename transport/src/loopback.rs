@@ -2,10 +2,10 @@
 
 use crate::endpoint::Endpoint;
 use crate::error::{Error, Result};
-use crate::frame::{Dtype, Frame, Kind, Part, TraceHeader};
+use crate::frame::{Dtype, Frame, FrameKind, Part, TraceHeader};
 use crate::identity::Authority;
 use crate::options::TransportOptions;
-use crate::tls::Admit;
+use crate::tls::ClientAuth;
 use bytes::Bytes;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ pub struct LoopbackReport {
 pub fn probe_frame(bytes: usize) -> Frame {
     let part = Part { dtype: Dtype::U8, shape: vec![bytes as u64], data: Bytes::from(vec![7; bytes]) };
     Frame {
-        kind: Kind::Probe,
+        kind: FrameKind::Probe,
         epoch: 0,
         step: 0,
         trace: TraceHeader::default(),
@@ -40,7 +40,7 @@ pub async fn measure_loopback(total_bytes: usize, frame_bytes: usize) -> Result<
     let authority = Authority::create()?;
     let options = TransportOptions { idle_timeout_ms: 10_000, ..TransportOptions::default() };
     let end = |name: &str| {
-        Endpoint::bind(([127, 0, 0, 1], 0).into(), authority.identity(name)?, Admit::Certified, &options)
+        Endpoint::bind(([127, 0, 0, 1], 0).into(), authority.identity(name)?, ClientAuth::Required, &options)
     };
     let (left, right) = (end("left")?, end("right")?);
     let accept = right.clone();

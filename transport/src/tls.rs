@@ -7,46 +7,56 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, RootCertStore, SignatureScheme};
 use std::sync::Arc;
 
 const PROTOCOL: &[u8] = b"volary/1";
 
-/// Whom a server lets in.
+/// Whether dialers must present a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Admit {
-    /// Holders of a certificate only: between nodes.
-    Certified,
-    /// Others too, who have nothing but a token to show: the supervisor.
-    Anybody,
+pub enum ClientAuth {
+    /// They must: between nodes.
+    Required,
+    /// They may present an access token instead: the supervisor.
+    Optional,
 }
 
-fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     let mut provider = ring::default_provider();
-    // AES-128 is the fastest here, and the only suite that both ends need to know.
+    // The fastest suite on current CPUs. Both ends are this program, so one suite is enough.
     provider.cipher_suites = vec![ring::cipher_suite::TLS13_AES_128_GCM_SHA256];
     Arc::new(provider)
 }
 
-fn roots(ca: &CertificateDer<'static>) -> Result<Arc<RootCertStore>> {
+pub(crate) fn roots(ca: &CertificateDer<'static>) -> Result<Arc<RootCertStore>> {
     let mut roots = RootCertStore::empty();
     roots.add(ca.clone()).map_err(Error::identity)?;
     Ok(Arc::new(roots))
 }
 
-pub(crate) fn server(identity: &Identity, admit: Admit) -> Result<quinn::ServerConfig> {
+/// Verifies the certificates that dialers present.
+pub(crate) fn client_verifier(
+    identity: &Identity,
+    clients: ClientAuth,
+) -> Result<Arc<dyn ClientCertVerifier>> {
     let builder = WebPkiClientVerifier::builder_with_provider(roots(&identity.ca)?, provider());
-    let builder = if admit == Admit::Anybody { builder.allow_unauthenticated() } else { builder };
+    let builder = if clients == ClientAuth::Optional { builder.allow_unauthenticated() } else { builder };
+    builder.build().map_err(Error::identity)
+}
+
+/// The accepting side.
+pub(crate) fn server(identity: &Identity, clients: ClientAuth) -> Result<quinn::ServerConfig> {
     let chain = vec![identity.certificate.clone(), identity.ca.clone()];
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(Error::identity)?
-        .with_client_cert_verifier(builder.build().map_err(Error::identity)?)
+        .with_client_cert_verifier(client_verifier(identity, clients)?)
         .with_single_cert(chain, identity.key())
         .map_err(Error::identity)?;
     config.alpn_protocols = vec![PROTOCOL.to_vec()];
-    // A session that is taken up again would outlive its certificate.
+    // A resumed session would outlive its certificate.
     config.send_tls13_tickets = 0;
     let crypto = QuicServerConfig::try_from(config).map_err(Error::identity)?;
     Ok(quinn::ServerConfig::with_crypto(Arc::new(crypto)))
@@ -63,7 +73,7 @@ pub(crate) fn client(identity: &Identity) -> Result<quinn::ClientConfig> {
     finish(config)
 }
 
-/// For a holder of a token, which pins the authority.
+/// The dialing side of an access token's holder; the token pins the authority.
 pub(crate) fn pinned(authority: [u8; 32]) -> Result<quinn::ClientConfig> {
     let config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -79,7 +89,7 @@ fn finish(mut config: rustls::ClientConfig) -> Result<quinn::ClientConfig> {
     Ok(quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(config).map_err(Error::identity)?)))
 }
 
-/// Whether a certificate is `name`'s.
+/// Whether a certificate proves `name`.
 pub(crate) fn is_named(certificate: &CertificateDer<'_>, name: &str) -> bool {
     let (Ok(parsed), Ok(server)) =
         (ParsedCertificate::try_from(certificate), ServerName::try_from(dns_name(name)))
@@ -89,10 +99,10 @@ pub(crate) fn is_named(certificate: &CertificateDer<'_>, name: &str) -> bool {
     rustls::client::verify_server_name(&parsed, &server).is_ok()
 }
 
-/// Trusts the one authority whose fingerprint it knows, which the server sends along, and nobody else.
+/// Trusts only the authority with this fingerprint; the server sends the authority's certificate with its own.
 #[derive(Debug)]
-struct Pinned {
-    authority: [u8; 32],
+pub(crate) struct Pinned {
+    pub(crate) authority: [u8; 32],
 }
 
 impl ServerCertVerifier for Pinned {
@@ -107,7 +117,7 @@ impl ServerCertVerifier for Pinned {
         let authority = intermediates.iter().find(|certificate| fingerprint(certificate) == self.authority);
         let authority = authority.ok_or_else(|| {
             rustls::Error::General(
-                "the token is for another cluster: its authority is not this supervisor's".into(),
+                "the access token is for another cluster: its authority is not this supervisor's".into(),
             )
         })?;
         let mut roots = RootCertStore::empty();
@@ -124,7 +134,7 @@ impl ServerCertVerifier for Pinned {
         _: &CertificateDer<'_>,
         _: &DigitallySignedStruct,
     ) -> std::result::Result<HandshakeSignatureValid, rustls::Error> {
-        Err(rustls::Error::General("TLS 1.2 is not spoken here".into()))
+        Err(rustls::Error::General("TLS 1.2 is not supported".into()))
     }
 
     fn verify_tls13_signature(

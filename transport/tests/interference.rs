@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 use volary_transport::loopback::probe_frame;
-use volary_transport::{Admit, Authority, Endpoint, Interference, Link, TransportOptions};
+use volary_transport::{Authority, ClientAuth, Endpoint, Interference, Link, Network, TransportOptions};
 
 const ANY: ([u8; 4], u16) = ([127, 0, 0, 1], 0);
 const IDLE_MS: u64 = 600;
@@ -12,7 +12,9 @@ const LONG: Duration = Duration::from_secs(30);
 fn node(authority: &Authority, name: &str, hook: &Interference) -> Endpoint {
     let options = TransportOptions { idle_timeout_ms: IDLE_MS, ..TransportOptions::default() };
     let identity = authority.identity(name).unwrap();
-    Endpoint::bind_disturbed(ANY.into(), identity, Admit::Certified, &options, hook.clone()).unwrap()
+    Network::quic_with_interference(hook.clone())
+        .bind(ANY.into(), identity, ClientAuth::Required, &options)
+        .unwrap()
 }
 
 async fn link(from: &Endpoint, to: &Endpoint, name: &str) -> (Link, Link) {
@@ -38,7 +40,7 @@ async fn with_a_third_of_the_datagrams_lost_every_byte_still_comes() {
         (node(&authority, "left", &hook), node(&authority, "right", &Interference::default()));
     let (link, other) = link(&left, &right, "right").await;
     let mut inbound = other.serve();
-    hook.lose(0.3, LONG);
+    hook.drop_fraction(0.3, LONG);
     assert!(passes(&link, &mut inbound, 1 << 20).await);
 }
 
@@ -69,7 +71,7 @@ async fn a_cut_between_two_leaves_the_third_alone() {
     let (to_right, at_right) = link(&left, &right, "right").await;
     let (to_third, at_third) = link(&left, &third, "third").await;
     let (mut right_in, mut third_in) = (at_right.serve(), at_third.serve());
-    hook.cut(right.local_addr(), LONG);
+    hook.block_peer(right.local_addr(), LONG);
     assert!(!passes(&to_right, &mut right_in, 1000).await);
     assert!(passes(&to_third, &mut third_in, 1000).await);
 }

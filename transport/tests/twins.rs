@@ -1,21 +1,22 @@
-//! The in-memory link keeps the promises of the real one: every test here runs over both.
+//! Links in memory keep the promises of QUIC: the same tests run over both, and over endpoints in memory.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 use std::time::Duration;
 use volary_transport::loopback::probe_frame;
 use volary_transport::memory::{Faults, faulty_pair, pair};
 use volary_transport::{
-    Admit, Authority, Endpoint, Error, Frame, Inbound, InboundFrame, Kind, Link, Part, TransportOptions,
+    Authority, ClientAuth, CloseReason, Endpoint, Error, Frame, FrameKind, Inbound, InboundFrame, Link,
+    Network, Part, TransportOptions, memory,
 };
 
 const LONG: Duration = Duration::from_secs(20);
 
-/// Two ends, and whatever keeps them alive.
-async fn over_quic() -> (Link, Link, Vec<Endpoint>) {
+/// Both ends of a link between two endpoints, which close when they are dropped.
+async fn over(network: Network) -> (Link, Link, Vec<Endpoint>) {
     let authority = Authority::create().unwrap();
     let node = |name: &str| {
         let (address, identity) = (([127, 0, 0, 1], 0).into(), authority.identity(name).unwrap());
-        Endpoint::bind(address, identity, Admit::Certified, &TransportOptions::default()).unwrap()
+        network.bind(address, identity, ClientAuth::Required, &TransportOptions::default()).unwrap()
     };
     let (left, right) = (node("left"), node("right"));
     let accepting = right.clone();
@@ -28,18 +29,27 @@ async fn next(inbound: &mut Inbound) -> InboundFrame {
     tokio::time::timeout(LONG, inbound.next()).await.expect("in time").expect("a frame")
 }
 
-macro_rules! over_both {
+macro_rules! over_all {
     ($($name:ident)*) => {
         mod quic {
             use super::*;
             $(#[tokio::test]
             async fn $name() {
-                let (left, right, endpoints) = over_quic().await;
+                let (left, right, endpoints) = over(Network::quic()).await;
                 tokio::time::timeout(LONG, super::$name(left, right)).await.expect("in time");
                 drop(endpoints);
             })*
         }
-        mod memory {
+        mod memory_network {
+            use super::*;
+            $(#[tokio::test]
+            async fn $name() {
+                let (left, right, endpoints) = over(memory::Network::new().handle()).await;
+                tokio::time::timeout(LONG, super::$name(left, right)).await.expect("in time");
+                drop(endpoints);
+            })*
+        }
+        mod memory_pair {
             use super::*;
             $(#[tokio::test]
             async fn $name() {
@@ -50,19 +60,19 @@ macro_rules! over_both {
     };
 }
 
-over_both! {
-    each_end_knows_the_other_s_name
+over_all! {
+    each_end_knows_the_name_of_the_other
     a_frame_and_a_request_come_through_whole
     control_messages_keep_their_order_and_end
-    a_request_that_nobody_answers_fails
-    a_request_has_a_limit
+    a_request_without_a_reply_fails
+    a_request_has_a_timeout
     a_reason_reaches_the_other_end
     a_link_ends_with_its_last_handle
     an_oversized_or_inconsistent_frame_is_never_sent
-    control_is_handed_out_once
+    the_control_stream_is_taken_once
 }
 
-async fn each_end_knows_the_other_s_name(left: Link, right: Link) {
+async fn each_end_knows_the_name_of_the_other(left: Link, right: Link) {
     assert_eq!((left.peer(), right.peer()), ("right", "left"));
     assert!(left.remote_address().ip().is_loopback());
 }
@@ -79,34 +89,34 @@ async fn a_frame_and_a_request_come_through_whole(left: Link, right: Link) {
     });
     let asked = next(&mut inbound).await;
     assert_eq!(asked.frame, probe_frame(3));
-    asked.reply.expect("a way back").reply(probe_frame(4)).await.unwrap();
+    asked.reply.expect("a reply side").reply(probe_frame(4)).await.unwrap();
     assert_eq!(asking.await.unwrap().unwrap(), probe_frame(4));
     assert!(left.stats().bytes_sent > 100_000 && right.stats().bytes_received > 100_000);
 }
 
 async fn control_messages_keep_their_order_and_end(left: Link, right: Link) {
-    let (mut sender, _) = left.control().unwrap();
-    let (_, mut receiver) = right.control().unwrap();
+    let (mut sender, _) = left.take_control().unwrap();
+    let (_, mut receiver) = right.take_control().unwrap();
     for number in 0..100u32 {
-        sender.send(&(number, format!("word {number}"))).await.unwrap();
+        sender.send(&(number, format!("message {number}"))).await.unwrap();
     }
-    // The other end has to acknowledge the end, which it does while it reads.
+    // The other end acknowledges the end while it reads.
     let finishing = tokio::spawn(sender.finish());
     for number in 0..100u32 {
-        assert_eq!(receiver.recv().await.unwrap(), Some((number, format!("word {number}"))));
+        assert_eq!(receiver.recv().await.unwrap(), Some((number, format!("message {number}"))));
     }
     assert_eq!(receiver.recv::<(u32, String)>().await.unwrap(), None);
     finishing.await.unwrap();
 }
 
-async fn a_request_that_nobody_answers_fails(left: Link, right: Link) {
+async fn a_request_without_a_reply_fails(left: Link, right: Link) {
     let mut inbound = right.serve();
     let asking = tokio::spawn(async move { left.request(probe_frame(3)).await });
     drop(next(&mut inbound).await.reply);
     assert!(matches!(asking.await.unwrap(), Err(Error::Malformed { .. })));
 }
 
-async fn a_request_has_a_limit(left: Link, right: Link) {
+async fn a_request_has_a_timeout(left: Link, right: Link) {
     let mut inbound = right.serve();
     let error = left.request_within(probe_frame(1), Duration::from_millis(200)).await.unwrap_err();
     assert!(error.to_string().contains("no answer within 200ms"), "{error}");
@@ -115,8 +125,8 @@ async fn a_request_has_a_limit(left: Link, right: Link) {
 
 async fn a_reason_reaches_the_other_end(left: Link, right: Link) {
     left.close_with(7, "enough");
-    assert_eq!(right.closed().await, "closed by peer: enough (code 7)");
-    assert_eq!(left.closed().await, "closed");
+    assert_eq!(right.closed().await.to_string(), "closed by peer: enough (code 7)");
+    assert_eq!(left.closed().await, CloseReason::Local);
     assert!(right.serve().next().await.is_none());
     assert!(matches!(right.send(probe_frame(1)).await, Err(Error::Connection { .. })));
     assert!(matches!(left.request(probe_frame(1)).await, Err(Error::Connection { .. })));
@@ -127,13 +137,13 @@ async fn a_link_ends_with_its_last_handle(left: Link, right: Link) {
     drop(left);
     same.send(probe_frame(1)).await.unwrap();
     drop(same);
-    assert!(right.closed().await.starts_with("closed by peer"));
+    assert!(right.closed().await.to_string().starts_with("closed by peer"));
 }
 
 async fn an_oversized_or_inconsistent_frame_is_never_sent(left: Link, right: Link) {
     let Frame { parts, .. } = probe_frame(8);
-    let lying = Part { shape: vec![9], ..parts[0].clone() };
-    let frame = Frame { kind: Kind::Probe, parts: vec![lying], ..probe_frame(0) };
+    let inconsistent = Part { shape: vec![9], ..parts[0].clone() };
+    let frame = Frame { kind: FrameKind::Probe, parts: vec![inconsistent], ..probe_frame(0) };
     assert!(matches!(left.send(frame.clone()).await, Err(Error::Malformed { .. })));
     let too_many = Frame { parts: vec![probe_frame(0).parts[0].clone(); 4097], ..frame };
     assert!(matches!(left.request(too_many).await, Err(Error::Malformed { .. })));
@@ -142,15 +152,15 @@ async fn an_oversized_or_inconsistent_frame_is_never_sent(left: Link, right: Lin
     assert_eq!(next(&mut inbound).await.frame, probe_frame(1));
 }
 
-async fn control_is_handed_out_once(left: Link, right: Link) {
+async fn the_control_stream_is_taken_once(left: Link, right: Link) {
     let same = left.clone();
-    assert!(left.control().is_some() && same.control().is_none());
-    assert!(right.control().is_some() && right.control().is_none());
+    assert!(left.take_control().is_some() && same.take_control().is_none());
+    assert!(right.take_control().is_some() && right.take_control().is_none());
 }
 
 #[tokio::test]
-async fn a_tensor_off_the_wire_begins_at_a_boundary() {
-    let (left, right, _endpoints) = over_quic().await;
+async fn received_tensors_are_aligned() {
+    let (left, right, _endpoints) = over(Network::quic()).await;
     let mut inbound = right.serve();
     for bytes in [1, 100, 4_096, 65_000, 1 << 20, (64 << 20) + 13] {
         left.send(probe_frame(bytes)).await.unwrap();
@@ -162,7 +172,7 @@ async fn a_tensor_off_the_wire_begins_at_a_boundary() {
 }
 
 #[tokio::test]
-async fn one_frame_in_so_many_is_lost_and_control_is_not() {
+async fn every_nth_frame_is_lost_and_no_control_message() {
     let (left, right, switch) = faulty_pair("left", "right");
     let mut inbound = right.serve();
     switch.set(Faults { drop: 2, ..Faults::default() });
@@ -173,13 +183,13 @@ async fn one_frame_in_so_many_is_lost_and_control_is_not() {
     assert_eq!(next(&mut inbound).await.frame.step, 3);
     switch.set(Faults { drop: 1, ..Faults::default() });
     assert!(left.request_within(probe_frame(1), Duration::from_millis(20)).await.is_err());
-    let ((mut sender, _), (_, mut receiver)) = (left.control().unwrap(), right.control().unwrap());
+    let ((mut sender, _), (_, mut receiver)) = (left.take_control().unwrap(), right.take_control().unwrap());
     sender.send(&1u8).await.unwrap();
     assert_eq!(receiver.recv::<u8>().await.unwrap(), Some(1));
 }
 
 #[tokio::test]
-async fn a_delay_holds_up_what_it_meets_and_nothing_behind_it() {
+async fn a_delayed_frame_does_not_block_later_ones() {
     let (left, right, switch) = faulty_pair("left", "right");
     let mut inbound = right.serve();
     switch.set(Faults { delay_ms: 200, ..Faults::default() });
@@ -193,7 +203,7 @@ async fn a_delay_holds_up_what_it_meets_and_nothing_behind_it() {
 }
 
 #[tokio::test]
-async fn a_partition_that_heals_loses_nothing_and_one_that_lasts_ends_the_link() {
+async fn a_short_partition_loses_nothing_and_a_long_one_closes_the_link() {
     let (left, right, switch) = faulty_pair("left", "right");
     let mut inbound = right.serve();
     switch.set(Faults { partition: true, ..Faults::default() });
@@ -208,7 +218,7 @@ async fn a_partition_that_heals_loses_nothing_and_one_that_lasts_ends_the_link()
     sending.await.unwrap().unwrap();
 
     switch.set(Faults { partition: true, ..Faults::default() });
-    assert_eq!(left.closed().await, "timed out");
-    assert_eq!(right.closed().await, "timed out");
+    assert_eq!(left.closed().await, CloseReason::TimedOut);
+    assert_eq!(right.closed().await, CloseReason::TimedOut);
     assert!(left.send(probe_frame(1)).await.is_err());
 }

@@ -1,7 +1,9 @@
 //! What sockets and connections are set to, by where they lead: see `docs/performance.md` for what was measured.
 
 use crate::error::{Error, Result};
-use crate::limits::STREAMS_MAX;
+use crate::limits::{
+    RECEIVE_WINDOW_BYTES, SEND_WINDOW_BYTES, SOCKET_BUFFER_BYTES, STREAM_WINDOW_BYTES, STREAMS_MAX,
+};
 use crate::options::TransportOptions;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -9,12 +11,8 @@ use std::time::Duration;
 
 /// The largest UDP payload over IPv4 that quinn takes.
 pub(crate) const LOOPBACK_DATAGRAM: u16 = 65_487;
-const SOCKET_BUFFER: usize = 4 << 20;
 const NETWORK_DATAGRAM: u16 = 1_452;
-const STREAM_WINDOW: u32 = 1 << 20;
-const RECEIVE_WINDOW: u32 = 4 << 20;
-const SEND_WINDOW: u64 = 2 << 20;
-const INITIAL_WINDOW: u64 = 4 << 20;
+const INITIAL_WINDOW_BYTES: u64 = 4 << 20;
 
 /// This machine's address on the way to `towards`.
 ///
@@ -43,8 +41,8 @@ pub(crate) fn udp_socket(address: SocketAddr) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
     let buffers = socket2::SockRef::from(&socket);
     // The kernel gives what its limits allow; `volary doctor` says when that is too little.
-    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER);
-    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER);
+    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES);
+    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
     Ok(socket)
 }
 
@@ -53,15 +51,15 @@ pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Re
     let idle = quinn::IdleTimeout::try_from(Duration::from_millis(options.idle_timeout_ms))
         .map_err(Error::identity)?;
     let mut cubic = quinn::congestion::CubicConfig::default();
-    cubic.initial_window(INITIAL_WINDOW);
+    cubic.initial_window(INITIAL_WINDOW_BYTES);
     config
         .keep_alive_interval(Some(Duration::from_millis(options.keep_alive_ms)))
         .max_idle_timeout(Some(idle))
         .max_concurrent_bidi_streams(STREAMS_MAX.into())
         .max_concurrent_uni_streams(STREAMS_MAX.into())
-        .stream_receive_window(STREAM_WINDOW.into())
-        .receive_window(RECEIVE_WINDOW.into())
-        .send_window(SEND_WINDOW)
+        .stream_receive_window(STREAM_WINDOW_BYTES.into())
+        .receive_window(RECEIVE_WINDOW_BYTES.into())
+        .send_window(SEND_WINDOW_BYTES)
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(None);
     if loopback {
