@@ -211,6 +211,12 @@ impl Placement {
         if shard.is_expert() { lanes.div_ceil(self.lane_group.max(1)) } else { lanes }
     }
 
+    /// The leaf of an expert's gradient that a lane belongs to.
+    #[must_use]
+    pub fn group_of(&self, lane: Lane) -> u32 {
+        lane.0 / self.lane_group.max(1)
+    }
+
     /// The lanes of leaf `leaf` of an expert's gradient.
     #[must_use]
     pub fn group_lanes(

@@ -38,7 +38,7 @@ struct Entry {
 /// Where a page of a checkpoint's entry lies.
 fn page_key(step: Step, page: u32) -> [u8; 12] {
     let mut key = [0; 12];
-    key[..8].copy_from_slice(&step.to_be_bytes());
+    key[..8].copy_from_slice(&step.0.to_be_bytes());
     key[8..].copy_from_slice(&page.to_be_bytes());
     key
 }
@@ -73,7 +73,7 @@ impl<D: Disk> Checkpoints<D> {
             Inner { dir: dir.clone(), store, blobs, pinned: Mutex::default(), changing: Mutex::default() };
         let checkpoints = Self { inner: Arc::new(inner) };
         for step in checkpoints.rebuild_catalogue()? {
-            tracing::warn!(step, "the database had lost a checkpoint; put back from its manifest");
+            tracing::warn!(%step, "the database had lost a checkpoint; put back from its manifest");
         }
         checkpoints.write_missing_manifests()?;
         checkpoints.remove_pages(None)?;
@@ -101,7 +101,7 @@ impl<D: Disk> Checkpoints<D> {
         for step in self.steps()?.into_iter().rev() {
             match self.verify(step) {
                 Ok(()) => return self.at(step).map(Some),
-                Err(error) => tracing::warn!(step, %error, "a checkpoint is damaged; trying the one before"),
+                Err(error) => tracing::warn!(%step, %error, "a checkpoint is damaged; trying the one before"),
             }
         }
         Ok(None)
@@ -168,7 +168,7 @@ impl<D: Disk> Checkpoints<D> {
                     rebuilt.push(step);
                 }
                 Ok(None) => {}
-                Err(error) => tracing::warn!(step, %error, "a checkpoint cannot be put back"),
+                Err(error) => tracing::warn!(%step, %error, "a checkpoint cannot be put back"),
             }
         }
         Ok(rebuilt)
@@ -222,7 +222,7 @@ impl<D: Disk> Checkpoints<D> {
             pages += 1;
         }
         let head = CheckpointRecord { shards: first.iter().copied().collect(), ..record.clone() };
-        let key = record.step.to_be_bytes();
+        let key = record.step.0.to_be_bytes();
         let bytes = record::seal(Place { tree: CATALOGUE, key: &key }, &Entry { record: head, pages })?;
         store.catalogue.insert(key, bytes).map_err(failed)?;
         store.make_durable()
@@ -230,7 +230,7 @@ impl<D: Disk> Checkpoints<D> {
 
     fn find(&self, step: Step) -> Result<Option<CheckpointRecord>> {
         let Inner { store, .. } = &*self.inner;
-        let entry: Option<Entry> = store.read(&store.catalogue, CATALOGUE, &step.to_be_bytes())?;
+        let entry: Option<Entry> = store.read(&store.catalogue, CATALOGUE, &step.0.to_be_bytes())?;
         let Some(Entry { mut record, pages }) = entry else { return Ok(None) };
         for page in 0..pages {
             let shards: Option<Vec<(ShardId, BlobRef)>> =
@@ -250,7 +250,7 @@ impl<D: Disk> Checkpoints<D> {
         let Inner { store, .. } = &*self.inner;
         let failed = |e| store.failed("forget a page of the catalogue", e);
         let all = match step {
-            Some(step) => store.catalogue_pages.scan_prefix(step.to_be_bytes()),
+            Some(step) => store.catalogue_pages.scan_prefix(step.0.to_be_bytes()),
             None => store.catalogue_pages.iter(),
         };
         for key in all.keys() {
@@ -264,7 +264,7 @@ impl<D: Disk> Checkpoints<D> {
 
     fn is_catalogued(&self, step: Step) -> Result<bool> {
         let Inner { store, .. } = &*self.inner;
-        store.catalogue.contains_key(step.to_be_bytes()).map_err(|e| store.failed("read the catalogue", e))
+        store.catalogue.contains_key(step.0.to_be_bytes()).map_err(|e| store.failed("read the catalogue", e))
     }
 
     fn intact_manifest(&self, step: Step) -> Result<Option<CheckpointRecord>> {
@@ -282,7 +282,7 @@ impl<D: Disk> Checkpoints<D> {
             match self.at(step) {
                 Ok(record) => manifest::write(blobs.disk(), dir, &record)?,
                 // Reading that checkpoint will say so again; the others are as good as ever.
-                Err(error) => tracing::warn!(step, %error, "a checkpoint's entry is damaged"),
+                Err(error) => tracing::warn!(%step, %error, "a checkpoint's entry is damaged"),
             }
         }
         Ok(())
@@ -292,7 +292,7 @@ impl<D: Disk> Checkpoints<D> {
     fn remove(&self, step: Step) -> Result<()> {
         let Inner { dir, store, blobs, .. } = &*self.inner;
         manifest::remove(blobs.disk(), dir, step)?;
-        store.catalogue.remove(step.to_be_bytes()).map_err(|e| store.failed("forget a checkpoint", e))?;
+        store.catalogue.remove(step.0.to_be_bytes()).map_err(|e| store.failed("forget a checkpoint", e))?;
         self.remove_pages(Some(step))?;
         store.make_durable()
     }

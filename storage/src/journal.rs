@@ -141,11 +141,11 @@ impl Store {
     /// with another content it is an error, and so is a step that does not follow the last one.
     #[tracing::instrument(target = "volary::trace", name = "journal.write", skip_all)]
     pub fn commit<T: Serialize>(&self, step: Step, value: &T) -> Result<()> {
-        let key = step.to_be_bytes();
+        let key = step.0.to_be_bytes();
         let bytes = record::seal(Place { tree: JOURNAL, key: &key }, value)?;
         let _guard = self.committing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(last) = self.last_committed()?
-            && step != last + 1
+            && step != last.next()
             && !self.is_committed(step)?
         {
             return Err(Error::OutOfOrder { step, last });
@@ -165,7 +165,7 @@ impl Store {
 
     /// What was committed at a step.
     pub fn committed<T: DeserializeOwned>(&self, step: Step) -> Result<Option<T>> {
-        self.read(&self.journal, JOURNAL, &step.to_be_bytes())
+        self.read(&self.journal, JOURNAL, &step.0.to_be_bytes())
     }
 
     /// The last committed step.
@@ -180,7 +180,7 @@ impl Store {
         from: Step,
     ) -> impl Iterator<Item = Result<(Step, T)>> + use<T> {
         let store = self.clone();
-        self.journal.range(from.to_be_bytes()..).map(move |item| {
+        self.journal.range(from.0.to_be_bytes()..).map(move |item| {
             let (key, bytes) = item.map_err(|e| store.failed("read the journal", e))?;
             Ok((step_of(JOURNAL, &key)?, record::open(Place { tree: JOURNAL, key: &key }, &bytes)?))
         })
@@ -188,13 +188,13 @@ impl Store {
 
     /// Forgets every step after `step`, all or none; how many there were. For a run that goes back to a checkpoint.
     pub fn truncate_after(&self, step: Step) -> Result<usize> {
-        let Some(first) = step.checked_add(1) else { return Ok(0) };
+        let Some(first) = step.0.checked_add(1) else { return Ok(0) };
         self.remove_steps(self.journal.range(first.to_be_bytes()..))
     }
 
     /// Forgets every step before `step`, all or none; how many there were. For what no checkpoint needs any more.
     pub fn prune_before(&self, step: Step) -> Result<usize> {
-        self.remove_steps(self.journal.range(..step.to_be_bytes()))
+        self.remove_steps(self.journal.range(..step.0.to_be_bytes()))
     }
 
     /// Makes everything written so far outlive a loss of power.
@@ -222,7 +222,7 @@ impl Store {
     }
 
     fn is_committed(&self, step: Step) -> Result<bool> {
-        self.journal.contains_key(step.to_be_bytes()).map_err(|e| self.failed("read the journal", e))
+        self.journal.contains_key(step.0.to_be_bytes()).map_err(|e| self.failed("read the journal", e))
     }
 
     fn remove_steps(&self, steps: sled::Iter) -> Result<usize> {
@@ -254,10 +254,10 @@ impl Store {
             let step = step_of(JOURNAL, &key)?;
             record::check(Place { tree: JOURNAL, key: &key }, &bytes)?;
             if let Some(last) = before
-                && last + 1 != step
+                && last.next() != step
             {
                 let path = self.disk.folder.clone();
-                return Err(Error::Hole { first: last + 1, last: step - 1, path });
+                return Err(Error::Hole { first: last.next(), last: step.previous(), path });
             }
             before = Some(step);
         }
@@ -272,7 +272,7 @@ pub(crate) fn step_of(tree: &'static str, key: &[u8]) -> Result<Step> {
         key: format!("{key:02x?}"),
         reason: "its key is no step".to_owned(),
     })?;
-    Ok(Step::from_be_bytes(bytes))
+    Ok(Step(u64::from_be_bytes(bytes)))
 }
 
 fn open_database(folder: &Path) -> Result<sled::Db> {

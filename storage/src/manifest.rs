@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use volary_core::{Epoch, ShardId, Step};
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
 
 /// The format of a checkpoint that this version writes.
 pub const FORMAT: u16 = 1;
@@ -175,7 +175,7 @@ pub(crate) fn steps(dir: &RunDir) -> Result<Vec<Step>> {
         entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     });
     let names: Vec<String> = listed.map_err(|e| Error::io("list", &folder, e))?;
-    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok();
+    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok().map(Step);
     let mut steps: Vec<Step> = names.iter().filter_map(step).collect();
     steps.sort_unstable();
     Ok(steps)
@@ -200,10 +200,10 @@ fn parse(path: &Path, step: Step, text: &[u8]) -> Result<CheckpointRecord> {
 
 /// Reads bytes as a manifest, for fuzzing: what is taken is written as it was.
 pub(crate) fn fuzz(bytes: &[u8]) {
-    let Ok(record) = parse(Path::new("step-1.json"), 1, bytes) else { return };
+    let Ok(record) = parse(Path::new("step-1.json"), Step(1), bytes) else { return };
     let again = checksum(&record).and_then(|checksum| {
         let text = serde_json::to_vec_pretty(&Manifest { checkpoint: record.clone(), checksum });
-        parse(Path::new("step-1.json"), 1, &text.map_err(|e| unstorable(1, &e))?)
+        parse(Path::new("step-1.json"), Step(1), &text.map_err(|e| unstorable(Step(1), &e))?)
     });
     assert!(again.is_ok_and(|again| again == record), "a manifest that is taken is written as it was");
 }
@@ -211,11 +211,12 @@ pub(crate) fn fuzz(bytes: &[u8]) {
 /// A manifest, for fuzzing.
 pub(crate) fn fuzz_seed() -> Vec<u8> {
     let blob = BlobRef { digest: Digest::of(b"blob"), bytes: 4 };
-    let shards = [ShardId::Embedding, ShardId::Expert { layer: 0, expert: 3 }].map(|shard| (shard, blob));
+    let shards = [ShardId::Embedding, ShardId::Expert { layer: LayerId(0), expert: ExpertId(3) }]
+        .map(|shard| (shard, blob));
     let record = CheckpointRecord {
         format: FORMAT,
-        step: 1,
-        epoch: 2,
+        step: Step(1),
+        epoch: Epoch(2),
         config_hash: Digest::of(b"config"),
         created_unix_ms: 3,
         shards: shards.into(),

@@ -30,7 +30,7 @@ impl CheckpointReader {
                 Ok(Some(record)) => return Ok(Some(record)),
                 // Removed since it was listed.
                 Ok(None) => {}
-                Err(error) => tracing::warn!(step, %error, "trying the checkpoint before"),
+                Err(error) => tracing::warn!(%step, %error, "trying the checkpoint before"),
             }
         }
         Ok(None)

@@ -42,6 +42,14 @@ pub enum Error {
     /// A certificate or key cannot be created, read or used.
     #[error("identity: {0}")]
     Identity(String),
+    /// A frame or message of this process is over a bound, and is not sent.
+    #[error("{what} over a bound: {reason}")]
+    TooLarge {
+        /// What: a frame or a message.
+        what: &'static str,
+        /// Its size, and the bound.
+        reason: String,
+    },
     /// An access token is invalid.
     #[error(transparent)]
     AccessToken(#[from] AccessTokenError),
@@ -52,7 +60,8 @@ impl Error {
         Self::Malformed { what, reason: reason.into() }
     }
 
-    pub(crate) fn connection(peer: impl Into<String>, reason: impl ToString) -> Self {
+    /// An error of the connection to `peer`.
+    pub fn connection(peer: impl Into<String>, reason: impl ToString) -> Self {
         Self::Connection { peer: peer.into(), reason: reason.to_string() }
     }
 

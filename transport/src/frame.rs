@@ -20,6 +20,7 @@
 use crate::error::{Error, Result};
 use crate::limits::{FRAME_BYTES_MAX, META_BYTES_MAX, PART_BYTES_MAX, PARTS_MAX, RANK_MAX};
 use bytes::{BufMut, Bytes, BytesMut};
+use volary_core::{Epoch, Step};
 
 const MAGIC: &[u8; 4] = b"VLRY";
 const VERSION: u8 = 1;
@@ -149,9 +150,9 @@ pub struct Frame {
     /// What it is for.
     pub kind: FrameKind,
     /// The placement's number; receivers drop what is stale.
-    pub epoch: u64,
+    pub epoch: Epoch,
     /// The step.
-    pub step: u64,
+    pub step: Step,
     /// Where it belongs in a trace.
     pub trace: TraceHeader,
     /// The sender's words: a small serialized value.
@@ -174,7 +175,7 @@ impl Frame {
     /// # Errors
     /// When the frame is over a bound, or a tensor's bytes are not as many as its shape says.
     pub fn encode(&self) -> Result<Vec<Bytes>> {
-        let too_much = |what: String| Error::malformed("frame", what);
+        let too_much = |reason: String| Error::TooLarge { what: "frame", reason };
         if self.meta.len() > META_BYTES_MAX || self.parts.len() > PARTS_MAX {
             return Err(too_much(format!(
                 "{} bytes of words, {} tensors",
@@ -188,8 +189,8 @@ impl Frame {
         head.put_u8(VERSION);
         head.put_u8(self.kind as u8);
         head.put_u16_le(self.parts.len() as u16);
-        head.put_u64_le(self.epoch);
-        head.put_u64_le(self.step);
+        head.put_u64_le(self.epoch.0);
+        head.put_u64_le(self.step.0);
         head.put_slice(&self.trace.trace_id);
         head.put_slice(&self.trace.span_id);
         head.put_u8(self.trace.flags);
@@ -270,8 +271,8 @@ fn number<const N: usize>(bytes: &[u8], at: usize) -> Result<[u8; N]> {
 pub(crate) struct Fixed {
     kind: FrameKind,
     pub(crate) parts: usize,
-    epoch: u64,
-    step: u64,
+    epoch: Epoch,
+    step: Step,
     trace: TraceHeader,
     pub(crate) meta: usize,
 }
@@ -294,8 +295,8 @@ impl Fixed {
         Ok(Self {
             kind: FrameKind::from_wire(kind)?,
             parts,
-            epoch: u64::from_le_bytes(number(bytes, 8)?),
-            step: u64::from_le_bytes(number(bytes, 16)?),
+            epoch: Epoch(u64::from_le_bytes(number(bytes, 8)?)),
+            step: Step(u64::from_le_bytes(number(bytes, 16)?)),
             trace: TraceHeader { trace_id: number(bytes, 24)?, span_id: number(bytes, 40)?, flags },
             meta,
         })

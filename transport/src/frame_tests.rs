@@ -21,7 +21,7 @@ fn frame() -> impl Strategy<Value = Frame> {
     (kind, any::<u64>(), any::<u64>(), trace, meta, proptest::collection::vec(part(), 0..4)).prop_map(
         |(kind, epoch, step, (trace_id, span_id, flags), meta, parts)| {
             let trace = TraceHeader { trace_id, span_id, flags };
-            Frame { kind, epoch, step, trace, meta: meta.into(), parts }
+            Frame { kind, epoch: Epoch(epoch), step: Step(step), trace, meta: meta.into(), parts }
         },
     )
 }
@@ -67,8 +67,8 @@ fn small() -> Frame {
     let trace = TraceHeader { trace_id: [1; 16], span_id: [2; 8], flags: 1 };
     Frame {
         kind: FrameKind::Forward,
-        epoch: 3,
-        step: 4,
+        epoch: volary_core::Epoch(3),
+        step: volary_core::Step(4),
         trace,
         meta: Bytes::from_static(b"hi"),
         parts: vec![part],

@@ -24,8 +24,8 @@ pub fn probe_frame(bytes: usize) -> Frame {
     let part = Part { dtype: Dtype::U8, shape: vec![bytes as u64], data: Bytes::from(vec![7; bytes]) };
     Frame {
         kind: FrameKind::Probe,
-        epoch: 0,
-        step: 0,
+        epoch: volary_core::Epoch(0),
+        step: volary_core::Step(0),
         trace: TraceHeader::default(),
         meta: Bytes::new(),
         parts: vec![part],

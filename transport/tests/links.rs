@@ -29,8 +29,8 @@ fn patterned(length: usize, seed: u8) -> Frame {
     let meta = Bytes::from(vec![seed]);
     Frame {
         kind: FrameKind::Forward,
-        epoch: 1,
-        step: 2,
+        epoch: volary_core::Epoch(1),
+        step: volary_core::Step(2),
         trace: TraceHeader::default(),
         meta,
         parts: vec![part],

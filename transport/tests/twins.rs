@@ -179,8 +179,8 @@ async fn every_nth_frame_is_lost_and_no_control_message() {
     for step in 1..=4 {
         left.send(Frame { step, ..probe_frame(1) }).await.unwrap();
     }
-    assert_eq!(next(&mut inbound).await.frame.step, 1);
-    assert_eq!(next(&mut inbound).await.frame.step, 3);
+    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(1));
+    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(3));
     switch.set(Faults { drop: 1, ..Faults::default() });
     assert!(left.request_within(probe_frame(1), Duration::from_millis(20)).await.is_err());
     let ((mut sender, _), (_, mut receiver)) = (left.take_control().unwrap(), right.take_control().unwrap());
@@ -194,11 +194,11 @@ async fn a_delayed_frame_does_not_block_later_ones() {
     let mut inbound = right.serve();
     switch.set(Faults { delay_ms: 200, ..Faults::default() });
     let start = std::time::Instant::now();
-    left.send(Frame { step: 1, ..probe_frame(1) }).await.unwrap();
+    left.send(Frame { step: volary_core::Step(1), ..probe_frame(1) }).await.unwrap();
     switch.set(Faults::default());
-    left.send(Frame { step: 2, ..probe_frame(1) }).await.unwrap();
-    assert_eq!(next(&mut inbound).await.frame.step, 2);
-    assert_eq!(next(&mut inbound).await.frame.step, 1);
+    left.send(Frame { step: volary_core::Step(2), ..probe_frame(1) }).await.unwrap();
+    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(2));
+    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(1));
     assert!(start.elapsed() >= Duration::from_millis(199), "{:?}", start.elapsed());
 }
 

@@ -150,7 +150,7 @@ impl<B: Compute> AgentState<B> {
     /// A supervisor that does not accept this node's state makes it start with nothing.
     fn on_connected(&mut self, connection: Connection) {
         if !connection.keep {
-            self.discard(Epoch::MAX, true);
+            self.discard(Epoch(u64::MAX), true);
             let all: Vec<ShardId> = self.node.shard_actors().all().keys().copied().collect();
             self.replicas.release(&all);
             self.agent = Agent::new(self.node.id.clone());

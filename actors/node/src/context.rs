@@ -74,8 +74,8 @@ impl<B: Compute> NodeContext<B> {
     /// The lanes that this node computes under the present placement, in whole lanes: half of the layers of two lanes
     /// count as one.
     pub(crate) fn lane_work(&self) -> f64 {
-        let whole = self.costs.lane_flops(0..self.costs.layers());
-        self.placement().lane_work(&self.id, |layers| self.costs.lane_flops(layers.clone()) / whole)
+        let whole = self.costs.lane_flops(self.costs.all_layers());
+        self.placement().lane_work(&self.id, |layers| self.costs.lane_flops(layers) / whole)
     }
 
     /// Lanes per second of device time over all threads, from the device time since the last call.

@@ -78,9 +78,7 @@ impl FromStr for NetworkFault {
                 check_name(peer).map_err(|error| InvalidFault::Peer(error.to_string()))?;
                 Ok(Self::Cut { peer: (*peer).to_owned(), during: duration(millis)? })
             }
-            ["lose", part, millis] => {
-                Ok(Self::Lose { fraction: fraction(part)?, during: duration(millis)? })
-            }
+            ["lose", part, millis] => Ok(Self::Lose { fraction: fraction(part)?, during: duration(millis)? }),
             _ => Err(InvalidFault::Form(line.to_owned())),
         }
     }
@@ -112,9 +110,9 @@ pub(crate) async fn inject<B: Compute>(
         tracing::warn!(%fault, "injecting a network fault");
         match fault {
             NetworkFault::Partition { during } => interference.partition(during),
-            NetworkFault::Lose { fraction, during } => interference.lose(fraction, during),
+            NetworkFault::Lose { fraction, during } => interference.drop_fraction(fraction, during),
             NetworkFault::Cut { peer, during } => match node.peers.address(&peer) {
-                Some(address) => interference.cut(address, during),
+                Some(address) => interference.block_peer(address, during),
                 None => tracing::warn!(peer, "no member has this name"),
             },
         }

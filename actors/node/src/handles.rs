@@ -6,9 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::limits::CALL_MAX;
-use crate::messages::{
-    DenseMsg, ExpertMsg, LaneStep, Loss, Reply, Routed, RouterMsg, ShardMsg, notify,
-};
+use crate::messages::{DenseMsg, ExpertMsg, LaneStep, Loss, Reply, Routed, RouterMsg, ShardMsg, notify};
 use crate::trace::TraceContext;
 use ractor::rpc::CallResult;
 use ractor::{ActorRef, Message};

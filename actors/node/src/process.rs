@@ -37,7 +37,7 @@ use volary_core::compute::{Compute, Computed};
 use volary_core::messages::ResidentState;
 use volary_protocol::{RunInfo, ToSupervisor};
 use volary_telemetry::Pipeline;
-use volary_transport::{ClientAuth, Identity, TransportOptions, local_ip};
+use volary_transport::{ClientAuth, Identity, TransportOptions};
 
 /// How a node ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +106,7 @@ impl<B: Compute> NodeProcess<B> {
         let name = NodeId::new(identity.name());
         let listen = match options.listen {
             Some(listen) => listen,
-            None => SocketAddr::new(local_ip(options.supervisor)?, 0),
+            None => SocketAddr::new(options.network.local_ip(options.supervisor)?, 0),
         };
         let endpoint = options.network.bind(listen, identity, ClientAuth::Required, transport)?;
         let faults = options.faults.take();
@@ -211,9 +211,11 @@ impl<B: Compute> NodeProcess<B> {
                 ControlFlow::Break(NodeEnd::SupervisorLost(reason.into()))
             }
             // The last command on the old stream may have released this node.
-            Err(error) => ControlFlow::Break(self.ended.try_recv().unwrap_or_else(|_| {
-                NodeEnd::SupervisorLost(format!("{reason}; then {error}"))
-            })),
+            Err(error) => ControlFlow::Break(
+                self.ended
+                    .try_recv()
+                    .unwrap_or_else(|_| NodeEnd::SupervisorLost(format!("{reason}; then {error}"))),
+            ),
         }
     }
 

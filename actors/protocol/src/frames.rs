@@ -9,10 +9,9 @@ use crate::trace::SampledToken;
 use bytes::Bytes;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use std::ops::Range;
 use volary_core::compute::{Compute, HostDtype, HostTensor};
 use volary_core::tree::LeafSpan;
-use volary_core::{Epoch, ExpertId, Lane, LayerId, ShardId, Step};
+use volary_core::{Epoch, ExpertId, Lane, LayerId, LayerRange, ShardId, Step};
 use volary_telemetry::SpanIdentity;
 use volary_transport::{Dtype, Frame, FrameKind, Part, TraceHeader};
 
@@ -45,7 +44,7 @@ pub struct StageRequest {
     /// The lane.
     pub lane: Lane,
     /// The stage's layers.
-    pub layers: Range<u16>,
+    pub layers: LayerRange,
     /// Whether a backward pass follows.
     pub train: bool,
     /// Sampled tokens of the lane.

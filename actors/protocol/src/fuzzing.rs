@@ -1,7 +1,9 @@
 //! Entry points for the fuzz targets.
 
 use crate::control::{RunInfo, ToNode, ToSupervisor};
-use crate::frames::{ExpertReply, ExpertRequest, GradientSum, ShardRequest, StageReply, StageRequest, StoredShard};
+use crate::frames::{
+    ExpertReply, ExpertRequest, GradientSum, ShardRequest, StageReply, StageRequest, StoredShard,
+};
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::refusal::FrameRefusal;
 use serde::Serialize;
@@ -51,7 +53,8 @@ pub fn fuzz_message_seeds() -> Vec<Vec<u8>> {
     let to_node = [ToNode::NameInUse, ToNode::Protocol(NodeCommand::Abort { epoch }, None)];
     let experts = vec![(ExpertId(0), 3), (ExpertId(5), 1)];
     let rows = ExpertRequest { layer: LayerId(0), lane: Lane(1), train: true, experts };
-    let stage = StageRequest { lane: Lane(1), layers: 2..4, train: true, sampled_tokens: Vec::new() };
+    let stage =
+        StageRequest { lane: Lane(1), layers: LayerId::range(2..4), train: true, sampled_tokens: Vec::new() };
     let wanted = ShardRequest { shard, version: Some(Step(7)) };
     let mut seeds: Vec<Vec<u8>> = to_supervisor.iter().filter_map(encode).collect();
     seeds.extend(to_node.iter().filter_map(encode));

@@ -39,6 +39,6 @@ pub mod trace;
 pub use client::operate;
 pub use control::{LinkReport, NodeInfo, RunInfo, ToNode, ToSupervisor, Welcome};
 pub use error::{Error, Result};
-pub use fuzzing::{fuzz_messages, fuzz_message_seeds};
+pub use fuzzing::{fuzz_message_seeds, fuzz_messages};
 pub use refusal::{FrameRefusal, FrameRefusalCode};
 pub use trace::{SampledToken, TraceRequest};

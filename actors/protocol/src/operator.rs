@@ -1,65 +1,65 @@
-//! What people ask a running supervisor, and what it answers.
+//! Requests of operators to a running supervisor, and its replies.
 
 use serde::{Deserialize, Serialize};
 use volary_core::machine::Activity;
 use volary_core::{Epoch, Lane, Step};
 use volary_transport::{AccessRole, AccessTokenTerms};
 
-use crate::wire::LinkReport;
+use crate::control::LinkReport;
 
-/// A question or order.
+/// A request.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum OperatorRequest {
-    /// How is it going?
+    /// The run's status.
     Status,
-    /// Write a checkpoint at the next boundary between steps; answered when it is durable.
+    /// Write a checkpoint after the current step; answered when it is durable.
     Checkpoint,
-    /// Write a checkpoint and end; answered when it is done.
+    /// Write a checkpoint and end the run; answered when both are done.
     Stop,
-    /// Make a token.
+    /// Create an access token.
     AccessTokenCreate {
         /// What it allows.
         role: AccessRole,
-        /// For how long, how often, and what is written on it.
+        /// Its lifetime, uses and labels.
         terms: AccessTokenTerms,
     },
-    /// List the tokens.
+    /// List the access tokens.
     AccessTokenList,
-    /// Make a token good for nothing.
+    /// Revoke an access token.
     AccessTokenRevoke {
         /// Its name.
         id: String,
     },
-    /// Let a node hand over what it has and leave; answered when it has left.
+    /// Drain a node: it hands its shards over and leaves. Answered when it has left.
     Drain {
         /// The node's name.
         node: String,
     },
 }
 
-/// One token at a glance; its secret is nowhere.
+/// The status of an access token. Its secret is not stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccessTokenStatus {
     /// Its name.
     pub id: String,
     /// What it allows.
     pub role: AccessRole,
-    /// When it was made, in seconds since 1970.
+    /// Its creation, in seconds since 1970.
     pub created_unix_s: u64,
-    /// When it ends, in seconds since 1970; `None` is never.
+    /// Its expiry, in seconds since 1970; `None` is never.
     pub expires_unix_s: Option<u64>,
-    /// How often it may still be used; `None` is without end.
+    /// Uses left; `None` is without limit.
     pub uses_left: Option<u32>,
-    /// What is written on it.
+    /// Its labels, `(key, value)`.
     pub labels: Vec<(String, String)>,
 }
 
-/// The answer.
+/// A reply.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum OperatorReply {
     /// To [`OperatorRequest::Status`].
     Status(Box<Status>),
-    /// To [`OperatorRequest::AccessTokenCreate`]: the token, which is shown once.
+    /// To [`OperatorRequest::AccessTokenCreate`]: the access token, which is shown once.
     AccessToken {
         /// Its text.
         text: String,
@@ -78,7 +78,7 @@ pub enum OperatorReply {
     },
 }
 
-/// A run at a glance.
+/// The status of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Status {
     /// The run's name.
@@ -87,8 +87,8 @@ pub struct Status {
     pub epoch: Epoch,
     /// The last committed step.
     pub step: Step,
-    /// The last step of the run.
-    pub steps: Step,
+    /// The number of steps of the run.
+    pub steps: u64,
     /// What the supervisor is doing.
     pub activity: Activity,
     /// The last durable checkpoint.
@@ -99,7 +99,7 @@ pub struct Status {
     pub loss: Option<f64>,
     /// Tokens per second of the last committed step.
     pub tokens_per_second: Option<f64>,
-    /// How long a step should take, in milliseconds, by what was seen of the nodes; 0 where nothing is placed.
+    /// The predicted time of a step in milliseconds, from the observed profiles of the nodes; 0 before the first placement.
     pub predicted_step_ms: f64,
     /// The supervisor's process.
     pub supervisor: SupervisorStatus,
@@ -111,7 +111,7 @@ pub struct Status {
     pub events: Vec<String>,
 }
 
-/// Where the supervisor is.
+/// The supervisor's process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SupervisorStatus {
     /// Its process.
@@ -120,39 +120,39 @@ pub struct SupervisorStatus {
     pub address: String,
 }
 
-/// One node at a glance.
+/// The status of a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeStatus {
     /// Its name.
     pub name: String,
     /// Its process.
     pub pid: u32,
-    /// `member`; `learning` while it copies shards, `draining` while it hands them over, `joined` before, and `suspended` when it
-    /// was shut out not long ago.
+    /// `joined` before it has a part in the run, `learning` while it copies shards, `member`, `draining` while it hands its
+    /// shards over, and `suspended` for a while after it was fenced.
     pub state: String,
     /// Its device.
     pub device: String,
-    /// How much it does in a second, relative to the others.
+    /// Its capacity relative to the others.
     pub capacity: f64,
-    /// What fails together with it; empty when that is not known.
+    /// Its failure domain; empty when unknown.
     pub zone: String,
-    /// Shards that it holds.
+    /// The number of shards that it holds.
     pub shards: usize,
-    /// Lanes that it runs.
+    /// The lanes that it drives.
     pub lanes: Vec<Lane>,
-    /// Its links to other nodes, as it reported them last.
+    /// Its links to other nodes, from its last report.
     pub links: Vec<LinkReport>,
-    /// Where its figures are served, if they are.
+    /// Where its metrics are served, if they are.
     pub http: Option<String>,
 }
 
-/// One shard at a glance.
+/// The status of a shard.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ShardStatus {
     /// Its name.
     pub name: String,
     /// The last committed step.
     pub version: Step,
-    /// The nodes that hold it, its owner first.
+    /// The nodes that hold it, the owner first.
     pub replicas: Vec<String>,
 }

@@ -160,7 +160,8 @@ impl SupervisorState {
         checkpointer: ActorRef<CheckpointerMsg>,
     ) -> Self {
         let telemetry = Telemetry::new(&args);
-        let SupervisorArgs { run, settings, store, credentials, checkpoints, dataset, address, end, .. } = args;
+        let SupervisorArgs { run, settings, store, credentials, checkpoints, dataset, address, end, .. } =
+            args;
         Self {
             machine: Machine::new(settings.clone(), recovery.restored),
             run,

@@ -1,4 +1,4 @@
-//! The files of a run that people and tools read: one JSON object per line, in order, each step once.
+//! The files of a run for people and tools: one JSON object per line, in order, each step once.
 
 use serde::Serialize;
 use std::path::Path;
@@ -26,17 +26,17 @@ pub(crate) struct MetricsLine {
     pub lr: f64,
     /// Tokens in the step.
     pub tokens: u64,
-    /// Seconds since the commit before; unknown for a step whose line the supervisor could not write before it died.
+    /// Seconds since the previous commit; unknown for a step whose line is restored from the journal after a crash.
     pub seconds: Option<f64>,
     /// Tokens per second.
     pub tokens_per_second: Option<f64>,
-    /// Nodes that took part.
+    /// Members of the placement.
     pub nodes: u32,
     /// Whether the update was skipped because a gradient was not finite.
     pub skipped: bool,
-    /// Assignments dropped for want of capacity.
+    /// Assignments dropped for lack of capacity.
     pub dropped: u64,
-    /// The largest share of an expert in its layer's assignments, over layers; 1 / experts when even.
+    /// The largest share of one expert in its layer's assignments, over all layers; 1 / experts under an even load.
     pub busiest_expert: f64,
 }
 
@@ -68,22 +68,22 @@ impl MetricsLine {
 /// One line of `validation.jsonl`.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct ValidationLine {
-    /// The step after which it was measured; 0 is before the first.
+    /// The step after which it was measured; 0 is before the first step.
     pub step: Step,
     /// Mean cross-entropy on held-out text, nats per token.
     pub loss: f64,
-    /// Tokens that were measured.
+    /// The number of measured tokens.
     pub tokens: u64,
 }
 
 /// One line of `events.jsonl`.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct EventLine<'a, T> {
-    /// When, in milliseconds since 1970.
+    /// The time, in milliseconds since 1970.
     pub unix_ms: u64,
-    /// The last step that was committed by then.
+    /// The last committed step at that time.
     pub at_step: Step,
-    /// What.
+    /// The event.
     #[serde(flatten)]
     pub event: &'a T,
 }
@@ -93,15 +93,15 @@ pub(crate) struct RunFiles {
     metrics: JsonLines,
     validation: JsonLines,
     events: JsonLines,
-    /// The last step whose held-out loss is written: a run that goes on measures it again, and it stands there once.
+    /// The last step whose validation loss is written: a resumed run measures it again, and writes it once.
     validated: Option<Step>,
 }
 
 impl RunFiles {
-    /// Opens the files. What stands in them after the last committed step is forgotten, since it will be done again, and
-    /// the lines of committed steps that a supervisor could not write any more are written now.
+    /// Opens the files. Lines after the last committed step are removed, since those steps run again, and missing lines of
+    /// committed steps are restored from the journal.
     pub(crate) fn open(dir: &RunDir, store: &Store) -> Result<Self> {
-        let step = store.last_committed()?.unwrap_or(0);
+        let step = store.last_committed()?.unwrap_or_default();
         let mut files = Self {
             metrics: JsonLines::open(dir.metrics())?,
             validation: JsonLines::open(dir.validation())?,
@@ -110,8 +110,8 @@ impl RunFiles {
         };
         files.go_back(step)?;
         files.validated = last_step(&dir.validation());
-        let written = last_step(&dir.metrics()).unwrap_or(0);
-        for missing in store.committed_range::<Committed>(written + 1) {
+        let written = last_step(&dir.metrics()).unwrap_or_default();
+        for missing in store.committed_range::<Committed>(written.next()) {
             files.metrics(&MetricsLine::new(&missing?.1, None))?;
         }
         Ok(files)
@@ -144,7 +144,7 @@ impl RunFiles {
 fn last_step(path: &Path) -> Option<Step> {
     let text = std::fs::read_to_string(path).ok()?;
     let line: serde_json::Value = serde_json::from_str(text.lines().last()?).ok()?;
-    line["step"].as_u64()
+    line["step"].as_u64().map(Step)
 }
 
 /// Now, in milliseconds since 1970.

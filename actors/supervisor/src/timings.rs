@@ -129,7 +129,7 @@ impl Timings {
             Notice::WentBack { from, to, .. } => {
                 self.recover("the last replica of a shard is lost", Duration::ZERO);
                 if let Some(recovery) = &mut self.recovery {
-                    recovery.steps_lost += from - to;
+                    recovery.steps_lost += *from - *to;
                 }
             }
             Notice::Placed { learning, cause, .. } if *learning > 0 && self.resize.is_none() => {

@@ -161,8 +161,8 @@ impl SupervisorMetrics {
 
     /// A step was committed, so long after the one before.
     pub fn committed(&self, committed: &Committed, seconds: f64) {
-        self.step.set(committed.step);
-        self.epoch.set(committed.epoch);
+        self.step.set(committed.step.0);
+        self.epoch.set(committed.epoch.0);
         self.nodes.set(committed.nodes.into());
         self.loss.set(committed.loss);
         self.aux_loss.set(committed.aux_loss);

@@ -174,7 +174,7 @@ impl Peers {
     fn watch(&self, peer: NodeId, link: Link) -> WatchedLink {
         let (breaks, watched) = (self.breaks.clone(), link.clone());
         let watch = tokio::spawn(async move {
-            let reason = watched.closed().await;
+            let reason = watched.closed().await.to_string();
             // The receiver ends with the node.
             drop(breaks.send(BrokenLink { peer, reason, link: watched }));
         });
@@ -184,7 +184,7 @@ impl Peers {
     /// What a failed use of a link means. Only an error of the connection breaks the link.
     fn failed(&self, peer: &NodeId, link: &Link, error: volary_transport::Error) -> Error {
         let (peer, reason) = (peer.clone(), error.to_string());
-        if error.is_too_large() {
+        if matches!(error, volary_transport::Error::TooLarge { .. }) {
             return Error::TooLarge { peer, reason };
         }
         self.remove(&peer, link);

@@ -3,8 +3,8 @@
 use crate::error::{Error, Result};
 use bytes::Bytes;
 use volary_core::{Epoch, ShardId, Step};
-use volary_protocol::frames::{self, ShardRequest, StoredShard};
 use volary_protocol::FrameRefusal;
+use volary_protocol::frames::{self, ShardRequest, StoredShard};
 use volary_transport::{FrameKind, Link};
 
 /// The link to the supervisor.

@@ -80,7 +80,7 @@ impl SupervisorConnector {
     ) -> Result<Connected, ProcessError> {
         loop {
             // While the supervisor was away nobody could renew the certificate.
-            if self.endpoint.identity()?.left().is_zero() {
+            if self.endpoint.identity()?.remaining().is_zero() {
                 drop(self.rejoin().await);
             }
             match self.connect_once(state.clone()).await {
@@ -164,7 +164,8 @@ pub(super) async fn join_run(
 ) -> Result<Identity, ProcessError> {
     let (start, mut reported) = (Instant::now(), false);
     loop {
-        let joined = options.network.join(options.supervisor, &options.token, options.name.clone(), transport);
+        let joined =
+            options.network.join(options.supervisor, &options.token, options.name.clone(), transport);
         match joined.await.map_err(ProcessError::from) {
             Err(error) if start.elapsed() < DIAL_MAX && error.is_early() => {
                 // A supervisor that answers is not asked ten times a second.

@@ -43,7 +43,7 @@ impl ProcessError {
     /// The code of a refusal.
     fn refusal(&self) -> Option<RefusalCode> {
         match self {
-            Self::Transport(error) => error.refusal(),
+            Self::Transport(error) => error.refusal_code(),
             _ => None,
         }
     }
@@ -64,7 +64,7 @@ impl ProcessError {
     pub(super) fn is_transient(&self) -> bool {
         match self {
             Self::NameInUse | Self::NoWelcome => true,
-            Self::Transport(error) => error.is_connection(),
+            Self::Transport(error) => matches!(error, volary_transport::Error::Connection { .. }),
             _ => false,
         }
     }

@@ -134,7 +134,7 @@ async fn renew(
         Err(error) => return tracing::warn!(%error, "no certificate to renew"),
     };
     loop {
-        let left = endpoint.identity().map_or(Duration::ZERO, |identity| identity.left());
+        let left = endpoint.identity().map_or(Duration::ZERO, |identity| identity.remaining());
         tokio::time::sleep(left / 2).await;
         let Ok(request) = KeyRequest::new() else { continue };
         if messages.send(ToSupervisor::Renew(request.der().to_vec())).await.is_err() {

@@ -149,11 +149,7 @@ impl<B: Compute> LocalReplicas<B> {
 }
 
 /// Inserts an actor, and ends the one before it.
-fn insert<B: Compute>(
-    actors: &mut BTreeMap<ShardId, ShardActor<B>>,
-    shard: ShardId,
-    actor: ShardActor<B>,
-) {
+fn insert<B: Compute>(actors: &mut BTreeMap<ShardId, ShardActor<B>>, shard: ShardId, actor: ShardActor<B>) {
     if let Some(before) = actors.insert(shard, actor) {
         before.stop();
     }

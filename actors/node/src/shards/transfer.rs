@@ -60,11 +60,7 @@ pub(crate) struct Fetch<'a, B: Compute> {
 
 impl<B: Compute> Fetch<'_, B> {
     /// Fetches shards, a few at a time, each from the source that the assignment gives.
-    pub(crate) async fn all(
-        &self,
-        fetched: &FetchedShards<B>,
-        shards: Vec<(ShardId, Source)>,
-    ) -> Result<()> {
+    pub(crate) async fn all(&self, fetched: &FetchedShards<B>, shards: Vec<(ShardId, Source)>) -> Result<()> {
         let fetch = |(shard, source)| async move {
             fetched.put(shard, self.version, self.one(shard, source).await?);
             Ok(())

@@ -11,8 +11,8 @@ use crate::step::shard::{SavedActivations, ShardReplica};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::marker::PhantomData;
 use std::sync::Arc;
-use volary_core::compute::Compute;
 use volary_core::LayerId;
+use volary_core::compute::Compute;
 use volary_telemetry::Meter;
 
 /// The dense actor's state.

@@ -97,8 +97,7 @@ impl TokenDispatch {
                 Shipment::Local(parts) => {
                     let span = self.dispatch_span(direction, dispatch, &self.local, trace);
                     let rows = self.rows_for(&self.local, dispatch);
-                    let mut experts =
-                        expert_span(&span.scope(), direction, self.layer, self.at.lane, &rows);
+                    let mut experts = expert_span(&span.scope(), direction, self.layer, self.at.lane, &rows);
                     let meter = experts.meter();
                     let outputs = run_experts(node, self.layer, self.at, direction, parts, &meter).await?;
                     Ok(ExpertOutput::Local(outputs))

@@ -1,7 +1,7 @@
 //! Requests of operators, and their replies.
 
-use super::sessions::Session;
 use super::SupervisorState;
+use super::sessions::Session;
 use crate::error::Result;
 use crate::messages::respond;
 use ractor::RpcReplyPort;
@@ -41,9 +41,7 @@ impl SupervisorState {
     fn dispose(&self, request: &OperatorRequest) -> Disposition {
         let failed = |reason: String| Disposition::Answer(OperatorReply::Failed { reason });
         match request {
-            OperatorRequest::Status => {
-                Disposition::Answer(OperatorReply::Status(Box::new(self.status())))
-            }
+            OperatorRequest::Status => Disposition::Answer(OperatorReply::Status(Box::new(self.status()))),
             OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
                 Disposition::Answer(OperatorReply::Done { step: self.machine.committed() })
             }

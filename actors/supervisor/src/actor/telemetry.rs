@@ -73,9 +73,9 @@ impl Telemetry {
             |(tag, value): (&str, Option<f64>)| Some((format!("train/{tag}"), Figure::Scalar(value?)));
         let mut figures: Vec<(String, Figure<'_>)> = scalars.into_iter().filter_map(scalar).collect();
         if self.is_sampled(committed.step) {
-            let load = committed.load.iter().enumerate();
-            let counts = |(layer, counts)| (format!("expert_load/moe_layer_{layer}"), Figure::Counts(counts));
-            figures.extend(load.map(counts));
+            for (layer, counts) in committed.load.iter().enumerate() {
+                figures.push((format!("expert_load/moe_layer_{layer}"), Figure::Counts(counts)));
+            }
         }
         self.write(committed.step, &figures);
     }

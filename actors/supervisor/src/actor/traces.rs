@@ -1,36 +1,36 @@
-//! The traces that the supervisor begins: one per step that is sampled, and one for each change of the cluster, recovery,
-//! move of shards and checkpoint, linked to the step in which they happened.
+//! The traces that the supervisor starts: one per sampled step, and one for each membership change, recovery, migration and
+//! checkpoint, linked to the step in which it happened.
 
-use crate::durations::Cost;
-use crate::trace::{SampledToken, TraceRequest};
+use crate::timings::Cost;
 use std::time::{Duration, Instant, SystemTime};
 use volary_core::architecture::Architecture;
 use volary_core::machine::Notice;
 use volary_core::messages::{NodeCommand, Pass};
-use volary_core::options::{TelemetryOptions, TrainingOptions};
+use volary_core::options::TelemetryOptions;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Epoch, Lane, Step};
 use volary_data::Dataset;
+use volary_protocol::{RunInfo, SampledToken, TraceRequest};
 use volary_telemetry::{Scope, Span, SpanIdentity, Tracer};
 
-/// The traces that are under way.
-pub(crate) struct Traces {
+/// The traces in progress.
+pub(super) struct Traces {
     tracer: Tracer,
     options: TelemetryOptions,
     seed: u64,
     lanes: u32,
-    /// Lanes of a traced step that have all their spans.
+    /// Lanes of a traced step whose spans are all recorded.
     whole_lanes: u32,
     attempt: Option<Attempt>,
-    /// The last step that was traced, for what is linked to it.
+    /// The last traced step, for links.
     last_step: SpanIdentity,
-    /// The cluster changed: the next step is traced.
+    /// Whether the cluster changed, so that the next step is traced.
     changed: bool,
-    /// Somebody came or went.
+    /// Nodes that came or went, until the next commit.
     membership: Option<Span>,
     /// From a loss until the next commit.
     recovery: Option<Span>,
-    /// From the placement that began to copy shards until the commit after they were used.
+    /// From the placement that starts copies until the first commit that uses them.
     migration: Option<Span>,
     checkpoint: Option<(Span, Instant)>,
 }
@@ -43,7 +43,7 @@ struct Attempt {
     /// Ends with the commit.
     span: Span,
     why: &'static str,
-    /// Where the nodes' part in the commit belongs.
+    /// The parent of the nodes' spans of the commit.
     committed: Option<TraceRequest>,
 }
 
@@ -55,18 +55,14 @@ fn spans_of_lane(architecture: &Architecture, options: &TelemetryOptions) -> usi
 }
 
 impl Traces {
-    pub(crate) fn new(
-        tracer: Tracer,
-        options: TelemetryOptions,
-        (architecture, training, seed): (&Architecture, &TrainingOptions, u64),
-    ) -> Self {
-        let whole = options.spans_per_step / spans_of_lane(architecture, &options).max(1);
-        let whole_lanes = training.lanes.min(u32::try_from(whole).unwrap_or(u32::MAX).max(1));
+    pub(super) fn new(tracer: Tracer, options: TelemetryOptions, run: &RunInfo) -> Self {
+        let whole = options.spans_per_step / spans_of_lane(&run.architecture, &options).max(1);
+        let whole_lanes = run.training.lanes.min(u32::try_from(whole).unwrap_or(u32::MAX).max(1));
         Self {
             tracer,
             options,
-            seed,
-            lanes: training.lanes,
+            seed: run.seed,
+            lanes: run.training.lanes,
             whole_lanes,
             attempt: None,
             last_step: SpanIdentity::default(),
@@ -78,8 +74,8 @@ impl Traces {
         }
     }
 
-    /// A message goes out: the trace that it belongs to.
-    pub(crate) fn sent(&mut self, message: &NodeCommand, dataset: &Dataset) -> Option<TraceRequest> {
+    /// The trace that a command belongs to.
+    pub(super) fn sent(&mut self, message: &NodeCommand, dataset: &Dataset) -> Option<TraceRequest> {
         match message {
             NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes } => {
                 self.begin(*epoch, *step);
@@ -117,28 +113,28 @@ impl Traces {
     }
 
     fn step_span(&mut self, epoch: Epoch, step: Step, began: SystemTime, why: &'static str) -> Span {
-        let span = self.tracer.root("step", Some(began)).with("volary.step", step as i64);
-        let span = span.with("volary.epoch", epoch as i64).with("volary.traced_because", why);
+        let span = self.tracer.root("step", Some(began)).with("volary.step", step.0 as i64);
+        let span = span.with("volary.epoch", epoch.0 as i64).with("volary.traced_because", why);
         self.last_step = span.identity();
         span
     }
 
-    /// Which lanes are traced as a whole turns with the steps.
+    /// Which lanes are recorded in full rotates with the steps.
     fn is_whole(&self, step: Step, lane: Lane) -> bool {
-        let first = (step / self.options.sample_every.max(1) % u64::from(self.lanes.max(1))) as u32;
-        (lane + self.lanes - first) % self.lanes.max(1) < self.whole_lanes
+        let first = (step.0 / self.options.sample_every.max(1) % u64::from(self.lanes.max(1))) as u32;
+        (lane.0 + self.lanes - first) % self.lanes.max(1) < self.whole_lanes
     }
 
-    /// Chooses tokens to follow, the same ones whenever the step is done again.
+    /// Samples tokens, the same ones whenever the step runs again.
     fn follow(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<SampledToken> {
         let mut sampled_tokens = Vec::new();
         for (lane, tokens) in lanes.iter().filter(|(lane, _)| self.is_whole(step, *lane)) {
-            let mut stream = Stream::new(self.seed, Purpose::Telemetry, &[step, u64::from(*lane)]);
+            let mut stream = Stream::new(self.seed, Purpose::Telemetry, &[step.0, lane.0.into()]);
             let length = dataset.sequence_length();
             let count = dataset.sequences_per_lane() * length;
             for _ in 0..self.options.tokens_per_lane.min(count) {
                 let position = ((stream.next_f64() * count as f64) as usize).min(count.saturating_sub(1));
-                // A row has one token more than the lane computes: the last one's successor.
+                // A row has one token more than the lane computes: the target of the last one.
                 let Some(&id) = tokens.get(position / length * (length + 1) + position % length) else {
                     continue;
                 };
@@ -151,8 +147,8 @@ impl Traces {
         sampled_tokens
     }
 
-    /// A node has done its part of a step.
-    pub(crate) fn prepared(&mut self, node: &str) {
+    /// A node is prepared to commit the step.
+    pub(super) fn prepared(&mut self, node: &str) {
         if let Some(attempt) = &mut self.attempt
             && attempt.span.is_recorded()
         {
@@ -160,16 +156,16 @@ impl Traces {
         }
     }
 
-    /// The step's own time so far, and the span of its commit.
-    pub(crate) fn committing(&self) -> (Option<Duration>, Span) {
+    /// The step's time so far, and the span of its commit.
+    pub(super) fn committing(&self) -> (Option<Duration>, Span) {
         match &self.attempt {
             Some(attempt) => (Some(attempt.began.1.elapsed()), attempt.span.scope().span("commit")),
             None => (None, Span::none()),
         }
     }
 
-    /// A step is journalled: its span ends, and what it is the end of.
-    pub(crate) fn committed(&mut self, loss: f64, costs: &[Cost]) {
+    /// A step is journaled: its span ends, and those of the changes that it completes.
+    pub(super) fn committed(&mut self, loss: f64, costs: &[Cost]) {
         let this = self.attempt.as_mut().map(|attempt| {
             attempt.span.set("volary.loss", loss);
             attempt.committed = TraceRequest::below(&attempt.span);
@@ -188,7 +184,7 @@ impl Traces {
     }
 
     /// Something happened.
-    pub(crate) fn noticed(&mut self, notice: &Notice) {
+    pub(super) fn on_notice(&mut self, notice: &Notice) {
         match notice {
             Notice::Joined { node, .. } => self.changed_by("joined", &node.0),
             Notice::Returned { node, .. } => self.changed_by("returned", &node.0),
@@ -199,15 +195,15 @@ impl Traces {
             Notice::Aborted { epoch, step, reason } => self.aborted(*epoch, *step, reason),
             Notice::WentBack { from, to, .. } => {
                 let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
-                span.set("volary.went_back_from", *from as i64);
-                span.set("volary.went_back_to", *to as i64);
+                span.set("volary.went_back_from", from.0 as i64);
+                span.set("volary.went_back_to", to.0 as i64);
             }
             Notice::Placed { epoch, step, cause, learning, .. } => {
                 self.changed = true;
                 if *learning > 0 && self.migration.is_none() {
                     let mut span = self.tracer.root("migration", None).with("volary.cause", cause.clone());
-                    span.set("volary.step", *step as i64);
-                    span.set("volary.epoch", *epoch as i64);
+                    span.set("volary.step", step.0 as i64);
+                    span.set("volary.epoch", epoch.0 as i64);
                     span.set("volary.shards", *learning as i64);
                     span.link(self.last_step);
                     self.migration = Some(span);
@@ -244,7 +240,7 @@ impl Traces {
         span.set("volary.node", node.to_owned());
     }
 
-    /// A step that was not traced shows at least that it was begun and dropped.
+    /// A step that is not sampled is recorded too when it is aborted.
     fn aborted(&mut self, epoch: Epoch, step: Step, reason: &str) {
         if let Some(Attempt { began, mut span, why, .. }) =
             self.attempt.take_if(|attempt| (attempt.epoch, attempt.step) == (epoch, step))
@@ -257,13 +253,13 @@ impl Traces {
         let last_step = self.last_step;
         let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
         span.set("volary.cause", reason.to_owned());
-        span.set("volary.step", step as i64);
+        span.set("volary.step", step.0 as i64);
         span.link(last_step);
     }
 
-    /// A checkpoint begins: where its spans go.
-    pub(crate) fn checkpoint(&mut self, step: Step, shards: usize) -> Scope {
-        let mut span = self.tracer.root("checkpoint", None).with("volary.step", step as i64);
+    /// A checkpoint starts: the scope of its spans.
+    pub(super) fn checkpoint(&mut self, step: Step, shards: usize) -> Scope {
+        let mut span = self.tracer.root("checkpoint", None).with("volary.step", step.0 as i64);
         span.set("volary.shards", shards as i64);
         span.link(self.last_step);
         let scope = span.scope();
@@ -271,8 +267,8 @@ impl Traces {
         scope
     }
 
-    /// How long the checkpoint that is under way has taken so far.
-    pub(crate) fn checkpoint_took(&self) -> Option<Duration> {
+    /// The time of the checkpoint in progress so far.
+    pub(super) fn checkpoint_took(&self) -> Option<Duration> {
         self.checkpoint.as_ref().map(|(_, began)| began.elapsed())
     }
 }

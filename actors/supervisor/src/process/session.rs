@@ -1,0 +1,251 @@
+//! The connection of one node, from its hello to its end.
+
+use super::admission::Admitted;
+use super::shared::Shared;
+use crate::blocking::blocking;
+use crate::error::Error;
+use crate::limits::{HELLO_MAX, MESSAGES_AHEAD, RENEWALS_PER_LIFETIME};
+use crate::messages::{NodeArrival, SessionId, SupervisorMsg, notify};
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::mpsc;
+use volary_core::NodeId;
+use volary_core::messages::ResidentState;
+use volary_core::profile::Profile;
+use volary_protocol::frames::{self, ShardRequest, StoredShard};
+use volary_protocol::{FrameRefusal, FrameRefusalCode, NodeInfo, ToNode, ToSupervisor};
+use volary_transport::{
+    CanaryWatch, ControlReceiver, ControlSender, Frame, FrameKind, InboundFrame, Link, Refusal, RefusalCode,
+};
+
+/// A node that is connected.
+struct NodeSession {
+    shared: Arc<Shared>,
+    id: SessionId,
+    /// Its certificate, or the last one that renewed it.
+    certificate: [u8; 32],
+    zone: Option<String>,
+    messages: mpsc::Sender<ToNode>,
+    renewed: Option<Instant>,
+}
+
+/// Serves a node until its link ends, its process dies, or it violates the protocol.
+pub(super) async fn serve_node(
+    shared: Arc<Shared>,
+    link: Link,
+    admitted: Admitted,
+    sender: ControlSender,
+    mut receiver: ControlReceiver,
+) -> Result<(), Refusal> {
+    let node = NodeId::new(link.peer());
+    let Admitted { certificate, zone } = admitted;
+    let (mut info, held) = receive_hello(&node, &mut receiver).await?;
+    // It may have been fenced since it was admitted.
+    if let Err(error) = shared.credentials.admit(&node.0, Some(certificate)) {
+        link.refuse(&error.refusal());
+        return Err(error.refusal());
+    }
+    if let Some(profile) = &mut info.profile {
+        check_profile(profile, zone.as_ref())?;
+    }
+    let _name = shared.use_name(&node);
+    let id = SessionId { node, number: shared.next_session() };
+    let (messages, outbound) = mpsc::channel(MESSAGES_AHEAD);
+    tokio::spawn(write_messages(sender, outbound));
+    let (canary, mut watch) = shared.expect_canary().unzip();
+    let (arrived, stream) = (link.clone(), messages.clone());
+    let arrival = NodeArrival { session: id.clone(), info, held, messages: stream, link: arrived, canary };
+    notify(&shared.actor, SupervisorMsg::Connected(Box::new(arrival)));
+    tokio::spawn(serve_frames(Arc::clone(&shared), link.clone(), id.clone()));
+
+    let mut session = NodeSession {
+        shared: Arc::clone(&shared),
+        id: id.clone(),
+        certificate,
+        zone,
+        messages,
+        renewed: None,
+    };
+    let reason = tokio::select! {
+        reason = session.receive_loop(&mut receiver) => reason,
+        () = process_ended(&mut watch) => "its process has ended".to_owned(),
+    };
+    link.close("the control stream ended");
+    notify(&shared.actor, SupervisorMsg::Disconnected { session: id, reason });
+    Ok(())
+}
+
+/// A node's first message.
+async fn receive_hello(
+    node: &NodeId,
+    receiver: &mut ControlReceiver,
+) -> Result<(NodeInfo, ResidentState), Refusal> {
+    match tokio::time::timeout(HELLO_MAX, receiver.recv::<ToSupervisor>()).await {
+        Ok(Ok(Some(ToSupervisor::Hello(info, held)))) => Ok((info, held)),
+        _ => {
+            let reason = format!("{node} sent no hello within {HELLO_MAX:?}");
+            Err(Refusal::new(RefusalCode::Malformed, reason))
+        }
+    }
+}
+
+async fn process_ended(watch: &mut Option<CanaryWatch>) {
+    match watch {
+        Some(watch) => watch.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Checks a profile, and completes it with the zone of the node's access token if it names none itself.
+fn check_profile(profile: &mut Profile, zone: Option<&String>) -> Result<(), Refusal> {
+    let invalid = |reason| Refusal::new(RefusalCode::Malformed, format!("impossible profile: {reason}"));
+    profile.check().map_err(invalid)?;
+    if let (true, Some(zone)) = (profile.zone.is_empty(), zone) {
+        profile.zone.clone_from(zone);
+    }
+    Ok(())
+}
+
+impl NodeSession {
+    /// Passes on what the node sends, until it ends; the reason.
+    async fn receive_loop(&mut self, receiver: &mut ControlReceiver) -> String {
+        loop {
+            let received = match receiver.recv::<ToSupervisor>().await {
+                Ok(Some(message)) => self.on_message(message).await,
+                Ok(None) => return "it ended its control stream".to_owned(),
+                Err(error) => return error.to_string(),
+            };
+            match received {
+                ControlFlow::Continue(None) => {}
+                ControlFlow::Continue(Some(message)) => {
+                    if self.shared.actor.cast(message).is_err() {
+                        return "the supervisor has ended".to_owned();
+                    }
+                }
+                ControlFlow::Break(reason) => return reason,
+            }
+        }
+    }
+
+    /// What becomes of a message: something for the actor, nothing, or the session's end.
+    async fn on_message(&mut self, message: ToSupervisor) -> ControlFlow<String, Option<SupervisorMsg>> {
+        let session = self.id.clone();
+        match message {
+            ToSupervisor::Protocol(report) => {
+                ControlFlow::Continue(Some(SupervisorMsg::Report { session, report }))
+            }
+            ToSupervisor::Links(links) => {
+                ControlFlow::Continue(Some(SupervisorMsg::Links { session, links }))
+            }
+            ToSupervisor::Profile(profile) => self.on_profile(profile),
+            ToSupervisor::Renew(request) => self.on_renew(&request).await,
+            ToSupervisor::Spans(spans) => {
+                self.shared.keep_spans(&session.node, &spans);
+                ControlFlow::Continue(None)
+            }
+            ToSupervisor::Hello(..) => ControlFlow::Continue(None),
+        }
+    }
+
+    fn on_profile(&self, mut profile: Box<Profile>) -> ControlFlow<String, Option<SupervisorMsg>> {
+        match check_profile(&mut profile, self.zone.as_ref()) {
+            Ok(()) => {
+                let session = self.id.clone();
+                ControlFlow::Continue(Some(SupervisorMsg::Measured { session, profile }))
+            }
+            Err(refusal) => ControlFlow::Break(refusal.reason),
+        }
+    }
+
+    async fn on_renew(&mut self, request: &[u8]) -> ControlFlow<String, Option<SupervisorMsg>> {
+        let credentials = &self.shared.credentials;
+        let interval = credentials.lifetime() / RENEWALS_PER_LIFETIME;
+        if self.renewed.is_some_and(|renewed| renewed.elapsed() < interval) {
+            return ControlFlow::Break("it renews its certificate too often".to_owned());
+        }
+        match credentials.renew(&self.id.node.0, self.certificate, request) {
+            Ok(issued) => {
+                tracing::info!(node = %self.id.node, "certificate renewed");
+                self.certificate = issued.fingerprint();
+                self.renewed = Some(Instant::now());
+                // A writer that has ended is noticed by the reader.
+                drop(self.messages.send(ToNode::Renewed(issued)).await);
+                ControlFlow::Continue(None)
+            }
+            Err(error) => ControlFlow::Break(error.to_string()),
+        }
+    }
+}
+
+async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<ToNode>) {
+    while let Some(message) = messages.recv().await {
+        if let Err(error) = sender.send(&message).await {
+            return tracing::debug!(%error, "control stream to a node closed");
+        }
+    }
+    sender.finish().await;
+}
+
+/// Serves a node's frames: requests for shards of a checkpoint, shards for the next one, and probes.
+async fn serve_frames(shared: Arc<Shared>, link: Link, session: SessionId) {
+    let mut inbound = link.serve();
+    while let Some(InboundFrame { frame, reply }) = inbound.next().await {
+        let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
+        let answer = match kind {
+            FrameKind::Blob => {
+                on_checkpoint_shard(&shared, &session, frame).await;
+                continue;
+            }
+            FrameKind::Probe => frames::frame(FrameKind::Reply, epoch, step, &(), Vec::new()).ok(),
+            FrameKind::ShardRequest => {
+                Some(on_shard_request(&shared, &frame).await.unwrap_or_else(|error| {
+                    let code = FrameRefusalCode::MissingShard;
+                    frames::refused(epoch, step, &FrameRefusal::new(code, error))
+                }))
+            }
+            _ => {
+                tracing::warn!(node = %session.node, ?kind, "unexpected frame");
+                continue;
+            }
+        };
+        if let (Some(reply), Some(answer)) = (reply, answer)
+            && let Err(error) = reply.reply(answer).await
+        {
+            tracing::debug!(node = %session.node, %error, "an answer was not delivered");
+        }
+    }
+}
+
+async fn on_checkpoint_shard(shared: &Shared, session: &SessionId, frame: Frame) {
+    let step = frame.step;
+    let parsed = frames::decode::<StoredShard>(&frame).and_then(|at| Ok((at, frames::only_blob(frame)?)));
+    let (StoredShard { shard, .. }, bytes) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => return tracing::warn!(node = %session.node, %error, "malformed checkpoint shard"),
+    };
+    let Some(permit) = shared.checkpoint_permit(bytes.len()).await else { return };
+    let session = session.clone();
+    notify(&shared.actor, SupervisorMsg::Shard { session, step, shard, bytes, permit });
+}
+
+/// Why a request for a shard is refused.
+#[derive(Debug, thiserror::Error)]
+enum ShardUnavailable {
+    #[error("shard request without a checkpoint step")]
+    NoStep,
+    #[error(transparent)]
+    Frame(#[from] volary_protocol::Error),
+    #[error(transparent)]
+    Read(#[from] Error),
+}
+
+/// Reads a shard of a checkpoint.
+async fn on_shard_request(shared: &Shared, frame: &Frame) -> Result<Frame, ShardUnavailable> {
+    let ShardRequest { shard, version } = frames::decode(frame)?;
+    let version = version.ok_or(ShardUnavailable::NoStep)?;
+    let checkpoints = shared.checkpoints.clone();
+    let bytes = blocking(move || checkpoints.read(version, shard)).await?;
+    let header = StoredShard { shard, version };
+    Ok(frames::blob(FrameKind::Shard, frame.epoch, frame.step, &header, bytes)?)
+}

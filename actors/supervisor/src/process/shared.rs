@@ -1,0 +1,127 @@
+//! What all connections of the supervisor share.
+
+use crate::credentials::Credentials;
+use crate::limits::CHECKPOINT_BYTES_AHEAD;
+use crate::messages::SupervisorMsg;
+use parking_lot::Mutex;
+use ractor::rpc::CallResult;
+use ractor::{ActorRef, ActorStatus};
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use volary_core::NodeId;
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
+use volary_storage::Checkpoints;
+use volary_telemetry::{Pipeline, SpanRecord};
+use volary_transport::{Canary, CanaryKey, CanaryWatch};
+
+/// What all connections share.
+pub(super) struct Shared {
+    pub(super) credentials: Arc<Credentials>,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) actor: ActorRef<SupervisorMsg>,
+    sessions: AtomicU64,
+    canary: Option<Canary>,
+    pipeline: Pipeline,
+    /// How many links each name has: no other node gets a certificate for it meanwhile.
+    names: Mutex<HashMap<NodeId, usize>>,
+    /// Kibibytes of checkpoint shards that may be in memory.
+    checkpoint_budget: Arc<Semaphore>,
+}
+
+/// A name that is in use until this is dropped.
+pub(super) struct NameInUse {
+    shared: Arc<Shared>,
+    name: NodeId,
+}
+
+impl Drop for NameInUse {
+    fn drop(&mut self) {
+        let mut names = self.shared.names.lock();
+        if let Some(links) = names.get_mut(&self.name) {
+            *links -= 1;
+            if *links == 0 {
+                names.remove(&self.name);
+            }
+        }
+    }
+}
+
+impl Shared {
+    pub(super) fn new(
+        credentials: Arc<Credentials>,
+        checkpoints: Checkpoints,
+        actor: ActorRef<SupervisorMsg>,
+        address: SocketAddr,
+        pipeline: Pipeline,
+    ) -> Self {
+        // Without a canary deaths are detected later, by silence.
+        let canary = Canary::listen(address);
+        let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
+        Self {
+            credentials,
+            checkpoints,
+            actor,
+            sessions: AtomicU64::new(0),
+            canary,
+            pipeline,
+            names: Mutex::default(),
+            checkpoint_budget: Arc::new(Semaphore::new(CHECKPOINT_BYTES_AHEAD as usize >> 10)),
+        }
+    }
+
+    /// Whether the run has ended.
+    pub(super) fn has_ended(&self) -> bool {
+        self.actor.get_status() == ActorStatus::Stopped
+    }
+
+    /// The number of a new session.
+    pub(super) fn next_session(&self) -> u64 {
+        self.sessions.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(super) fn is_in_use(&self, name: &str) -> bool {
+        self.names.lock().contains_key(&NodeId::new(name))
+    }
+
+    /// Marks a name as in use.
+    pub(super) fn use_name(self: &Arc<Self>, name: &NodeId) -> NameInUse {
+        *self.names.lock().entry(name.clone()).or_default() += 1;
+        NameInUse { shared: Arc::clone(self), name: name.clone() }
+    }
+
+    /// The port and key for a node's canary, and the watch of its end.
+    pub(super) fn expect_canary(&self) -> Option<((u16, CanaryKey), CanaryWatch)> {
+        let canary = self.canary.as_ref()?;
+        let (key, watch) = canary.expect().ok()?;
+        Some(((canary.address().port(), key), watch))
+    }
+
+    /// Keeps a node's spans. Whatever they say, they are the node's own.
+    pub(super) fn keep_spans(&self, node: &NodeId, spans: &[String]) {
+        let attribute = |mut record: SpanRecord| {
+            record.process.clone_from(&node.0);
+            record
+        };
+        let parsed = spans.iter().filter_map(|span| serde_json::from_str(span).ok());
+        self.pipeline.keep(parsed.map(attribute).collect());
+    }
+
+    /// Waits until `bytes` of a checkpoint shard fit into the memory budget. Nodes are faster than disks: what does not fit
+    /// waits on the wire.
+    pub(super) async fn checkpoint_permit(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX).clamp(1, CHECKPOINT_BYTES_AHEAD >> 10);
+        // The semaphore is never closed.
+        Arc::clone(&self.checkpoint_budget).acquire_many_owned(kib).await.ok()
+    }
+
+    /// Passes an operator's request to the actor and awaits the reply, which may take as long as a checkpoint.
+    pub(super) async fn ask(&self, request: OperatorRequest) -> OperatorReply {
+        match self.actor.call(|reply| SupervisorMsg::Operator { request, reply }, None).await {
+            Ok(CallResult::Success(answer)) => answer,
+            _ => OperatorReply::Failed { reason: "the run has ended".into() },
+        }
+    }
+}
