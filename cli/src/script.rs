@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::path::Path;
 use std::time::Duration;
-use volary_actors::{DISTURB_SECONDS_MAX, Disturbance, is_part};
+use volary_node::{FAULT_SECONDS_MAX, NetworkFault, is_fraction};
 
 /// How many events a script may have. What they write to one node fits its pipe, whether or not it is read.
 const EVENTS_MAX: usize = 1000;
@@ -91,11 +91,11 @@ impl Action {
 
     /// What no single key's type shows.
     fn check(&self) -> anyhow::Result<()> {
-        if let Some(seconds) = self.seconds().filter(|s| !(*s >= 0.001 && *s <= DISTURB_SECONDS_MAX)) {
-            bail!("for_seconds = {seconds}: expected 0.001 to {DISTURB_SECONDS_MAX}");
+        if let Some(seconds) = self.seconds().filter(|s| !(*s >= 0.001 && *s <= FAULT_SECONDS_MAX)) {
+            bail!("for_seconds = {seconds}: expected 0.001 to {FAULT_SECONDS_MAX}");
         }
         match self {
-            Self::Lose { fraction, .. } if !is_part(*fraction) => {
+            Self::Lose { fraction, .. } if !is_fraction(*fraction) => {
                 bail!("fraction = {fraction}: expected more than 0 and at most 1")
             }
             Self::Cut { node, peer, .. } if node == peer => {
@@ -107,14 +107,14 @@ impl Action {
 
     /// The node that a disturbance is told to, and the disturbance.
     #[must_use]
-    pub fn disturbance(&self) -> Option<(&str, Disturbance)> {
+    pub fn disturbance(&self) -> Option<(&str, NetworkFault)> {
         // In bounds: check() has seen it.
         let during = Duration::try_from_secs_f64(self.seconds()?).ok()?;
         match self {
-            Self::Partition { node, .. } => Some((node, Disturbance::Partition { during })),
-            Self::Cut { node, peer, .. } => Some((node, Disturbance::Cut { peer: peer.clone(), during })),
+            Self::Partition { node, .. } => Some((node, NetworkFault::Partition { during })),
+            Self::Cut { node, peer, .. } => Some((node, NetworkFault::Cut { peer: peer.clone(), during })),
             Self::Lose { node, fraction, .. } => {
-                Some((node, Disturbance::Lose { fraction: *fraction, during }))
+                Some((node, NetworkFault::Lose { fraction: *fraction, during }))
             }
             _ => None,
         }

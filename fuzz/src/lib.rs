@@ -53,7 +53,7 @@ pub fn handshake(bytes: &[u8]) {
 
 /// What nodes, supervisors and operators say on control streams, and the words of frames.
 pub fn words(bytes: &[u8]) {
-    volary_actors::fuzz_words(bytes);
+    volary_protocol::fuzz_messages(bytes);
 }
 
 /// A token's text.

@@ -80,7 +80,7 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
     match target {
         "frame" => vec![a_frame().encode().unwrap_or_default().concat()],
         "handshake" => volary_transport::fuzz_handshake_seeds(),
-        "words" => volary_actors::fuzz_words_seeds(),
+        "words" => volary_protocol::fuzz_message_seeds(),
         "token" => a_token().map(|token| token.reveal().into_bytes()).into_iter().collect(),
         "certificate_request" => KeyRequest::new().map(|r| r.der().to_vec()).into_iter().collect(),
         "authority" => Authority::create()

@@ -14,10 +14,10 @@ pub use crate::weights::Shard;
 use crate::weights::host_bytes;
 use std::sync::Mutex;
 use tch::{Device, Kind, Tensor};
-use volary_core::Step;
 use volary_core::architecture::Architecture;
 use volary_core::options::TrainingOptions;
 use volary_core::schedule::Update;
+use volary_core::{LayerId, Step};
 
 /// A GLaM model's computations on one device.
 #[derive(Debug)]
@@ -170,13 +170,13 @@ impl Glam {
         Ok(x.f_detach()?.f_set_requires_grad(train)?)
     }
 
-    pub(super) fn dense_forward(&self, layer: u16, p: &[Tensor], x: &Tensor) -> Result<Tensor> {
+    pub(super) fn dense_forward(&self, layer: LayerId, p: &[Tensor], x: &Tensor) -> Result<Tensor> {
         let [norm, qkv, output, position, rest @ ..] = p else { return Err(misuse("dense")) };
         let attended =
             Attention { norm, qkv, output, position }.forward(&self.architecture, &self.positions(), x)?;
         match rest {
             [norm, gate, up, down] => FeedForward { norm, gate, up, down }.forward(&attended),
-            _ if self.architecture.is_moe(layer.into()) => Ok(attended),
+            _ if self.architecture.is_moe(layer) => Ok(attended),
             _ => Err(misuse("dense")),
         }
     }

@@ -32,7 +32,7 @@ pub(crate) fn update(
 /// The decay of the second moment at `step`: with a constant, its bias-corrected form
 /// `b (1 - b^(t-1)) / (1 - b^t)`; without, `1 - t^-0.8` (Adafactor, section 7).
 pub(crate) fn decay(beta2: Option<f64>, step: Step) -> f64 {
-    let t = step.max(1) as f64;
+    let t = step.0.max(1) as f64;
     match beta2 {
         Some(b) => b * (1.0 - b.powf(t - 1.0)) / (1.0 - b.powf(t)),
         None => 1.0 - t.powf(-0.8),
@@ -94,7 +94,7 @@ fn adamw(
     };
     let _ = first.f_mul_scalar_(beta1)?.f_add_(&gradient.f_mul_scalar(1.0 - beta1)?)?;
     let _ = second.f_mul_scalar_(beta2)?.f_add_(&gradient.f_square()?.f_mul_scalar(1.0 - beta2)?)?;
-    let t = step.max(1) as f64;
+    let t = step.0.max(1) as f64;
     let root = second.f_div_scalar(1.0 - beta2.powf(t))?.f_sqrt()?.f_add_scalar(epsilon)?;
     let change = first.f_div_scalar(1.0 - beta1.powf(t))?.f_div(&root)?.f_mul_scalar(-rate)?;
     if slot.weight.dim() > 1 {

@@ -13,7 +13,7 @@ use volary_core::architecture::{Architecture, SecondExpert};
 use volary_core::dispatch::Capacity;
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
-use volary_core::{ShardId, Step};
+use volary_core::{LayerId, ShardId, Step};
 
 /// A whole model on one device.
 #[derive(Debug)]
@@ -100,11 +100,11 @@ impl Reference {
         let positions = Positions::new(a, length, self.device)?;
         let mut x = layers::embed(&leaves[&ShardId::Embedding][0], ids, Kind::Float)?;
         let mut gates = Vec::new();
-        for layer in 0..a.layers as u16 {
+        for layer in a.layer_range().iter() {
             let p = &leaves[&ShardId::Dense { layer }];
             let attention = Attention { norm: &p[0], qkv: &p[1], output: &p[2], position: &p[3] };
             x = attention.forward(a, &positions, &x)?;
-            if a.is_moe(layer.into()) {
+            if a.is_moe(layer) {
                 let (y, gate) = self.mixture(leaves, layer, &x)?;
                 x = y;
                 gates.push(gate);
@@ -116,7 +116,7 @@ impl Reference {
     }
 
     /// Every expert in turn on the tokens that chose it, weighted and added back.
-    fn mixture(&self, leaves: &Leaves, layer: u16, x: &Tensor) -> Result<(Tensor, Gate)> {
+    fn mixture(&self, leaves: &Leaves, layer: LayerId, x: &Tensor) -> Result<(Tensor, Gate)> {
         let a = &self.architecture;
         if a.capacity != Capacity::Dropless || a.second_expert != SecondExpert::All {
             return Err(Error::Input(
@@ -126,9 +126,9 @@ impl Reference {
         let router = &leaves[&ShardId::Router { layer }];
         let gate = Gate::forward(x, &router[0], &router[1])?;
         let mut y = x.shallow_clone();
-        for expert in 0..a.experts as u16 {
+        for expert in a.expert_ids() {
             let p = &leaves[&ShardId::Expert { layer, expert }];
-            let chosen = gate.experts.f_eq(i64::from(expert))?;
+            let chosen = gate.experts.f_eq(i64::from(expert.0))?;
             let tokens = chosen.f_any_dim(1, false)?.f_nonzero()?.f_squeeze_dim(1)?;
             if tokens.size()[0] == 0 {
                 continue;

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
 use volary_core::options::Optimizer;
 use volary_core::random::{Purpose, Stream};
-use volary_core::{ShardId, Step};
+use volary_core::{ExpertId, LayerId, ShardId, Step};
 
 /// The first values of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -56,7 +56,7 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
                 matrix("attention.output", width, hidden),
                 Parameter { name: "attention.position", shape, initial: Initial::Constant(0.0) },
             ];
-            if !a.is_moe(layer.into()) {
+            if !a.is_moe(layer) {
                 let feed_forward = a.feed_forward as i64;
                 list.push(norm("feed_forward.norm"));
                 list.push(matrix("feed_forward.gate", hidden, feed_forward));
@@ -132,13 +132,13 @@ impl Shard {
         device: Device,
     ) -> Result<Self> {
         let (kind, layer, expert) = match shard {
-            ShardId::Embedding => (0, 0, 0),
-            ShardId::Dense { layer } => (1, layer, 0),
-            ShardId::Router { layer } => (2, layer, 0),
+            ShardId::Embedding => (0, LayerId(0), ExpertId(0)),
+            ShardId::Dense { layer } => (1, layer, ExpertId(0)),
+            ShardId::Router { layer } => (2, layer, ExpertId(0)),
             ShardId::Expert { layer, expert } => (3, layer, expert),
         };
         let slots = parameters(a, shard).into_iter().enumerate().map(|(index, parameter)| {
-            let path = [kind, layer.into(), expert.into(), index as u64];
+            let path = [kind, layer.0.into(), expert.0.into(), index as u64];
             let weight =
                 first_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?.f_to_device(device)?;
             let state = state_shapes(optimizer, &parameter.shape)

@@ -9,9 +9,10 @@ use std::process::Command;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use volary_actors::{Disturbance, Interference, NodeEnd, NodeOptions, RunInfo};
 use volary_core::compute::ComputeError;
 use volary_model::{Glam, device};
+use volary_node::{NetworkFault, NodeEnd, NodeOptions};
+use volary_protocol::RunInfo;
 use volary_telemetry::metrics::NodeMetrics;
 
 /// Orders and signals that wait to be looked at.
@@ -126,7 +127,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let end = runtime.block_on(async {
         let leave = ask_to_leave()?;
-        anyhow::Ok(volary_actors::run_node(options, make, leave).await?)
+        anyhow::Ok(volary_node::run_node(options, make, leave).await?)
     })?;
     match end {
         NodeEnd::Left(reason) => {
@@ -156,8 +157,8 @@ fn ask_to_leave() -> std::io::Result<mpsc::Receiver<()>> {
 }
 
 /// A line of standard input; one that is no order is only logged, since nothing depends on it.
-fn take_order(line: &str, orders: &mpsc::Sender<Disturbance>) {
-    match line.parse::<Disturbance>() {
+fn take_order(line: &str, orders: &mpsc::Sender<NetworkFault>) {
+    match line.parse::<NetworkFault>() {
         Ok(order) => {
             if let Err(error) = orders.try_send(order) {
                 tracing::warn!(%error, "this node does not disturb its network");

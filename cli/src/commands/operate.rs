@@ -4,7 +4,7 @@ use crate::rundir::{self, Role};
 use anyhow::Context;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use volary_actors::operator::{OperatorReply, OperatorRequest, Status};
+use volary_protocol::operator::{OperatorReply, OperatorRequest, Status};
 
 /// How often somebody who waits is told how far it is.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
@@ -73,7 +73,7 @@ pub(super) fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<Oper
     let target =
         rundir::target(args.dir.as_deref(), args.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(volary_actors::operate(target.address, &target.token, request))?)
+    Ok(runtime.block_on(volary_protocol::operate(target.address, &target.token, request))?)
 }
 
 fn done(args: &Args, request: &OperatorRequest, what: &str) -> anyhow::Result<()> {
@@ -133,7 +133,7 @@ pub fn drain(args: DrainArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let order = OperatorRequest::Drain { node: name.clone() };
     let answer = runtime.block_on(async {
-        let order = volary_actors::operate(target.address, &target.token, &order);
+        let order = volary_protocol::operate(target.address, &target.token, &order);
         tokio::select! {
             answer = order => answer,
             () = say_progress(&target, &name) => unreachable!("progress is said for ever"),
@@ -168,7 +168,7 @@ async fn say_progress(target: &rundir::Target, name: &str) {
     let mut said = String::new();
     loop {
         tokio::time::sleep(PROGRESS_EVERY).await;
-        let asked = volary_actors::operate(target.address, &target.token, &OperatorRequest::Status).await;
+        let asked = volary_protocol::operate(target.address, &target.token, &OperatorRequest::Status).await;
         let Ok(OperatorReply::Status(status)) = asked else { continue };
         let Some(node) = status.nodes.iter().find(|node| node.name == name) else { continue };
         let line = format!("{name}: {}, {} shards, {} lanes", node.state, node.shards, node.lanes.len());

@@ -9,10 +9,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
-use volary_actors::operator::{OperatorReply, OperatorRequest};
-use volary_actors::{RunEnd, RunInfo, Supervisor, SupervisorOptions};
 use volary_data::Dataset;
+use volary_protocol::RunInfo;
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::{Digest, RunDir, RunLock};
+use volary_supervisor::{RunEnd, Supervisor, SupervisorOptions};
 use volary_telemetry::metrics::SupervisorMetrics;
 
 /// How long the last checkpoint of a supervisor that will be started again may take.

@@ -4,7 +4,7 @@ use super::operate;
 use crate::units;
 use clap::ValueEnum;
 use std::time::Duration;
-use volary_actors::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
+use volary_protocol::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
 use volary_transport::{AccessRole, AccessTokenTerms};
 
 /// Make, list and revoke the tokens of a running supervisor.

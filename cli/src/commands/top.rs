@@ -12,7 +12,7 @@ use ratatui::widgets::{Block, Gauge, List, Paragraph, Row, Sparkline, Table};
 use std::collections::VecDeque;
 use std::io::IsTerminal;
 use std::time::Duration;
-use volary_actors::operator::{OperatorReply, OperatorRequest, Status};
+use volary_protocol::operator::{OperatorReply, OperatorRequest, Status};
 
 /// How often the supervisor is asked.
 const ASK_EVERY: Duration = Duration::from_secs(1);
@@ -85,7 +85,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let target =
         rundir::target(which.dir.as_deref(), which.supervisor.as_deref(), token.as_deref(), Role::Operator)?;
     let ask = |target: &Target| -> anyhow::Result<OperatorReply> {
-        let asked = volary_actors::operate(target.address, &target.token, &OperatorRequest::Status);
+        let asked = volary_protocol::operate(target.address, &target.token, &OperatorRequest::Status);
         Ok(runtime.block_on(asked)?)
     };
     let mut seen = Seen::default();
@@ -253,9 +253,9 @@ fn draw_events(frame: &mut Frame<'_>, area: Rect, status: &Status) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volary_actors::LinkReport;
-    use volary_actors::operator::{NodeStatus, SupervisorStatus};
     use volary_core::machine::Activity;
+    use volary_protocol::LinkReport;
+    use volary_protocol::operator::{NodeStatus, SupervisorStatus};
 
     #[test]
     fn one_look_shows_progress_cluster_load_and_events() {

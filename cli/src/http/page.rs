@@ -16,9 +16,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
-use volary_actors::SupervisorHandle;
-use volary_actors::operator::{OperatorReply, OperatorRequest};
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::RunDir;
+use volary_supervisor::SupervisorHandle;
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_telemetry::{render, store};
 

@@ -9,7 +9,7 @@ use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor};
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::schedule::Update;
-use volary_core::{Lane, ShardId, Step};
+use volary_core::{Lane, LayerId, ShardId, Step};
 
 impl Compute for Glam {
     type Tensor = Tensor;
@@ -62,7 +62,7 @@ impl Compute for Glam {
         Ok(inner()?)
     }
 
-    fn dense(&self, layer: u16, params: Params, x: Tensor, train: bool) -> Computed<(Tensor, Saved)> {
+    fn dense(&self, layer: LayerId, params: Params, x: Tensor, train: bool) -> Computed<(Tensor, Saved)> {
         let inner = || -> Result<_> {
             if !train {
                 return Ok((tch::no_grad(|| self.dense_forward(layer, &params.0, &x))?, Saved::None));
@@ -88,7 +88,7 @@ impl Compute for Glam {
 
     fn gate(
         &self,
-        layer: u16,
+        layer: LayerId,
         params: Params,
         x: Tensor,
         at: (Step, Lane),

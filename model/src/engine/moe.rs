@@ -8,7 +8,7 @@ use volary_core::architecture::SecondExpert;
 use volary_core::compute::Gated;
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::random::{Purpose, Stream};
-use volary_core::{Lane, Step};
+use volary_core::{Lane, LayerId, Step};
 
 impl Glam {
     /// For each choice the rows of `stacked` (in expert order) back in the order of tokens; zero where dropped.
@@ -30,7 +30,7 @@ impl Glam {
 
     pub(super) fn gate_inner(
         &self,
-        layer: u16,
+        layer: LayerId,
         p: &Params,
         x: &Tensor,
         at: (Step, Lane),
@@ -45,7 +45,7 @@ impl Glam {
         let (first, mut second) = (column(0)?, column(1)?);
         if self.architecture.second_expert == SecondExpert::Random {
             let weights: Vec<f32> = Vec::try_from(gate.weights.f_detach()?.f_select(1, 1)?.f_contiguous()?)?;
-            let path = [at.0, at.1.into(), layer.into()];
+            let path = [at.0.0, at.1.0.into(), layer.0.into()];
             let mut stream = Stream::new(self.seed, Purpose::SecondExpert, &path);
             for (choice, weight) in second.iter_mut().zip(weights) {
                 if stream.next_f64() >= 2.0 * f64::from(weight) {
