@@ -25,6 +25,7 @@ pub mod compute;
 pub mod costs;
 pub mod dispatch;
 pub mod ids;
+pub mod limits;
 pub mod machine;
 pub mod messages;
 pub mod options;

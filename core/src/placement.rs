@@ -91,7 +91,7 @@ impl Placement {
 
     /// Whether two placements differ in nothing but their numbers and learners.
     #[must_use]
-    pub fn same_as(&self, other: &Self) -> bool {
+    pub fn has_same_layout(&self, other: &Self) -> bool {
         self.members == other.members && self.stages == other.stages && self.experts == other.experts
     }
 

@@ -233,7 +233,7 @@ fn leaves_idle_nodes_out(placement: &Placement, candidates: &Candidates<'_>) -> 
     known.into_iter().any(|node| !staged(node))
 }
 
-pub use survivors::of_survivors;
+pub use survivors::plan_for_survivors;
 
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
 //! What a node can do: what it measured of itself when it joined, and what was seen of it since.
 
+pub use crate::limits::ZONE_MAX;
 use serde::{Deserialize, Serialize};
 
 /// Floating-point operations per second that a whole device reaches at the run's shapes, all its threads together.
@@ -134,6 +135,3 @@ impl Profile {
         Ok(())
     }
 }
-
-/// The longest name of a zone, in bytes.
-pub const ZONE_MAX: usize = 128;

@@ -14,7 +14,7 @@ type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
 /// The placement of those of the request's members that hold something: `before`, or what is held, without those who are gone. What
 /// nobody of them holds goes to the one with the fewest, who must fetch it.
 #[must_use]
-pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement) -> Placement {
+pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Placement) -> Placement {
     let costs = Costs::new(request.architecture, request.training);
     let shards = request.architecture.shards();
     let cuts = if before.stages.is_empty() {

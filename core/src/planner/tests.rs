@@ -257,7 +257,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
         moves_max: 0,
         previous: None,
     };
-    let after = of_survivors(&request, &holders, &before);
+    let after = plan_for_survivors(&request, &holders, &before);
     assert_eq!(after.members.len(), 2);
     assert_eq!(after.lanes(), 12);
     for (shard, held) in &after.experts {
@@ -267,7 +267,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
         );
     }
     // A supervisor that comes back knows no placement, and finds the same from what is held.
-    let found = of_survivors(&request, &holders, &Placement::default());
+    let found = plan_for_survivors(&request, &holders, &Placement::default());
     assert_eq!(found.stages[0].holders, after.stages[0].holders);
     assert_eq!(found.stages.len(), 1);
 }
@@ -308,7 +308,7 @@ fn of_unlike_links_the_near_nodes_are_chosen_and_the_choice_stays() {
     // Speeds that were measured a little differently move nothing.
     members[1].profile.scale(1.05);
     let again = plan(&members, 8, 2, Some(&placement));
-    assert!(again.same_as(&placement), "{again:?}");
+    assert!(again.has_same_layout(&placement), "{again:?}");
 }
 
 #[test]
