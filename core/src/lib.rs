@@ -33,6 +33,7 @@ pub mod placement;
 pub mod planner;
 pub mod profile;
 pub mod random;
+pub mod reduction;
 pub mod schedule;
 pub mod tree;
 

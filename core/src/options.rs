@@ -117,6 +117,23 @@ fn default_aux() -> f64 {
 }
 
 impl TrainingOptions {
+    /// The defaults for a run of `steps` steps.
+    #[must_use]
+    pub fn new(steps: u64) -> Self {
+        Self {
+            steps,
+            lanes: default_lanes(),
+            lane_group: default_lane_group(),
+            sequences_per_lane: default_sequences(),
+            sequence_length: default_sequence_length(),
+            optimizer: Optimizer::default(),
+            schedule: Schedule::default(),
+            clip_norm: None,
+            aux_loss: default_aux(),
+            z_loss: 0.0,
+        }
+    }
+
     /// Tokens in one step.
     #[must_use]
     pub fn tokens_per_step(&self) -> u64 {
