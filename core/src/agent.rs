@@ -11,20 +11,15 @@
 
 mod types;
 
+pub use crate::limits::STASH_MAX;
 pub use types::{Effect, Event, Failure};
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
+use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_ATTEMPTS_MAX};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
 use crate::schedule::Update;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-
-/// Shards that are copied at a time beside the training: enough to hide round trips, few enough to bound memory.
-pub const COPIES_IN_FLIGHT_MAX: usize = 4;
-/// Summed gradients that are kept of a shard whose state is on its way; when more steps pass, it is requested for again.
-pub const STASH_MAX: usize = 4;
-/// How often one shard is requested for before the node gives up.
-pub const COPY_ATTEMPTS_MAX: u32 = 8;
 
 /// A shard on its way.
 #[derive(Clone, Debug, Default)]

@@ -5,6 +5,7 @@
 
 use crate::dispatch::{Capacity, TOP_K};
 use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
+use crate::invalid::InvalidValue;
 use serde::{Deserialize, Serialize};
 
 /// The activation inside an expert.
@@ -240,11 +241,11 @@ impl Architecture {
         2 * self.activated_parameters() + attention as u64
     }
 
-    /// What is wrong with this shape, if anything: the key and what was expected of it.
+    /// Checks the bounds of all values.
     ///
     /// # Errors
-    /// A line that names the key.
-    pub fn check(&self) -> Result<(), String> {
+    /// The first value that is out of its bounds.
+    pub fn check(&self) -> Result<(), InvalidValue> {
         let positive = [
             ("vocabulary", self.vocabulary),
             ("hidden", self.hidden),
@@ -256,24 +257,28 @@ impl Architecture {
         ];
         for (key, value) in positive {
             if value == 0 || value > 1 << 24 {
-                return Err(format!("model.{key} = {value}: expected a number from 1 to {}", 1 << 24));
+                let expected = format!("a number from 1 to {}", 1 << 24);
+                return Err(InvalidValue::new(format!("model.{key}"), value, expected));
             }
         }
         if self.experts == 1 || self.experts > 1 << 15 {
-            return Err(format!("model.experts = {}: expected 0 (dense) or 2 to {}", self.experts, 1 << 15));
+            let expected = format!("0 (dense) or 2 to {}", 1 << 15);
+            return Err(InvalidValue::new("model.experts", self.experts, expected));
         }
         if self.layers > 1 << 12 {
-            return Err(format!("model.layers = {}: expected at most {}", self.layers, 1 << 12));
+            return Err(InvalidValue::new("model.layers", self.layers, format!("at most {}", 1 << 12)));
         }
         if self.position_buckets < 2 || self.position_distance <= self.position_buckets / 2 {
-            return Err(format!(
-                "model.position_distance = {}: expected more than half of model.position_buckets = {}, which must be at least 2",
-                self.position_distance, self.position_buckets
-            ));
+            let expected = format!(
+                "more than half of model.position_buckets = {}, which must be at least 2",
+                self.position_buckets
+            );
+            return Err(InvalidValue::new("model.position_distance", self.position_distance, expected));
         }
         match self.capacity {
             Capacity::Factor(factor) if !(factor.is_finite() && factor > 0.0) => {
-                Err(format!("model.capacity = {{ factor = {factor} }}: expected a positive number"))
+                let found = format!("{{ factor = {factor} }}");
+                Err(InvalidValue::new("model.capacity", found, "a positive number"))
             }
             _ => Ok(()),
         }

@@ -1,16 +1,21 @@
-//! The seam between the actors and the tensor library: everything that an actor does to numbers.
+//! The seam between the actors and the tensor library: every computation on tensors.
 //!
-//! Tensors, shards and gradients are opaque handles, so that what is on a GPU stays there and the actors build and
-//! test without libtorch. Every method may take milliseconds and is called on a device executor's thread.
-//! Gradients are *sums over a lane's tokens' mean loss*: each lane's loss is a mean, and lanes are added, so
-//! the whole is `lanes` times the gradient of the mean.
+//! Tensors, shards and gradients are opaque handles, so that GPU memory stays on the GPU, and the actors build without
+//! libtorch. Methods may take milliseconds; the actors call them on a device executor's threads.
+//!
+//! Shapes use these names: `tokens` = sequences × sequence_length of one lane, `hidden` is the width of the residual
+//! stream, `rows` the assignments of a lane to one expert, `assignments` those to all experts. *Activations* are f32 or
+//! bf16, as the implementation chooses for its device; parameters, optimizer state and gradients are f32.
+//!
+//! A lane's loss is the mean over its tokens. Gradients of lanes are added, so that a step's sum is `lanes` times the
+//! gradient of the mean loss over the batch; [`Update::scale`] divides by `lanes`.
 
 use crate::dispatch::{Dispatch, TOP_K};
 use crate::ids::{Lane, LayerId, ShardId, Step};
 use crate::messages::Norm;
 use crate::schedule::Update;
 
-/// What a computation could not do.
+/// A failed computation, as the tensor library describes it.
 #[derive(Debug, Clone, thiserror::Error)]
 #[error("{0}")]
 pub struct ComputeError(pub String);
@@ -18,7 +23,7 @@ pub struct ComputeError(pub String);
 /// The result of a computation.
 pub type Computed<T> = Result<T, ComputeError>;
 
-/// A tensor's bytes as they go over the wire.
+/// A tensor on the host, as it crosses the wire.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostTensor {
     /// The number type.
@@ -38,20 +43,20 @@ pub enum HostDtype {
     Bf16,
 }
 
-/// What the gate of one MoE layer found for one lane.
+/// The output of one MoE layer's gate for one lane.
 #[derive(Debug)]
 pub struct Gated<B: Compute> {
-    /// Where each token goes.
+    /// The destination of each token.
     pub dispatch: Dispatch,
-    /// What each token asked for, also where it was dropped: first and second expert, `-1` for no choice.
+    /// The choices of each token, dropped ones included: first and second expert, `-1` for no choice.
     pub choices: [Vec<i64>; TOP_K],
-    /// The tokens' rows in the order of `dispatch.tokens`: `[assignments, hidden]`.
+    /// The normalized tokens in the order of `dispatch.tokens`: `[assignments, hidden]`, activations.
     pub rows: B::Tensor,
-    /// What the way back needs.
+    /// State for [`Compute::combine`].
     pub saved: B::Saved,
     /// The load-balancing loss of this lane and layer.
     pub aux_loss: f64,
-    /// Mean over tokens of the entropy of the gate's probabilities, in nats: 0 when sure, ln(experts) when undecided.
+    /// Mean over tokens of the entropy of the gate's probabilities, in nats: from 0 (certain) to ln(experts) (even).
     pub entropy: f64,
 }
 
@@ -59,33 +64,49 @@ pub struct Gated<B: Compute> {
 pub type LossAndGradients<B> = (f64, Option<(<B as Compute>::Tensor, <B as Compute>::Gradient)>);
 
 /// The computations of one model on one device.
+///
+/// A lane calls `embed`, then `dense` for each layer, followed in an MoE layer by `gate`, `expert` for each expert and
+/// `combine`, then `loss`, and the backward methods in reverse. With `train` false nothing is saved.
+///
+/// # Errors
+/// Every method returns [`ComputeError`] when the tensor library fails (memory, device) or an argument has another shape
+/// or dtype than documented.
 pub trait Compute: Send + Sync + Sized + 'static {
     /// An activation or its gradient, on the device.
     type Tensor: Send + 'static;
-    /// Parameters and optimizer state of one shard.
+    /// Parameters and optimizer state of one shard, f32.
     type Shard: Send + 'static;
     /// A cheap view of a shard's parameters for one call.
     type Params: Send + 'static;
-    /// What a forward call keeps for its backward call.
+    /// State that a forward call keeps for its backward call.
     type Saved: Send + 'static;
-    /// A gradient of one shard.
+    /// A gradient of one shard: a tensor per parameter, f32, in the order of the parameters.
     type Gradient: Send + 'static;
 
-    /// The state of a shard before the first step.
+    /// The state of a shard before the first step, from the run's seed.
     ///
     /// # Errors
-    /// As every method here: what the tensor library could not do.
+    /// When the device has no memory for it.
     fn initial(&self, shard: ShardId) -> Computed<Self::Shard>;
-    /// A shard from its stored bytes, which must be of the right model and shard.
+    /// A shard from its stored bytes.
+    ///
+    /// # Errors
+    /// When the bytes are not of this model and shard, or the device has no memory for them.
     fn load(&self, shard: ShardId, bytes: &[u8]) -> Computed<Self::Shard>;
-    /// The stored form of a shard: the same bytes for the same bits, whoever stores it.
+    /// The stored form of a shard at a version: equal bytes for equal bits, on every node.
     fn store(&self, shard: ShardId, version: Step, state: &Self::Shard) -> Computed<Vec<u8>>;
-    /// A view of the parameters.
+    /// A view of a shard's parameters. It shares their memory.
     fn params(&self, state: &Self::Shard) -> Self::Params;
 
-    /// Token ids to the residual stream: `[sequences, sequence_length, hidden]`.
+    /// The residual stream of a lane, `[tokens, hidden]`, activations.
+    ///
+    /// `tokens` are a lane's token ids, `[sequences, sequence_length + 1]` row by row; the last of each row is a target
+    /// only. `params` are those of the embedding shard.
     fn embed(&self, params: Self::Params, tokens: &[u32]) -> Computed<Self::Tensor>;
-    /// The mean cross-entropy of a lane and, for training, its gradients for `x` and the embedding shard.
+    /// The mean cross-entropy of a lane in nats per token and, for training, its gradients: of `x`, `[tokens, hidden]`,
+    /// and of the embedding shard as the output matrix, `[vocabulary, hidden]` with the final norm `[hidden]`.
+    ///
+    /// `x` is the residual stream after the last layer, `[tokens, hidden]`; `tokens` as in [`Compute::embed`].
     fn loss(
         &self,
         params: Self::Params,
@@ -93,7 +114,9 @@ pub trait Compute: Send + Sync + Sized + 'static {
         tokens: &[u32],
         train: bool,
     ) -> Computed<LossAndGradients<Self>>;
-    /// Adds the gradient of the embedded input to that of the output.
+    /// Adds the gradient of the embedding as the input matrix to `gradient`, which [`Compute::loss`] returned.
+    ///
+    /// `dx` is the gradient of the output of [`Compute::embed`], `[tokens, hidden]`.
     fn embed_backward(
         &self,
         gradient: Self::Gradient,
@@ -101,7 +124,9 @@ pub trait Compute: Send + Sync + Sized + 'static {
         tokens: &[u32],
     ) -> Computed<Self::Gradient>;
 
-    /// Attention and, in a layer without experts, the gated feed-forward.
+    /// Attention and, in a layer without experts, the gated feed-forward, residuals included (GLaM, section 4).
+    ///
+    /// `x` and the result are residual streams, `[tokens, hidden]`, activations.
     fn dense(
         &self,
         layer: LayerId,
@@ -109,14 +134,17 @@ pub trait Compute: Send + Sync + Sized + 'static {
         x: Self::Tensor,
         train: bool,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The way back through [`Compute::dense`].
+    /// The gradients of the input of [`Compute::dense`], `[tokens, hidden]`, and of its shard, from that of its output,
+    /// `dy`, `[tokens, hidden]`.
     fn dense_backward(
         &self,
         saved: Self::Saved,
         dy: Self::Tensor,
     ) -> Computed<(Self::Tensor, Self::Gradient)>;
 
-    /// Norm and gate: chooses each token's experts. `step` and `lane` key the random second-expert policy.
+    /// Norm and gate: the two experts of each token (GLaM, section 4; GShard, arXiv 2006.16668, algorithm 1).
+    ///
+    /// `x` is the residual stream, `[tokens, hidden]`. `at` keys the random second-expert policy.
     fn gate(
         &self,
         layer: LayerId,
@@ -125,23 +153,29 @@ pub trait Compute: Send + Sync + Sized + 'static {
         at: (Step, Lane),
         train: bool,
     ) -> Computed<Gated<Self>>;
-    /// The gate weights of some tokens: what their first and second expert's outputs are multiplied by.
+    /// The gate weights of some tokens of a lane: the factors of their first and second expert's outputs.
     fn gate_weights(&self, saved: &Self::Saved, tokens: &[usize]) -> Computed<Vec<[f64; TOP_K]>>;
-    /// The residual plus the experts' outputs by gate weight; `outputs` are the experts' rows in expert order.
+    /// The residual stream plus the experts' outputs times their gate weights, `[tokens, hidden]`.
+    ///
+    /// `outputs` together have the experts' rows in expert order, `[assignments, hidden]`; `saved` is the gate's.
     fn combine(
         &self,
         dispatch: &Dispatch,
         saved: Self::Saved,
         outputs: Vec<Self::Tensor>,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The gradient of the experts' outputs: rows in expert order.
+    /// The gradients of the experts' outputs in expert order, `[assignments, hidden]`, from that of the residual stream,
+    /// `dy`, `[tokens, hidden]`.
     fn combine_backward(
         &self,
         dispatch: &Dispatch,
         saved: Self::Saved,
         dy: Self::Tensor,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The way back through the gate; `inputs` are the gradients of the experts' inputs in expert order.
+    /// The gradients of the input of [`Compute::gate`], `[tokens, hidden]`, and of the router shard, those of the
+    /// load-balancing loss and the z-loss included.
+    ///
+    /// `inputs` together have the gradients of the experts' inputs in expert order, `[assignments, hidden]`.
     fn gate_backward(
         &self,
         dispatch: &Dispatch,
@@ -149,28 +183,30 @@ pub trait Compute: Send + Sync + Sized + 'static {
         inputs: Vec<Self::Tensor>,
     ) -> Computed<(Self::Tensor, Self::Gradient)>;
 
-    /// One expert on its rows `[tokens, hidden]`, which may be none.
+    /// One expert on its rows, `[rows, hidden]` to `[rows, hidden]`; `rows` may be 0.
     fn expert(
         &self,
         params: Self::Params,
         x: Self::Tensor,
         train: bool,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The gradient of an expert's input; the weights' comes later.
+    /// The gradient of the input of [`Compute::expert`] from that of its output, `dy`, both `[rows, hidden]`.
+    /// [`Compute::expert_gradient`] computes that of the weights later.
     fn expert_backward(
         &self,
         params: Self::Params,
         saved: Self::Saved,
         dy: Self::Tensor,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The weight gradient of a group of lanes in the order of their numbers, or `None` when none had a token.
+    /// The gradient of an expert's shard over a group of lanes, as one product over all of their rows in the order of
+    /// `lanes`; `None` when there are no rows. `lanes` is the state that [`Compute::expert_backward`] returned for each.
     fn expert_gradient(&self, lanes: Vec<Self::Saved>) -> Computed<Option<Self::Gradient>>;
 
-    /// `left + right`.
+    /// `left + right`, element by element, of one shard. The order of the operands is part of the mathematics of a run.
     fn add(&self, left: Self::Gradient, right: Self::Gradient) -> Computed<Self::Gradient>;
-    /// The squared norm and whether all is finite.
+    /// The squared norm of a gradient, summed in f64, and whether it is finite.
     fn norm(&self, gradient: &Self::Gradient) -> Computed<Norm>;
-    /// One step of the optimizer.
+    /// One step of the optimizer on a shard. `gradient` is the sum over lanes; `None` is a gradient of zeros.
     fn apply(
         &self,
         shard: ShardId,
@@ -180,17 +216,20 @@ pub trait Compute: Send + Sync + Sized + 'static {
         update: Update,
     ) -> Computed<()>;
 
-    /// Rows `start..start + length` of a tensor, without copying.
+    /// Rows `start..start + length` of a tensor, `[length, hidden]`, without copying.
     fn rows(&self, x: &Self::Tensor, start: usize, length: usize) -> Computed<Self::Tensor>;
-    /// Several tensors' rows one after the other.
+    /// The rows of several tensors `[_, hidden]` one after the other.
     fn concatenate(&self, parts: Vec<Self::Tensor>) -> Computed<Self::Tensor>;
-    /// To the host, for the wire.
+    /// A tensor on the host, with its dtype and shape.
     fn export(&self, x: &Self::Tensor) -> Computed<HostTensor>;
-    /// From the wire.
+    /// A tensor on the device from its little-endian bytes on the host.
     fn import(&self, dtype: HostDtype, shape: &[usize], data: &[u8]) -> Computed<Self::Tensor>;
-    /// A gradient's tensors, for the wire.
+    /// The tensors of a gradient on the host, f32, in the order of the parameters.
     fn export_gradient(&self, gradient: &Self::Gradient) -> Computed<Vec<HostTensor>>;
-    /// A gradient from the wire.
+    /// A gradient of `shard` from its tensors on the host.
+    ///
+    /// # Errors
+    /// When their number, shapes or dtypes are not those of the shard's parameters.
     fn import_gradient(
         &self,
         shard: ShardId,

@@ -36,15 +36,15 @@ pub struct Costs {
     /// Memory for one expert where it is held.
     pub expert_bytes: u64,
     /// Parameters of each layer's dense part, in bytes: what a gradient is on the wire.
-    pub dense_wire: Vec<u64>,
+    pub dense_wire_bytes: Vec<u64>,
     /// Parameters of one expert, in bytes.
-    pub expert_wire: u64,
+    pub expert_wire_bytes: u64,
     /// What one lane in flight keeps of each layer.
     pub activation_bytes: Vec<u64>,
     /// The residual stream of one lane, in bytes.
-    pub lane_wire: u64,
+    pub lane_wire_bytes: u64,
     /// One row to or from an expert, in bytes.
-    pub row_wire: u64,
+    pub row_wire_bytes: u64,
 }
 
 impl Costs {
@@ -70,11 +70,11 @@ impl Costs {
             expert_flops: 0.0,
             dense_bytes: Vec::new(),
             expert_bytes: 0,
-            dense_wire: Vec::new(),
-            expert_wire: 0,
+            dense_wire_bytes: Vec::new(),
+            expert_wire_bytes: 0,
             activation_bytes: Vec::new(),
-            lane_wire: tokens as u64 * hidden * NUMBER,
-            row_wire: hidden * NUMBER,
+            lane_wire_bytes: tokens as u64 * hidden * NUMBER,
+            row_wire_bytes: hidden * NUMBER,
         };
         if a.experts > 0 {
             let parameters = a.shard_parameters(ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) });
@@ -85,7 +85,7 @@ impl Costs {
             let rows = rows.div_ceil(a.experts);
             let per_row = (3 * hidden + 2 * a.expert_width() as u64) * NUMBER;
             costs.expert_bytes = held(parameters) + rows as u64 * per_row;
-            costs.expert_wire = parameters * NUMBER;
+            costs.expert_wire_bytes = parameters * NUMBER;
         }
         for layer in a.layer_range().iter() {
             let moe = a.is_moe(layer);
@@ -98,7 +98,7 @@ impl Costs {
             let attention = 2.0 * width as f64 * (length + 1) as f64;
             costs.dense_flops.push(2.0 * (parameters + embedding) as f64 + attention);
             costs.dense_bytes.push(held(parameters + embedding));
-            costs.dense_wire.push((parameters + embedding) * NUMBER);
+            costs.dense_wire_bytes.push((parameters + embedding) * NUMBER);
             let inner = if moe {
                 TOP_K as u64 * (2 * hidden + 2 * a.expert_width() as u64)
             } else {

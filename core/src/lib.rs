@@ -1,22 +1,25 @@
-//! The pure core of Volary: ids, lanes, placement, dispatch and the step protocol.
+//! The pure core of Volary: placement, dispatch, and the step and recovery protocol.
 //!
-//! Nothing here knows a clock, a socket, a tensor library or an unseeded random number, so that a whole cluster can
-//! be played through in a test, thousands of times a second. Where things are:
+//! Nothing here uses a clock, a socket, a tensor library or an unseeded random number, so that a test plays a whole
+//! cluster thousands of times per second.
 //!
-//! | file | what |
+//! | module | content |
 //! | --- | --- |
-//! | [`ids`] | steps, epochs, lanes, nodes, shards |
-//! | [`random`] | draws keyed by what they are for |
-//! | [`architecture`] | the shape of a model, the paper's presets, counts |
-//! | [`options`], [`schedule`] | what a run is told; learning rate, skip, clip |
+//! | [`ids`] | steps, epochs, lanes, layers, experts, nodes, shards |
+//! | [`limits`] | every bound of the protocol |
+//! | [`InvalidValue`] | the error of a value out of its bounds |
+//! | [`random`] | random draws keyed by their purpose |
+//! | [`architecture`] | the shape of a model, the paper's presets, parameter counts |
+//! | [`options`], [`schedule`] | the options of a run; learning rate, skipped steps, clipping |
 //! | [`dispatch`] | top-2 choices to batches per expert |
 //! | [`tree`] | the fixed order in which gradients are summed |
-//! | [`placement`] | who holds what and runs what |
-//! | [`costs`], [`profile`] | what a model costs, and what a node can do |
-//! | [`planner`] | from these two to a placement and the time of its steps |
-//! | [`messages`] | what the supervisor and the nodes say |
-//! | [`machine`] | the step and recovery protocol, as the supervisor sees it |
-//! | [`agent`] | the same, as a node sees it |
+//! | [`reduction`] | the nodes that make each sum, and the transfers between them |
+//! | [`placement`] | the nodes of each shard and lane |
+//! | [`costs`], [`profile`] | the costs of a model; the compute, memory and network of a node |
+//! | [`planner`] | from costs and profiles to a placement and its predicted step |
+//! | [`messages`] | the messages between the supervisor and the nodes |
+//! | [`machine`] | the step and recovery protocol on the supervisor |
+//! | [`agent`] | the step and recovery protocol on a node |
 //! | [`compute`] | the seam to the tensor library |
 
 pub mod agent;
@@ -25,6 +28,8 @@ pub mod compute;
 pub mod costs;
 pub mod dispatch;
 pub mod ids;
+mod invalid;
+pub mod limits;
 pub mod machine;
 pub mod messages;
 pub mod options;
@@ -32,7 +37,9 @@ pub mod placement;
 pub mod planner;
 pub mod profile;
 pub mod random;
+pub mod reduction;
 pub mod schedule;
 pub mod tree;
 
 pub use ids::{Epoch, ExpertId, Lane, LayerId, LayerRange, NodeId, ShardId, Step, Timeline};
+pub use invalid::InvalidValue;

@@ -1,6 +1,7 @@
 //! What a run is told about its training, as it stands in the configuration file.
 
 use crate::ids::Step;
+use crate::invalid::InvalidValue;
 use crate::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -117,6 +118,23 @@ fn default_aux() -> f64 {
 }
 
 impl TrainingOptions {
+    /// The defaults for a run of `steps` steps.
+    #[must_use]
+    pub fn new(steps: u64) -> Self {
+        Self {
+            steps,
+            lanes: default_lanes(),
+            lane_group: default_lane_group(),
+            sequences_per_lane: default_sequences(),
+            sequence_length: default_sequence_length(),
+            optimizer: Optimizer::default(),
+            schedule: Schedule::default(),
+            clip_norm: None,
+            aux_loss: default_aux(),
+            z_loss: 0.0,
+        }
+    }
+
     /// Tokens in one step.
     #[must_use]
     pub fn tokens_per_step(&self) -> u64 {
@@ -135,11 +153,11 @@ impl TrainingOptions {
         Step(self.steps)
     }
 
-    /// What is wrong, if anything.
+    /// Checks the bounds of all values.
     ///
     /// # Errors
-    /// A line that names the key and what was expected of it.
-    pub fn check(&self) -> Result<(), String> {
+    /// The first value that is out of its bounds.
+    pub fn check(&self) -> Result<(), InvalidValue> {
         let bounded = [
             ("steps", self.steps, u64::MAX >> 16),
             ("lanes", self.lanes.into(), 1 << 16),
@@ -149,7 +167,8 @@ impl TrainingOptions {
         ];
         for (key, value, most) in bounded {
             if value == 0 || value > most {
-                return Err(format!("training.{key} = {value}: expected a number from 1 to {most}"));
+                let expected = format!("a number from 1 to {most}");
+                return Err(InvalidValue::new(format!("training.{key}"), value, expected));
             }
         }
         let finite = [
@@ -159,7 +178,11 @@ impl TrainingOptions {
         ];
         for (key, value) in finite {
             if !(value.is_finite() && value >= 0.0) {
-                return Err(format!("training.{key} = {value}: expected a number that is not negative"));
+                return Err(InvalidValue::new(
+                    format!("training.{key}"),
+                    value,
+                    "a number that is not negative",
+                ));
             }
         }
         Ok(())
@@ -292,11 +315,11 @@ pub enum OtlpProtocol {
 }
 
 impl TelemetryOptions {
-    /// What is wrong, if anything.
+    /// Checks the bounds of all values.
     ///
     /// # Errors
-    /// A line that names the key and what was expected of it.
-    pub fn check(&self) -> Result<(), String> {
+    /// The first value that is out of its bounds.
+    pub fn check(&self) -> Result<(), InvalidValue> {
         let bounded = [
             ("tokens_per_lane", self.tokens_per_lane, 0, 64),
             ("spans_per_step", self.spans_per_step, 1, 4000),
@@ -304,14 +327,16 @@ impl TelemetryOptions {
         ];
         for (key, value, least, most) in bounded {
             if !(least..=most).contains(&value) {
-                return Err(format!("telemetry.{key} = {value}: expected a number from {least} to {most}"));
+                let expected = format!("a number from {least} to {most}");
+                return Err(InvalidValue::new(format!("telemetry.{key}"), value, expected));
             }
         }
         let is_url = |url: &str| url.starts_with("http://") || url.starts_with("https://");
         match &self.endpoint {
-            Some(url) if !is_url(url) => Err(format!(
-                "telemetry.endpoint = {url:?}: expected a URL that begins with http:// or https://"
-            )),
+            Some(url) if !is_url(url) => {
+                let expected = "a URL that begins with http:// or https://";
+                Err(InvalidValue::new("telemetry.endpoint", format!("{url:?}"), expected))
+            }
             _ => Ok(()),
         }
     }

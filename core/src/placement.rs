@@ -7,6 +7,7 @@
 //! shows in the mathematics.
 
 use crate::ids::{Epoch, Lane, LayerId, LayerRange, NodeId, ShardId};
+use crate::reduction::{ExpertLeaves, Reduction};
 use crate::tree::LeafSpan;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,18 +35,6 @@ impl Stage {
     #[must_use]
     pub fn holds(&self, node: &NodeId) -> bool {
         self.holders.binary_search(node).is_ok()
-    }
-
-    /// How many times over `fan_in` nodes' sums are added up in a span of lanes: 0 for one node's.
-    fn level(&self, span: LeafSpan, fan_in: u32) -> u32 {
-        let own = self.lanes.get(span.start as usize..span.end as usize).unwrap_or_default();
-        let runs = 1 + own.windows(2).filter(|pair| pair[0] != pair[1]).count() as u64;
-        let (mut level, mut reach) = (0, 1u64);
-        while reach < runs {
-            reach *= u64::from(fan_in.max(2));
-            level += 1;
-        }
-        level
     }
 
     /// The lanes that `node` takes through this stage.
@@ -91,7 +80,7 @@ impl Placement {
 
     /// Whether two placements differ in nothing but their numbers and learners.
     #[must_use]
-    pub fn same_as(&self, other: &Self) -> bool {
+    pub fn has_same_layout(&self, other: &Self) -> bool {
         self.members == other.members && self.stages == other.stages && self.experts == other.experts
     }
 
@@ -125,17 +114,35 @@ impl Placement {
         self.members.iter().cloned().chain(self.learning_nodes()).collect()
     }
 
+    /// The route of a shard's gradient; `None` for a shard without a stage.
+    #[must_use]
+    pub fn reduction(&self, shard: ShardId) -> Option<Reduction<'_>> {
+        let stage = self.stage_of(shard.layer());
+        let (lanes, runners) = stage.map_or((&[][..], &[][..]), |stage| (&stage.lanes, &stage.holders));
+        let replicas = self.experts.get(&shard);
+        let expert = match shard {
+            ShardId::Expert { expert, .. } if replicas.is_some() => {
+                Some(ExpertLeaves { lane_group: self.lane_group, rotation: expert.index() })
+            }
+            _ => None,
+        };
+        // The embedding and the layers rotate; experts have their owner first.
+        let rotation = if shard == ShardId::Embedding { 0 } else { 1 + shard.layer().index() };
+        (stage.is_some() || expert.is_some()).then(|| Reduction {
+            leaves: self.leaves(shard),
+            lanes,
+            runners,
+            holders: replicas.map_or(runners, Vec::as_slice),
+            expert,
+            rotation,
+            fan_in: self.fan_in,
+        })
+    }
+
     /// The holders of a shard, its owner first.
     #[must_use]
     pub fn holders(&self, shard: ShardId) -> Vec<NodeId> {
-        if let Some(holders) = self.experts.get(&shard) {
-            return holders.clone();
-        }
-        let Some(stage) = self.stage_of(shard.layer()) else { return Vec::new() };
-        let mut holders = stage.holders.clone();
-        let first = turn(shard, holders.len());
-        holders.rotate_left(first);
-        holders
+        self.reduction(shard).map_or_else(Vec::new, |reduction| reduction.holders().cloned().collect())
     }
 
     /// The holders of a shard in no order that matters.
@@ -173,14 +180,10 @@ impl Placement {
         driven
     }
 
-    /// The node that adds up a shard's gradient.
+    /// The holder that makes the final sum of a shard's gradient.
     #[must_use]
     pub fn owner(&self, shard: ShardId) -> Option<&NodeId> {
-        if let Some(holders) = self.experts.get(&shard) {
-            return holders.first();
-        }
-        let holders = &self.stage_of(shard.layer())?.holders;
-        holders.get(turn(shard, holders.len()))
+        self.reduction(shard)?.owner()
     }
 
     /// Whether `node` holds `shard`.
@@ -227,21 +230,10 @@ impl Placement {
         (start..(start + self.lane_group).min(self.lanes())).map(Lane)
     }
 
-    /// The node that computes a leaf of a shard's gradient: the runner of the lane or, for an expert, the replica that
-    /// serves the group; a replica on the node that runs the group's first lane is preferred.
+    /// The node that computes a leaf of a shard's gradient; see [`Reduction::computed_by`].
     #[must_use]
     pub fn computed_by(&self, shard: ShardId, leaf: u32) -> Option<&NodeId> {
-        let stage = self.stage_of(shard.layer())?;
-        let Some(holders) = self.experts.get(&shard) else { return stage.stage_node(Lane(leaf)) };
-        let runner = stage.stage_node(Lane(leaf * self.lane_group))?;
-        if let Some(local) = holders.iter().find(|&holder| holder == runner) {
-            return Some(local);
-        }
-        let turn = match shard {
-            ShardId::Expert { expert, .. } => leaf as usize + expert.index(),
-            _ => leaf as usize,
-        };
-        holders.get(turn % holders.len().max(1))
+        self.reduction(shard)?.computed_by(leaf)
     }
 
     /// The replica that serves an expert to a lane.
@@ -250,55 +242,24 @@ impl Placement {
         self.computed_by(shard, lane.0 / self.lane_group.max(1))
     }
 
-    /// The node that makes the sum over `span` of a shard's gradient: whoever computes all of it; of what several nodes compute the
-    /// owner, or where these are more than `fan_in`, one of them for every `fan_in` or so.
+    /// The node that makes the sum over `span` of a shard's gradient; see [`Reduction::reducer`].
     #[must_use]
     pub fn reducer(&self, shard: ShardId, span: LeafSpan) -> Option<&NodeId> {
-        let home = self.computed_by(shard, span.start)?;
-        if (span.start + 1..span.end).all(|leaf| self.computed_by(shard, leaf) == Some(home)) {
-            return Some(home);
-        }
-        let owner = self.owner(shard);
-        if shard.is_expert() {
-            return owner;
-        }
-        let stage = self.stage_of(shard.layer())?;
-        let level = |span: LeafSpan| stage.level(span, self.fan_in);
-        let wanted = level(span);
-        let mut block = LeafSpan::root(self.leaves(shard));
-        if level(block) == wanted {
-            return owner;
-        }
-        while level(block) != wanted {
-            let (left, right) = block.children()?;
-            block = if span.start < right.start { left } else { right };
-        }
-        stage.stage_node(Lane(block.start + turn(shard, (block.end - block.start) as usize) as u32))
+        self.reduction(shard)?.reducer(span)
     }
 
-    /// The nodes to which `node` passes on a shard's last sum: the owner's are the first of a tree over all holders.
+    /// The nodes to which `node` passes the final sum of a shard's gradient; see [`Reduction::broadcast_children`].
     #[must_use]
     pub fn broadcast_children(&self, shard: ShardId, node: &NodeId) -> Vec<NodeId> {
-        let holders = self.holders(shard);
-        let Some(place) = holders.iter().position(|holder| holder == node) else { return Vec::new() };
-        let fan = self.fan_in.max(1) as usize;
-        holders.into_iter().skip(fan * place + 1).take(fan).collect()
+        let Some(reduction) = self.reduction(shard) else { return Vec::new() };
+        reduction.broadcast_children(node).cloned().collect()
     }
 
-    /// The sums that `node` can make alone of a shard's gradient.
+    /// The sums of a shard's gradient that `node` makes alone, from left to right.
     #[must_use]
     pub fn fragments(&self, shard: ShardId, node: &NodeId) -> Vec<LeafSpan> {
-        LeafSpan::fragments(self.leaves(shard), |leaf| self.computed_by(shard, leaf) == Some(node))
+        self.reduction(shard).map_or_else(Vec::new, |reduction| reduction.fragments(node))
     }
-}
-
-/// Shards that all nodes of a stage hold take turns at their owners, so that no node adds up everything.
-fn turn(shard: ShardId, holders: usize) -> usize {
-    let ordinal = match shard {
-        ShardId::Embedding => 0,
-        shard => 1 + shard.layer().index(),
-    };
-    ordinal % holders.max(1)
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! What a node can do: what it measured of itself when it joined, and what was seen of it since.
 
+use crate::invalid::InvalidValue;
+pub use crate::limits::ZONE_MAX;
 use serde::{Deserialize, Serialize};
 
 /// Floating-point operations per second that a whole device reaches at the run's shapes, all its threads together.
@@ -34,10 +36,6 @@ impl Rate {
     #[must_use]
     pub fn times(&self, factor: f64) -> Self {
         Self { forward: self.forward * factor, backward: self.backward * factor }
-    }
-
-    fn is_sound(&self) -> bool {
-        [self.forward, self.backward].iter().all(|rate| rate.is_finite() && *rate > 0.0)
     }
 }
 
@@ -97,43 +95,38 @@ impl Profile {
         self.expert = self.expert.times(factor);
     }
 
-    /// What is wrong with it, if anything: a peer may say what it likes.
+    /// Checks the bounds of all values, which come from a peer.
     ///
     /// # Errors
-    /// A line that names the figure.
-    pub fn check(&self) -> Result<(), String> {
-        if !self.dense.is_sound() || !self.expert.is_sound() {
-            return Err(format!(
-                "rates of {:?} and {:?}: expected positive numbers",
-                self.dense, self.expert
-            ));
-        }
+    /// The first value that is out of its bounds.
+    pub fn check(&self) -> Result<(), InvalidValue> {
         let positive = [
-            ("update_bytes_per_s", self.update_bytes_per_s),
-            ("bandwidth", self.bandwidth),
-            ("threads", self.threads as f64),
+            ("dense.forward", self.dense.forward, true),
+            ("dense.backward", self.dense.backward, true),
+            ("expert.forward", self.expert.forward, true),
+            ("expert.backward", self.expert.backward, true),
+            ("update_bytes_per_s", self.update_bytes_per_s, false),
+            ("bandwidth", self.bandwidth, false),
+            ("threads", self.threads as f64, false),
         ];
-        for (what, value) in positive {
-            if value.is_nan() || value <= 0.0 {
-                return Err(format!("{what} = {value}: expected a positive number"));
+        for (key, value, finite) in positive {
+            if value.is_nan() || value <= 0.0 || (finite && value.is_infinite()) {
+                return Err(InvalidValue::new(key, value, "a positive number"));
             }
         }
-        for (what, value) in
-            [("round_trip_s", self.round_trip_s), ("network_s_per_byte", self.network_s_per_byte)]
-        {
+        let times = [("round_trip_s", self.round_trip_s), ("network_s_per_byte", self.network_s_per_byte)];
+        for (key, value) in times {
             if !(value.is_finite() && value >= 0.0) {
-                return Err(format!("{what} = {value}: expected a number that is not negative"));
+                return Err(InvalidValue::new(key, value, "a number that is not negative"));
             }
         }
         if self.zone.len() > ZONE_MAX {
-            return Err(format!("a zone of {} bytes: expected at most {ZONE_MAX}", self.zone.len()));
+            let found = format!("a name of {} bytes", self.zone.len());
+            return Err(InvalidValue::new("zone", found, format!("at most {ZONE_MAX} bytes")));
         }
         if self.zone.contains(char::is_control) {
-            return Err("a zone with control characters".into());
+            return Err(InvalidValue::new("zone", format!("{:?}", self.zone), "no control characters"));
         }
         Ok(())
     }
 }
-
-/// The longest name of a zone, in bytes.
-pub const ZONE_MAX: usize = 128;

@@ -3,7 +3,9 @@
 
 use super::*;
 use crate::architecture::presets;
-use crate::ids::Epoch;
+use crate::ids::{Epoch, Lane};
+use crate::limits::ATTEMPTS_MAX;
+use crate::messages::{LaneReport, Norm};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::schedule::{Schedule, Update};
 

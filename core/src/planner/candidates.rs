@@ -1,10 +1,10 @@
 //! The nodes as the planner sees them, numbered in the order of their names.
 
-use super::participation::Participation;
-use super::{Member, Shortage};
+use super::input::Member;
+use super::output::Shortage;
 use crate::costs::{Costs, lanes_in_flight};
 use crate::ids::{LayerRange, NodeId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The nodes of a plan. Elsewhere a node is its place in here.
 #[derive(Debug)]
@@ -114,5 +114,46 @@ impl<'a> Candidates<'a> {
             return f64::INFINITY;
         }
         self.members[place].profile.dense.seconds(costs.lane_flops(layers))
+    }
+}
+
+/// The nodes that may run lanes and those that may hold shards, by place in the candidates.
+#[derive(Clone, Debug)]
+pub(super) struct Participation {
+    pub(super) runs: Vec<bool>,
+    pub(super) holds: Vec<bool>,
+}
+
+impl Participation {
+    /// All nodes.
+    pub(super) fn all(nodes: usize) -> Self {
+        Self { runs: vec![true; nodes], holds: vec![true; nodes] }
+    }
+
+    /// The first `runners` of an order run lanes. They hold all shards, with as many others as the replicas and their
+    /// zones need.
+    pub(super) fn first(runners: usize, order: &[usize], candidates: &Candidates<'_>, copies: usize) -> Self {
+        let mut participation = Self { runs: vec![false; order.len()], holds: vec![false; order.len()] };
+        for &node in &order[..runners] {
+            (participation.runs[node], participation.holds[node]) = (true, true);
+        }
+        let copies = copies.min(order.len());
+        let zones_wanted = copies.min(candidates.zone_count);
+        let mut zones: BTreeSet<usize> =
+            order[..runners].iter().map(|&node| candidates.zones[node]).collect();
+        let mut holders = runners;
+        for &node in &order[runners..] {
+            if zones.len() < zones_wanted && zones.insert(candidates.zones[node]) {
+                participation.holds[node] = true;
+                holders += 1;
+            }
+        }
+        for &node in &order[runners..] {
+            if holders < copies && !participation.holds[node] {
+                participation.holds[node] = true;
+                holders += 1;
+            }
+        }
+        participation
     }
 }

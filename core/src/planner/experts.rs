@@ -1,30 +1,30 @@
-//! Where the experts' replicas go: by speed over the memory that is left, apart in zones, moving little.
+//! The replicas of each expert: spread by speed over the remaining memory, over zones, with few moves.
 
-use super::Request;
 use super::candidates::Candidates;
-use super::stages::Staged;
+use super::input::Request;
+use super::stages::StageNodes;
 use crate::architecture::Architecture;
 use crate::costs::Costs;
 use crate::ids::ShardId;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Nodes that are looked at for one move, the lightest first.
-const LIGHTEST: usize = 8;
+/// Nodes that are considered for one move, the lightest first.
+const LIGHTEST_MAX: usize = 8;
 
 /// The holders of each expert, its owner first, as places in the candidates.
 pub(super) type Spread = BTreeMap<ShardId, Vec<usize>>;
 
-/// Replicas that a run has at least: one of each expert.
+/// The least number of replicas of a run: one of each expert.
 pub(super) fn least_replicas(a: &Architecture) -> usize {
     a.moe_layers().count() * a.experts
 }
 
-/// Every expert with as many copies as there is room for; `None` when one has none.
+/// The replicas of every expert, as many as there is room for; `None` when an expert has no room at all.
 pub(super) fn spread(
     candidates: &Candidates<'_>,
     costs: &Costs,
     request: &Request<'_>,
-    stages: &[Staged],
+    stages: &[StageNodes],
 ) -> Option<Spread> {
     let copies = |shard: &ShardId| {
         let wanted = request.extra_replicas.get(shard).copied().unwrap_or(0).max(request.replication);
@@ -65,14 +65,14 @@ pub(super) fn spread(
             }
         }
     }
-    let moved = loads.part_zones(&mut spread, request.moves_max);
-    loads.level(&mut spread, (request.moves_max - moved).min(experts.len() * most.max(1)));
-    take_turns(&mut spread, candidates.len());
+    let moved = loads.separate_zones(&mut spread, request.moves_max);
+    loads.even_out(&mut spread, (request.moves_max - moved).min(experts.len() * most.max(1)));
+    balance_owners(&mut spread, candidates.len());
     Some(spread)
 }
 
-/// Replicas that each node has room for beside its stage.
-fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec<usize> {
+/// Room for replicas on each node beside its stage.
+fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[StageNodes]) -> Vec<usize> {
     let mut slots: Vec<usize> =
         (0..candidates.len()).map(|node| candidates.slots(costs, node, None)).collect();
     for stage in stages {
@@ -83,18 +83,17 @@ fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec<u
     slots
 }
 
-/// How many replicas each node should have, relative to the others: such that nodes with a stage and nodes without end
-/// at the same time, both as fast as their experts' rates.
-fn weights(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec<f64> {
+/// The wanted number of replicas of each node relative to the others: proportional to its expert rate, less the time for
+/// its dense work, so that nodes with and without a stage end at the same time.
+fn weights(candidates: &Candidates<'_>, costs: &Costs, stages: &[StageNodes]) -> Vec<f64> {
     let rate = |node: usize| candidates.members[node].profile.expert.both();
     let mut weights: Vec<f64> = (0..candidates.len()).map(rate).collect();
     let staged: Vec<usize> = stages.iter().flat_map(|stage| stage.nodes.iter().copied()).collect();
     if staged.len() == candidates.len() {
         return weights;
     }
-    // All times in seconds of a whole stage group: dense work D takes d seconds of all its nodes, which could do e
-    // expert operations meanwhile. T is when everybody ends.
-    let dense: f64 = stages
+    // The slowest stage's nodes together take `dense_s` for their dense work. All nodes end at `end_s`.
+    let dense_s: f64 = stages
         .iter()
         .map(|stage| {
             let together: f64 =
@@ -104,25 +103,25 @@ fn weights(candidates: &Candidates<'_>, costs: &Costs, stages: &[Staged]) -> Vec
         .fold(0.0, f64::max);
     let of_staged: f64 = staged.iter().map(|&node| rate(node)).sum();
     let all: f64 = weights.iter().sum();
-    let end = (3.0 * costs.all_expert_flops() + dense * of_staged) / all;
-    let free = (1.0 - dense / end).max(0.0);
+    let end_s = (3.0 * costs.all_expert_flops() + dense_s * of_staged) / all;
+    let free = (1.0 - dense_s / end_s).max(0.0);
     for node in staged {
         weights[node] *= free.max(1e-6);
     }
     weights
 }
 
-/// Replicas held by weight, the lightest nodes at hand.
+/// Replicas of each node over its weight, indexed for the lightest and the fullest nodes.
 struct Loads<'a> {
     candidates: &'a Candidates<'a>,
     weights: Vec<f64>,
     slots: Vec<usize>,
     held: Vec<BTreeSet<ShardId>>,
-    /// Nodes with room by zone, keyed by what they would have with one replica more.
+    /// Nodes with room by zone, keyed by their load with one more replica.
     zones: Vec<BTreeSet<(u64, usize)>>,
     /// The lightest of each zone.
     heads: BTreeSet<(u64, usize)>,
-    /// All nodes, keyed by what they have.
+    /// All nodes, keyed by their load.
     full: BTreeSet<(u64, usize)>,
 }
 
@@ -137,11 +136,11 @@ impl<'a> Loads<'a> {
             heads: BTreeSet::new(),
             full: BTreeSet::new(),
         };
-        (0..candidates.len()).for_each(|node| loads.enter(node));
+        (0..candidates.len()).for_each(|node| loads.index(node));
         loads
     }
 
-    /// Held replicas, and so many more, by weight. The bits of positive numbers have their order.
+    /// The load with `more` replicas. The bits of positive floats sort as the floats do.
     fn key(&self, node: usize, more: usize) -> u64 {
         ((self.held[node].len() + more) as f64 / self.weights[node]).to_bits()
     }
@@ -150,14 +149,14 @@ impl<'a> Loads<'a> {
         self.held[node].len() < self.slots[node]
     }
 
-    fn enter(&mut self, node: usize) {
+    fn index(&mut self, node: usize) {
         self.full.insert((self.key(node, 0), node));
         if self.has_slot(node) {
             self.with_head(node, |zone, entry| _ = zone.insert(entry));
         }
     }
 
-    fn leave(&mut self, node: usize) {
+    fn unindex(&mut self, node: usize) {
         self.full.remove(&(self.key(node, 0), node));
         self.with_head(node, |zone, entry| _ = zone.remove(&entry));
     }
@@ -175,18 +174,18 @@ impl<'a> Loads<'a> {
     }
 
     fn add(&mut self, node: usize, shard: ShardId) {
-        self.leave(node);
+        self.unindex(node);
         self.held[node].insert(shard);
-        self.enter(node);
+        self.index(node);
     }
 
-    fn take(&mut self, node: usize, shard: ShardId) {
-        self.leave(node);
+    fn remove(&mut self, node: usize, shard: ShardId) {
+        self.unindex(node);
         self.held[node].remove(&shard);
-        self.enter(node);
+        self.index(node);
     }
 
-    /// The node with room that would have least with one replica more, in a zone without one of `holders` if there is any.
+    /// The node with room and the least load with one more replica, in a zone without any of `holders` if possible.
     fn lightest(&self, holders: &[usize]) -> Option<usize> {
         let known = |zone: usize| holders.iter().any(|&holder| self.candidates.zones[holder] == zone);
         let apart = self.heads.iter().find(|(_, node)| !known(self.candidates.zones[*node]));
@@ -203,7 +202,7 @@ impl<'a> Loads<'a> {
     }
 
     /// Replicas that share a zone move to one that has none, as many as may. How many moved.
-    fn part_zones(&mut self, spread: &mut Spread, moves_max: usize) -> usize {
+    fn separate_zones(&mut self, spread: &mut Spread, moves_max: usize) -> usize {
         let mut moved = 0;
         for (&shard, holders) in spread.iter_mut() {
             let possible = holders.len().min(self.candidates.zone_count);
@@ -219,7 +218,7 @@ impl<'a> Loads<'a> {
                 if self.zones_of(&wider) <= self.zones_of(holders) {
                     break;
                 }
-                self.take(holders[place], shard);
+                self.remove(holders[place], shard);
                 self.add(node, shard);
                 holders[place] = node;
                 moved += 1;
@@ -228,11 +227,11 @@ impl<'a> Loads<'a> {
         moved
     }
 
-    /// Moves replicas from the fullest node to a light one until a move would no longer help, or enough have moved.
-    fn level(&mut self, spread: &mut Spread, moves_max: usize) {
+    /// Moves up to `moves_max` replicas from the fullest node to a light one while that evens out the loads.
+    fn even_out(&mut self, spread: &mut Spread, moves_max: usize) {
         for _ in 0..moves_max {
             let Some(&(load, full)) = self.full.last() else { return };
-            let light = self.heads.iter().take(LIGHTEST).filter(|(after, _)| *after < load);
+            let light = self.heads.iter().take(LIGHTEST_MAX).filter(|(after, _)| *after < load);
             let found = light.filter(|(_, node)| *node != full).find_map(|&(_, light)| {
                 self.held[full]
                     .iter()
@@ -240,7 +239,7 @@ impl<'a> Loads<'a> {
                     .map(|s| (*s, light))
             });
             let Some((shard, light)) = found else { return };
-            self.take(full, shard);
+            self.remove(full, shard);
             self.add(light, shard);
             if let Some(holder) = spread.get_mut(&shard).and_then(|h| h.iter_mut().find(|n| **n == full)) {
                 *holder = light;
@@ -257,8 +256,8 @@ impl<'a> Loads<'a> {
     }
 }
 
-/// Spreads ownership over the holders: each expert is owned by the holder that owns fewest so far.
-pub(super) fn take_turns(spread: &mut Spread, nodes: usize) {
+/// Spreads ownership over the holders: the holder that owns the fewest experts so far owns the next.
+pub(super) fn balance_owners(spread: &mut Spread, nodes: usize) {
     let mut owned = vec![0usize; nodes];
     for holders in spread.values_mut() {
         let fewest = (0..holders.len()).min_by_key(|&i| owned[holders[i]]);

@@ -1,14 +1,17 @@
 //! Cutting the layers into stages, and giving nodes their stages.
 
 use super::candidates::Candidates;
-use super::{Request, WORTH_IT};
+use super::input::Request;
 use crate::costs::Costs;
 use crate::ids::{LayerId, LayerRange};
 use std::collections::BTreeSet;
 
+/// Of the speeds of two stages, the ratio below which nodes are distributed over stages from scratch.
+const BALANCED: f64 = 0.8 * 0.8;
+
 /// The nodes of one stage, in the order of their names.
 #[derive(Clone, Debug)]
-pub(super) struct Staged {
+pub(super) struct StageNodes {
     pub(super) layers: LayerRange,
     pub(super) nodes: Vec<usize>,
 }
@@ -52,7 +55,7 @@ pub(super) fn assign(
     costs: &Costs,
     request: &Request<'_>,
     count: usize,
-) -> Option<Vec<Staged>> {
+) -> Option<Vec<StageNodes>> {
     let same_cut = request.previous.filter(|placement| placement.stages.len() == count);
     let cuts = match same_cut {
         Some(placement) => placement.stages.iter().map(|stage| stage.layers).collect(),
@@ -61,7 +64,7 @@ pub(super) fn assign(
     if let &[layers] = cuts.as_slice() {
         let nodes: Vec<usize> =
             (0..candidates.len()).filter(|&n| candidates.has_room(costs, n, layers)).collect();
-        return (!nodes.is_empty()).then(|| vec![Staged { layers, nodes }]);
+        return (!nodes.is_empty()).then(|| vec![StageNodes { layers, nodes }]);
     }
     let mut groups = Groups::new(candidates, costs, &cuts);
     if let Some(placement) = same_cut {
@@ -149,13 +152,13 @@ impl<'a> Groups<'a> {
     fn is_lopsided(&self) -> bool {
         let most = self.load.iter().copied().fold(0.0, f64::max);
         let least = self.load.iter().copied().fold(f64::INFINITY, f64::min);
-        least < WORTH_IT * WORTH_IT * most
+        least < BALANCED * most
     }
 
-    fn finish(self) -> Option<Vec<Staged>> {
+    fn finish(self) -> Option<Vec<StageNodes>> {
         let sorted = |(&layers, mut nodes): (&LayerRange, Vec<usize>)| {
             nodes.sort_unstable();
-            (!nodes.is_empty()).then_some(Staged { layers, nodes })
+            (!nodes.is_empty()).then_some(StageNodes { layers, nodes })
         };
         self.cuts.iter().zip(self.nodes).map(sorted).collect()
     }

@@ -1,8 +1,9 @@
 //! Going on at once when nodes are gone: whoever holds what, keeps it, and only lanes change hands.
 
 use super::candidates::Candidates;
-use super::experts::take_turns;
-use super::{Member, Request, lanes};
+use super::experts::balance_owners;
+use super::input::{Member, Request};
+use super::lanes;
 use crate::costs::Costs;
 use crate::ids::{LayerId, LayerRange, NodeId, ShardId};
 use crate::placement::Placement;
@@ -14,7 +15,7 @@ type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
 /// The placement of those of the request's members that hold something: `before`, or what is held, without those who are gone. What
 /// nobody of them holds goes to the one with the fewest, who must fetch it.
 #[must_use]
-pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement) -> Placement {
+pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Placement) -> Placement {
     let costs = Costs::new(request.architecture, request.training);
     let shards = request.architecture.shards();
     let cuts = if before.stages.is_empty() {
@@ -49,7 +50,7 @@ pub fn of_survivors(request: &Request<'_>, holders: &Holders, before: &Placement
             nodes = fetchers(&candidates, before, layers, request.replication, alone);
         }
         nodes.sort();
-        stages.push(lanes::again(&candidates, &costs, layers, nodes, before.stages.get(number)));
+        stages.push(lanes::reuse_or_divide(&candidates, &costs, layers, nodes, before.stages.get(number)));
     }
     Placement {
         epoch: request.epoch,
@@ -114,7 +115,7 @@ fn experts(
             spread.insert(shard, vec![place]);
         }
     }
-    take_turns(&mut spread, candidates.len());
+    balance_owners(&mut spread, candidates.len());
     spread.into_iter().map(|(shard, places)| (shard, candidates.names(&places))).collect()
 }
 

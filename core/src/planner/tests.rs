@@ -1,9 +1,13 @@
 //! What the planner promises, against every way there is where that can be counted.
 
 use super::*;
+use crate::architecture::Architecture;
 use crate::architecture::presets;
+use crate::ids::{Epoch, ShardId};
+use crate::options::TrainingOptions;
+use crate::profile::Profile;
 use proptest::prelude::*;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 fn small(experts: usize) -> Architecture {
     let mut a = presets().swap_remove(1).architecture;
@@ -98,7 +102,7 @@ fn lanes_follow_speed_in_contiguous_runs() {
                 let end = |(n, &count): (usize, &u32)| seconds[n].0 + seconds[n].1 * f64::from(count);
                 counts.iter().enumerate().map(end).fold(0.0, f64::max)
             };
-            let counts = lanes::share(&seconds, 12);
+            let counts = lanes::divide(&seconds, 12);
             let splits = (0..=12).flat_map(|a| (0..=12 - a).map(move |b| [a, b, 12 - a - b]));
             let best = splits.map(slowest).fold(f64::INFINITY, f64::min);
             assert_eq!(slowest([counts[0], counts[1], counts[2]]), best, "{counts:?} for {seconds:?}");
@@ -257,7 +261,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
         moves_max: 0,
         previous: None,
     };
-    let after = of_survivors(&request, &holders, &before);
+    let after = plan_for_survivors(&request, &holders, &before);
     assert_eq!(after.members.len(), 2);
     assert_eq!(after.lanes(), 12);
     for (shard, held) in &after.experts {
@@ -267,7 +271,7 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
         );
     }
     // A supervisor that comes back knows no placement, and finds the same from what is held.
-    let found = of_survivors(&request, &holders, &Placement::default());
+    let found = plan_for_survivors(&request, &holders, &Placement::default());
     assert_eq!(found.stages[0].holders, after.stages[0].holders);
     assert_eq!(found.stages.len(), 1);
 }
@@ -308,7 +312,7 @@ fn of_unlike_links_the_near_nodes_are_chosen_and_the_choice_stays() {
     // Speeds that were measured a little differently move nothing.
     members[1].profile.scale(1.05);
     let again = plan(&members, 8, 2, Some(&placement));
-    assert!(again.same_as(&placement), "{again:?}");
+    assert!(again.has_same_layout(&placement), "{again:?}");
 }
 
 #[test]
@@ -318,4 +322,41 @@ fn zones_come_before_near_links() {
     let placement = plan(&members, 8, 2, None);
     assert!(placement.experts.values().all(|holders| holders.contains(&members[0].node)));
     assert!(!running(&placement).contains(&&members[0].node), "it holds copies and runs no lane");
+}
+
+/// The formula for the gradients of at most `fan_in` nodes, against their transfers one by one.
+#[test]
+fn dense_gradients_of_few_nodes_are_counted_exactly() {
+    for capacities in [&[1.0][..], &[1.0, 3.0], &[2.0, 1.0, 1.0], &[0.3, 1.0, 0.7, 2.0, 5.0]] {
+        let mut members = members(capacities);
+        members.iter_mut().for_each(|member| member.profile.bandwidth = 1.0);
+        let placement = plan(&members, 0, 1, None);
+        let costs = Costs::new(&small(0), &training());
+        let mut sent: BTreeMap<&NodeId, f64> = BTreeMap::new();
+        let mut received: BTreeMap<&NodeId, f64> = BTreeMap::new();
+        for layer in costs.all_layers().iter() {
+            let reduction = placement.reduction(ShardId::Dense { layer }).expect("a stage");
+            for transfer in reduction.transfers() {
+                let bytes = costs.dense_wire_bytes[layer.index()] as f64;
+                *sent.entry(transfer.from).or_default() += bytes;
+                *received.entry(transfer.to).or_default() += bytes;
+            }
+        }
+        let prediction = predict(&placement, &members, &costs);
+        for (node, part) in placement.members.iter().zip(&prediction.nodes) {
+            let bytes = |traffic: &BTreeMap<&NodeId, f64>| traffic.get(node).copied().unwrap_or(0.0);
+            assert_eq!(part.exchange_s, bytes(&sent).max(bytes(&received)), "{node} of {capacities:?}");
+        }
+    }
+}
+
+#[test]
+fn a_placement_of_other_nodes_has_no_finite_prediction() {
+    let members = members(&[1.0, 1.0]);
+    let costs = Costs::new(&small(4), &training());
+    let placement = plan(&members, 4, 2, None);
+    assert_eq!(predict(&placement, &members[..1], &costs).step_s, f64::INFINITY);
+    // As after the last node has disconnected.
+    let left = Placement { members: Vec::new(), ..placement };
+    assert_eq!(predict(&left, &[], &costs).step_s, f64::INFINITY);
 }

@@ -1,0 +1,105 @@
+//! Waiting for nodes: at the start of a run, after a loss, and while the network is broken.
+
+use super::state::{CapacityShortage, Gathering, Phase, Readiness};
+use super::{Effect, Machine, Notice};
+use crate::ids::{Epoch, NodeId};
+use std::collections::BTreeSet;
+
+impl Machine {
+    /// Starts when the wanted and awaited nodes are here, and gives up after `cluster.gather_timeout_ms`.
+    pub(super) fn gather(&mut self) {
+        if !matches!(self.phase, Phase::Gathering(_)) {
+            return;
+        }
+        if self.committed >= self.settings.training.last_step() && self.durable == Some(self.committed) {
+            // The supervisor died after its last effect.
+            return self.end(Effect::Done);
+        }
+        match self.readiness() {
+            Readiness::Wait => {}
+            Readiness::Start => {
+                if let Phase::Gathering(gathering) = &mut self.phase {
+                    gathering.awaited.clear();
+                }
+                self.place("the nodes are here");
+            }
+            Readiness::GiveUp(reason) => self.end(Effect::Fatal { reason }),
+        }
+    }
+
+    fn readiness(&self) -> Readiness {
+        let Phase::Gathering(gathering) = &self.phase else { return Readiness::Wait };
+        let unchanged = |shortage: &CapacityShortage| shortage.nodes.iter().eq(self.nodes.keys());
+        let is_short = gathering.shortage.as_ref().is_some_and(unchanged);
+        if !is_short && self.has_enough_nodes(gathering) {
+            return Readiness::Start;
+        }
+        let limit = self.settings.cluster.gather_timeout_ms;
+        if self.idle_ms < limit {
+            return Readiness::Wait;
+        }
+        Readiness::GiveUp(match &gathering.shortage {
+            Some(shortage) => shortage.reason.clone(),
+            None => format!(
+                "waited {limit} ms (cluster.gather_timeout_ms) for {} nodes, and {} came",
+                gathering.wanted_nodes,
+                self.nodes.len()
+            ),
+        })
+    }
+
+    /// A new run waits for all nodes that it wants. One that has begun goes on with fewer: once no shard is lost and
+    /// silent nodes would have timed out, or once returning nodes had their time.
+    fn has_enough_nodes(&self, gathering: &Gathering) -> bool {
+        if self.nodes.len() >= gathering.wanted_nodes && gathering.awaited.is_empty() {
+            return true;
+        }
+        let cluster = &self.settings.cluster;
+        let complete = self.idle_ms >= cluster.node_timeout_ms && self.lost_shard().is_none();
+        let may_start_early = !self.nodes.is_empty() && gathering.wanted_nodes == 1;
+        may_start_early && (complete || self.idle_ms >= cluster.return_timeout_ms)
+    }
+
+    /// Waits for at least one node and for those in `awaited`. A capacity shortage stays known until the nodes change.
+    fn start_gathering(&mut self, awaited: BTreeSet<NodeId>) {
+        let shortage = match &mut self.phase {
+            Phase::Gathering(gathering) => gathering.shortage.take(),
+            _ => None,
+        };
+        self.phase = Phase::Gathering(Gathering { wanted_nodes: 1, awaited, shortage });
+        self.idle_ms = 0;
+    }
+
+    /// Waits for more memory to load lost shards into. A run that has not begun ends instead.
+    pub(super) fn wait_for_capacity(&mut self, reason: String) {
+        if self.placement.epoch == Epoch(0) {
+            return self.end(Effect::Fatal { reason });
+        }
+        if !matches!(self.phase, Phase::Gathering(_)) {
+            self.start_gathering(BTreeSet::new());
+        }
+        self.notice(Notice::NoRoom { reason: reason.clone() });
+        let nodes = self.nodes.keys().cloned().collect();
+        if let Phase::Gathering(gathering) = &mut self.phase {
+            gathering.shortage = Some(CapacityShortage { nodes, reason });
+        }
+    }
+
+    /// No node is connected. Nodes whose links broke may return with their state.
+    pub(super) fn wait_for_nodes(&mut self) {
+        let members = std::mem::take(&mut self.placement.members);
+        self.start_gathering(members.into_iter().collect());
+        self.placement.learners.clear();
+        self.holders.clear();
+    }
+
+    /// Two nodes cannot reach each other and neither is dispensable: the same step runs again after
+    /// `cluster.node_timeout_ms`, for at most as long as a run waits for nodes.
+    pub(super) fn wait_for_network(&mut self, suspect: NodeId, reason: &str) {
+        if self.retry.blocked_ms >= self.settings.cluster.gather_timeout_ms {
+            return self.end(Effect::Fatal { reason: reason.into() });
+        }
+        self.drop_step(reason);
+        self.start_gathering(BTreeSet::from([suspect]));
+    }
+}
