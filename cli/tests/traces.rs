@@ -63,9 +63,9 @@ fn a_step_of_three_nodes_is_one_tree_at_a_real_receiver() {
     every_parent_is_there(&all);
     every_process_says_who_it_is(&all);
     let step = the_step(&all, "4");
-    assert_eq!((step.node(), step.get("volary.traced_because").as_deref()), ("supervisor", Some("sampled")));
+    assert_eq!((step.node(), step.get("volary.sampling_reason").as_deref()), ("supervisor", Some("sampled")));
     // What is placed at the start is a change, and the step that follows it is traced.
-    assert_eq!(the_step(&all, "1").get("volary.traced_because").as_deref(), Some("the cluster changed"));
+    assert_eq!(the_step(&all, "1").get("volary.sampling_reason").as_deref(), Some("the cluster changed"));
     let below = children(&all, step);
     let count = |name: &str| below.iter().filter(|one| one.is(name)).count();
     assert_eq!((count("lane"), count("reduce"), count("commit"), count("apply")), (6, 3, 1, 3));
@@ -145,7 +145,7 @@ fn experts_hang_below_the_dispatch_that_called_them(all: &[Received]) {
         let dispatch = by_id[&one.span.parent_span_id];
         assert!(dispatch.span.name.starts_with("router.dispatch"), "{}", dispatch.span.name);
         assert_eq!((dispatch.kind(), one.kind()), (SpanKind::Producer, SpanKind::Consumer));
-        assert_eq!(dispatch.get("volary.to").as_deref(), Some(one.node()));
+        assert_eq!(dispatch.get("volary.target_node").as_deref(), Some(one.node()));
         let rows = "messaging.batch.message_count";
         assert_eq!(
             (dispatch.get(rows), dispatch.get("volary.layer")),
@@ -182,7 +182,7 @@ fn tokens_say_where_they_went(all: &[Received]) {
             let is_it = |one: &&Received| {
                 one.is("router.dispatch")
                     && one.get("volary.layer") == token.get("volary.layer")
-                    && one.get("volary.to").as_ref() == Some(&node)
+                    && one.get("volary.target_node").as_ref() == Some(&node)
             };
             assert!(children(all, lane).into_iter().any(|one| is_it(&one)), "{token:?}");
         }
@@ -294,7 +294,7 @@ fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
     // The same step again, this time traced as a whole, since the cluster changed.
     let tree = show(&["--step", step]);
     assert!(
-        tree.contains("traced_because=\"the cluster changed\"") && tree.contains("dense.forward"),
+        tree.contains("sampling_reason=\"the cluster changed\"") && tree.contains("dense.forward"),
         "{tree}"
     );
     let chrome: serde_json::Value = serde_json::from_str(&show(&["--format", "chrome"])).expect("JSON");

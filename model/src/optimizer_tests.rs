@@ -48,7 +48,7 @@ fn adafactor_on_a_matrix_equals_the_papers_algorithm() {
     let mut weights = draws(&mut stream, ROWS * COLUMNS);
     let mut ours = slot(&optimizer, &weights, &[ROWS as i64, COLUMNS as i64]);
     let (mut row, mut column) = ([0.0; ROWS], [0.0; COLUMNS]);
-    for step in 1..=10 {
+    for step in (1..=10).map(Step) {
         let gradient = draws(&mut stream, ROWS * COLUMNS);
         update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.01)
             .expect("a step");
@@ -79,7 +79,7 @@ fn adafactor_on_a_vector_keeps_the_whole_second_moment() {
     let mut weights = draws(&mut stream, COLUMNS);
     let mut ours = slot(&optimizer, &weights, &[COLUMNS as i64]);
     let mut second = [0.0; COLUMNS];
-    for step in 1..=10 {
+    for step in (1..=10).map(Step) {
         let gradient = draws(&mut stream, COLUMNS);
         update(&optimizer, &mut ours, tensor(&gradient, &[COLUMNS as i64]), step, 0.01).expect("a step");
         let beta = 1.0 - (step as f64).powf(-0.8);
@@ -99,7 +99,7 @@ fn adamw_equals_the_papers_algorithm() {
     let mut weights = draws(&mut stream, ROWS * COLUMNS);
     let mut ours = slot(&optimizer, &weights, &[ROWS as i64, COLUMNS as i64]);
     let (mut first, mut second) = ([0.0; ROWS * COLUMNS], [0.0; ROWS * COLUMNS]);
-    for step in 1..=10 {
+    for step in (1..=10).map(Step) {
         let gradient = draws(&mut stream, ROWS * COLUMNS);
         update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.003)
             .expect("a step");

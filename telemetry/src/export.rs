@@ -1,33 +1,35 @@
-//! The way from the pipeline to a collector, over the OpenTelemetry protocol. A collector that fails is left alone for a while; what
-//! comes meanwhile is dropped and counted.
+//! Export of spans to a collector over the OpenTelemetry protocol. After a failure, the export pauses; spans
+//! are dropped and counted meanwhile.
 
-use crate::limits::{BATCH_SPANS, EXPORT_MAX, EXPORT_REST, QUEUE_SPANS};
+use crate::limits::{BATCH_SPANS, EXPORT_MAX, EXPORT_PAUSE, QUEUE_SPANS};
 use crate::pipeline::SpanCounts;
 use opentelemetry_otlp::tonic_types::transport::ClientTlsConfig;
 use opentelemetry_otlp::{Protocol, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 use volary_core::options::{OtlpProtocol, TelemetryOptions};
 
-/// Where spans are exported to.
+/// The collector of an export.
 pub(crate) struct Target {
     endpoint: Option<String>,
     protocol: OtlpProtocol,
-    /// Whether the collector is spoken to over TLS.
-    secure: bool,
+    /// Whether the connection uses TLS.
+    tls: bool,
 }
 
 impl Target {
-    pub(crate) fn of(options: &TelemetryOptions) -> Option<Self> {
+    /// The collector of the standard `OTEL_*` variables, or else of the options.
+    pub(crate) fn from_environment(options: &TelemetryOptions) -> Option<Self> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let off = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
+        let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
             || variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value == "none");
-        let named = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+        let configured = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
             .or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
-        if off || (named.is_none() && options.endpoint.is_none()) {
+        if disabled || (configured.is_none() && options.endpoint.is_none()) {
             return None;
         }
         let protocol = variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
@@ -41,11 +43,11 @@ impl Target {
                 return None;
             }
         };
-        // The exporter itself reads the variables when nothing is given.
-        let endpoint = if named.is_some() { None } else { options.endpoint.clone() };
-        let url = named.as_ref().or(options.endpoint.as_ref());
-        let secure = url.is_some_and(|url| url.starts_with("https://"));
-        Some(Self { endpoint, protocol, secure })
+        // Without an explicit endpoint, the exporter itself reads the variables.
+        let endpoint = if configured.is_some() { None } else { options.endpoint.clone() };
+        let url = configured.as_ref().or(options.endpoint.as_ref());
+        let tls = url.is_some_and(|url| url.starts_with("https://"));
+        Some(Self { endpoint, protocol, tls })
     }
 
     pub(crate) fn exporter(self, resource: &Resource) -> Option<opentelemetry_otlp::SpanExporter> {
@@ -53,9 +55,8 @@ impl Target {
             OtlpProtocol::Grpc => {
                 let mut builder =
                     opentelemetry_otlp::SpanExporter::builder().with_tonic().with_timeout(EXPORT_MAX);
-                if self.secure {
-                    let trusted = ClientTlsConfig::new().with_enabled_roots();
-                    builder = builder.with_tls_config(trusted);
+                if self.tls {
+                    builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
                 }
                 if let Some(endpoint) = self.endpoint {
                     builder = builder.with_endpoint(endpoint);
@@ -83,14 +84,30 @@ impl Target {
     }
 }
 
-/// The way to a collector.
+/// Why a batch was not exported.
+#[derive(Debug, thiserror::Error)]
+enum ExportError {
+    #[error(transparent)]
+    Collector(#[from] OTelSdkError),
+    #[error("no answer within {} s", EXPORT_MAX.as_secs())]
+    Timeout,
+    #[error(transparent)]
+    Task(#[from] tokio::task::JoinError),
+}
+
+/// A request to the collector.
+struct Request {
+    task: tokio::task::JoinHandle<Result<(), ExportError>>,
+    spans: u64,
+}
+
+/// The export to one collector.
 pub(crate) struct Export {
     exporter: Arc<opentelemetry_otlp::SpanExporter>,
-    waiting: Vec<SpanData>,
-    /// A request that is under way: whether it failed, and how many spans it holds.
-    under_way: Option<tokio::task::JoinHandle<(Result<(), String>, u64)>>,
-    /// After a failure the collector is left alone until then.
-    rests_until: Option<Instant>,
+    queue: Vec<SpanData>,
+    request: Option<Request>,
+    /// The end of the pause after a failure.
+    paused_until: Option<Instant>,
     failing: bool,
     counts: Arc<SpanCounts>,
 }
@@ -98,71 +115,66 @@ pub(crate) struct Export {
 impl Export {
     pub(crate) fn new(exporter: opentelemetry_otlp::SpanExporter, counts: Arc<SpanCounts>) -> Self {
         let exporter = Arc::new(exporter);
-        Self { exporter, waiting: Vec::new(), under_way: None, rests_until: None, failing: false, counts }
+        Self { exporter, queue: Vec::new(), request: None, paused_until: None, failing: false, counts }
     }
 
     pub(crate) fn is_busy(&self) -> bool {
-        self.under_way.is_some() || !self.waiting.is_empty()
+        self.request.is_some() || !self.queue.is_empty()
     }
 
     fn drop_spans(&self, count: u64) {
         self.counts.dropped.fetch_add(count, Ordering::Relaxed);
     }
 
-    pub(crate) fn put(&mut self, span: SpanData) {
-        if self.waiting.len() < QUEUE_SPANS {
-            self.waiting.push(span);
+    pub(crate) fn push(&mut self, span: SpanData) {
+        if self.queue.len() < QUEUE_SPANS {
+            self.queue.push(span);
         } else {
             self.drop_spans(1);
         }
     }
 
-    /// Sends what waits, without waiting for the collector unless `all` must be gone.
-    pub(crate) async fn send(&mut self, all: bool) {
+    /// Sends the queue in batches, one request at a time. With `flush`, it waits until all requests are
+    /// answered.
+    pub(crate) async fn send(&mut self, flush: bool) {
         loop {
-            if let Some(task) = self.under_way.take_if(|task| all || task.is_finished()) {
-                let (done, count) = task.await.unwrap_or_else(|error| (Err(error.to_string()), 0));
-                self.on_answer(done, count);
+            if let Some(request) = self.request.take_if(|request| flush || request.task.is_finished()) {
+                let result = request.task.await.unwrap_or_else(|error| Err(error.into()));
+                self.on_answer(result, request.spans);
             }
-            if self.rests_until.is_some_and(|until| Instant::now() < until) {
-                let count = self.waiting.len() as u64;
-                self.waiting.clear();
+            if self.paused_until.is_some_and(|until| Instant::now() < until) {
+                let count = self.queue.len() as u64;
+                self.queue.clear();
                 self.drop_spans(count);
             }
-            if self.under_way.is_some() || self.waiting.is_empty() {
+            if self.request.is_some() || self.queue.is_empty() {
                 return;
             }
-            let rest = self.waiting.split_off(self.waiting.len().min(BATCH_SPANS));
-            let batch = std::mem::replace(&mut self.waiting, rest);
-            let (exporter, count) = (Arc::clone(&self.exporter), batch.len() as u64);
-            self.under_way = Some(tokio::spawn(async move {
+            let rest = self.queue.split_off(self.queue.len().min(BATCH_SPANS));
+            let batch = std::mem::replace(&mut self.queue, rest);
+            let (exporter, spans) = (Arc::clone(&self.exporter), batch.len() as u64);
+            let task = tokio::spawn(async move {
                 let sent = tokio::time::timeout(EXPORT_MAX, exporter.export(batch)).await;
-                let done = match sent {
-                    Ok(done) => done.map_err(|error| error.to_string()),
-                    Err(_) => Err(format!("no answer within {} s", EXPORT_MAX.as_secs())),
-                };
-                (done, count)
-            }));
+                sent.map_err(|_| ExportError::Timeout)?.map_err(ExportError::from)
+            });
+            self.request = Some(Request { task, spans });
         }
     }
 
-    fn on_answer(&mut self, done: Result<(), String>, count: u64) {
-        match done {
+    fn on_answer(&mut self, result: Result<(), ExportError>, count: u64) {
+        match result {
             Ok(()) => {
                 self.counts.exported.fetch_add(count, Ordering::Relaxed);
-                self.rests_until = None;
+                self.paused_until = None;
                 if std::mem::take(&mut self.failing) {
-                    tracing::info!("the collector takes traces again");
+                    tracing::info!("export of traces to the collector resumed");
                 }
             }
-            Err(reason) => {
+            Err(error) => {
                 self.drop_spans(count);
-                self.rests_until = Some(Instant::now() + EXPORT_REST);
+                self.paused_until = Some(Instant::now() + EXPORT_PAUSE);
                 if !std::mem::replace(&mut self.failing, true) {
-                    tracing::warn!(
-                        reason,
-                        "the collector does not take traces; training goes on without them"
-                    );
+                    tracing::warn!(%error, "traces are not exported; training continues");
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Brings what the lower crates say with `tracing` into a trace, where one is under way on the thread.
+//! Puts spans of the `tracing` crate into the trace that is active on the thread.
 
 use opentelemetry::Context;
 use opentelemetry::trace::TraceContextExt;
@@ -11,15 +11,15 @@ use tracing_subscriber::filter::DynFilterFn;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{Layer, reload};
 
-/// The target of spans that belong into traces.
+/// The target of `tracing` spans that belong to traces.
 pub const TARGET: &str = "volary::trace";
 
 type Install = Box<dyn Fn(SdkTracer) + Send + Sync>;
 
 static INSTALL: OnceLock<Install> = OnceLock::new();
 
-/// The layer, for the process's subscriber; it is silent until [`install`] gives it a tracer, since the log starts before it is known
-/// which run this is.
+/// The layer for the process's subscriber. It is inactive until [`install`] sets its tracer: the log starts
+/// before the run is known.
 pub fn layer<S>() -> impl Layer<S>
 where
     S: Subscriber + for<'span> LookupSpan<'span> + Send + Sync,
@@ -31,13 +31,13 @@ where
             .with_location(false)
             .with_threads(false)
             .with_tracked_inactivity(false);
-        // The subscriber lives as long as the process.
+        // It fails only without a subscriber, which lives as long as the process.
         let _ = handle.reload(Some(layer));
     };
-    // A second start, in a test process, keeps the first.
+    // A second layer, in a test process, does not replace the first.
     let _ = INSTALL.set(Box::new(install));
     let is_ours = |metadata: &Metadata<'_>| metadata.target() == TARGET;
-    // Without a trace under way a span would begin one of its own.
+    // Without an active trace, a span would start one.
     let filter = DynFilterFn::new(move |metadata, _| {
         is_ours(metadata) && Context::map_current(|context| context.span().span_context().is_sampled())
     });
@@ -46,7 +46,7 @@ where
     }))
 }
 
-/// Gives the layer its tracer.
+/// Sets the tracer of the layer.
 pub fn install(tracer: SdkTracer) {
     if let Some(install) = INSTALL.get() {
         install(tracer);

@@ -1,17 +1,19 @@
-//! What Volary lets people see.
+//! Observability of a run: traces, metrics, TensorBoard files.
 //!
-//! | file | what |
+//! | module | contents |
 //! | --- | --- |
-//! | [`span`] | spans and where they go; nothing, where a step is not traced |
-//! | [`pipeline`] | from the span's end to the collector and to the run's own traces, never in the way of training |
-//! | `export` | the way to a collector |
-//! | [`record`], [`store`] | a span as it is kept, and the bounded folder of traces |
-//! | [`render`] | a trace as a tree, as a file for Perfetto, as a page |
+//! | [`span`] | spans and their scopes; both empty where a step is not traced |
+//! | [`pipeline`] | ended spans, to the collector and the run's trace store, without blocking training |
+//! | `export` | export to a collector over OTLP |
+//! | [`layer`] | spans of the `tracing` crate within a trace |
+//! | [`record`], [`store`] | a span in its stored form, and the bounded directory of traces |
+//! | [`render`] | a trace as a tree, a file for Perfetto, a web page; the paths of sampled tokens |
 //! | [`metrics`] | OpenMetrics of supervisor and node |
 //! | [`tensorboard`] | event files for TensorBoard |
+//! | [`limits`] | every bound |
 //!
-//! Other crates make no traces by themselves: what lies below the actors speaks `tracing`, and [`layer`] brings it into a trace
-//! where one is under way.
+//! The crates below the actors only use `tracing`; [`layer`] puts their spans into the trace that is active
+//! on the thread.
 
 mod export;
 pub mod layer;
@@ -24,7 +26,7 @@ pub mod span;
 pub mod store;
 pub mod tensorboard;
 
-pub use pipeline::{Identity, Keep, Pipeline, SpanCounts};
+pub use pipeline::{Identity, Pipeline, SpanCounts, StoreSpans};
 pub use record::SpanRecord;
 pub use span::{Meter, Scope, Span, SpanIdentity, SpanKind, Tracer};
 pub use store::{Trace, TraceStore};

@@ -1,24 +1,26 @@
-//! Every bound of what people are shown, in one place.
+//! Every bound of the telemetry, in one place.
 
 use std::time::Duration;
 
-/// Spans that wait to be kept and exported; what comes beyond is dropped and counted.
+/// Spans in the queue before storage and export; more are dropped and counted.
 pub const QUEUE_SPANS: usize = 8192;
 /// Spans in one request to a collector.
 pub const BATCH_SPANS: usize = 512;
-/// How long spans wait for others before they go out together.
+/// Wait for further spans before a batch is stored and exported.
 pub const BATCH_WAIT: Duration = Duration::from_millis(200);
-/// How long a request to a collector may take.
+/// Duration of a request to a collector.
 pub const EXPORT_MAX: Duration = Duration::from_secs(5);
-/// How long a collector that failed is left alone; what comes meanwhile is dropped and counted.
-pub const EXPORT_REST: Duration = Duration::from_secs(5);
-/// How long the last spans may take at the end of a process.
+/// Pause after a failed request to a collector; spans are dropped and counted meanwhile.
+pub const EXPORT_PAUSE: Duration = Duration::from_secs(5);
+/// Duration of the last storage and export at the end of a process.
 pub const FLUSH_MAX: Duration = Duration::from_secs(2);
-/// Spans of one trace that are kept with the run.
+/// Stored spans of one trace.
 pub const SPANS_PER_TRACE_MAX: usize = 8192;
-/// Bytes of one trace that are kept with the run.
+/// Stored bytes of one trace.
 pub const TRACE_BYTES_MAX: u64 = 16 << 20;
-/// Bytes of one span on its way to the supervisor.
+/// Bytes of one encoded span.
 pub const SPAN_BYTES_MAX: usize = 16 << 10;
-/// Attributes that one span may have.
-pub const ATTRIBUTES_MAX: usize = 64;
+/// Lower bound of the first bucket of the duration histograms, in seconds.
+pub const HISTOGRAM_SECONDS_MIN: f64 = 0.0005;
+/// Buckets of the duration histograms; each is twice as wide as the previous one, the last ends at 32.8 s.
+pub const HISTOGRAM_BUCKETS: u16 = 17;

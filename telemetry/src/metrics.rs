@@ -1,4 +1,7 @@
-//! OpenMetrics of a process: a registry with what supervisor and node measure, and what is looked up when somebody asks.
+//! OpenMetrics of supervisor and node: a registry each, with hooks that run before a scrape.
+//!
+//! Names follow the Prometheus conventions: `volary_` as namespace, base units as suffix, `_total` for
+//! counters (appended by the encoder).
 
 mod node;
 mod supervisor;
@@ -6,26 +9,27 @@ mod supervisor;
 pub use node::{ExecutorTotals, NodeMetrics, Phase};
 pub use supervisor::SupervisorMetrics;
 
+use crate::limits::{HISTOGRAM_BUCKETS, HISTOGRAM_SECONDS_MIN};
 use crate::pipeline::SpanCounts;
+use parking_lot::Mutex;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The content type of [`Scrape::encode`].
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-type Look = Box<dyn Fn() + Send>;
+type Hook = Box<dyn Fn() + Send>;
 
-/// What one process has measured, for whoever scrapes it.
+/// The metrics of one process.
 #[derive(Default)]
 pub struct Scrape {
     registry: Registry,
-    /// What is looked up only when somebody asks.
-    looks: Mutex<Vec<Look>>,
+    hooks: Mutex<Vec<Hook>>,
 }
 
 impl std::fmt::Debug for Scrape {
@@ -35,19 +39,15 @@ impl std::fmt::Debug for Scrape {
 }
 
 impl Scrape {
-    fn looks(&self) -> MutexGuard<'_, Vec<Look>> {
-        self.looks.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Runs `update` before each scrape.
+    pub fn before_scrape(&self, update: impl Fn() + Send + 'static) {
+        self.hooks.lock().push(Box::new(update));
     }
 
-    /// Before each scrape, `look` brings figures up to date.
-    pub fn before_scrape(&self, look: impl Fn() + Send + 'static) {
-        self.looks().push(Box::new(look));
-    }
-
-    /// All figures in the OpenMetrics text format.
+    /// All metrics in the OpenMetrics text format.
     #[must_use]
     pub fn encode(&self) -> String {
-        self.looks().iter().for_each(|look| look());
+        self.hooks.lock().iter().for_each(|update| update());
         let mut text = String::new();
         // Writing to a string cannot fail.
         let _ = prometheus_client::encoding::text::encode(&mut text, &self.registry);
@@ -55,10 +55,10 @@ impl Scrape {
     }
 }
 
-/// A part of a step.
+/// A phase of a step or of a recovery.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct PartLabel {
-    part: &'static str,
+struct PhaseLabel {
+    phase: &'static str,
 }
 
 /// A link and a direction.
@@ -69,7 +69,7 @@ struct LinkLabel {
     direction: &'static str,
 }
 
-/// What links have carried, in both directions.
+/// Bytes of links, by direction.
 #[derive(Clone, Debug, Default)]
 struct LinkBytes(Family<LinkLabel, Counter>);
 
@@ -82,62 +82,61 @@ impl LinkBytes {
     }
 }
 
-/// A link.
+/// A link between two nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PeerLabel {
     node: String,
     peer: String,
 }
 
-/// From half a millisecond to about half a minute.
+/// A histogram of durations from half a millisecond to half a minute.
 fn seconds_histogram() -> Histogram {
-    Histogram::new(exponential_buckets(0.0005, 2.0, 17))
+    Histogram::new(exponential_buckets(HISTOGRAM_SECONDS_MIN, 2.0, HISTOGRAM_BUCKETS))
 }
 
-/// Sets a counter to a total that somebody else counts.
+/// Sets a counter to a total that is counted elsewhere.
 fn set_total(counter: &Counter, total: u64) {
     counter.inner().store(total, Ordering::Relaxed);
 }
 
-/// Connections and frames that were turned away.
+/// Refused connections and frames.
 #[derive(Debug, Default)]
 struct Refusals(Counter);
 
 impl Refusals {
     fn register(&self, registry: &mut Registry) {
-        let what =
-            "Connections and frames that were turned away: strangers, rubbish, peers with no part in the run";
-        registry.register("volary_refused", what, self.0.clone());
+        let help =
+            "Refused connections and frames: unauthenticated, malformed, or from peers outside the run";
+        registry.register("volary_refusals", help, self.0.clone());
     }
 
-    /// There were so many so far.
-    fn look(&self, total: u64) {
+    fn set(&self, total: u64) {
         self.0.inc_by(total.saturating_sub(self.0.get()));
     }
 }
 
-/// What became of this process's spans.
+/// Spans of this process by their outcome.
 #[derive(Clone, Debug, Default)]
 struct SpanTotals {
-    kept: Counter,
+    stored: Counter,
     exported: Counter,
     dropped: Counter,
 }
 
 impl SpanTotals {
     fn register(&self, registry: &mut Registry) {
-        registry.register("volary_spans_kept", "Spans kept with the run", self.kept.clone());
-        registry.register("volary_spans_exported", "Spans that a collector took", self.exported.clone());
+        registry.register("volary_spans_stored", "Spans stored with the run", self.stored.clone());
+        registry.register("volary_spans_exported", "Spans exported to a collector", self.exported.clone());
         registry.register(
             "volary_spans_dropped",
-            "Spans dropped for want of room or of a collector",
+            "Spans dropped because a queue was full, a bound was exceeded or the collector failed",
             self.dropped.clone(),
         );
     }
 
-    fn look(&self, counts: &Arc<SpanCounts>) {
+    fn set(&self, counts: &Arc<SpanCounts>) {
         let all: [(&Counter, &AtomicU64); 3] = [
-            (&self.kept, &counts.kept),
+            (&self.stored, &counts.stored),
             (&self.exported, &counts.exported),
             (&self.dropped, &counts.dropped),
         ];

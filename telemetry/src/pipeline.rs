@@ -1,8 +1,8 @@
-//! A process's traces, from the spans that it makes to where they are kept and exported.
+//! A process's spans, from their end to their storage and export.
 //!
-//! Spans end on the threads that train; there they are only put into a bounded queue. One thread of its own takes them
-//! out, hands them to whoever keeps them with the run, and exports them to a collector if there is one. What does not find room is dropped
-//! and counted; a collector that cannot be reached is one warning.
+//! Spans end on the threads that train; there they only enter a bounded queue. A separate thread stores them
+//! with the run and exports them to a collector if one is configured. Spans beyond the queue are dropped and
+//! counted; an unreachable collector causes a single warning.
 
 use crate::export::{Export, Target};
 use crate::limits::{BATCH_WAIT, FLUSH_MAX, QUEUE_SPANS};
@@ -19,51 +19,76 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use volary_core::options::TelemetryOptions;
 
-/// Whose traces they are.
+/// The process of the traces.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// The run's name.
     pub run: String,
-    /// `supervisor`, or the node's name.
+    /// `supervisor`, or a node's name.
     pub process: String,
-    /// The node's device; none for a supervisor.
+    /// The node's device; `None` for a supervisor.
     pub device: Option<String>,
 }
 
-/// What becomes of the spans that are kept with the run. Called on the pipeline's own thread; returns how many were dropped.
-pub type Keep = Box<dyn FnMut(Vec<SpanRecord>) -> u64 + Send>;
+/// Stores spans with the run. Called on the pipeline's thread; returns the number of dropped spans.
+pub type StoreSpans = Box<dyn FnMut(Vec<SpanRecord>) -> u64 + Send>;
 
-/// What became of the spans so far.
+/// Spans by their outcome.
 #[derive(Debug, Default)]
 pub struct SpanCounts {
-    /// Handed to whoever keeps them with the run.
-    pub kept: AtomicU64,
-    /// Taken by a collector.
+    /// Stored with the run.
+    pub stored: AtomicU64,
+    /// Exported to a collector.
     pub exported: AtomicU64,
-    /// Dropped for want of room, or since the collector could not be reached.
+    /// Dropped because a queue was full, a bound was exceeded or the collector failed.
     pub dropped: AtomicU64,
 }
 
-enum Word {
+enum Message {
     Span(Box<SpanData>),
-    /// Spans of another process, to be kept.
+    /// Spans of another process.
     Records(Vec<SpanRecord>),
     Flush(oneshot::Sender<()>),
 }
 
-/// The traces of this process.
+/// The spans of this process.
+///
+/// ```
+/// use std::sync::mpsc;
+/// use volary_core::options::TelemetryOptions;
+/// use volary_telemetry::{Identity, Pipeline};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// let (sender, stored) = mpsc::channel();
+/// let store = Box::new(move |records: Vec<_>| {
+///     records.into_iter().for_each(|record| sender.send(record).expect("a receiver"));
+///     0
+/// });
+/// let identity = Identity { run: "demo".into(), process: "node-1".into(), device: None };
+/// let pipeline = Pipeline::start(&TelemetryOptions::default(), &identity, store)?;
+///
+/// let step = pipeline.tracer().root("step", None).with("volary.step", 7i64);
+/// drop(step.scope().span("lane"));
+/// drop(step);
+/// pipeline.flush().await;
+/// let names: Vec<String> = stored.try_iter().map(|record| record.name).collect();
+/// assert_eq!(names, ["lane", "step"]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Pipeline {
     sdk: SdkTracer,
-    words: mpsc::Sender<Word>,
+    messages: mpsc::Sender<Message>,
     counts: Arc<SpanCounts>,
-    // Its spans' context is gone with it.
+    // The tracer works only while its provider exists.
     _provider: SdkTracerProvider,
 }
 
 #[derive(Debug)]
 struct Queue {
-    words: mpsc::Sender<Word>,
+    messages: mpsc::Sender<Message>,
     counts: Arc<SpanCounts>,
 }
 
@@ -71,7 +96,7 @@ impl SpanProcessor for Queue {
     fn on_start(&self, _: &mut Span, _: &Context) {}
 
     fn on_end(&self, span: SpanData) {
-        if self.words.try_send(Word::Span(Box::new(span))).is_err() {
+        if self.messages.try_send(Message::Span(Box::new(span))).is_err() {
             self.counts.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -86,76 +111,81 @@ impl SpanProcessor for Queue {
 }
 
 impl Pipeline {
-    /// Starts the thread. Spans are exported where the options or the standard `OTEL_*` variables name a collector.
+    /// Starts the thread. Spans are exported if the options or the standard `OTEL_*` variables configure a
+    /// collector.
     ///
     /// # Errors
     /// When the thread does not start.
-    pub fn start(options: &TelemetryOptions, identity: &Identity, keep: Keep) -> std::io::Result<Self> {
-        let (words, queue) = mpsc::channel(QUEUE_SPANS);
+    pub fn start(
+        options: &TelemetryOptions,
+        identity: &Identity,
+        store: StoreSpans,
+    ) -> std::io::Result<Self> {
+        let (messages, queue) = mpsc::channel(QUEUE_SPANS);
         let counts = Arc::new(SpanCounts::default());
         let resource = resource(identity);
         let provider = SdkTracerProvider::builder()
-            .with_span_processor(Queue { words: words.clone(), counts: Arc::clone(&counts) })
+            .with_span_processor(Queue { messages: messages.clone(), counts: Arc::clone(&counts) })
             .with_resource(resource.clone())
             .build();
-        let target = Target::of(options);
+        let target = Target::from_environment(options);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let (process, own) = (identity.process.clone(), Arc::clone(&counts));
+        let (process, totals) = (identity.process.clone(), Arc::clone(&counts));
         std::thread::Builder::new().name("telemetry".into()).spawn(move || {
             runtime.block_on(async {
-                // The exporter needs the runtime from its first moment.
+                // The exporter must be created within the runtime.
                 let exporter = target.and_then(|target| target.exporter(&resource));
                 Worker {
                     process,
-                    keep,
-                    export: exporter.map(|e| Export::new(e, Arc::clone(&own))),
-                    counts: own,
+                    store,
+                    export: exporter.map(|e| Export::new(e, Arc::clone(&totals))),
+                    counts: totals,
                 }
                 .run(queue)
                 .await;
             });
         })?;
         let sdk = provider.tracer("volary");
-        Ok(Self { sdk, words, counts, _provider: provider })
+        Ok(Self { sdk, messages, counts, _provider: provider })
     }
 
-    /// What makes this process's traces.
+    /// The tracer of this process.
     #[must_use]
     pub fn tracer(&self) -> Tracer {
         Tracer::new(self.sdk.clone())
     }
 
-    /// The tracer for a `tracing` layer.
+    /// The tracer for [`crate::layer::install`].
     #[must_use]
     pub fn sdk_tracer(&self) -> SdkTracer {
         self.sdk.clone()
     }
 
-    /// Keeps another process's spans with the run.
-    pub fn keep(&self, records: Vec<SpanRecord>) {
+    /// Stores another process's spans with the run.
+    pub fn store(&self, records: Vec<SpanRecord>) {
         let count = records.len() as u64;
-        if self.words.try_send(Word::Records(records)).is_err() {
+        if self.messages.try_send(Message::Records(records)).is_err() {
             self.counts.dropped.fetch_add(count, Ordering::Relaxed);
         }
     }
 
-    /// Spans that were kept, as far as the pipeline knew, were lost after all.
-    pub fn lost(&self, count: u64) {
-        self.counts.kept.fetch_sub(count, Ordering::Relaxed);
+    /// Recounts stored spans as dropped, when they were lost later.
+    pub fn count_lost(&self, count: u64) {
+        self.counts.stored.fetch_sub(count, Ordering::Relaxed);
         self.counts.dropped.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// What became of the spans so far.
+    /// The totals of spans by their outcome.
     #[must_use]
     pub fn counts(&self) -> Arc<SpanCounts> {
         Arc::clone(&self.counts)
     }
 
-    /// Waits until all spans that have ended are kept and exported, but not for long.
+    /// Waits until all ended spans are stored and exported, at most [`FLUSH_MAX`].
     pub async fn flush(&self) {
         let (sender, done) = oneshot::channel();
-        if self.words.try_send(Word::Flush(sender)).is_ok() {
-            // Whoever is late is late; the process ends all the same.
+        if self.messages.try_send(Message::Flush(sender)).is_ok() {
+            // After a timeout the process ends all the same.
             let _ = tokio::time::timeout(FLUSH_MAX, done).await;
         }
     }
@@ -172,7 +202,7 @@ fn resource(identity: &Identity) -> Resource {
     ];
     attributes.extend(identity.device.as_ref().map(|device| KeyValue::new("volary.device", device.clone())));
     let builder = Resource::builder().with_attributes(attributes);
-    // One name for all processes, unless the environment says another.
+    // One name for all processes, unless the environment sets another.
     if std::env::var_os("OTEL_SERVICE_NAME").is_some() {
         builder.build()
     } else {
@@ -182,19 +212,20 @@ fn resource(identity: &Identity) -> Resource {
 
 struct Worker {
     process: String,
-    keep: Keep,
+    store: StoreSpans,
     export: Option<Export>,
     counts: Arc<SpanCounts>,
 }
 
 impl Worker {
-    /// Until nobody makes spans any more.
-    async fn run(mut self, mut queue: mpsc::Receiver<Word>) {
-        let mut words = Vec::new();
+    /// Runs until the last tracer is dropped.
+    async fn run(mut self, mut queue: mpsc::Receiver<Message>) {
+        let mut messages = Vec::new();
         loop {
             if let Some(export) = self.export.as_mut().filter(|export| export.is_busy()) {
-                // The collector's answer is looked at, and what waits is sent, also when nothing new comes.
-                let more = tokio::time::timeout(BATCH_WAIT, queue.recv_many(&mut words, QUEUE_SPANS)).await;
+                // Without new spans, the export still handles answers and sends its queue.
+                let more =
+                    tokio::time::timeout(BATCH_WAIT, queue.recv_many(&mut messages, QUEUE_SPANS)).await;
                 match more {
                     Ok(0) => return,
                     Ok(_) => {}
@@ -203,44 +234,44 @@ impl Worker {
                         continue;
                     }
                 }
-            } else if queue.recv_many(&mut words, QUEUE_SPANS).await == 0 {
+            } else if queue.recv_many(&mut messages, QUEUE_SPANS).await == 0 {
                 return;
             }
             let (mut records, mut flushed) = (Vec::new(), Vec::new());
-            for word in words.drain(..) {
-                match word {
-                    Word::Span(span) => {
+            for message in messages.drain(..) {
+                match message {
+                    Message::Span(span) => {
                         records.push(SpanRecord::new(&self.process, &span));
                         if let Some(export) = &mut self.export {
-                            export.put(*span);
+                            export.push(*span);
                         }
                     }
-                    Word::Records(more) => records.extend(more),
-                    Word::Flush(done) => flushed.push(done),
+                    Message::Records(more) => records.extend(more),
+                    Message::Flush(done) => flushed.push(done),
                 }
             }
-            self.keep_with_run(records);
+            self.store_with_run(records);
             if let Some(export) = &mut self.export {
                 export.send(!flushed.is_empty()).await;
             }
             if flushed.is_empty() {
-                // More of the same step is on its way.
+                // Further spans of the same step follow shortly.
                 tokio::time::sleep(BATCH_WAIT).await;
             }
             for done in flushed {
-                // Whoever waited may have given up.
+                // The caller may have timed out.
                 let _ = done.send(());
             }
         }
     }
 
-    fn keep_with_run(&mut self, records: Vec<SpanRecord>) {
+    fn store_with_run(&mut self, records: Vec<SpanRecord>) {
         if records.is_empty() {
             return;
         }
         let count = records.len() as u64;
-        let dropped = (self.keep)(records).min(count);
-        self.counts.kept.fetch_add(count - dropped, Ordering::Relaxed);
+        let dropped = (self.store)(records).min(count);
+        self.counts.stored.fetch_add(count - dropped, Ordering::Relaxed);
         self.counts.dropped.fetch_add(dropped, Ordering::Relaxed);
     }
 }

@@ -1,4 +1,4 @@
-//! A span as it is kept with the run: one JSON object per line.
+//! The stored form of a span: one JSON object per line.
 
 use opentelemetry::trace::{SpanId, Status};
 use opentelemetry::{KeyValue, Value};
@@ -10,48 +10,48 @@ use std::time::{SystemTime, UNIX_EPOCH};
 /// The attributes of a span or event.
 pub type Attributes = BTreeMap<String, serde_json::Value>;
 
-/// A span as it is kept with the run.
+/// The stored form of a span.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SpanRecord {
-    /// The trace: 32 hexadecimal digits.
+    /// The trace identifier, 32 hexadecimal digits.
     pub trace: String,
-    /// The span: 16 hexadecimal digits.
+    /// The span identifier, 16 hexadecimal digits.
     pub span: String,
-    /// The span above it.
+    /// The identifier of the parent span.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
-    /// What it is.
+    /// The name of the operation.
     pub name: String,
     /// `internal`, `producer` or `consumer`.
     pub kind: String,
-    /// Whose it is: `supervisor` or a node's name.
+    /// The process: `supervisor` or a node's name.
     pub process: String,
-    /// When it began, in nanoseconds since 1970.
+    /// The start, in nanoseconds since 1970.
     pub start_ns: u64,
-    /// How long it took, in nanoseconds.
+    /// The duration in nanoseconds.
     pub duration_ns: u64,
-    /// What is said about it.
+    /// The attributes.
     #[serde(default)]
     pub attributes: Attributes,
-    /// What happened in it.
+    /// The events.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub events: Vec<EventRecord>,
-    /// Spans of other traces that it has to do with, as `TRACE/SPAN`.
+    /// Links to spans of other traces, as `TRACE/SPAN`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub links: Vec<String>,
-    /// Why it did not come to its end.
+    /// The reason of a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
-/// Something that happened in a span.
+/// An event in a span.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EventRecord {
-    /// What.
+    /// The name.
     pub name: String,
-    /// When, in nanoseconds since 1970.
+    /// The time, in nanoseconds since 1970.
     pub at_ns: u64,
-    /// What is said about it.
+    /// The attributes.
     #[serde(default)]
     pub attributes: Attributes,
 }
@@ -108,19 +108,19 @@ impl SpanRecord {
         }
     }
 
-    /// When it ended, in nanoseconds since 1970.
+    /// The end, in nanoseconds since 1970.
     #[must_use]
     pub fn end_ns(&self) -> u64 {
         self.start_ns.saturating_add(self.duration_ns)
     }
 
-    /// A number that is said about it.
+    /// An integer attribute.
     #[must_use]
     pub fn number(&self, key: &str) -> Option<u64> {
         self.attributes.get(key)?.as_u64()
     }
 
-    /// A text that is said about it.
+    /// A text attribute.
     #[must_use]
     pub fn text(&self, key: &str) -> Option<&str> {
         self.attributes.get(key)?.as_str()

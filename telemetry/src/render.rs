@@ -1,4 +1,4 @@
-//! A kept trace for people: as a tree on the terminal, as a file for Perfetto, as a page.
+//! Renders stored traces: as a tree for terminals, as a file for Perfetto, as a web page.
 
 mod chrome;
 mod html;
@@ -8,9 +8,9 @@ mod token;
 pub use chrome::chrome;
 pub use html::html;
 pub use text::{list, tree};
-pub use token::{TokenWay, Visit, token_ways, ways_as_text};
+pub use token::{LayerVisit, RoutedExpert, TokenPath, paths_as_text, token_paths};
 
-/// A time for people: `950 ns`, `12.3 µs`, `4.56 ms`, `1.23 s`.
+/// A duration with three digits: `950 ns`, `12.3 µs`, `4.56 ms`, `1.23 s`.
 #[must_use]
 pub fn duration(nanoseconds: u64) -> String {
     let n = nanoseconds as f64;
@@ -46,9 +46,9 @@ pub(crate) mod testing {
         name: &str,
         process: &str,
         times: (u64, u64),
-        about: Value,
+        attributes: Value,
     ) -> SpanRecord {
-        let attributes: Attributes = serde_json::from_value(about).unwrap();
+        let attributes: Attributes = serde_json::from_value(attributes).unwrap();
         SpanRecord {
             trace: format!("{:032x}", 1),
             span: format!("{id:016x}"),
@@ -65,13 +65,13 @@ pub(crate) mod testing {
         }
     }
 
-    /// A step with one lane on `node-1`, whose token goes to experts here and on `node-2`.
+    /// A step with one lane on `node-1`, whose sampled token goes to experts on both nodes.
     pub(crate) fn step() -> Trace {
         let visit = |layer, experts: [i64; 2], nodes: [&str; 2], weights: [f64; 2], dropped: Value| {
             json!({
                 "volary.lane": 0, "volary.layer": layer, "volary.token.text": " the", "volary.token.id": 262,
                 "volary.token.position": 5, "volary.expert.first": experts[0], "volary.expert.second": experts[1],
-                "volary.expert.first.node": nodes[0], "volary.expert.second.node": nodes[1],
+                "volary.expert.first_node": nodes[0], "volary.expert.second_node": nodes[1],
                 "volary.gate.first": weights[0], "volary.gate.second": weights[1], "volary.token.dropped": dropped,
             })
         };

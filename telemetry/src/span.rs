@@ -1,7 +1,7 @@
-//! Spans: where new ones go, the spans themselves, and how long work waited and took.
+//! Spans, their scopes, and meters of queueing and compute time.
 //!
-//! Whether a step is traced is decided once, by the supervisor. Where it is not, a [`Scope`] is empty, and everything
-//! below costs a comparison: no span is made, no clock is read.
+//! The supervisor decides once whether a step is traced. If it is not, a [`Scope`] is empty and each call
+//! costs one comparison: no span is created, no clock is read.
 
 use opentelemetry::trace::{
     Link, Span as _, SpanContext, SpanId, Status, TraceContextExt, TraceFlags, TraceId, TraceState,
@@ -15,12 +15,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 pub use opentelemetry::trace::SpanKind;
 
-/// The identity of a span, as it crosses processes: W3C trace context in binary.
+/// The identity of a span for other processes: W3C trace context in binary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SpanIdentity {
-    /// The trace.
+    /// The trace identifier.
     pub trace_id: [u8; 16],
-    /// The span.
+    /// The span identifier.
     pub span_id: [u8; 8],
     /// Bit 0: sampled.
     pub flags: u8,
@@ -48,7 +48,7 @@ impl From<&SpanContext> for SpanIdentity {
     }
 }
 
-/// Makes traces; one that makes none is [`Tracer::default`].
+/// Starts traces. [`Tracer::default`] starts none.
 #[derive(Clone, Debug, Default)]
 pub struct Tracer(Option<SdkTracer>);
 
@@ -57,14 +57,14 @@ impl Tracer {
         Self(Some(tracer))
     }
 
-    /// The beginning of a trace, which may have begun before now.
+    /// Starts a trace with its root span, at `began` or now.
     #[must_use]
     pub fn root(&self, name: &'static str, began: Option<SystemTime>) -> Span {
         let Some(tracer) = &self.0 else { return Span::none() };
         Span::start(tracer, &Context::new(), name, SpanKind::Internal, began)
     }
 
-    /// Where the spans below another process's span go.
+    /// The scope below a span of another process.
     #[must_use]
     pub fn remote(&self, identity: SpanIdentity) -> Scope {
         let context = identity.context(true);
@@ -77,7 +77,7 @@ impl Tracer {
     }
 }
 
-/// Where new spans go: below a span, or nowhere.
+/// The parent of new spans, or none: then no spans are created.
 #[derive(Clone, Debug, Default)]
 pub struct Scope(Option<Arc<Inner>>);
 
@@ -92,19 +92,19 @@ impl Scope {
         Self(Some(Arc::new(Inner { tracer, parent: Context::new().with_remote_span_context(context) })))
     }
 
-    /// Whether spans go anywhere.
+    /// Whether spans are created.
     #[must_use]
     pub fn is_traced(&self) -> bool {
         self.0.is_some()
     }
 
-    /// A span that begins now.
+    /// Starts an internal span.
     #[must_use]
     pub fn span(&self, name: &'static str) -> Span {
         self.span_of(name, SpanKind::Internal)
     }
 
-    /// A span of a kind that begins now.
+    /// Starts a span of a given kind.
     #[must_use]
     pub fn span_of(&self, name: &'static str, kind: SpanKind) -> Span {
         match &self.0 {
@@ -113,7 +113,7 @@ impl Scope {
         }
     }
 
-    /// A span that began before now.
+    /// Starts an internal span at an earlier time.
     #[must_use]
     pub fn span_since(&self, name: &'static str, began: SystemTime) -> Span {
         match &self.0 {
@@ -122,14 +122,14 @@ impl Scope {
         }
     }
 
-    /// Runs blocking work with this scope in force, so that what only speaks `tracing` has its spans here.
+    /// Runs blocking work within this scope: spans of the `tracing` crate become its children.
     pub fn enter<T>(&self, work: impl FnOnce() -> T) -> T {
         let _guard = self.0.as_ref().map(|inner| inner.parent.clone().attach());
         work()
     }
 }
 
-/// A span, or nothing; it ends when it is dropped.
+/// A span, recorded or not. It ends when it is dropped.
 #[derive(Debug)]
 pub struct Span(Option<Box<Live>>);
 
@@ -159,34 +159,34 @@ impl Span {
             builder = builder.with_start_time(began);
         }
         let span = builder.start_with_context(tracer, parent);
-        // The standard sampler of the environment may say no.
+        // The sampler of the environment may decline.
         if !span.is_recording() {
             return Self::none();
         }
         Self(Some(Box::new(Live { tracer: tracer.clone(), span, meter: None })))
     }
 
-    /// Whether it is recorded: what is costly to say need not be said otherwise.
+    /// Whether it is recorded. If not, costly attributes need not be computed.
     #[must_use]
     pub fn is_recorded(&self) -> bool {
         self.0.is_some()
     }
 
-    /// Says something about it.
+    /// Sets an attribute.
     pub fn set(&mut self, key: &'static str, value: impl Into<Value>) {
         if let Some(live) = &mut self.0 {
             live.span.set_attribute(KeyValue::new(key, value));
         }
     }
 
-    /// As [`Span::set`], for a span that has just begun.
+    /// [`Span::set`] as a builder.
     #[must_use]
     pub fn with(mut self, key: &'static str, value: impl Into<Value>) -> Self {
         self.set(key, value);
         self
     }
 
-    /// Says something that is a list.
+    /// Sets a list attribute.
     pub fn set_list(&mut self, key: &'static str, values: impl IntoIterator<Item = String>) {
         if let Some(live) = &mut self.0 {
             let values = values.into_iter().map(StringValue::from).collect();
@@ -194,14 +194,14 @@ impl Span {
         }
     }
 
-    /// Something that happened in it, now.
+    /// Adds an event with one attribute, now.
     pub fn event(&mut self, name: &'static str, key: &'static str, value: impl Into<Value>) {
         if let Some(live) = &mut self.0 {
             live.span.add_event(name, vec![KeyValue::new(key, value)]);
         }
     }
 
-    /// Another span that it has to do with, in another trace.
+    /// Links a span of another trace.
     pub fn link(&mut self, other: SpanIdentity) {
         let context = other.context(false);
         if let Some(live) = &mut self.0
@@ -212,14 +212,14 @@ impl Span {
         }
     }
 
-    /// It did not come to its end.
+    /// Sets the status to an error.
     pub fn fail(&mut self, reason: &str) {
         if let Some(live) = &mut self.0 {
             live.span.set_status(Status::error(reason.to_owned()));
         }
     }
 
-    /// Where the spans below it go.
+    /// The scope of its children.
     #[must_use]
     pub fn scope(&self) -> Scope {
         match &self.0 {
@@ -228,19 +228,19 @@ impl Span {
         }
     }
 
-    /// Its identity for the wire; all zero when it is not recorded.
+    /// Its identity for other processes; all zeros when it is not recorded.
     #[must_use]
     pub fn identity(&self) -> SpanIdentity {
         self.0.as_ref().map(|live| SpanIdentity::from(live.span.span_context())).unwrap_or_default()
     }
 
-    /// What measures the work done for it: it ends up in `volary.queue_us` and `volary.compute_us`.
+    /// A meter of its device jobs, for the attributes `volary.queue_us` and `volary.compute_us`.
     #[must_use]
     pub fn meter(&mut self) -> Meter {
         Meter(self.0.as_mut().map(|live| Arc::clone(live.meter.get_or_insert_default())))
     }
 
-    /// Ends it at another time than now.
+    /// Ends it at a given time.
     pub fn end_at(mut self, when: SystemTime) {
         if let Some(live) = self.0.take() {
             live.end(Some(when));
@@ -271,8 +271,8 @@ impl Drop for Span {
     }
 }
 
-/// How long the jobs of a span waited for the device, the longest of them, and how long they took on it, added up: several may run
-/// at once.
+/// The device times of a span's jobs: the longest queueing time, and the total compute time; jobs may run in
+/// parallel.
 #[derive(Clone, Debug, Default)]
 pub struct Meter(Option<Arc<Measured>>);
 
@@ -283,7 +283,7 @@ struct Measured {
 }
 
 impl Meter {
-    /// Takes a job that was queued at one time and began at another, and has just ended.
+    /// Adds a job that has just ended, with the times at which it was queued and started.
     pub fn add(&self, queued: Instant, began: Instant) {
         if let Some(measured) = &self.0 {
             let ns = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);

@@ -1,4 +1,4 @@
-//! The traces that are kept with a run: a file each, the newest so many.
+//! The trace store of a run: a directory with one file per trace, bounded to the newest traces.
 
 use crate::limits::{SPAN_BYTES_MAX, SPANS_PER_TRACE_MAX, TRACE_BYTES_MAX};
 use crate::record::SpanRecord;
@@ -8,19 +8,33 @@ use std::io::{self, BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// The folder of a run's traces, for whoever writes them.
+/// The writer of a trace directory.
+///
+/// ```
+/// use volary_telemetry::{SpanRecord, TraceStore, store};
+///
+/// let directory = tempfile::tempdir()?;
+/// let mut traces = TraceStore::open(directory.path(), 100)?;
+/// let span: SpanRecord = serde_json::from_str(
+///     r#"{"trace": "000000000000000000000000000000ff", "span": "00000000000000ff", "name": "step",
+///         "kind": "internal", "process": "supervisor", "start_ns": 1000, "duration_ns": 500}"#,
+/// )?;
+/// assert_eq!(traces.append(std::slice::from_ref(&span))?, 0);
+/// assert_eq!(store::read(directory.path())?[0].root(), Some(&span));
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct TraceStore {
     folder: PathBuf,
-    keep: usize,
-    /// The traces that are there, oldest first, and the bytes of each.
+    traces_max: usize,
+    /// The stored traces, oldest first, and the bytes of each.
     traces: VecDeque<(String, u64)>,
 }
 
-/// A trace that was kept.
+/// A stored trace.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Trace {
-    /// Its spans, by the time at which they began.
+    /// Its spans, by their start.
     pub spans: Vec<SpanRecord>,
 }
 
@@ -32,8 +46,8 @@ fn file(folder: &Path, id: &str) -> PathBuf {
     folder.join(format!("{id}.jsonl"))
 }
 
-/// The traces in a folder, oldest first.
-fn found(folder: &Path) -> io::Result<Vec<(SystemTime, String, u64)>> {
+/// The traces in a directory, oldest first.
+fn list(folder: &Path) -> io::Result<Vec<(SystemTime, String, u64)>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
@@ -49,19 +63,19 @@ fn found(folder: &Path) -> io::Result<Vec<(SystemTime, String, u64)>> {
 }
 
 impl TraceStore {
-    /// Opens the folder, or makes it. At most `keep` traces stay in it.
+    /// Opens or creates a directory that stores at most `traces_max` traces.
     ///
     /// # Errors
-    /// When the folder cannot be made or read.
-    pub fn open(folder: impl Into<PathBuf>, keep: usize) -> io::Result<Self> {
+    /// When the directory cannot be created or read.
+    pub fn open(folder: impl Into<PathBuf>, traces_max: usize) -> io::Result<Self> {
         let folder = folder.into();
         fs::create_dir_all(&folder)?;
-        let traces = found(&folder)?.into_iter().map(|(_, id, bytes)| (id, bytes)).collect();
-        Ok(Self { folder, keep: keep.max(1), traces })
+        let traces = list(&folder)?.into_iter().map(|(_, id, bytes)| (id, bytes)).collect();
+        Ok(Self { folder, traces_max: traces_max.max(1), traces })
     }
 
-    /// Keeps spans with the others of their traces. What is over a bound, or came from a stranger to the format, is not kept.
-    /// Returns how many that were.
+    /// Appends spans to their traces. Spans beyond a bound or with an invalid trace identifier are dropped;
+    /// returns their number.
     ///
     /// # Errors
     /// When a file cannot be written.
@@ -81,7 +95,7 @@ impl TraceStore {
         for (id, lines) in by_trace {
             dropped += self.append_to(id, &lines)?;
         }
-        self.forget_the_oldest();
+        self.remove_oldest();
         Ok(dropped)
     }
 
@@ -99,23 +113,23 @@ impl TraceStore {
         Ok(0)
     }
 
-    fn forget_the_oldest(&mut self) {
-        while self.traces.len() > self.keep {
+    fn remove_oldest(&mut self) {
+        while self.traces.len() > self.traces_max {
             if let Some((id, _)) = self.traces.pop_front() {
-                // Somebody may have removed it before.
+                // It may have been removed already.
                 let _ = fs::remove_file(file(&self.folder, &id));
             }
         }
     }
 }
 
-/// Reads all traces of a folder, oldest first. Lines that are no spans (a process that died while it wrote) are left out.
+/// Reads all traces of a directory, oldest first. Invalid lines, which a crash may leave, are skipped.
 ///
 /// # Errors
-/// When the folder or a file cannot be read.
+/// When the directory or a file cannot be read.
 pub fn read(folder: &Path) -> io::Result<Vec<Trace>> {
     let mut traces = Vec::new();
-    for (_, id, _) in found(folder)? {
+    for (_, id, _) in list(folder)? {
         let lines = BufReader::new(File::open(file(folder, &id))?).lines();
         let mut spans = Vec::new();
         for line in lines.take(SPANS_PER_TRACE_MAX) {
@@ -131,30 +145,30 @@ pub fn read(folder: &Path) -> io::Result<Vec<Trace>> {
 }
 
 impl Trace {
-    /// The span above all others, when it was kept.
+    /// The root span, if it was stored.
     #[must_use]
     pub fn root(&self) -> Option<&SpanRecord> {
         self.spans.iter().find(|span| span.parent.is_none())
     }
 
-    /// Its name: that of its root.
+    /// The name of the root span.
     #[must_use]
     pub fn name(&self) -> &str {
-        self.root().map_or("(the root was not kept)", |root| &root.name)
+        self.root().map_or("(root span missing)", |root| &root.name)
     }
 
-    /// The step that it is about.
+    /// The training step.
     #[must_use]
     pub fn step(&self) -> Option<u64> {
         self.spans.iter().find_map(|span| span.number("volary.step"))
     }
 
-    /// The spans right below one.
+    /// The children of a span.
     pub fn children<'a>(&'a self, parent: &'a SpanRecord) -> impl Iterator<Item = &'a SpanRecord> {
         self.spans.iter().filter(|span| span.parent.as_deref() == Some(&parent.span))
     }
 
-    /// The spans whose parents were not kept, roots included.
+    /// The spans without a stored parent, root included.
     pub fn tops(&self) -> impl Iterator<Item = &SpanRecord> {
         self.spans.iter().filter(|span| {
             let parent = span.parent.as_deref();
@@ -186,11 +200,11 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_traces_are_kept_and_read_back_as_they_were() {
+    fn the_newest_traces_are_stored_and_read_back_intact() {
         let temp = tempfile::tempdir().unwrap();
         let mut store = TraceStore::open(temp.path().join("traces"), 3).unwrap();
         for trace in 1..=5 {
-            // The parts of one trace come at different times.
+            // The spans of one trace arrive at different times.
             assert_eq!(store.append(&[span(trace, 1)]).unwrap(), 0);
             assert_eq!(store.append(&[span(trace, 0), span(trace, 2)]).unwrap(), 0);
         }
@@ -198,26 +212,26 @@ mod tests {
         assert_eq!(traces.iter().filter_map(Trace::step).collect::<Vec<_>>(), [3, 4, 5]);
         assert_eq!(traces[0].spans, [span(3, 0), span(3, 1), span(3, 2)]);
         assert_eq!(traces[0].root(), Some(&span(3, 0)));
-        // A store that is opened again goes on with what is there.
-        let mut again = TraceStore::open(temp.path().join("traces"), 3).unwrap();
-        again.append(&[span(6, 0)]).unwrap();
+        // A reopened store continues with the stored traces.
+        let mut reopened = TraceStore::open(temp.path().join("traces"), 3).unwrap();
+        reopened.append(&[span(6, 0)]).unwrap();
         assert_eq!(read(&temp.path().join("traces")).unwrap().len(), 3);
     }
 
     #[test]
-    fn what_is_no_trace_or_too_long_is_not_kept() {
+    fn invalid_and_oversized_spans_are_dropped() {
         let temp = tempfile::tempdir().unwrap();
         let mut store = TraceStore::open(temp.path(), 3).unwrap();
-        let mut stranger = span(1, 0);
-        stranger.trace = "../../escape".into();
-        let mut endless = span(1, 0);
-        endless.name = "x".repeat(SPAN_BYTES_MAX);
-        assert_eq!(store.append(&[stranger, endless]).unwrap(), 2);
+        let mut invalid = span(1, 0);
+        invalid.trace = "../../escape".into();
+        let mut oversized = span(1, 0);
+        oversized.name = "x".repeat(SPAN_BYTES_MAX);
+        assert_eq!(store.append(&[invalid, oversized]).unwrap(), 2);
         assert_eq!(read(temp.path()).unwrap(), []);
     }
 
     #[test]
-    fn half_a_line_costs_only_itself() {
+    fn a_partial_line_is_skipped() {
         let temp = tempfile::tempdir().unwrap();
         let mut store = TraceStore::open(temp.path(), 3).unwrap();
         store.append(&[span(1, 0)]).unwrap();

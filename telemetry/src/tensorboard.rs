@@ -12,12 +12,12 @@ struct Event {
     wall_time: f64,
     #[prost(int64, tag = "2")]
     step: i64,
-    #[prost(oneof = "What", tags = "3, 5")]
-    what: Option<What>,
+    #[prost(oneof = "EventContent", tags = "3, 5")]
+    content: Option<EventContent>,
 }
 
 #[derive(Clone, PartialEq, prost::Oneof)]
-enum What {
+enum EventContent {
     #[prost(string, tag = "3")]
     FileVersion(String),
     #[prost(message, tag = "5")]
@@ -27,11 +27,11 @@ enum What {
 #[derive(Clone, PartialEq, prost::Message)]
 struct Summary {
     #[prost(message, repeated, tag = "1")]
-    value: Vec<Value>,
+    value: Vec<SummaryValue>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Value {
+struct SummaryValue {
     #[prost(string, tag = "1")]
     tag: String,
     #[prost(oneof = "Content", tags = "2, 5")]
@@ -64,18 +64,27 @@ struct Histogram {
     bucket: Vec<f64>,
 }
 
-/// One event file that grows. Several of them in a folder are one run to TensorBoard, which sorts by step.
+/// An event file. TensorBoard shows all event files of a directory as one run, sorted by step.
+///
+/// ```
+/// use volary_telemetry::tensorboard::{EventFile, Value};
+///
+/// let directory = tempfile::tempdir()?;
+/// let mut file = EventFile::create(directory.path())?;
+/// file.write(7, &[("train/loss".into(), Value::Scalar(2.5)), ("load".into(), Value::Counts(&[3, 0, 5]))])?;
+/// # Ok::<(), std::io::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct EventFile {
     file: File,
 }
 
-/// A figure of a step.
+/// A value of a step.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Figure<'a> {
+pub enum Value<'a> {
     /// A number.
     Scalar(f64),
-    /// How often each whole number from 0 occurred.
+    /// A histogram: the count of each integer from 0.
     Counts(&'a [u64]),
 }
 
@@ -94,42 +103,45 @@ fn now() -> f64 {
 }
 
 impl EventFile {
-    /// Makes a new event file in a folder.
+    /// Creates an event file in a directory.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the directory or the file cannot be written.
     pub fn create(folder: &Path) -> io::Result<Self> {
         std::fs::create_dir_all(folder)?;
         let began = now();
         let name = format!("events.out.tfevents.{:010}.volary.{}", began as u64, std::process::id());
         let mut file = File::options().create(true).append(true).open(folder.join(name))?;
-        let version =
-            Event { wall_time: began, step: 0, what: Some(What::FileVersion("brain.Event:2".into())) };
+        let version = Event {
+            wall_time: began,
+            step: 0,
+            content: Some(EventContent::FileVersion("brain.Event:2".into())),
+        };
         file.write_all(&record(&version))?;
         Ok(Self { file })
     }
 
-    /// Writes the figures of a step.
+    /// Writes the values of a step.
     ///
     /// # Errors
     /// When the file cannot be written.
-    pub fn write(&mut self, step: u64, figures: &[(String, Figure<'_>)]) -> io::Result<()> {
-        let value = |(tag, figure): &(String, Figure<'_>)| Value {
+    pub fn write(&mut self, step: u64, values: &[(String, Value<'_>)]) -> io::Result<()> {
+        let value = |(tag, value): &(String, Value<'_>)| SummaryValue {
             tag: tag.clone(),
-            content: Some(match figure {
-                Figure::Scalar(number) => Content::Scalar(*number as f32),
-                Figure::Counts(counts) => Content::Histogram(histogram(counts)),
+            content: Some(match value {
+                Value::Scalar(number) => Content::Scalar(*number as f32),
+                Value::Counts(counts) => Content::Histogram(histogram(counts)),
             }),
         };
-        let summary = Summary { value: figures.iter().map(value).collect() };
+        let summary = Summary { value: values.iter().map(value).collect() };
         let step = i64::try_from(step).unwrap_or(i64::MAX);
-        let event = Event { wall_time: now(), step, what: Some(What::Summary(summary)) };
-        // One write, so that a reader never sees half a record for long.
+        let event = Event { wall_time: now(), step, content: Some(EventContent::Summary(summary)) };
+        // One write, so that a reader rarely sees a partial record.
         self.file.write_all(&record(&event))
     }
 }
 
-/// A bucket for each number, so that expert `e` stands between `e - 0.5` and `e + 0.5`.
+/// A bucket for each integer: expert `e` is between `e - 0.5` and `e + 0.5`.
 fn histogram(counts: &[u64]) -> Histogram {
     let weighted =
         |of: fn(f64) -> f64| counts.iter().enumerate().map(|(e, &n)| of(e as f64) * n as f64).sum();
@@ -148,7 +160,7 @@ fn histogram(counts: &[u64]) -> Histogram {
 mod tests {
     use super::*;
 
-    /// Reads records as their description says, checksums included.
+    /// Reads records and verifies their checksums.
     fn read(mut bytes: &[u8]) -> Vec<Event> {
         let mut events = Vec::new();
         while !bytes.is_empty() {
@@ -163,24 +175,24 @@ mod tests {
     }
 
     #[test]
-    fn the_checksum_is_the_one_of_the_format() {
-        // CRC-32C of "123456789" is 0xe3069283 (RFC 3720, appendix B.4 uses the same polynomial); masked as in crc32c.h.
+    fn the_checksum_matches_the_format() {
+        // CRC-32C of "123456789" is 0xe3069283 (RFC 3720, appendix B.4 uses the same polynomial); masked as
+        // in crc32c.h.
         let masked = 0xe306_9283_u32.rotate_right(15).wrapping_add(0xa282_ead8);
         assert_eq!(mask(b"123456789"), masked.to_le_bytes());
     }
 
     #[test]
-    fn figures_are_read_back() {
+    fn values_are_read_back() {
         let temp = tempfile::tempdir().unwrap();
         let mut file = EventFile::create(temp.path()).unwrap();
         let counts = [3, 0, 5];
-        let figures =
-            [("loss".to_owned(), Figure::Scalar(2.5)), ("load".to_owned(), Figure::Counts(&counts))];
-        file.write(7, &figures).unwrap();
+        let values = [("loss".to_owned(), Value::Scalar(2.5)), ("load".to_owned(), Value::Counts(&counts))];
+        file.write(7, &values).unwrap();
         let path = std::fs::read_dir(temp.path()).unwrap().next().unwrap().unwrap().path();
         let events = read(&std::fs::read(path).unwrap());
-        assert_eq!(events[0].what, Some(What::FileVersion("brain.Event:2".into())));
-        let Some(What::Summary(summary)) = &events[1].what else { panic!("{events:?}") };
+        assert_eq!(events[0].content, Some(EventContent::FileVersion("brain.Event:2".into())));
+        let Some(EventContent::Summary(summary)) = &events[1].content else { panic!("{events:?}") };
         assert_eq!((events[1].step, summary.value[0].content.clone()), (7, Some(Content::Scalar(2.5))));
         let Some(Content::Histogram(h)) = &summary.value[1].content else { panic!("{summary:?}") };
         assert_eq!((h.num, h.sum, h.bucket_limit.clone()), (8.0, 10.0, vec![0.5, 1.5, 2.5]));

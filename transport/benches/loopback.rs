@@ -14,7 +14,7 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let (mut ours, mut bare) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
-        // Interleaved, so that a noisy neighbour disturbs both.
+        // Interleaved, so that a noisy neighbor affects both.
         let report = runtime.block_on(measure_loopback(TOTAL, FRAME)).expect("loopback");
         ours.push(report.gigabytes_per_second);
         bare.push(bare_quinn());
@@ -62,7 +62,7 @@ fn bare_quinn() -> f64 {
         block_on(async {
             let endpoint = endpoint(Some(server));
             address.send(endpoint.local_addr().expect("an address")).expect("the sender waits");
-            let connection = endpoint.accept().await.expect("a dialler").await.expect("a connection");
+            let connection = endpoint.accept().await.expect("a dialer").await.expect("a connection");
             for _ in 0..TOTAL / FRAME {
                 let mut stream = connection.accept_uni().await.expect("a stream");
                 while let Some(chunk) = stream.read_chunk(FRAME, true).await.expect("a chunk") {

@@ -1,4 +1,5 @@
-//! The accepting side of a handshake. The dialer's identity is proven here; admission is the caller's decision.
+//! The accepting side of a handshake. The dialer's identity is proven here; admission is the caller's
+//! decision.
 
 use crate::error::{Error, Result};
 use crate::handshake::{Answer, PeerRole, read_greeting};
@@ -83,7 +84,8 @@ fn peer_name(role: &PeerRole) -> &str {
     role.name().unwrap_or("operator")
 }
 
-/// Places for connections that are not admitted yet: anybody can dial a supervisor, so their memory is bounded.
+/// Places for connections that are not admitted yet: anybody can dial a supervisor, so their memory is
+/// bounded.
 #[derive(Clone, Debug)]
 pub(crate) struct Places(Arc<Semaphore>);
 

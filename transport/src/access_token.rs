@@ -1,8 +1,10 @@
-//! Tokens: what lets a node join and a person operate.
+//! Access tokens: the credentials with which nodes join and people operate.
 //!
-//! A token's text is `volary1.FINGERPRINT.ID.SECRET`. The fingerprint pins the cluster's authority, so that whoever
-//! holds the token knows the supervisor before it has spoken; the supervisor keeps only a hash of the secret.
+//! The text of an access token is `volary1.FINGERPRINT.ID.SECRET`. The fingerprint pins the cluster's
+//! authority, so that the holder can verify the supervisor from the first packet; the supervisor stores only
+//! a hash of the secret.
 
+use crate::limits::ACCESS_TOKEN_ID_MAX;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -10,18 +12,30 @@ use std::time::Duration;
 
 const PREFIX: &str = "volary1";
 
-/// What a token allows.
+/// The permission of an access token.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum AccessRole {
-    /// To join as a node.
+    /// Join as a node.
     Node,
-    /// To ask and order.
+    /// Query and control the run.
     Operator,
-    /// To look at the page.
+    /// View the dashboard.
     Viewer,
 }
 
-/// A token, with its secret.
+/// An access token with its secret.
+///
+/// ```
+/// use volary_transport::{AccessRole, AccessToken, AccessTokenTerms};
+///
+/// let (fingerprint, terms) = ([7; 32], AccessTokenTerms::default());
+/// let (token, record) = AccessToken::issue(fingerprint, AccessRole::Node, 1_000, terms)?;
+/// let copy: AccessToken = token.reveal().parse()?;
+/// assert_eq!(copy.id(), record.id);
+/// assert!(record.verify(&copy, AccessRole::Node, 1_001).is_ok());
+/// assert!(record.verify(&copy, AccessRole::Operator, 1_001).is_err());
+/// # Ok::<(), volary_transport::Error>(())
+/// ```
 #[derive(Clone, PartialEq, Eq)]
 pub struct AccessToken {
     fingerprint: [u8; 32],
@@ -35,55 +49,55 @@ impl fmt::Debug for AccessToken {
     }
 }
 
-/// Why a token is no good.
+/// Why an access token is invalid.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AccessTokenError {
-    /// It is no token at all.
-    #[error("this is no token: expected volary1.FINGERPRINT.ID.SECRET")]
+    /// The text has another format.
+    #[error("malformed access token: expected volary1.FINGERPRINT.ID.SECRET")]
     Malformed,
-    /// The supervisor has none of this id.
-    #[error("the token is not known here: it is another run's, or was revoked")]
+    /// The supervisor has no access token with this identifier.
+    #[error("unknown access token: it is of another run, or revoked")]
     Unknown,
-    /// The secret is another.
+    /// The secret differs.
     #[error("the access token's secret is wrong")]
     WrongSecret,
-    /// Its time is over.
+    /// Its lifetime is over.
     #[error("the access token has expired")]
     Expired,
-    /// It was used as often as it may be.
-    #[error("the token was used as often as it may be")]
+    /// It has no uses left.
+    #[error("the access token has no uses left")]
     UsedUp,
-    /// It is for something else.
-    #[error("the token is for something else")]
+    /// It has another role.
+    #[error("the access token is for another role")]
     WrongRole,
 }
 
-/// What the supervisor keeps of a token.
+/// The stored form of an access token, without its secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccessTokenRecord {
-    /// The token's name.
+    /// The identifier.
     pub id: String,
-    /// What it allows.
+    /// The permission.
     pub role: AccessRole,
-    /// When it was made, in seconds since 1970.
+    /// Time of issue, in seconds since 1970.
     pub created_unix_s: u64,
-    /// When it ends, in seconds since 1970; `None` is never.
+    /// Expiry, in seconds since 1970; `None` is never.
     pub expires_unix_s: Option<u64>,
-    /// How often it may still be used to join; `None` is without end.
+    /// Remaining joins; `None` is unlimited.
     pub uses_left: Option<u32>,
-    /// What whoever made it wrote on it, as `key=value`. A `zone` is that of the nodes that join with it.
+    /// Labels, as `key=value`. A `zone` is the zone of all nodes that join with the access token.
     pub labels: Vec<(String, String)>,
     hash: [u8; 32],
 }
 
-/// What a new token is to be.
+/// The terms of a new access token.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AccessTokenTerms {
-    /// How long it is good for; `None` is for ever.
+    /// Lifetime; `None` is unlimited.
     pub lifetime: Option<Duration>,
-    /// How often it may be used to join; `None` is without end.
+    /// Joins; `None` is unlimited.
     pub uses: Option<u32>,
-    /// What is written on it.
+    /// Labels, as in [`AccessTokenRecord::labels`].
     pub labels: Vec<(String, String)>,
 }
 
@@ -92,10 +106,10 @@ fn hash(secret: &[u8; 32]) -> [u8; 32] {
 }
 
 impl AccessToken {
-    /// A new token and what to keep of it; the token itself is shown once.
+    /// A new access token and its stored form.
     ///
     /// # Errors
-    /// When the machine has no randomness.
+    /// [`crate::Error::Identity`] when the machine provides no random numbers.
     pub fn issue(
         fingerprint: [u8; 32],
         role: AccessRole,
@@ -107,7 +121,7 @@ impl AccessToken {
         provider
             .secure_random
             .fill(&mut random)
-            .map_err(|_| crate::Error::identity("this machine has no randomness"))?;
+            .map_err(|_| crate::Error::identity("the machine provides no random numbers"))?;
         let mut secret = [0; 32];
         secret.copy_from_slice(&random[8..]);
         let id = hex(&random[..8]);
@@ -116,7 +130,7 @@ impl AccessToken {
         Ok((token, record))
     }
 
-    /// What to keep of a token that was made elsewhere.
+    /// The stored form of an access token that was issued elsewhere.
     #[must_use]
     pub fn record(&self, role: AccessRole, now_unix_s: u64, terms: AccessTokenTerms) -> AccessTokenRecord {
         let AccessTokenTerms { lifetime, uses, labels } = terms;
@@ -137,13 +151,13 @@ impl AccessToken {
         self.fingerprint
     }
 
-    /// The token's name, which is no secret.
+    /// The identifier, which is not secret.
     #[must_use]
     pub fn id(&self) -> &str {
         &self.id
     }
 
-    /// The token's text, secret included.
+    /// The text, with the secret.
     #[must_use]
     pub fn reveal(&self) -> String {
         format!("{PREFIX}.{}.{}.{}", hex(&self.fingerprint), self.id, hex(&self.secret))
@@ -151,10 +165,11 @@ impl AccessToken {
 }
 
 impl AccessTokenRecord {
-    /// Whether a token is this one, and good for `role` now. The comparison takes the same time whatever differs.
+    /// Checks an access token for a role at a time, in seconds since 1970. Secrets are compared in constant
+    /// time.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The reason why it is invalid.
     pub fn verify(
         &self,
         token: &AccessToken,
@@ -182,7 +197,7 @@ impl FromStr for AccessToken {
         let mut parts = text.trim().split('.');
         let mut next = || parts.next().ok_or(AccessTokenError::Malformed);
         let (prefix, fingerprint, id, secret) = (next()?, next()?, next()?, next()?);
-        if prefix != PREFIX || parts.next().is_some() || id.is_empty() || id.len() > 64 {
+        if prefix != PREFIX || parts.next().is_some() || id.is_empty() || id.len() > ACCESS_TOKEN_ID_MAX {
             return Err(AccessTokenError::Malformed);
         }
         Ok(Self { fingerprint: unhex(fingerprint)?, id: id.to_owned(), secret: unhex(secret)? })
@@ -216,14 +231,14 @@ mod tests {
     }
 
     #[test]
-    fn a_token_survives_its_text_and_its_debug_form_hides_the_secret() {
+    fn a_token_survives_its_text_and_its_debug_output_hides_the_secret() {
         let (token, _) = issue();
         assert_eq!(token.reveal().parse::<AccessToken>(), Ok(token.clone()));
         assert!(!format!("{token:?}").contains(&hex(&token.secret)));
     }
 
     #[test]
-    fn wrong_expired_and_misused_tokens_are_told_apart() {
+    fn wrong_expired_and_misused_tokens_are_distinguished() {
         let (token, record) = issue();
         assert_eq!(record.verify(&token, AccessRole::Node, 149), Ok(()));
         assert_eq!(record.verify(&token, AccessRole::Node, 150), Err(AccessTokenError::Expired));
@@ -234,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_no_token() {
+    fn arbitrary_text_is_not_a_token() {
         for text in ["", "hello", "volary1.00.a.b", "volary2.x.y.z", "é".repeat(70).as_str()] {
             assert_eq!(text.parse::<AccessToken>(), Err(AccessTokenError::Malformed), "{text}");
         }

@@ -1,8 +1,8 @@
-//! Notices at once that a process has died: by a TCP connection whose other end the kernel closes.
+//! Detects the death of a process at once, by a TCP connection that its kernel closes.
 //!
-//! QUIC learns of a death by silence alone, which must be long enough for a busy machine. A kernel that lives ends the
-//! connections of a process that does not, within milliseconds. A connection says nothing but a secret that its owner
-//! got over QUIC; to a stranger the port is good for nothing.
+//! QUIC detects a death by silence alone, with a timeout that must be long enough for a busy machine. The
+//! kernel closes the TCP connections of a dead process within milliseconds. A connection carries only a
+//! secret key that its owner got over QUIC; without one the port is useless.
 
 use crate::error::{Error, Result};
 use crate::limits::{CANARY_KEY_MAX, CANARY_STRANGERS_MAX};
@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 const KEY_BYTES: usize = 16;
 
-/// The secret that a canary is known by.
+/// The secret key of one connection to a canary.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct CanaryKey([u8; KEY_BYTES]);
 
@@ -33,15 +33,15 @@ impl CanaryKey {
     fn draw() -> Result<Self> {
         let mut bytes = [0; KEY_BYTES];
         let random = default_provider().secure_random;
-        random.fill(&mut bytes).map_err(|_| Error::identity("the machine gives no random numbers"))?;
+        random.fill(&mut bytes).map_err(|_| Error::identity("the machine provides no random numbers"))?;
         Ok(Self(bytes))
     }
 }
 
-/// Who is waited for: dropped when its canary ends, which its watch notices.
+/// The expected connections by their keys. Each side holds a channel half that is dropped at its end.
 type Expected = Arc<Mutex<HashMap<CanaryKey, (oneshot::Sender<()>, oneshot::Receiver<()>)>>>;
 
-/// The listening end; clones are the same one, which ends with the last of them.
+/// The listening end. It closes when it is dropped.
 #[derive(Debug)]
 pub struct Canary {
     address: SocketAddr,
@@ -56,11 +56,11 @@ impl Drop for Canary {
 }
 
 impl Canary {
-    /// Listens on the port that is given, or on any of the same host when that is taken. To be called in a tokio
+    /// Listens on a TCP port, or on any free port of the same host if it is in use. Call it in a tokio
     /// runtime.
     ///
     /// # Errors
-    /// When the host has no port left.
+    /// [`Error::Bind`] when the host has no free port.
     pub fn listen(address: SocketAddr) -> Result<Self> {
         let bind = |address: SocketAddr| {
             let listener = std::net::TcpListener::bind(address)?;
@@ -76,16 +76,16 @@ impl Canary {
         Ok(Self { address, expected, listener })
     }
 
-    /// Where it listens.
+    /// The listening address.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// A key for somebody, and what tells that the connection with this key has ended.
+    /// A key for one connection, and the watch that detects its end.
     ///
     /// # Errors
-    /// When the machine gives no random numbers.
+    /// [`Error::Identity`] when the machine provides no random numbers.
     pub fn expect(&self) -> Result<(CanaryKey, CanaryWatch)> {
         let key = CanaryKey::draw()?;
         let (held, ended) = oneshot::channel();
@@ -97,7 +97,7 @@ impl Canary {
     }
 }
 
-/// Tells when a connection has ended. Dropped, it ends the connection.
+/// Detects the end of one connection. The connection closes when the watch is dropped.
 #[derive(Debug)]
 pub struct CanaryWatch {
     key: CanaryKey,
@@ -107,9 +107,9 @@ pub struct CanaryWatch {
 }
 
 impl CanaryWatch {
-    /// Resolves when the connection that showed the key has ended; never, when none ever shows it.
+    /// Resolves when the connection with the key has ended; never if there was none.
     pub async fn ended(&mut self) {
-        // Nothing is ever sent: the other half goes when the connection does.
+        // Nothing is ever sent: the other half is dropped with the connection.
         let _ = (&mut self.ended).await;
     }
 }
@@ -124,7 +124,7 @@ async fn accept(listener: TcpListener, expected: Expected) {
     let strangers = Arc::new(Semaphore::new(CANARY_STRANGERS_MAX));
     loop {
         let Ok((stream, _)) = listener.accept().await else {
-            // Out of file descriptors, most likely: those who are connected go on.
+            // Most likely out of file descriptors; existing connections stay.
             tokio::time::sleep(CANARY_KEY_MAX).await;
             continue;
         };
@@ -132,9 +132,9 @@ async fn accept(listener: TcpListener, expected: Expected) {
         let expected = Arc::clone(&expected);
         tokio::spawn(async move {
             let mut stream = stream;
-            let Some((held, dropped)) = introduce(&mut stream, &expected).await else { return };
+            let Some((held, dropped)) = present_key(&mut stream, &expected).await else { return };
             drop(place);
-            // Nothing more is ever said: whatever comes, an end or a byte, ends it.
+            // Nothing more is expected: a byte ends the connection as its close does.
             tokio::select! {
                 _ = stream.read_u8() => {}
                 _ = dropped => {}
@@ -144,33 +144,33 @@ async fn accept(listener: TcpListener, expected: Expected) {
     }
 }
 
-async fn introduce(
+async fn present_key(
     stream: &mut TcpStream,
     expected: &Expected,
 ) -> Option<(oneshot::Sender<()>, oneshot::Receiver<()>)> {
     let mut key = [0; KEY_BYTES];
     tokio::time::timeout(CANARY_KEY_MAX, stream.read_exact(&mut key)).await.ok()?.ok()?;
-    // Looked up in a hash map under a random seed: its timing tells nothing about a secret of 128 bits.
+    // A hash map with a random seed: the timing of a lookup reveals nothing about a 128-bit secret.
     expected.lock().remove(&CanaryKey(key))
 }
 
-/// The holding end.
+/// The connecting end.
 #[derive(Debug)]
 pub struct CanaryHeld {
     stream: TcpStream,
 }
 
 impl CanaryHeld {
-    /// Resolves when the listening end has gone.
+    /// Resolves when the listening end has closed the connection.
     pub async fn ended(&mut self) {
         let _ = self.stream.read_u8().await;
     }
 }
 
-/// Connects to a canary and shows the key.
+/// Connects to a canary and presents the key.
 ///
 /// # Errors
-/// When nobody listens there.
+/// [`Error::Connection`] when no process listens there.
 pub async fn hold(address: SocketAddr, key: &CanaryKey) -> Result<CanaryHeld> {
     let broken = |error: std::io::Error| Error::connection(format!("the canary at {address}"), error);
     let connecting = TcpStream::connect(address);
@@ -193,44 +193,44 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn the_end_of_either_end_is_noticed_at_once() {
+    async fn the_close_of_either_end_is_detected_at_once() {
         let canary = listen();
         let (key, mut watch) = canary.expect().unwrap();
         let held = hold(canary.address(), &key).await.unwrap();
-        assert!(tokio::time::timeout(SOON, watch.ended()).await.is_err(), "it lives");
+        assert!(tokio::time::timeout(SOON, watch.ended()).await.is_err(), "it is open");
         drop(held);
-        tokio::time::timeout(SOON, watch.ended()).await.expect("its end is noticed");
+        tokio::time::timeout(SOON, watch.ended()).await.expect("its close is detected");
 
         let (key, watch) = canary.expect().unwrap();
         let mut held = hold(canary.address(), &key).await.unwrap();
         tokio::time::sleep(SOON / 10).await;
         drop(watch);
-        tokio::time::timeout(SOON, held.ended()).await.expect("the listener's end is noticed");
+        tokio::time::timeout(SOON, held.ended()).await.expect("the listener's close is detected");
     }
 
     #[tokio::test]
-    async fn a_stranger_ends_nothing() {
+    async fn an_unknown_key_closes_no_other_connection() {
         let canary = listen();
         let (key, mut watch) = canary.expect().unwrap();
         let _held = hold(canary.address(), &key).await.unwrap();
         let mut stranger = hold(canary.address(), &CanaryKey([7; KEY_BYTES])).await.unwrap();
-        tokio::time::timeout(SOON, stranger.ended()).await.expect("it is turned away");
-        // The key is good once: who shows it again is a stranger as well.
-        let mut again = hold(canary.address(), &key).await.unwrap();
-        tokio::time::timeout(SOON, again.ended()).await.expect("it is turned away");
-        assert!(tokio::time::timeout(SOON, watch.ended()).await.is_err(), "the first one lives");
+        tokio::time::timeout(SOON, stranger.ended()).await.expect("it is refused");
+        // A key is valid once.
+        let mut second = hold(canary.address(), &key).await.unwrap();
+        tokio::time::timeout(SOON, second.ended()).await.expect("it is refused");
+        assert!(tokio::time::timeout(SOON, watch.ended()).await.is_err(), "the first one is open");
     }
 
     #[tokio::test]
-    async fn who_says_nothing_is_cut_off() {
+    async fn a_connection_without_a_key_is_closed() {
         let canary = listen();
         let mut silent = TcpStream::connect(canary.address()).await.unwrap();
         let cut = tokio::time::timeout(CANARY_KEY_MAX * 2, silent.read_u8()).await;
-        assert!(cut.expect("it is cut off").is_err());
+        assert!(cut.expect("it is closed").is_err());
     }
 
     #[test]
-    fn a_key_does_not_show_itself() {
+    fn a_key_is_hidden_in_debug_output() {
         assert_eq!(format!("{:?}", CanaryKey([1; KEY_BYTES])), "CanaryKey");
     }
 }

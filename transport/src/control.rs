@@ -35,8 +35,8 @@ impl ControlSender {
     /// Sends a message.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when it is larger than [`CONTROL_BYTES_MAX`], [`Error::Connection`] when the connection is
-    /// closed.
+    /// [`Error::Malformed`] when it is larger than [`CONTROL_BYTES_MAX`], [`Error::Connection`] when the
+    /// connection is closed.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<()> {
         self.send_within(message, CONTROL_BYTES_MAX).await
     }
@@ -62,11 +62,12 @@ impl ControlReceiver {
         Self(Box::new(messages))
     }
 
-    /// The next message, or `None` at the end of the stream. Not cancel-safe: a message may be lost with a dropped
-    /// future.
+    /// The next message, or `None` at the end of the stream. Not cancel-safe: a message may be lost with a
+    /// dropped future.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when the bytes are not such a message, [`Error::Connection`] when the connection is closed.
+    /// [`Error::Malformed`] when the bytes are not such a message, [`Error::Connection`] when the connection
+    /// is closed.
     pub async fn recv<T: DeserializeOwned>(&mut self) -> Result<Option<T>> {
         self.recv_bytes(CONTROL_BYTES_MAX).await?.as_deref().map(decode).transpose()
     }

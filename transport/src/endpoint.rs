@@ -21,7 +21,8 @@ use std::sync::atomic::Ordering;
 
 const REVOKED: &str = "the certificate is revoked";
 
-/// One socket and its links. Clones are handles of the same endpoint; it closes when the last of them is dropped.
+/// One socket and its links. Clones are handles of the same endpoint; it closes when the last of them is
+/// dropped.
 #[derive(Clone, Debug)]
 pub struct Endpoint {
     shared: Arc<Shared>,
@@ -156,8 +157,8 @@ impl Endpoint {
         self.shared.socket.accept().await
     }
 
-    /// Revokes certificates, by their SHA-256 hashes: [`Endpoint::accept_peer`] and [`Endpoint::connect`] refuse their
-    /// holders from now on. Existing links stay.
+    /// Revokes certificates, by their SHA-256 hashes: [`Endpoint::accept_peer`] and [`Endpoint::connect`]
+    /// refuse their holders from now on. Existing links stay.
     pub fn revoke(&self, fingerprints: impl IntoIterator<Item = [u8; 32]>) {
         self.shared.revoked.write().extend(fingerprints);
     }
@@ -168,7 +169,8 @@ impl Endpoint {
         certificate.is_some_and(|certificate| self.shared.revoked.read().contains(&certificate))
     }
 
-    /// The next link from another node, or `None` when the endpoint is closed; all other connections are refused.
+    /// The next link from another node, or `None` when the endpoint is closed; all other connections are
+    /// refused.
     pub async fn next_peer(&self) -> Option<Link> {
         loop {
             let accepted = self.accept().await?;
@@ -198,7 +200,8 @@ impl Endpoint {
         }
     }
 
-    /// Closes all links and accepts no more; connections that wait in [`Endpoint::accept`] are still returned.
+    /// Closes all links and accepts no more; connections that wait in [`Endpoint::accept`] are still
+    /// returned.
     pub fn close(&self, reason: &str) {
         self.shared.socket.close(reason);
     }
@@ -206,8 +209,8 @@ impl Endpoint {
     /// Connects to the node `name` at `address`, which must prove its name.
     ///
     /// # Errors
-    /// [`Error::Connection`] when it is unreachable or does not prove its name, [`Error::Refused`] when it refuses, or
-    /// when its certificate is revoked.
+    /// [`Error::Connection`] when it is unreachable or does not prove its name, [`Error::Refused`] when it
+    /// refuses, or when its certificate is revoked.
     pub async fn connect(&self, address: SocketAddr, name: &str) -> Result<Link> {
         let identity = self.identity()?;
         let role = PeerRole::Peer { name: identity.name().to_owned() };
@@ -239,8 +242,8 @@ impl Endpoint {
     /// Connects to the supervisor as an operator.
     ///
     /// # Errors
-    /// [`Error::Connection`] when it is unreachable or belongs to another cluster, [`Error::Refused`] when it refuses
-    /// the access token.
+    /// [`Error::Connection`] when it is unreachable or belongs to another cluster, [`Error::Refused`] when it
+    /// refuses the access token.
     pub async fn operate(
         &self,
         address: SocketAddr,

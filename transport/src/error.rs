@@ -42,14 +42,9 @@ pub enum Error {
     /// A certificate or key cannot be created, read or used.
     #[error("identity: {0}")]
     Identity(String),
-    /// A frame or message of this process is over a bound, and is not sent.
-    #[error("{what} over a bound: {reason}")]
-    TooLarge {
-        /// What: a frame or a message.
-        what: &'static str,
-        /// Its size, and the bound.
-        reason: String,
-    },
+    /// A frame of this process is over a bound, or its parts contradict their shapes, and it is not sent.
+    #[error("frame not sent: {0}")]
+    TooLarge(String),
     /// An access token is invalid.
     #[error(transparent)]
     AccessToken(#[from] AccessTokenError),
@@ -58,6 +53,10 @@ pub enum Error {
 impl Error {
     pub(crate) fn malformed(what: &'static str, reason: impl Into<String>) -> Self {
         Self::Malformed { what, reason: reason.into() }
+    }
+
+    pub(crate) fn too_large(reason: impl Into<String>) -> Self {
+        Self::TooLarge(reason.into())
     }
 
     /// An error of the connection to `peer`.

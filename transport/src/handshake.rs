@@ -1,7 +1,7 @@
 //! The first messages on a connection: the dialer's role and version, and the answer.
 //!
-//! The dialer opens the control stream and sends a [`Hello`]; the other end replies with an [`Answer`]. The rest of the
-//! stream is the caller's. Versions must be equal: all processes of a cluster are one program.
+//! The dialer opens the control stream and sends a [`Hello`]; the other end replies with an [`Answer`]. The
+//! rest of the stream is the caller's. Versions must be equal: all processes of a cluster are one program.
 
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
@@ -88,7 +88,8 @@ enum AnswerV2 {
 /// Sends a hello and reads the answer; a refusal is an error.
 ///
 /// # Errors
-/// [`Error::Refused`] with the peer's code and reason; otherwise when the connection breaks or the answer is malformed.
+/// [`Error::Refused`] with the peer's code and reason; otherwise when the connection breaks or the answer is
+/// malformed.
 pub(crate) async fn greet(
     control: (&mut ControlSender, &mut ControlReceiver),
     role: &PeerRole,
@@ -179,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn rubbish_is_no_answer() {
+    fn arbitrary_bytes_are_no_answer() {
         for bytes in [&[][..], &[9], &[0], &[0, 5, b'a'], &[2, 1]] {
             assert!(decode_answer(bytes).is_err(), "{bytes:?}");
         }

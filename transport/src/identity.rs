@@ -1,7 +1,8 @@
-//! The cluster's authority and the identities it gives out.
+//! The cluster's certificate authority and the identities that it issues.
 //!
-//! The authority is made at a run's first start and stays in `RUN_DIR/identity`, readable by its owner only. A node makes its own
-//! key, which never leaves it, and gets a certificate for it in exchange for a token.
+//! The authority is created at a run's first start and stays in `RUN_DIR/identity`, readable by its owner
+//! only. A node creates its own key, which never leaves the node, and gets a certificate for it in exchange
+//! for an access token.
 
 use crate::error::{Error, Result};
 use crate::limits::NAME_MAX;
@@ -20,41 +21,42 @@ use time::{Duration, OffsetDateTime};
 
 /// The name of the supervisor in its certificate.
 pub const SUPERVISOR: &str = "supervisor";
-/// How long the authority's and the supervisor's own certificates are good for.
+/// Validity of the certificates of the authority and of the supervisor.
 const LIFETIME: Duration = Duration::days(3650);
-/// Clocks may differ by so much.
+/// Tolerated difference of clocks.
 const CLOCK_SLACK: Duration = Duration::hours(24);
 
-/// The name that a certificate carries: the supervisor's is of another kind than any node's.
+/// The DNS name in a certificate. The supervisor's has a domain of its own, so that no node can have it.
 pub(crate) fn dns_name(name: &str) -> String {
     if name == SUPERVISOR { format!("{name}.volary") } else { format!("{name}.node.volary") }
 }
 
-/// Whether a name can stand in a certificate and in a file name: small letters, digits and `-`. (Whoever checks certificates takes
-/// capitals for small letters: two names must not differ in nothing else.)
+/// Checks a node's name: lowercase letters, digits and `-`, so that it is valid in certificates and file
+/// names. Names in certificates are case-insensitive, hence no capitals.
 ///
 /// # Errors
-/// A line that says what was expected.
+/// [`Error::Identity`] with the expected format.
 pub fn check_name(name: &str) -> Result<()> {
     let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
     if name.is_empty() || name.len() > NAME_MAX || !name.chars().all(plain) || name.starts_with('-') {
-        let reason = format!("node name {name:?}: expected up to {NAME_MAX} small letters, digits and '-'");
+        let reason =
+            format!("node name {name:?}: expected up to {NAME_MAX} lowercase letters, digits and '-'");
         return Err(Error::identity(reason));
     }
     Ok(())
 }
 
-/// A certificate that was issued.
+/// An issued certificate.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IssuedCertificate {
     /// The certificate, DER.
     pub certificate: Vec<u8>,
-    /// How long it is good for from now on.
+    /// Validity from the time of issue.
     pub lifetime: std::time::Duration,
 }
 
 impl IssuedCertificate {
-    /// The certificate's SHA-256 hash: its name where it is kept or revoked.
+    /// The certificate's SHA-256 hash, which identifies it in records and revocations.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
         fingerprint(&self.certificate)
@@ -67,7 +69,7 @@ impl fmt::Debug for IssuedCertificate {
     }
 }
 
-/// The cluster's authority.
+/// The cluster's certificate authority.
 pub struct Authority {
     certificate: CertificateDer<'static>,
     key: KeyPair,
@@ -81,48 +83,48 @@ impl fmt::Debug for Authority {
 }
 
 impl Authority {
-    /// The authority of a folder; made when there is none.
+    /// Loads the authority in a directory, or creates one.
     ///
     /// # Errors
-    /// When the folder cannot be written, or holds a damaged authority.
+    /// [`Error::Identity`] when the directory is not writable, or has a damaged authority.
     pub fn load_or_create(folder: &Path) -> Result<Self> {
         let (certificate, key) = (folder.join("ca.der"), folder.join("ca.key"));
         let read = |path: &Path| {
             std::fs::read(path).map_err(|e| Error::identity(format!("{}: {e}", path.display())))
         };
-        // The certificate is written last: with it and without the key something was lost, and a new authority would
-        // shut out every node of the old one.
+        // The certificate is written last. If it exists without the key, the key was lost: a new authority
+        // would lock out all nodes of the old one.
         if certificate.exists() {
             let pem = String::from_utf8(read(&key)?).map_err(Error::identity)?;
-            return Self::of(read(&certificate)?.into(), &pem);
+            return Self::from_parts(read(&certificate)?.into(), &pem);
         }
-        let made = Self::create()?;
-        write_secret(&key, made.key.serialize_pem().as_bytes())?;
-        write_secret(&certificate, &made.certificate)?;
-        Ok(made)
+        let authority = Self::create()?;
+        write_secret(&key, authority.key.serialize_pem().as_bytes())?;
+        write_secret(&certificate, &authority.certificate)?;
+        Ok(authority)
     }
 
-    /// A new authority.
+    /// Creates an authority.
     ///
     /// # Errors
-    /// When no key can be made.
+    /// [`Error::Identity`] when the machine provides no random numbers.
     pub fn create() -> Result<Self> {
         let key = KeyPair::generate().map_err(Error::identity)?;
         let certificate = authority_params()?.self_signed(&key).map_err(Error::identity)?;
-        Self::of(certificate.der().clone(), &key.serialize_pem())
+        Self::from_parts(certificate.der().clone(), &key.serialize_pem())
     }
 
-    /// An authority that was made elsewhere: its certificate and its PKCS #8 key, both PEM.
+    /// An authority that was created elsewhere, from its certificate and its PKCS #8 key, both PEM.
     ///
     /// # Errors
-    /// When they are damaged, or no authority's.
+    /// [`Error::Identity`] when they are damaged, or not an authority's.
     pub fn from_pem(certificate: &str, key: &str) -> Result<Self> {
         let der = CertificateDer::from_pem_slice(certificate.as_bytes())
             .map_err(|error| Error::identity(format!("the authority's certificate: {error}")))?;
-        Self::of(der, key)
+        Self::from_parts(der, key)
     }
 
-    fn of(certificate: CertificateDer<'static>, key: &str) -> Result<Self> {
+    fn from_parts(certificate: CertificateDer<'static>, key: &str) -> Result<Self> {
         let read =
             || KeyPair::from_pem(key).map_err(|e| Error::identity(format!("the authority's key: {e}")));
         let issuer = Issuer::from_ca_cert_der(&certificate, read()?).map_err(Error::identity)?;
@@ -136,16 +138,18 @@ impl Authority {
         (certificate, self.key.serialize_pem())
     }
 
-    /// What a token pins: the SHA-256 hash of the authority's certificate, as other tools print it too.
+    /// The SHA-256 hash of the authority's certificate, as other tools print it too. Access tokens pin it.
     #[must_use]
     pub fn fingerprint(&self) -> [u8; 32] {
         fingerprint(&self.certificate)
     }
 
-    /// A certificate for the key of a request, in the name that the authority chooses, good for a time from now.
+    /// Issues a certificate for the key of a request (DER), under the authority's choice of name and
+    /// lifetime.
     ///
     /// # Errors
-    /// When the request is malformed, the name cannot stand in a certificate, or the lifetime goes beyond what a calendar holds.
+    /// [`Error::Identity`] when the request is malformed, the name is invalid, or the lifetime is out of
+    /// range.
     pub fn issue(
         &self,
         request: &[u8],
@@ -155,13 +159,13 @@ impl Authority {
         check_name(name)?;
         let csr =
             CertificateSigningRequestParams::from_der(&request.to_vec().into()).map_err(Error::identity)?;
-        // Only the key is taken from the request: what it asks for beside that is not its to choose.
+        // Only the key is taken from the request; the requester chooses nothing else.
         let issued =
             node_params(name, lifetime)?.signed_by(&csr.public_key, &self.issuer).map_err(Error::identity)?;
         Ok(IssuedCertificate { certificate: issued.der().to_vec(), lifetime })
     }
 
-    /// An identity with a key made here: the supervisor's own.
+    /// An identity with a new key, for the supervisor itself.
     ///
     /// # Errors
     /// As [`Authority::issue`].
@@ -200,7 +204,7 @@ fn set_lifetime(params: &mut CertificateParams, lifetime: Duration) -> Result<()
     let now = OffsetDateTime::now_utc();
     params.not_before = now - CLOCK_SLACK;
     let end = now.checked_add(lifetime);
-    params.not_after = end.ok_or_else(|| Error::identity("a lifetime beyond the calendar"))?;
+    params.not_after = end.ok_or_else(|| Error::identity("the lifetime is out of range"))?;
     Ok(())
 }
 
@@ -210,17 +214,17 @@ pub(crate) fn fingerprint(certificate: &[u8]) -> [u8; 32] {
     hash
 }
 
-/// Writes a file that only its owner can read, whole or not at all.
+/// Writes a file atomically, readable by its owner only.
 ///
 /// # Errors
-/// When it cannot be written.
+/// [`Error::Identity`] when it cannot be written.
 pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
     let failed = |error: std::io::Error| Error::identity(format!("{}: {error}", path.display()));
     if let Some(folder) = path.parent() {
         std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed)?;
     }
     let temporary = path.with_extension("new");
-    // A file that lies there already would keep its own, maybe wider, permissions.
+    // An existing file would keep its own, possibly wider, permissions.
     match std::fs::remove_file(&temporary) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(failed(error)),
         _ => {}
@@ -230,23 +234,23 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     std::fs::rename(&temporary, path).map_err(failed)?;
     match path.parent() {
-        // The new name is safe once the folder is.
+        // The new name is durable once the directory is.
         Some(folder) => std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed),
         None => Ok(()),
     }
 }
 
-/// A key made on this machine, and the request for its certificate.
+/// A new key, and the request for its certificate.
 pub struct KeyRequest {
     key: KeyPair,
     request: Vec<u8>,
 }
 
 impl KeyRequest {
-    /// A new key.
+    /// Creates a key.
     ///
     /// # Errors
-    /// When no key can be made.
+    /// [`Error::Identity`] when the machine provides no random numbers.
     pub fn new() -> Result<Self> {
         let key = KeyPair::generate().map_err(Error::identity)?;
         let params = CertificateParams::new(Vec::<String>::new()).map_err(Error::identity)?;
@@ -260,7 +264,7 @@ impl KeyRequest {
         &self.request
     }
 
-    /// The identity that the key makes with its certificate.
+    /// The identity of the key and its certificate.
     #[must_use]
     pub fn into_identity(self, name: &str, issued: IssuedCertificate, ca: Vec<u8>) -> Identity {
         Identity {
@@ -290,7 +294,7 @@ impl fmt::Debug for Identity {
 }
 
 impl Identity {
-    /// Whose it is.
+    /// The name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
@@ -302,7 +306,7 @@ impl Identity {
         &self.ca
     }
 
-    /// How long the certificate is still good for.
+    /// Remaining validity of the certificate.
     #[must_use]
     pub fn remaining(&self) -> std::time::Duration {
         self.ends.saturating_duration_since(std::time::Instant::now())

@@ -1,7 +1,7 @@
 //! Links between the processes of a cluster: authenticated, encrypted, over QUIC.
 //!
-//! A process binds an [`Endpoint`] on a [`Network`]; endpoints connect [`Link`]s, which carry [`Frame`]s with tensors and
-//! a control stream of small messages. The crate knows nothing about the contents of either.
+//! A process binds an [`Endpoint`] on a [`Network`]; endpoints connect [`Link`]s, which carry [`Frame`]s with
+//! tensors and a control stream of small messages. The crate knows nothing about the contents of either.
 //!
 //! | module | contents |
 //! | --- | --- |

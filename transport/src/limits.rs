@@ -16,7 +16,8 @@ pub const FRAME_BYTES_MAX: u64 = 4 << 30;
 pub const RANK_MAX: usize = 6;
 /// Bytes reserved for a tensor before they arrive; the rest is reserved after this much has arrived.
 pub const RESERVE_BYTES_MAX: usize = 64 << 20;
-/// Alignment of received tensors in bytes: the device's libraries then compute the same result at every address.
+/// Alignment of received tensors in bytes: the device's libraries then compute the same result at every
+/// address.
 pub const ALIGNMENT_BYTES: usize = 64;
 /// Streams that a peer may have open at a time, per direction.
 pub const STREAMS_MAX: u32 = 1024;

@@ -1,12 +1,12 @@
-//! A link to one authenticated peer: requests with replies and frames without, each on a stream of its own, so that a
-//! large frame never blocks a small one.
+//! A link to one authenticated peer: requests with replies and frames without, each on a stream of its own,
+//! so that a large frame never blocks a small one.
 
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::frame::Frame;
 use crate::limits::INBOUND_MAX;
 use crate::refusal::{Refusal, RefusalCode};
-use crate::wire::{Control, OutboundFrame, ReplyStream, Wire};
+use crate::wire::{Control, ReplyStream, Wire};
 use parking_lot::Mutex;
 use std::fmt;
 use std::net::SocketAddr;
@@ -54,7 +54,7 @@ pub enum CloseReason {
     },
     /// Nothing arrived within the idle timeout.
     TimedOut,
-    /// The connection broke in another way, e.g. with a reset.
+    /// The connection broke otherwise, e.g. with a reset.
     Broken(String),
 }
 
@@ -90,8 +90,8 @@ impl Link {
         Self { control: Arc::new(Mutex::new(Some((sender, receiver)))), ..self }
     }
 
-    /// Takes the control stream between two nodes. `None` when it is already taken, and on links that were returned
-    /// together with their control stream.
+    /// Takes the control stream between two nodes. `None` when it is already taken, and on links that were
+    /// returned together with their control stream.
     #[must_use]
     pub fn take_control(&self) -> Option<Control> {
         self.control.lock().take()
@@ -112,10 +112,10 @@ impl Link {
     /// Sends a frame and waits for the reply on the same stream.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when the frame exceeds a limit or the reply is malformed, [`Error::Connection`] when the
-    /// link is closed.
+    /// [`Error::Malformed`] when the frame exceeds a limit or the reply is malformed, [`Error::Connection`]
+    /// when the link is closed.
     pub async fn request(&self, frame: Frame) -> Result<Frame> {
-        self.wire.request(OutboundFrame::new(frame)?).await
+        self.wire.request(frame.encode()?).await
     }
 
     /// [`Link::request`] with a timeout; the peer may have processed the request all the same.
@@ -129,12 +129,12 @@ impl Link {
         })
     }
 
-    /// Sends a frame without a reply; resolves when all of it is on its way.
+    /// Sends a frame without a reply; resolves when all of it is handed to the connection.
     ///
     /// # Errors
     /// As [`Link::request`].
     pub async fn send(&self, frame: Frame) -> Result<()> {
-        self.wire.send(OutboundFrame::new(frame)?).await
+        self.wire.send(frame.encode()?).await
     }
 
     /// Starts to receive the peer's frames. Call it once.
@@ -219,7 +219,7 @@ impl Replier {
     /// # Errors
     /// As [`Link::send`].
     pub async fn reply(self, frame: Frame) -> Result<()> {
-        self.0.reply(OutboundFrame::new(frame)?).await
+        self.0.reply(frame.encode()?).await
     }
 }
 

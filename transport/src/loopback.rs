@@ -1,4 +1,4 @@
-//! How fast this machine's loopback is, for `volary doctor` and the benchmark.
+//! A benchmark of this machine's loopback, for `volary doctor` and `benches/loopback.rs`.
 
 use crate::endpoint::Endpoint;
 use crate::error::{Error, Result};
@@ -9,16 +9,16 @@ use crate::tls::ClientAuth;
 use bytes::Bytes;
 use std::time::{Duration, Instant};
 
-/// What was measured.
+/// Throughput and latency of loopback.
 #[derive(Clone, Copy, Debug)]
 pub struct LoopbackReport {
-    /// One way, in 10^9 bytes per second.
+    /// Throughput in one direction, in 10^9 bytes per second.
     pub gigabytes_per_second: f64,
-    /// A small request and its answer, the median.
+    /// Median round-trip time of a small request.
     pub round_trip: Duration,
 }
 
-/// A frame with one tensor of `bytes` bytes.
+/// A frame with one tensor of shape `[bytes]` and dtype [`Dtype::U8`].
 #[must_use]
 pub fn probe_frame(bytes: usize) -> Frame {
     let part = Part { dtype: Dtype::U8, shape: vec![bytes as u64], data: Bytes::from(vec![7; bytes]) };
@@ -35,7 +35,7 @@ pub fn probe_frame(bytes: usize) -> Frame {
 /// Sends about `total_bytes` in frames of `frame_bytes` between two endpoints of this process.
 ///
 /// # Errors
-/// When loopback does not work.
+/// As [`Network::bind`](crate::Network::bind) and [`Endpoint::connect`].
 pub async fn measure_loopback(total_bytes: usize, frame_bytes: usize) -> Result<LoopbackReport> {
     let authority = Authority::create()?;
     let options = TransportOptions { idle_timeout_ms: 10_000, ..TransportOptions::default() };
@@ -46,8 +46,11 @@ pub async fn measure_loopback(total_bytes: usize, frame_bytes: usize) -> Result<
     let accept = right.clone();
     let accepting = tokio::spawn(async move { accept.next_peer().await });
     let link = left.connect(right.local_addr(), "right").await?;
-    let other =
-        accepting.await.ok().flatten().ok_or_else(|| Error::connection("right", "it did not accept"))?;
+    let other = accepting
+        .await
+        .ok()
+        .flatten()
+        .ok_or_else(|| Error::connection("right", "no connection was accepted"))?;
     let frames = total_bytes.div_ceil(frame_bytes);
     let mut inbound = other.serve();
     let receiver = tokio::spawn(async move {

@@ -1,21 +1,24 @@
 //! A network in memory, for tests of whole processes in one process, and single links in memory.
 //!
-//! It keeps the promises of QUIC (`tests/twins.rs` runs the same tests over both): a frame arrives whole or not at all,
-//! control messages are ordered, a request fails when its [`crate::Replier`] is dropped, a link closes with its last
-//! handle, certificates and names are verified as TLS does. Time is tokio's, so tests can pause the clock; only the
-//! validity of certificates follows the system's clock. In contrast to QUIC, a sender waits during a partition.
+//! It keeps the promises of QUIC (`tests/twins.rs` runs the same tests over both): a frame arrives whole or
+//! not at all, control messages are ordered, a request fails when its [`crate::Replier`] is dropped, a link
+//! closes with its last handle, certificates and names are verified as TLS does. Time is tokio's, so tests
+//! can pause the clock; only the validity of certificates follows the system's clock. In contrast to QUIC, a
+//! sender waits during a partition.
 //!
 //! | file | contents |
 //! | --- | --- |
 //! | `channel` | the state that both ends of a link share, and its faults |
 //! | `wire` | frames and requests |
 //! | `control` | control messages |
-//! | `network` | the hub: addresses, handshakes, faults per pair of endpoints, crashes |
+//! | `network` | the hub: addresses, faults per pair of endpoints, crashes |
+//! | `socket` | handshakes |
 //! | `trust` | verification of certificates |
 
 mod channel;
 mod control;
 mod network;
+mod socket;
 mod trust;
 mod wire;
 

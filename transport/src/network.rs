@@ -1,4 +1,5 @@
-//! The network of a process: where its endpoints come from. QUIC over UDP in production, [`crate::memory`] in tests.
+//! The network of a process: where its endpoints come from. QUIC over UDP in production, [`crate::memory`] in
+//! tests.
 
 use crate::Interference;
 use crate::accept::{Accepted, RefusedCount};
@@ -66,8 +67,8 @@ impl Network {
     /// Listens on `address` as `identity`; port 0 is any free port.
     ///
     /// # Errors
-    /// [`Error::Bind`] when the address is in use or not one of this machine, [`Error::Identity`] when the identity is
-    /// damaged.
+    /// [`Error::Bind`] when the address is in use or not one of this machine, [`Error::Identity`] when the
+    /// identity is damaged.
     pub fn bind(
         &self,
         address: SocketAddr,
@@ -81,7 +82,8 @@ impl Network {
     /// An endpoint without an identity, which only dials: for [`Endpoint::operate`].
     ///
     /// # Errors
-    /// [`Error::Bind`] when the machine has no free port, [`Error::Connection`] when it has no route to `towards`.
+    /// [`Error::Bind`] when the machine has no free port, [`Error::Connection`] when it has no route to
+    /// `towards`.
     pub fn dial_only(&self, towards: SocketAddr, options: &TransportOptions) -> Result<Endpoint> {
         Endpoint::open(&*self.0, SocketAddr::new(self.local_ip(towards)?, 0), None, options)
     }
@@ -89,8 +91,8 @@ impl Network {
     /// Exchanges an access token and a new key for an identity, under the preferred `name` if there is one.
     ///
     /// # Errors
-    /// [`Error::Connection`] when the supervisor is unreachable or belongs to another cluster, [`Error::Refused`] when
-    /// it refuses the token or the name.
+    /// [`Error::Connection`] when the supervisor is unreachable or belongs to another cluster,
+    /// [`Error::Refused`] when it refuses the token or the name.
     pub async fn join(
         &self,
         address: SocketAddr,
@@ -144,7 +146,7 @@ pub(crate) trait Socket: Debug + Send + Sync {
     /// The next connection whose greeting is valid, or `None` when the socket is closed.
     fn accept(&self) -> BoxFuture<'_, Option<Accepted>>;
 
-    /// Changes the identity and the options of connections that are not made yet.
+    /// Changes the identity and the options of future connections.
     fn configure(&self, server: Option<(Identity, ClientAuth)>, options: &TransportOptions) -> Result<()>;
 
     /// Closes all connections; connections that wait in [`Socket::accept`] are still returned.
@@ -182,7 +184,7 @@ pub(crate) enum Credential {
     Pinned([u8; 32]),
 }
 
-/// A connection that was made.
+/// A new connection, after its greeting.
 #[derive(Debug)]
 pub(crate) struct Dialed {
     pub(crate) wire: Arc<dyn Wire>,

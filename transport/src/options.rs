@@ -1,14 +1,14 @@
-//! How connections behave.
+//! Options of connections.
 
 use serde::{Deserialize, Serialize};
 
-/// How connections behave.
+/// Options of connections.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TransportOptions {
-    /// Milliseconds between signs of life on an idle connection.
+    /// Interval of keep-alive packets on an idle connection, in milliseconds.
     pub keep_alive_ms: u64,
-    /// Milliseconds without a sign of life after which a peer is gone.
+    /// Silence after which a connection times out, in milliseconds. The shorter value of both ends counts.
     pub idle_timeout_ms: u64,
 }
 

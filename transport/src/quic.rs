@@ -1,8 +1,9 @@
 //! QUIC over UDP: one socket for all links of a process.
 //!
-//! quinn's drivers run on a thread of their own with a runtime of their own, away from all computation; the links'
-//! methods may be awaited from any runtime. Settings follow the path (measurements are in `docs/performance.md`): on
-//! loopback 65,487-byte datagrams without segmentation offload, elsewhere an MTU of 1,452 bytes with it.
+//! quinn's drivers run on a thread of their own with a runtime of their own, away from all computation; the
+//! links' methods may be awaited from any runtime. Settings follow the path (measurements are in
+//! `docs/performance.md`): on loopback 65,487-byte datagrams without segmentation offload, elsewhere an MTU
+//! of 1,452 bytes with it.
 
 mod accept;
 mod buffer;
@@ -93,7 +94,8 @@ impl QuicSocket {
         })
     }
 
-    /// Connects and exchanges the greeting, on the socket's runtime: a connection's driver runs where it was opened.
+    /// Connects and exchanges the greeting, on the socket's runtime: a connection's driver runs where it was
+    /// opened.
     pub(crate) async fn connect(&self, dial: Dial) -> Result<(Connection, Answer, Control)> {
         let mut config = match &dial.credential {
             Credential::Certificate(identity) => tls::client(identity)?,

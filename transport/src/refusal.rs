@@ -88,7 +88,8 @@ impl From<RefusalCode> for u32 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{reason}")]
 pub struct Refusal {
-    /// For people. It comes first: protocol 2 sent nothing else, and each version can read the other's reason.
+    /// For people. It comes first: protocol 2 sent nothing else, and each version can read the other's
+    /// reason.
     pub reason: String,
     /// For programs.
     pub code: RefusalCode,

@@ -62,7 +62,7 @@ pub(crate) fn server(identity: &Identity, clients: ClientAuth) -> Result<quinn::
     Ok(quinn::ServerConfig::with_crypto(Arc::new(crypto)))
 }
 
-/// For a holder of a certificate.
+/// The dialing side of a certificate's holder.
 pub(crate) fn client(identity: &Identity) -> Result<quinn::ClientConfig> {
     let config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -99,7 +99,8 @@ pub(crate) fn is_named(certificate: &CertificateDer<'_>, name: &str) -> bool {
     rustls::client::verify_server_name(&parsed, &server).is_ok()
 }
 
-/// Trusts only the authority with this fingerprint; the server sends the authority's certificate with its own.
+/// Trusts only the authority with this fingerprint; the server sends the authority's certificate with its
+/// own.
 #[derive(Debug)]
 pub(crate) struct Pinned {
     pub(crate) authority: [u8; 32],

@@ -1,4 +1,5 @@
-//! The connection below a link, as object-safe traits: QUIC implements them, and so does the in-memory network of the tests.
+//! The connection below a link, as object-safe traits: QUIC implements them, and so does the in-memory
+//! network of the tests.
 
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::Result;
@@ -16,27 +17,13 @@ pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// Both halves of a control stream.
 pub(crate) type Control = (ControlSender, ControlReceiver);
 
-/// A frame that has passed every check of [`Frame::encode`], with its encoded pieces.
-#[derive(Debug)]
-pub(crate) struct OutboundFrame {
-    pub(crate) frame: Frame,
-    pub(crate) pieces: Vec<Bytes>,
-}
-
-impl OutboundFrame {
-    pub(crate) fn new(frame: Frame) -> Result<Self> {
-        let pieces = frame.encode()?;
-        Ok(Self { frame, pieces })
-    }
-}
-
 /// A connection to one peer. It closes when its last handle is dropped.
 pub(crate) trait Wire: Debug + Send + Sync {
-    /// Sends a frame and waits for the reply on the same stream.
-    fn request(&self, frame: OutboundFrame) -> BoxFuture<'_, Result<Frame>>;
+    /// Sends a frame, as [`Frame::encode`] returns it, and waits for the reply on the same stream.
+    fn request(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<Frame>>;
 
-    /// Sends a frame without a reply; resolves when all of it is on its way.
-    fn send(&self, frame: OutboundFrame) -> BoxFuture<'_, Result<()>>;
+    /// Sends a frame without a reply; resolves when all of it is handed to the connection.
+    fn send(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<()>>;
 
     /// Starts a task that passes the peer's frames to `frames` until the connection closes.
     fn serve(&self, frames: mpsc::Sender<InboundFrame>);
@@ -60,7 +47,7 @@ pub(crate) trait Wire: Debug + Send + Sync {
 
 /// The reply side of one request; the request fails when it is dropped.
 pub(crate) trait ReplyStream: Debug + Send {
-    fn reply(self: Box<Self>, frame: OutboundFrame) -> BoxFuture<'static, Result<()>>;
+    fn reply(self: Box<Self>, pieces: Vec<Bytes>) -> BoxFuture<'static, Result<()>>;
 }
 
 /// The sending half of a control stream: whole messages in order.

@@ -1,4 +1,5 @@
-//! Endpoints over QUIC and in memory: joining, admission, refusals, closing. The same tests run over both networks.
+//! Endpoints over QUIC and in memory: joining, admission, refusals, closing. The same tests run over both
+//! networks.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 use std::sync::Arc;
@@ -36,7 +37,7 @@ over_both! {
     a_token_is_exchanged_for_an_identity_and_an_invalid_one_is_refused
     a_token_of_another_cluster_never_reaches_the_supervisor
     nodes_need_a_certificate_of_the_same_authority_and_the_dialed_name
-    a_node_without_a_token_gets_no_supervisor_from_a_node
+    a_node_refuses_the_role_of_a_supervisor
     the_supervisor_admits_nodes_that_prove_their_names
     an_operator_needs_no_certificate
     a_joined_node_can_link_to_other_nodes
@@ -199,8 +200,8 @@ async fn nodes_need_a_certificate_of_the_same_authority_and_the_dialed_name(netw
     assert!(left.connect(address, "right").await.is_ok());
 }
 
-async fn a_node_without_a_token_gets_no_supervisor_from_a_node(network: Network) {
-    // A node named as the supervisor would be, of the same authority, still refuses the role.
+async fn a_node_refuses_the_role_of_a_supervisor(network: Network) {
+    // Even a node with a certificate of the supervisor refuses the role.
     let authority = Authority::create().unwrap();
     let right = node(&network, &authority, "supervisor");
     keep_links(&right);

@@ -1,5 +1,4 @@
 //! Files of identities: private, and never replaced by accident.
-#![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::os::unix::fs::PermissionsExt;
 use volary_transport::{Authority, write_secret};

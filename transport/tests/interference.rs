@@ -1,4 +1,4 @@
-//! What a disturbed network does to a link: it waits, goes on, or ends, and what comes through is whole.
+//! Links over a faulty network: they wait, continue, or close, and every received frame is intact.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 use std::time::Duration;
@@ -24,44 +24,44 @@ async fn link(from: &Endpoint, to: &Endpoint, name: &str) -> (Link, Link) {
     (link, accepted.await.unwrap().unwrap())
 }
 
-/// Sends a frame through; whether it came, whole.
-async fn passes(from: &Link, inbound: &mut volary_transport::Inbound, bytes: usize) -> bool {
+/// Sends a frame; whether it arrived intact.
+async fn arrives(from: &Link, inbound: &mut volary_transport::Inbound, bytes: usize) -> bool {
     let (link, frame) = (from.clone(), probe_frame(bytes));
     let sent = tokio::spawn(async move { link.send(frame).await });
-    let came = tokio::time::timeout(LONG, inbound.next()).await.unwrap();
+    let received = tokio::time::timeout(LONG, inbound.next()).await.unwrap();
     drop(sent.await.unwrap());
-    came.is_some_and(|came| came.frame == probe_frame(bytes))
+    received.is_some_and(|received| received.frame == probe_frame(bytes))
 }
 
 #[tokio::test]
-async fn with_a_third_of_the_datagrams_lost_every_byte_still_comes() {
+async fn with_a_third_of_the_datagrams_lost_every_byte_still_arrives() {
     let (authority, hook) = (Authority::create().unwrap(), Interference::default());
     let (left, right) =
         (node(&authority, "left", &hook), node(&authority, "right", &Interference::default()));
     let (link, other) = link(&left, &right, "right").await;
     let mut inbound = other.serve();
     hook.drop_fraction(0.3, LONG);
-    assert!(passes(&link, &mut inbound, 1 << 20).await);
+    assert!(arrives(&link, &mut inbound, 1 << 20).await);
 }
 
 #[tokio::test]
-async fn a_partition_shorter_than_the_limit_is_waited_for_and_a_longer_one_ends_the_link() {
+async fn a_short_partition_delays_a_frame_and_a_long_one_closes_the_link() {
     let (authority, hook) = (Authority::create().unwrap(), Interference::default());
     let (left, right) =
         (node(&authority, "left", &hook), node(&authority, "right", &Interference::default()));
     let (link, other) = link(&left, &right, "right").await;
     let mut inbound = other.serve();
     hook.partition(Duration::from_millis(IDLE_MS / 4));
-    assert!(passes(&link, &mut inbound, 1000).await);
+    assert!(arrives(&link, &mut inbound, 1000).await);
     hook.partition(LONG);
-    assert!(!passes(&link, &mut inbound, 1000).await);
-    // Each end finds out by its own clock.
+    assert!(!arrives(&link, &mut inbound, 1000).await);
+    // Each end detects it by its own clock.
     tokio::time::timeout(LONG, link.closed()).await.unwrap();
     assert!(!link.is_open());
 }
 
 #[tokio::test]
-async fn a_cut_between_two_leaves_the_third_alone() {
+async fn a_block_between_two_peers_does_not_affect_a_third() {
     let (authority, hook) = (Authority::create().unwrap(), Interference::default());
     let left = node(&authority, "left", &hook);
     let (right, third) = (
@@ -72,6 +72,6 @@ async fn a_cut_between_two_leaves_the_third_alone() {
     let (to_third, at_third) = link(&left, &third, "third").await;
     let (mut right_in, mut third_in) = (at_right.serve(), at_third.serve());
     hook.block_peer(right.local_addr(), LONG);
-    assert!(!passes(&to_right, &mut right_in, 1000).await);
-    assert!(passes(&to_third, &mut third_in, 1000).await);
+    assert!(!arrives(&to_right, &mut right_in, 1000).await);
+    assert!(arrives(&to_third, &mut third_in, 1000).await);
 }

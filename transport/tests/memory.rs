@@ -91,8 +91,8 @@ async fn a_crash_resets_all_links_and_leaves_other_links_open() {
     // Its successor has the address, and the end of the dead process does not touch it.
     let successor = cluster.node_at("right", address);
     drop(right);
-    let (again, _at_successor) = link(&left, &successor, "right").await;
-    assert!(again.is_open());
+    let (to_successor, _at_successor) = link(&left, &successor, "right").await;
+    assert!(to_successor.is_open());
 }
 
 #[tokio::test(start_paused = true)]

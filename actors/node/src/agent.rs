@@ -277,7 +277,7 @@ impl<B: Compute> AgentState<B> {
     fn copy(&mut self, epoch: Epoch, shard: ShardId, from: Vec<NodeId>) {
         let (node, fetched, me) = (Arc::clone(&self.node), self.replicas.fetched.clone(), self.me.clone());
         let mut span = self.traces.placement.span("shard.copy").with("volary.shard", shard.to_string());
-        span.set("volary.from", from.first().map(|node| node.0.clone()).unwrap_or_default());
+        span.set("volary.source_node", from.first().map(|node| node.0.clone()).unwrap_or_default());
         self.transfer(async move {
             let _span = span;
             let outcome = transfer::copy_to_learn(&node, &fetched, shard, &from, epoch).await;

@@ -120,7 +120,7 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Result
     };
     let rows = node.executor.run(&meter, join).await?;
     if direction != ExpertPass::Backward {
-        node.metrics.rows(experts.iter().map(|(_, rows)| u64::from(*rows)).sum());
+        node.metrics.expert_tokens(experts.iter().map(|(_, rows)| u64::from(*rows)).sum());
     }
     let remote_us = u64::try_from(arrived.elapsed().as_micros()).unwrap_or(u64::MAX);
     Ok(frames::frame(FrameKind::Reply, epoch, step, &ExpertReply { lane, remote_us }, vec![rows])?)

@@ -79,8 +79,8 @@ pub(crate) fn weights_of<B: Compute>(
 
 /// Span attributes of a token's first and second choice: its rank, the expert, the expert's node, the gate weight.
 const CHOICE_KEYS: [(&str, &str, &str, &str); TOP_K] = [
-    ("first", "volary.expert.first", "volary.expert.first.node", "volary.gate.first"),
-    ("second", "volary.expert.second", "volary.expert.second.node", "volary.gate.second"),
+    ("first", "volary.expert.first", "volary.expert.first_node", "volary.gate.first"),
+    ("second", "volary.expert.second", "volary.expert.second_node", "volary.gate.second"),
 ];
 
 /// The gate's decision for the tokens of one lane in one layer.

@@ -1,7 +1,8 @@
-//! What a node measures.
+//! Metrics of a node.
 
-use super::{LinkBytes, PartLabel, PeerLabel, Scrape, SpanTotals, seconds_histogram, set_total};
+use super::{LinkBytes, PeerLabel, PhaseLabel, Scrape, SpanTotals, seconds_histogram, set_total};
 use crate::pipeline::SpanCounts;
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
@@ -11,22 +12,22 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-/// A part of a node's step.
+/// A phase of a node's step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// A lane waits until the node has a place for it.
+    /// A lane waits for a free slot of the node.
     Wait,
-    /// A lane's way from tokens to the last layer, experts elsewhere included.
+    /// The forward pass of a lane, with remote experts.
     Forward,
-    /// A lane's loss and its gradient.
+    /// The loss of a lane and its gradient.
     Loss,
-    /// A lane's way back.
+    /// The backward pass of a lane.
     Backward,
-    /// From the last lane's end until the sums of all gradients are here.
+    /// From the end of the last lane until all gradient sums have arrived.
     Reduce,
-    /// From then until the commit.
+    /// From then until the commit of the step.
     Commit,
-    /// The optimizer.
+    /// The optimizer update.
     Apply,
 }
 
@@ -34,7 +35,7 @@ impl Phase {
     const ALL: [Self; 7] =
         [Self::Wait, Self::Forward, Self::Loss, Self::Backward, Self::Reduce, Self::Commit, Self::Apply];
 
-    /// Its name in figures and traces.
+    /// The name in metrics and traces.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -49,18 +50,33 @@ impl Phase {
     }
 }
 
-/// What a node measures.
+/// Which queue of the device executor.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct QueueLabel {
+    queue: &'static str,
+}
+
+/// The metrics of a node.
+///
+/// ```
+/// use std::time::Duration;
+/// use volary_telemetry::metrics::{NodeMetrics, Phase};
+///
+/// let metrics = NodeMetrics::default();
+/// metrics.phase(Phase::Forward, Duration::from_millis(3));
+/// let text = metrics.scrape().encode();
+/// assert!(text.contains("volary_node_phase_seconds_count{phase=\"forward\"} 1"));
+/// ```
 #[derive(Debug)]
 pub struct NodeMetrics {
     scrape: Scrape,
-    /// By [`Phase`], in its order: no look-up on the way of a lane.
+    /// In the order of [`Phase`]: no lookup in a step.
     phases: [Histogram; 7],
     tokens: Counter,
-    rows: Counter,
-    /// The step and the placement that were begun last.
+    expert_tokens: Counter,
     step: Gauge<u64, AtomicU64>,
     epoch: Gauge<u64, AtomicU64>,
-    queued: Family<super::PartLabel, Gauge>,
+    queued: Family<QueueLabel, Gauge>,
     busy: Counter<f64, AtomicU64>,
     waited: Counter<f64, AtomicU64>,
     jobs: Counter,
@@ -70,30 +86,31 @@ pub struct NodeMetrics {
     refusals: super::Refusals,
 }
 
-/// What a device executor has done.
+/// The state and totals of a device executor.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ExecutorTotals {
-    /// Jobs that wait and that lanes wait for.
+    /// Queued jobs on which lanes wait.
     pub urgent: usize,
-    /// Jobs that wait and that only the end of the step waits for.
+    /// Queued jobs on which only the end of the step waits.
     pub deferred: usize,
-    /// Jobs done.
+    /// Completed jobs.
     pub jobs: u64,
-    /// Seconds that its threads have computed, added up.
+    /// Total compute time of its threads, in seconds.
     pub busy_seconds: f64,
-    /// Seconds that jobs have waited, added up.
+    /// Total queueing time of its jobs, in seconds.
     pub waited_seconds: f64,
 }
 
 impl Default for NodeMetrics {
     fn default() -> Self {
         let mut registry = Registry::default();
-        let by_phase = Family::<PartLabel, Histogram>::new_with_constructor(seconds_histogram);
-        let phases = Phase::ALL.map(|phase| by_phase.get_or_create_owned(&PartLabel { part: phase.name() }));
+        let by_phase = Family::<PhaseLabel, Histogram>::new_with_constructor(seconds_histogram);
+        let phases =
+            Phase::ALL.map(|phase| by_phase.get_or_create_owned(&PhaseLabel { phase: phase.name() }));
         let mut metrics = Self {
             phases,
             tokens: Counter::default(),
-            rows: Counter::default(),
+            expert_tokens: Counter::default(),
             step: Gauge::default(),
             epoch: Gauge::default(),
             queued: Family::default(),
@@ -106,54 +123,11 @@ impl Default for NodeMetrics {
             refusals: super::Refusals::default(),
             scrape: Scrape::default(),
         };
-        registry.register_with_unit(
-            "volary_node_phase",
-            "Parts of a step on this node",
-            Unit::Seconds,
-            by_phase,
-        );
-        registry.register(
-            "volary_node_tokens",
-            "Tokens that lanes on this node were trained on",
-            metrics.tokens.clone(),
-        );
-        registry.register(
-            "volary_node_expert_rows",
-            "Rows that experts on this node computed forward",
-            metrics.rows.clone(),
-        );
-        registry.register("volary_node_step", "The step that was begun last", metrics.step.clone());
-        registry.register("volary_node_epoch", "The placement that it belongs to", metrics.epoch.clone());
-        registry.register(
-            "volary_executor_queue_depth",
-            "Jobs that wait for the device",
-            metrics.queued.clone(),
-        );
-        registry.register_with_unit(
-            "volary_executor_busy",
-            "What the device's threads have computed",
-            Unit::Seconds,
-            metrics.busy.clone(),
-        );
-        registry.register_with_unit(
-            "volary_executor_wait",
-            "How long jobs have waited for the device",
-            Unit::Seconds,
-            metrics.waited.clone(),
-        );
-        registry.register("volary_executor_jobs", "Jobs done on the device", metrics.jobs.clone());
-        registry.register_with_unit(
-            "volary_link",
-            "UDP bytes of the links to other nodes",
-            Unit::Bytes,
-            metrics.link_bytes.0.clone(),
-        );
-        registry.register_with_unit(
-            "volary_link_round_trip",
-            "Round trips to other nodes",
-            Unit::Seconds,
-            metrics.round_trip.clone(),
-        );
+        let help = "Duration of the phases of a step on this node";
+        registry.register_with_unit("volary_node_phase", help, Unit::Seconds, by_phase);
+        metrics.register_step(&mut registry);
+        metrics.register_executor(&mut registry);
+        metrics.register_links(&mut registry);
         metrics.spans.register(&mut registry);
         metrics.refusals.register(&mut registry);
         metrics.scrape.registry = registry;
@@ -162,37 +136,80 @@ impl Default for NodeMetrics {
 }
 
 impl NodeMetrics {
-    /// For whoever scrapes.
+    fn register_step(&self, r: &mut Registry) {
+        r.register("volary_node_tokens", "Tokens processed by lanes on this node", self.tokens.clone());
+        r.register(
+            "volary_node_expert_tokens",
+            "Tokens processed by experts on this node, in the forward pass",
+            self.expert_tokens.clone(),
+        );
+        r.register("volary_node_step", "The last started step", self.step.clone());
+        r.register("volary_node_epoch", "The placement epoch of the last started step", self.epoch.clone());
+    }
+
+    fn register_executor(&self, r: &mut Registry) {
+        r.register("volary_executor_queue_depth", "Queued jobs of the device executor", self.queued.clone());
+        r.register_with_unit(
+            "volary_executor_busy",
+            "Total compute time of the device executor's threads",
+            Unit::Seconds,
+            self.busy.clone(),
+        );
+        r.register_with_unit(
+            "volary_executor_wait",
+            "Total queueing time of the device executor's jobs",
+            Unit::Seconds,
+            self.waited.clone(),
+        );
+        r.register("volary_executor_jobs", "Completed jobs of the device executor", self.jobs.clone());
+    }
+
+    fn register_links(&self, r: &mut Registry) {
+        r.register_with_unit(
+            "volary_link",
+            "UDP bytes exchanged with other nodes",
+            Unit::Bytes,
+            self.link_bytes.0.clone(),
+        );
+        r.register_with_unit(
+            "volary_link_round_trip",
+            "Estimated round-trip time to other nodes",
+            Unit::Seconds,
+            self.round_trip.clone(),
+        );
+    }
+
+    /// The metrics for a scrape.
     #[must_use]
     pub fn scrape(&self) -> &Scrape {
         &self.scrape
     }
 
-    /// A part of a step took so long.
-    pub fn phase(&self, phase: Phase, took: Duration) {
-        self.phases[phase as usize].observe(took.as_secs_f64());
+    /// Records the duration of a phase.
+    pub fn phase(&self, phase: Phase, duration: Duration) {
+        self.phases[phase as usize].observe(duration.as_secs_f64());
     }
 
-    /// A lane was trained on so many tokens.
+    /// Counts the tokens of a lane.
     pub fn tokens(&self, count: usize) {
         self.tokens.inc_by(count as u64);
     }
 
-    /// Experts here computed so many rows forward.
-    pub fn rows(&self, count: u64) {
-        self.rows.inc_by(count);
+    /// Counts the tokens that experts on this node have processed.
+    pub fn expert_tokens(&self, count: u64) {
+        self.expert_tokens.inc_by(count);
     }
 
-    /// A step was begun.
-    pub fn begun(&self, epoch: u64, step: u64) {
+    /// Records the start of a step.
+    pub fn step_started(&self, epoch: u64, step: u64) {
         self.epoch.set(epoch);
         self.step.set(step);
     }
 
-    /// What the executor has done so far.
+    /// Sets the state and totals of the executor.
     pub fn executor(&self, totals: ExecutorTotals) {
-        for (part, depth) in [("urgent", totals.urgent), ("deferred", totals.deferred)] {
-            self.queued.get_or_create(&PartLabel { part }).set(depth as i64);
+        for (queue, depth) in [("urgent", totals.urgent), ("deferred", totals.deferred)] {
+            self.queued.get_or_create(&QueueLabel { queue }).set(depth as i64);
         }
         set_total(&self.jobs, totals.jobs);
         let set = |counter: &Counter<f64, AtomicU64>, seconds: f64| {
@@ -202,21 +219,21 @@ impl NodeMetrics {
         set(&self.waited, totals.waited_seconds);
     }
 
-    /// What a link has carried since it was made.
+    /// Sets the totals of a link since its start.
     pub fn link(&self, node: &str, peer: &str, sent: u64, received: u64, round_trip: Duration) {
         self.link_bytes.set(node, peer, sent, received);
         let label = PeerLabel { node: node.to_owned(), peer: peer.to_owned() };
         self.round_trip.get_or_create(&label).set(round_trip.as_secs_f64());
     }
 
-    /// So many connections and frames were turned away so far.
+    /// Sets the total of refused connections and frames.
     pub fn refused(&self, total: u64) {
-        self.refusals.look(total);
+        self.refusals.set(total);
     }
 
-    /// What became of the spans.
+    /// Sets the totals of spans by their outcome.
     pub fn spans(&self, counts: &Arc<SpanCounts>) {
-        self.spans.look(counts);
+        self.spans.set(counts);
     }
 }
 
@@ -225,11 +242,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures_are_looked_up_when_somebody_asks_and_the_text_is_open_metrics() {
+    fn a_scrape_runs_its_hooks_and_is_open_metrics_text() {
         let metrics = Arc::new(NodeMetrics::default());
-        let own = Arc::downgrade(&metrics);
+        let weak = Arc::downgrade(&metrics);
         metrics.scrape().before_scrape(move || {
-            if let Some(metrics) = own.upgrade() {
+            if let Some(metrics) = weak.upgrade() {
                 metrics.executor(ExecutorTotals {
                     urgent: 3,
                     busy_seconds: 1.5,
@@ -241,8 +258,8 @@ mod tests {
         metrics.link("node-1", "node-2", 10, 20, Duration::from_micros(250));
         let text = metrics.scrape().encode();
         for line in [
-            "volary_node_phase_seconds_count{part=\"backward\"} 1",
-            "volary_executor_queue_depth{part=\"urgent\"} 3",
+            "volary_node_phase_seconds_count{phase=\"backward\"} 1",
+            "volary_executor_queue_depth{queue=\"urgent\"} 3",
             "volary_executor_busy_seconds_total 1.5",
             "volary_link_bytes_total{node=\"node-1\",peer=\"node-2\",direction=\"received\"} 20",
             "volary_link_round_trip_seconds{node=\"node-1\",peer=\"node-2\"} 0.00025",

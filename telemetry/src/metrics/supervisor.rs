@@ -1,6 +1,6 @@
-//! What the supervisor measures.
+//! Metrics of the supervisor.
 
-use super::{LinkBytes, PartLabel, Scrape, SpanTotals, seconds_histogram};
+use super::{LinkBytes, PhaseLabel, Scrape, SpanTotals, seconds_histogram};
 use crate::pipeline::SpanCounts;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -14,7 +14,7 @@ use std::time::Duration;
 use volary_core::machine::Committed;
 
 type Float = Gauge<f64, AtomicU64>;
-type Whole = Gauge<u64, AtomicU64>;
+type Integer = Gauge<u64, AtomicU64>;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct ExpertLabel {
@@ -27,13 +27,13 @@ struct EventLabel {
     event: String,
 }
 
-/// What the supervisor measures.
+/// The metrics of the supervisor.
 #[derive(Debug, Default)]
 pub struct SupervisorMetrics {
     scrape: Scrape,
-    step: Whole,
-    epoch: Whole,
-    nodes: Whole,
+    step: Integer,
+    epoch: Integer,
+    nodes: Integer,
     loss: Float,
     validation_loss: Float,
     aux_loss: Float,
@@ -48,32 +48,32 @@ pub struct SupervisorMetrics {
     events: Family<EventLabel, Counter>,
     link_bytes: LinkBytes,
     steps_lost: Counter,
-    checkpoint_step: Whole,
-    checkpoint_bytes: Whole,
-    store_bytes: Whole,
+    checkpoint_step: Integer,
+    checkpoint_bytes: Integer,
+    store_bytes: Integer,
     spans: SpanTotals,
     refusals: super::Refusals,
-    timed: Option<Timed>,
+    durations: Option<Durations>,
 }
 
 #[derive(Debug)]
-struct Timed {
+struct Durations {
     step: Histogram,
     prepare: Histogram,
     journal: Histogram,
     checkpoint: Histogram,
-    recovery: Family<PartLabel, Histogram>,
+    recovery: Family<PhaseLabel, Histogram>,
 }
 
 impl SupervisorMetrics {
-    /// All figures, at nothing.
+    /// All metrics at zero.
     #[must_use]
     pub fn new() -> Self {
         let mut metrics = Self::default();
         let mut registry = Registry::default();
         metrics.register_training(&mut registry);
         metrics.register_cluster(&mut registry);
-        metrics.timed = Some(Timed::register(&mut registry));
+        metrics.durations = Some(Durations::register(&mut registry));
         metrics.spans.register(&mut registry);
         metrics.refusals.register(&mut registry);
         metrics.scrape.registry = registry;
@@ -82,55 +82,67 @@ impl SupervisorMetrics {
 
     fn register_training(&self, r: &mut Registry) {
         r.register("volary_step", "The last committed step", self.step.clone());
-        r.register("volary_loss", "Mean cross-entropy of the last step, nats per token", self.loss.clone());
+        r.register(
+            "volary_loss",
+            "Mean cross-entropy loss of the last step, in nats per token",
+            self.loss.clone(),
+        );
         r.register(
             "volary_validation_loss",
-            "Mean cross-entropy on held-out text, nats per token",
+            "Mean cross-entropy loss on held-out text, in nats per token",
             self.validation_loss.clone(),
         );
         r.register(
             "volary_aux_loss",
-            "Load-balancing loss of the last step; 1 when even",
+            "Load-balancing loss of the last step; 1 for a uniform load",
             self.aux_loss.clone(),
         );
         r.register(
             "volary_gate_entropy",
-            "Mean entropy of the gates' choices, nats; ln(experts) when undecided",
+            "Mean entropy of the gates' probabilities, in nats; ln(experts) for a uniform gate",
             self.gate_entropy.clone(),
         );
-        r.register("volary_grad_norm", "Norm of the mean gradient before clipping", self.grad_norm.clone());
+        r.register(
+            "volary_grad_norm",
+            "L2 norm of the mean gradient before clipping",
+            self.grad_norm.clone(),
+        );
         r.register("volary_learning_rate", "Learning rate of the last step", self.learning_rate.clone());
         r.register(
             "volary_tokens_per_second",
-            "Tokens per second of the last step",
+            "Throughput of the last step, in tokens per second",
             self.tokens_per_second.clone(),
         );
-        r.register("volary_tokens", "Tokens trained on", self.tokens.clone());
+        r.register("volary_tokens", "Tokens of all committed steps", self.tokens.clone());
         r.register(
             "volary_dropped_assignments",
-            "Assignments dropped for want of capacity",
+            "Assignments dropped because an expert was at capacity",
             self.dropped.clone(),
         );
         r.register(
             "volary_skipped_updates",
-            "Updates skipped since a gradient was not finite",
+            "Optimizer updates skipped because a gradient was not finite",
             self.skipped.clone(),
         );
         r.register(
             "volary_expert_tokens",
-            "Assignments by MoE layer (counted from 0 among them) and expert",
+            "Tokens assigned to each expert; MoE layers are counted from 0",
             self.expert_tokens.clone(),
         );
     }
 
     fn register_cluster(&self, r: &mut Registry) {
-        r.register("volary_epoch", "The number of the placement", self.epoch.clone());
+        r.register("volary_epoch", "The placement epoch", self.epoch.clone());
         r.register("volary_nodes", "Nodes in the placement", self.nodes.clone());
-        r.register("volary_events", "What happened to the cluster, by kind", self.events.clone());
-        r.register("volary_steps_lost", "Committed steps that had to be done again", self.steps_lost.clone());
+        r.register("volary_events", "Cluster events by kind", self.events.clone());
+        r.register(
+            "volary_steps_lost",
+            "Committed steps that were lost and repeated",
+            self.steps_lost.clone(),
+        );
         r.register_with_unit(
             "volary_cluster_link",
-            "UDP bytes between nodes, as they report them",
+            "UDP bytes between nodes, as reported by the nodes",
             Unit::Bytes,
             self.link_bytes.0.clone(),
         );
@@ -141,25 +153,25 @@ impl SupervisorMetrics {
         );
         r.register_with_unit(
             "volary_checkpoint",
-            "Bytes of the blobs of all checkpoints that are kept",
+            "Size of the blobs of all stored checkpoints",
             Unit::Bytes,
             self.checkpoint_bytes.clone(),
         );
         r.register_with_unit(
             "volary_store",
-            "Bytes of the run's sled database on disk",
+            "Size of the run's sled database on disk",
             Unit::Bytes,
             self.store_bytes.clone(),
         );
     }
 
-    /// For whoever scrapes.
+    /// The metrics for a scrape.
     #[must_use]
     pub fn scrape(&self) -> &Scrape {
         &self.scrape
     }
 
-    /// A step was committed, so long after the one before.
+    /// Records a committed step and the seconds since the previous one.
     pub fn committed(&self, committed: &Committed, seconds: f64) {
         self.step.set(committed.step.0);
         self.epoch.set(committed.epoch.0);
@@ -179,78 +191,78 @@ impl SupervisorMetrics {
                 self.expert_tokens.get_or_create(&label).inc_by(count);
             }
         }
-        self.observe(|timed| &timed.step, seconds);
+        self.observe(|durations| &durations.step, seconds);
     }
 
-    fn observe(&self, which: impl Fn(&Timed) -> &Histogram, seconds: f64) {
-        if let Some(timed) = &self.timed {
-            which(timed).observe(seconds);
+    fn observe(&self, which: impl Fn(&Durations) -> &Histogram, seconds: f64) {
+        if let Some(durations) = &self.durations {
+            which(durations).observe(seconds);
         }
     }
 
-    /// The lanes of a step took so long, sums included.
-    pub fn prepared(&self, took: Duration) {
-        self.observe(|timed| &timed.prepare, took.as_secs_f64());
+    /// Records the duration from a step's start until all nodes had its gradient.
+    pub fn prepared(&self, duration: Duration) {
+        self.observe(|durations| &durations.prepare, duration.as_secs_f64());
     }
 
-    /// The journal took so long for a step.
-    pub fn journalled(&self, took: Duration) {
-        self.observe(|timed| &timed.journal, took.as_secs_f64());
+    /// Records the duration of a journal write.
+    pub fn journal_written(&self, duration: Duration) {
+        self.observe(|durations| &durations.journal, duration.as_secs_f64());
     }
 
-    /// The held-out loss was measured.
+    /// Records the validation loss.
     pub fn validated(&self, loss: f64) {
         self.validation_loss.set(loss);
     }
 
-    /// Something happened to the cluster.
+    /// Counts an event of the cluster.
     pub fn event(&self, name: &str) {
         self.events.get_or_create(&EventLabel { event: name.to_owned() }).inc();
     }
 
-    /// The run went on after a loss; the parts of the time that it took.
-    pub fn recovered(&self, parts: &[(&'static str, f64)], steps_lost: u64) {
+    /// Records a recovery: the seconds of its phases, and the number of repeated steps.
+    pub fn recovered(&self, phases: &[(&'static str, f64)], steps_lost: u64) {
         self.steps_lost.inc_by(steps_lost);
-        for &(part, seconds) in parts {
-            if let Some(timed) = &self.timed {
-                timed.recovery.get_or_create(&PartLabel { part }).observe(seconds);
+        for &(phase, seconds) in phases {
+            if let Some(durations) = &self.durations {
+                durations.recovery.get_or_create(&PhaseLabel { phase }).observe(seconds);
             }
         }
     }
 
-    /// A checkpoint became durable.
-    pub fn checkpointed(&self, step: u64, took: Option<Duration>) {
+    /// Records a durable checkpoint, with the duration of its write where it is known.
+    pub fn checkpointed(&self, step: u64, duration: Option<Duration>) {
         self.checkpoint_step.set(step);
-        if let Some(took) = took {
-            self.observe(|timed| &timed.checkpoint, took.as_secs_f64());
+        if let Some(duration) = duration {
+            self.observe(|durations| &durations.checkpoint, duration.as_secs_f64());
         }
     }
 
-    /// What lies on the disk.
+    /// Sets the disk usage.
     pub fn disk(&self, store_bytes: u64, checkpoint_bytes: u64) {
         self.store_bytes.set(store_bytes);
         self.checkpoint_bytes.set(checkpoint_bytes);
     }
 
-    /// What a node's link to another one has carried.
+    /// Sets the totals of a link between two nodes.
     pub fn link(&self, node: &str, peer: &str, sent: u64, received: u64) {
         self.link_bytes.set(node, peer, sent, received);
     }
 
-    /// So many connections and frames were turned away so far.
+    /// Sets the total of refused connections and frames.
     pub fn refused(&self, total: u64) {
-        self.refusals.look(total);
+        self.refusals.set(total);
     }
 
-    /// What became of the spans.
+    /// Sets the totals of spans by their outcome.
     pub fn spans(&self, counts: &Arc<SpanCounts>) {
-        self.spans.look(counts);
+        self.spans.set(counts);
     }
 }
 
-impl Timed {
+impl Durations {
     fn register(r: &mut Registry) -> Self {
-        let timed = Self {
+        let durations = Self {
             step: seconds_histogram(),
             prepare: seconds_histogram(),
             journal: seconds_histogram(),
@@ -259,21 +271,25 @@ impl Timed {
         };
         let mut one =
             |name, help, of: &Histogram| r.register_with_unit(name, help, Unit::Seconds, of.clone());
-        one("volary_step_time", "From one commit to the next", &timed.step);
+        one("volary_step_duration", "Duration from one commit to the next", &durations.step);
         one(
             "volary_step_prepare",
-            "From a step's beginning until all nodes have its whole gradient",
-            &timed.prepare,
+            "Duration from a step's start until all nodes have its gradient",
+            &durations.prepare,
         );
-        one("volary_step_journal", "Until a commit is in sled, flushed and synced", &timed.journal);
+        one(
+            "volary_journal_write",
+            "Duration of a journal write, with its flush to disk",
+            &durations.journal,
+        );
         one(
             "volary_checkpoint_write",
-            "From a checkpoint's beginning until it is durable",
-            &timed.checkpoint,
+            "Duration from a checkpoint's start until it is durable",
+            &durations.checkpoint,
         );
-        let help = "Parts of the time from a loss until the next commit";
-        r.register_with_unit("volary_recovery", help, Unit::Seconds, timed.recovery.clone());
-        timed
+        let help = "Duration of the phases from the loss of a node until the next commit";
+        r.register_with_unit("volary_recovery", help, Unit::Seconds, durations.recovery.clone());
+        durations
     }
 }
 
@@ -283,7 +299,7 @@ mod tests {
     use volary_core::schedule::Update;
 
     #[test]
-    fn a_commit_shows_in_the_figures() {
+    fn a_commit_updates_the_metrics() {
         let metrics = SupervisorMetrics::new();
         let update = Update { rate: 0.01, scale: 1.0, apply: false };
         let committed = Committed {
@@ -309,7 +325,7 @@ mod tests {
             "volary_tokens_per_second 200.0",
             "volary_expert_tokens_total{layer=\"1\",expert=\"0\"} 3",
             "volary_skipped_updates_total 1",
-            "volary_recovery_seconds_sum{part=\"resumed\"} 0.2",
+            "volary_recovery_seconds_sum{phase=\"resumed\"} 0.2",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} in\n{text}");
         }

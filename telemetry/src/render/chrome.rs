@@ -5,8 +5,8 @@ use crate::store::Trace;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// All traces as one file: a process for each of ours, in it as many rows as spans overlap, and an arrow for each parent in
-/// another process.
+/// All traces as one file: a row group per process, a row per level of overlap, and an arrow for each parent
+/// in another process.
 #[must_use]
 pub fn chrome(traces: &[Trace]) -> Value {
     let spans: Vec<&SpanRecord> = traces.iter().flat_map(|trace| &trace.spans).collect();
@@ -46,7 +46,7 @@ fn arrows(spans: &[&SpanRecord], places: &BTreeMap<&str, (usize, usize)>) -> Vec
         for (phase, end, at) in [("s", parent, parent.start_ns), ("f", span, span.start_ns)] {
             let (pid, tid) = places[end.span.as_str()];
             arrows.push(json!({
-                "ph": phase, "bp": "e", "name": "to", "cat": "link", "id": span.span, "pid": pid, "tid": tid,
+                "ph": phase, "bp": "e", "name": "parent", "cat": "link", "id": span.span, "pid": pid, "tid": tid,
                 "ts": at as f64 / 1e3,
             }));
         }
@@ -54,12 +54,12 @@ fn arrows(spans: &[&SpanRecord], places: &BTreeMap<&str, (usize, usize)>) -> Vec
     arrows
 }
 
-/// The rows of a process: in each, spans lie in one another or after one another.
+/// The rows of a process; the spans of a row are nested or consecutive.
 #[derive(Default)]
 struct Rows(Vec<Vec<u64>>);
 
 impl Rows {
-    /// The first row with room for a span; spans come in the order of their beginnings.
+    /// The first row that fits a span. Spans must come in the order of their starts.
     fn place(&mut self, span: &SpanRecord) -> usize {
         for (number, open) in self.0.iter_mut().enumerate() {
             open.retain(|&end| end > span.start_ns);
@@ -79,9 +79,9 @@ mod tests {
     use crate::render::testing::step;
 
     #[test]
-    fn spans_of_one_row_never_cross_and_links_between_processes_are_arrows() {
+    fn spans_of_a_row_are_nested_or_consecutive_and_remote_parents_are_arrows() {
         let mut trace = step();
-        // Two lanes that overlap without one being in the other.
+        // Two lanes that overlap without nesting.
         let mut other = trace.spans[1].clone();
         other.span = format!("{:016x}", 9);
         other.start_ns += 40_000;

@@ -1,22 +1,23 @@
-//! A trace as one page that needs nothing else: the ways of its tokens over layers, experts and nodes, and its spans in time.
+//! A trace as one self-contained web page: the paths of sampled tokens over layers, experts and nodes, and a
+//! timeline of the spans.
 
-use super::token::token_ways;
+use super::token::token_paths;
 use crate::store::Trace;
 use serde_json::json;
 
 const PAGE: &str = include_str!("trace.html");
 
-/// The page.
+/// The page of a trace; it opens with the paths of the tokens whose text is `token`, if given.
 #[must_use]
 pub fn html(trace: &Trace, token: Option<&str>) -> String {
     let data = json!({
         "name": trace.name(),
         "step": trace.step(),
         "spans": trace.spans,
-        "ways": token_ways(trace),
+        "paths": token_paths(trace),
         "token": token,
     });
-    // Nothing in the data may end the script.
+    // No data may close the script element.
     let data = data.to_string().replace('<', "\\u003c");
     PAGE.replace("\"VOLARY_TRACE\"", &data)
 }
@@ -27,7 +28,7 @@ mod tests {
     use crate::render::testing::step;
 
     #[test]
-    fn no_text_of_a_token_can_end_the_script() {
+    fn no_token_text_can_close_the_script_element() {
         let mut trace = step();
         let text = "</script><script>alert(1)</script>";
         trace.spans[4].attributes.insert("volary.token.text".into(), text.into());

@@ -5,30 +5,32 @@ use crate::record::SpanRecord;
 use crate::store::Trace;
 use std::fmt::Write;
 
-/// Attributes that have columns of their own, or that every span of a lane repeats.
-const ELSEWHERE: [&str; 5] =
+/// Attributes with columns of their own, and those that every span of a lane repeats.
+const OMITTED: [&str; 5] =
     ["volary.queue_us", "volary.compute_us", "volary.wire_us", "volary.step", "messaging.system"];
 
 /// One line per trace.
 #[must_use]
 pub fn list(traces: &[Trace]) -> String {
-    let mut text = format!("{:>8}  {:<22} {:>10}  {:>5}  {}\n", "step", "trace", "took", "spans", "what");
+    let mut text =
+        format!("{:>8}  {:<22} {:>10}  {:>5}  {}\n", "step", "trace", "duration", "spans", "attributes");
     for trace in traces {
         let Some(root) = trace.root() else { continue };
         let step = trace.step().map_or_else(|| "-".to_owned(), |step| step.to_string());
-        let took = duration(root.duration_ns);
+        let duration = duration(root.duration_ns);
         let about = about(root);
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{step:>8}  {:<22} {took:>10}  {:>5}  {about}", root.name, trace.spans.len());
+        let _ =
+            writeln!(text, "{step:>8}  {:<22} {duration:>10}  {:>5}  {about}", root.name, trace.spans.len());
     }
     text
 }
 
-/// A trace as a tree: each span with the process that it ran in, how long it took, and of that, how long it waited for the device,
-/// was computed, and was on the wire.
+/// A trace as a tree: each span with its process and duration, and the parts of it in which it was queued for
+/// the device, computed, and in transit on the network.
 #[must_use]
 pub fn tree(trace: &Trace) -> String {
-    let mut text = format!("{:>10} {:>10} {:>10} {:>10}\n", "took", "queue", "compute", "wire");
+    let mut text = format!("{:>10} {:>10} {:>10} {:>10}\n", "duration", "queue", "compute", "network");
     for top in trace.tops() {
         branch(trace, top, "", "", &mut text);
     }
@@ -68,12 +70,12 @@ fn pair(key: &str, value: &serde_json::Value) -> String {
     if quoted { format!("{key}={value:?}") } else { format!("{key}={value}") }
 }
 
-/// What is said about a span, in a line.
+/// The attributes of a span and its failure in one line.
 fn about(span: &SpanRecord) -> String {
-    let said = span.attributes.iter().filter(|(key, _)| !ELSEWHERE.contains(&key.as_str()));
-    let mut words: Vec<String> = said.map(|(key, value)| pair(key, value)).collect();
-    words.extend(span.error.iter().map(|reason| format!("FAILED: {reason}")));
-    words.join(" ")
+    let shown = span.attributes.iter().filter(|(key, _)| !OMITTED.contains(&key.as_str()));
+    let mut parts: Vec<String> = shown.map(|(key, value)| pair(key, value)).collect();
+    parts.extend(span.error.iter().map(|reason| format!("FAILED: {reason}")));
+    parts.join(" ")
 }
 
 #[cfg(test)]
@@ -82,7 +84,7 @@ mod tests {
     use crate::render::testing::step;
 
     #[test]
-    fn a_tree_shows_where_each_span_ran_and_what_it_waited_for() {
+    fn a_tree_shows_the_process_and_the_times_of_each_span() {
         let text = tree(&step());
         let lines: Vec<&str> = text.lines().collect();
         assert!(lines[1].ends_with("step  supervisor  epoch=2"), "{text}");
@@ -97,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn spans_whose_parents_were_not_kept_are_shown_all_the_same() {
+    fn spans_without_a_stored_parent_are_shown() {
         let mut trace = step();
         trace.spans.remove(1);
         assert_eq!(tree(&trace).lines().count(), 6);

@@ -1,4 +1,4 @@
-//! The ways of the tokens that were followed through a step.
+//! The paths of sampled tokens through a step.
 
 use crate::record::SpanRecord;
 use crate::store::Trace;
@@ -6,64 +6,64 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-/// The way of one token through the MoE layers.
+/// The path of one token through the MoE layers.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct TokenWay {
-    /// Its lane.
+pub struct TokenPath {
+    /// The lane.
     pub lane: u64,
-    /// Its place among the lane's tokens.
+    /// The position among the lane's tokens.
     pub position: u64,
-    /// What it says.
+    /// The text.
     pub text: String,
-    /// The node that ran its lane.
+    /// The node that drove the lane.
     pub node: String,
-    /// Layer by layer.
-    pub visits: Vec<Visit>,
+    /// The MoE layers in order.
+    pub visits: Vec<LayerVisit>,
 }
 
-/// One MoE layer on the way of a token.
+/// One MoE layer on the path of a token.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Visit {
+pub struct LayerVisit {
     /// The layer.
     pub layer: u64,
-    /// First and second choice; the second may be none.
-    pub choices: Vec<Choice>,
+    /// The first and, if there was one, the second expert.
+    pub choices: Vec<RoutedExpert>,
 }
 
-/// An expert that a token was sent to, or was to be sent to.
+/// An expert to which the gate routed a token.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Choice {
+pub struct RoutedExpert {
     /// The expert.
     pub expert: u64,
-    /// Where it lives.
+    /// The node that ran it.
     pub node: String,
-    /// What its output was multiplied by.
+    /// The weight of its output, from the gate.
     pub weight: f64,
-    /// Whether the expert had no room for it.
+    /// Whether the token was dropped because the expert was at capacity.
     pub dropped: bool,
 }
 
-fn choice(span: &SpanRecord, which: &str) -> Option<Choice> {
+fn choice(span: &SpanRecord, which: &str) -> Option<RoutedExpert> {
     let dropped = span.attributes.get("volary.token.dropped").and_then(|value| value.as_array());
-    Some(Choice {
+    Some(RoutedExpert {
         expert: span.number(&format!("volary.expert.{which}"))?,
-        node: span.text(&format!("volary.expert.{which}.node")).unwrap_or_default().to_owned(),
+        node: span.text(&format!("volary.expert.{which}_node")).unwrap_or_default().to_owned(),
         weight: span.attributes.get(&format!("volary.gate.{which}")).and_then(serde_json::Value::as_f64)?,
         dropped: dropped.is_some_and(|all| all.iter().any(|one| one == which)),
     })
 }
 
-/// The ways of all tokens that were followed, by lane and position.
+/// The paths of all sampled tokens, by lane and position.
 #[must_use]
-pub fn token_ways(trace: &Trace) -> Vec<TokenWay> {
-    let mut ways: BTreeMap<(u64, u64), TokenWay> = BTreeMap::new();
+pub fn token_paths(trace: &Trace) -> Vec<TokenPath> {
+    let mut paths: BTreeMap<(u64, u64), TokenPath> = BTreeMap::new();
     for span in trace.spans.iter().filter(|span| span.name == "token") {
         let (Some(lane), Some(position), Some(layer)) =
             (span.number("volary.lane"), span.number("volary.token.position"), span.number("volary.layer"))
         else {
             continue;
         };
-        let way = ways.entry((lane, position)).or_insert_with(|| TokenWay {
+        let path = paths.entry((lane, position)).or_insert_with(|| TokenPath {
             lane,
             position,
             text: span.text("volary.token.text").unwrap_or_default().to_owned(),
@@ -71,28 +71,28 @@ pub fn token_ways(trace: &Trace) -> Vec<TokenWay> {
             visits: Vec::new(),
         });
         let choices = ["first", "second"].into_iter().filter_map(|which| choice(span, which)).collect();
-        way.visits.push(Visit { layer, choices });
+        path.visits.push(LayerVisit { layer, choices });
     }
-    let mut ways: Vec<TokenWay> = ways.into_values().collect();
-    ways.iter_mut().for_each(|way| way.visits.sort_by_key(|visit| visit.layer));
-    ways
+    let mut paths: Vec<TokenPath> = paths.into_values().collect();
+    paths.iter_mut().for_each(|path| path.visits.sort_by_key(|visit| visit.layer));
+    paths
 }
 
-/// Ways as text: a paragraph per token, a line per layer.
+/// Paths as text: a paragraph per token, a line per layer.
 #[must_use]
-pub fn ways_as_text(ways: &[TokenWay]) -> String {
+pub fn paths_as_text(paths: &[TokenPath]) -> String {
     let mut text = String::new();
-    for way in ways {
+    for path in paths {
         // Writing to a string cannot fail.
         let _ = writeln!(
             text,
-            "{:?}  position {} of lane {}, run by {}",
-            way.text, way.position, way.lane, way.node
+            "{:?}  position {} of lane {}, driven by {}",
+            path.text, path.position, path.lane, path.node
         );
-        for visit in &way.visits {
-            let choice = |choice: &Choice| {
-                let fate = if choice.dropped { " (dropped: no room)" } else { "" };
-                format!("expert {} on {} × {:.3}{fate}", choice.expert, choice.node, choice.weight)
+        for visit in &path.visits {
+            let choice = |choice: &RoutedExpert| {
+                let outcome = if choice.dropped { " (dropped: at capacity)" } else { "" };
+                format!("expert {} on {} × {:.3}{outcome}", choice.expert, choice.node, choice.weight)
             };
             let choices: Vec<String> = visit.choices.iter().map(choice).collect();
             let _ = writeln!(text, "  layer {:>3}   {}", visit.layer, choices.join("  +  "));
@@ -107,14 +107,14 @@ mod tests {
     use crate::render::testing::step;
 
     #[test]
-    fn a_token_is_followed_from_layer_to_layer() {
-        let ways = token_ways(&step());
-        assert_eq!(ways.len(), 1);
+    fn a_token_path_has_every_layer() {
+        let paths = token_paths(&step());
+        assert_eq!(paths.len(), 1);
         assert_eq!(
-            ways_as_text(&ways),
-            "\" the\"  position 5 of lane 0, run by node-1\n\
+            paths_as_text(&paths),
+            "\" the\"  position 5 of lane 0, driven by node-1\n\
              \x20 layer   0   expert 3 on node-1 × 0.750  +  expert 1 on node-2 × 0.250\n\
-             \x20 layer   2   expert 0 on node-2 × 0.500  +  expert 2 on node-1 × 0.500 (dropped: no room)\n"
+             \x20 layer   2   expert 0 on node-2 × 0.500  +  expert 2 on node-1 × 0.500 (dropped: at capacity)\n"
         );
     }
 }

@@ -12,8 +12,8 @@ use tokio::time::{Instant, sleep_until};
 /// Faults of a link, in both directions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Faults {
-    /// Every `drop`-th frame is lost, requests and replies included; 0 loses none, 1 all. Control messages are never
-    /// lost.
+    /// Every `drop`-th frame is lost, requests and replies included; 0 loses none, 1 all. Control messages
+    /// are never lost.
     pub drop: u32,
     /// The delay of each frame and control message, in milliseconds.
     pub delay_ms: u64,

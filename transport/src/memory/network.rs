@@ -1,25 +1,16 @@
-//! The hub: fake addresses, handshakes, faults per pair of endpoints, crashes.
+//! The hub: fake addresses, faults per pair of endpoints, crashes.
 
 use super::channel::{Channel, Faults, Side};
-use super::trust::{verify_dialer, verify_listener};
-use super::wire::{End, MemoryWire, Peer, ends};
-use crate::accept::{Accepted, Incoming, Places, RefusedCount};
+use super::socket::{MemorySocket, REFUSED, Shared, Status};
+use crate::accept::Accepted;
 use crate::error::{Error, Result};
-use crate::handshake::greet;
-use crate::identity::{Identity, fingerprint};
-use crate::limits::{HANDSHAKE_MAX, INCOMING_MAX};
 use crate::link::CLOSE_NORMAL;
-use crate::network::{Backend, Dial, Dialed, Socket, SocketArgs};
-use crate::options::TransportOptions;
-use crate::tls::ClientAuth;
-use crate::wire::{BoxFuture, Wire};
-use parking_lot::{Mutex, RwLock};
-use rustls::pki_types::CertificateDer;
+use crate::network::{Backend, Socket, SocketArgs};
+use parking_lot::Mutex;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::mpsc;
 
 /// The first port that the hub assigns for port 0.
 const FIRST_PORT: u16 = 20_001;
@@ -28,10 +19,7 @@ const FIRST_PORT: u16 = 20_001;
 ///
 /// Processes get its [`Network::handle`]. Port 0 is the next free port; no address is ever opened.
 #[derive(Clone, Debug, Default)]
-pub struct Network(Arc<Hub>);
-
-#[derive(Debug, Default)]
-struct Hub(Mutex<State>);
+pub struct Network(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
@@ -67,20 +55,20 @@ impl Network {
         crate::Network::new(self.clone())
     }
 
-    /// Replaces the faults between two endpoints, by their addresses, for present and future links. Call it in a tokio
-    /// runtime.
+    /// Replaces the faults between two endpoints, by their addresses, for present and future links. Call it
+    /// in a tokio runtime.
     pub fn set_faults(&self, a: SocketAddr, b: SocketAddr, faults: Faults) {
-        let mut state = self.0.0.lock();
+        let mut state = self.0.lock();
         state.faults.insert(pair_of(a, b), faults);
         for link in state.links.iter().filter(|link| link.pair == pair_of(a, b)) {
             link.channel.upgrade().into_iter().for_each(|channel| channel.set_faults(faults));
         }
     }
 
-    /// Ends an endpoint as the death of its process does: its links are reset at once, and it neither dials nor accepts
-    /// any more. A new endpoint may bind the address.
+    /// Ends an endpoint as the death of its process does: its links are reset at once, and it neither dials
+    /// nor accepts any more. A new endpoint may bind the address.
     pub fn crash(&self, address: SocketAddr) {
-        let mut state = self.0.0.lock();
+        let mut state = self.0.lock();
         if let Some(socket) = state.sockets.remove(&address) {
             socket.status.send_replace(Status::Crashed);
         }
@@ -92,7 +80,7 @@ impl Network {
     /// The addresses of all open endpoints.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.0.0.lock().sockets.keys().copied().collect()
+        self.0.lock().sockets.keys().copied().collect()
     }
 }
 
@@ -122,22 +110,11 @@ impl State {
 
 impl Backend for Network {
     fn open(&self, args: SocketArgs<'_>) -> Result<Arc<dyn Socket>> {
-        let (accepted, incoming) = mpsc::channel(INCOMING_MAX);
-        let mut state = self.0.0.lock();
+        let mut state = self.0.lock();
         let address = state.assign(args.address)?;
-        let shared = Arc::new(Shared {
-            address,
-            config: RwLock::new(Config {
-                server: args.server,
-                idle_timeout_ms: args.options.idle_timeout_ms,
-            }),
-            status: watch::Sender::new(Status::Open(accepted)),
-            places: Places::new(),
-            refused: args.refused,
-        });
-        state.sockets.insert(address, Arc::clone(&shared));
-        let incoming = tokio::sync::Mutex::new(incoming);
-        Ok(Arc::new(MemorySocket { hub: self.clone(), shared, incoming }))
+        let socket = MemorySocket::new(self.clone(), address, args);
+        state.sockets.insert(address, Arc::clone(socket.shared()));
+        Ok(Arc::new(socket))
     }
 
     fn local_ip(&self, _: SocketAddr) -> Result<IpAddr> {
@@ -145,79 +122,40 @@ impl Backend for Network {
     }
 }
 
-/// What the hub knows of a socket.
-#[derive(Debug)]
-struct Shared {
-    address: SocketAddr,
-    config: RwLock<Config>,
-    status: watch::Sender<Status>,
-    places: Places,
-    refused: RefusedCount,
-}
-
-#[derive(Clone, Debug)]
-struct Config {
-    server: Option<(Identity, ClientAuth)>,
-    idle_timeout_ms: u64,
-}
-
-#[derive(Debug)]
-enum Status {
-    Open(mpsc::Sender<Accepted>),
-    Closed,
-    Crashed,
-}
-
-/// One end of the hub's network.
-#[derive(Debug)]
-struct MemorySocket {
-    hub: Network,
-    shared: Arc<Shared>,
-    incoming: tokio::sync::Mutex<mpsc::Receiver<Accepted>>,
-}
-
-impl Drop for MemorySocket {
-    fn drop(&mut self) {
-        self.close("the process ends");
-    }
-}
-
-impl Socket for MemorySocket {
-    fn local_addr(&self) -> SocketAddr {
-        self.shared.address
+/// For sockets.
+impl Network {
+    pub(super) fn listener(&self, address: SocketAddr) -> Option<Arc<Shared>> {
+        self.0.lock().sockets.get(&address).cloned()
     }
 
-    fn dial(&self, dial: Dial) -> BoxFuture<'_, Result<Dialed>> {
-        Box::pin(async move {
-            let peer = dial.peer();
-            let work = tokio::time::timeout(HANDSHAKE_MAX, self.connect(dial));
-            let late = || Error::connection(peer, format!("no answer within {HANDSHAKE_MAX:?}"));
-            work.await.unwrap_or_else(|_| Err(late()))
-        })
+    /// Registers a link, if both ends are open; otherwise the reason.
+    pub(super) fn link(
+        &self,
+        dialer: &Shared,
+        listener: &Shared,
+    ) -> std::result::Result<(Arc<Channel>, mpsc::Sender<Accepted>), &'static str> {
+        let mut state = self.0.lock();
+        if !matches!(*dialer.status.borrow(), Status::Open(_)) {
+            return Err("this endpoint is closed");
+        }
+        let Status::Open(accepted) = &*listener.status.borrow() else { return Err(REFUSED) };
+        let pair = pair_of(dialer.address, listener.address);
+        let faults = state.faults.get(&pair).copied().unwrap_or_default();
+        // The shorter timeout counts, as in QUIC.
+        let idle_timeout_ms = |socket: &Shared| socket.config.read().idle_timeout_ms;
+        let idle_timeout_ms = idle_timeout_ms(dialer).min(idle_timeout_ms(listener));
+        let channel = Arc::new(Channel::new(faults, idle_timeout_ms));
+        if faults.partition {
+            channel.start_idle_timeout();
+        }
+        state.links.retain(|link| link.channel.strong_count() > 0);
+        state.links.push(HubLink { pair, dialer: dialer.address, channel: Arc::downgrade(&channel) });
+        Ok((channel, accepted.clone()))
     }
 
-    fn accept(&self) -> BoxFuture<'_, Option<Accepted>> {
-        Box::pin(async move {
-            let mut status = self.shared.status.subscribe();
-            let mut incoming = self.incoming.lock().await;
-            tokio::select! {
-                biased;
-                _ = status.wait_for(|status| matches!(status, Status::Crashed)) => None,
-                accepted = incoming.recv() => accepted,
-            }
-        })
-    }
-
-    fn configure(&self, server: Option<(Identity, ClientAuth)>, options: &TransportOptions) -> Result<()> {
-        let mut config = self.shared.config.write();
-        *config = Config { server, idle_timeout_ms: options.idle_timeout_ms };
-        Ok(())
-    }
-
-    fn close(&self, reason: &str) {
-        let mut state = self.hub.0.0.lock();
-        let address = self.shared.address;
-        let was_open = self.shared.status.send_if_modified(|status| {
+    pub(super) fn close(&self, socket: &Shared, reason: &str) {
+        let mut state = self.0.lock();
+        let was_open = socket.status.send_if_modified(|status| {
             let is_open = matches!(status, Status::Open(_));
             if is_open {
                 *status = Status::Closed;
@@ -226,9 +164,9 @@ impl Socket for MemorySocket {
         });
         // After a crash, another socket may have the address and its links.
         if was_open {
-            state.sockets.remove(&address);
-            for (channel, link) in state.channels_of(address) {
-                channel.close_by(link.side_of(address), CLOSE_NORMAL, reason);
+            state.sockets.remove(&socket.address);
+            for (channel, link) in state.channels_of(socket.address) {
+                channel.close_by(link.side_of(socket.address), CLOSE_NORMAL, reason);
             }
         }
     }
@@ -237,104 +175,5 @@ impl Socket for MemorySocket {
 impl HubLink {
     fn side_of(&self, address: SocketAddr) -> Side {
         if self.dialer == address { Side::A } else { Side::B }
-    }
-}
-
-/// A listener that trusts a dialer and is trusted by it.
-struct Listener {
-    shared: Arc<Shared>,
-    certificate: CertificateDer<'static>,
-    dialer_certificate: Option<CertificateDer<'static>>,
-    place: OwnedSemaphorePermit,
-}
-
-impl MemorySocket {
-    async fn connect(&self, dial: Dial) -> Result<Dialed> {
-        let failed = |reason: &dyn std::fmt::Display| Error::connection(dial.peer(), reason);
-        let listener = self.find(&dial).map_err(|reason| failed(&reason))?;
-        let (channel, accepted) = self.link(&listener).map_err(|reason| failed(&reason))?;
-        let (End { frames, control: (mut sender, mut receiver) }, far) = ends(&channel);
-        let peer = Peer {
-            name: dial.name.clone(),
-            address: dial.address,
-            certificate: Some(fingerprint(&listener.certificate)),
-        };
-        let wire = Arc::new(MemoryWire::new(frames, peer));
-        // The first flight of the handshake.
-        wire.reach_peer().await?;
-        tokio::spawn(introduce(listener, accepted, self.shared.address, far));
-        let answer = greet((&mut sender, &mut receiver), &dial.role, dial.protocol).await?;
-        Ok(Dialed { wire, answer, control: (sender, receiver) })
-    }
-
-    /// The listener at the dialed address, if both ends trust each other; otherwise the reason.
-    fn find(&self, dial: &Dial) -> std::result::Result<Listener, String> {
-        let shared = self.hub.0.0.lock().sockets.get(&dial.address).cloned().ok_or(REFUSED)?;
-        let Some((identity, clients)) = shared.config.read().server.clone() else {
-            return Err(REFUSED.into());
-        };
-        verify_listener(&identity, &dial.name, &dial.credential).map_err(|error| error.to_string())?;
-        let count = || shared.refused.fetch_add(1, Ordering::Relaxed);
-        let verified = verify_dialer(&identity, clients, &dial.credential);
-        let dialer_certificate = verified.map_err(|error| {
-            count();
-            error.to_string()
-        })?;
-        let place = shared.places.take().ok_or_else(|| {
-            count();
-            "too many connections wait for admission".to_owned()
-        })?;
-        Ok(Listener { certificate: identity.certificate, shared, dialer_certificate, place })
-    }
-
-    /// Registers a link to a listener, if both are still open.
-    fn link(
-        &self,
-        listener: &Listener,
-    ) -> std::result::Result<(Arc<Channel>, mpsc::Sender<Accepted>), &'static str> {
-        let mut state = self.hub.0.0.lock();
-        if !matches!(*self.shared.status.borrow(), Status::Open(_)) {
-            return Err("this endpoint is closed");
-        }
-        let accepted = match &*listener.shared.status.borrow() {
-            Status::Open(accepted) => accepted.clone(),
-            Status::Closed | Status::Crashed => return Err(REFUSED),
-        };
-        let pair = pair_of(self.shared.address, listener.shared.address);
-        let faults = state.faults.get(&pair).copied().unwrap_or_default();
-        // The shorter timeout counts, as in QUIC.
-        let idle_timeout_ms = |shared: &Shared| shared.config.read().idle_timeout_ms;
-        let idle_timeout_ms = idle_timeout_ms(&self.shared).min(idle_timeout_ms(&listener.shared));
-        let channel = Arc::new(Channel::new(faults, idle_timeout_ms));
-        if faults.partition {
-            channel.start_idle_timeout();
-        }
-        state.links.retain(|link| link.channel.strong_count() > 0);
-        let link = HubLink { pair, dialer: self.shared.address, channel: Arc::downgrade(&channel) };
-        state.links.push(link);
-        Ok((channel, accepted))
-    }
-}
-
-const REFUSED: &str = "connection refused";
-
-/// The listener's side of a handshake.
-async fn introduce(
-    listener: Listener,
-    accepted: mpsc::Sender<Accepted>,
-    dialer: SocketAddr,
-    End { frames, control }: End,
-) {
-    let Listener { shared, dialer_certificate: certificate, place, .. } = listener;
-    let hash = certificate.as_ref().map(|certificate| fingerprint(certificate));
-    let incoming = Incoming { control, certificate, place, refused: Arc::clone(&shared.refused) };
-    let introduced = incoming.introduce(|name| {
-        let peer = Peer { name, address: dialer, certificate: hash };
-        Arc::new(MemoryWire::new(frames, peer)) as Arc<dyn Wire>
-    });
-    match tokio::time::timeout(2 * HANDSHAKE_MAX, introduced).await {
-        Ok(Ok(connection)) => drop(accepted.send(connection).await),
-        Ok(Err(error)) => tracing::warn!(%dialer, %error, "connection refused"),
-        Err(_) => tracing::warn!(%dialer, "connection refused: no greeting in time"),
     }
 }

@@ -38,7 +38,8 @@ pub(super) fn verify_dialer(
         };
     };
     let verifier = tls::client_verifier(listener, clients)?;
-    let verified = verifier.verify_client_cert(&dialer.certificate, &[dialer.ca.clone()], UnixTime::now());
+    let verified =
+        verifier.verify_client_cert(&dialer.certificate, std::slice::from_ref(&dialer.ca), UnixTime::now());
     verified.map_err(Error::identity)?;
     Ok(Some(dialer.certificate.clone()))
 }

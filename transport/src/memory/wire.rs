@@ -6,7 +6,8 @@ use crate::error::{Error, Result};
 use crate::frame::Frame;
 use crate::limits::INBOUND_MAX;
 use crate::link::{CloseReason, InboundFrame, LinkStats, Replier};
-use crate::wire::{BoxFuture, Control, OutboundFrame, ReplyStream, Wire};
+use crate::wire::{BoxFuture, Control, ReplyStream, Wire};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -73,10 +74,10 @@ struct State {
 }
 
 impl Wire for MemoryWire {
-    fn request(&self, frame: OutboundFrame) -> BoxFuture<'_, Result<Frame>> {
+    fn request(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<Frame>> {
         Box::pin(async move {
             let (reply, replied) = oneshot::channel();
-            match self.wrap(frame, Some(reply)).await? {
+            match self.wrap(&pieces, Some(reply)).await? {
                 (parcel, false) => self.post(parcel).await?,
                 (parcel, true) => parcel.reply.into_iter().for_each(|reply| self.0.guard.channel.lose(reply)),
             }
@@ -92,9 +93,9 @@ impl Wire for MemoryWire {
         })
     }
 
-    fn send(&self, frame: OutboundFrame) -> BoxFuture<'_, Result<()>> {
+    fn send(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<()>> {
         Box::pin(async move {
-            match self.wrap(frame, None).await? {
+            match self.wrap(&pieces, None).await? {
                 (parcel, false) => self.post(parcel).await,
                 (_, true) => Ok(()),
             }
@@ -157,11 +158,8 @@ impl MemoryWire {
     }
 
     /// The parcel of a frame, when there is no partition, and whether it is lost.
-    async fn wrap(
-        &self,
-        OutboundFrame { frame, pieces }: OutboundFrame,
-        reply: Option<oneshot::Sender<Parcel>>,
-    ) -> Result<(Parcel, bool)> {
+    async fn wrap(&self, pieces: &[Bytes], reply: Option<oneshot::Sender<Parcel>>) -> Result<(Parcel, bool)> {
+        let frame = Frame::from_pieces(pieces)?;
         let faults = self.0.guard.pass().await.map_err(|reason| self.broken(reason))?;
         let bytes = pieces.iter().map(|piece| piece.len() as u64).sum();
         self.0.sent.fetch_add(bytes, Ordering::Relaxed);
@@ -217,9 +215,9 @@ struct MemoryReply {
 }
 
 impl ReplyStream for MemoryReply {
-    fn reply(self: Box<Self>, frame: OutboundFrame) -> BoxFuture<'static, Result<()>> {
+    fn reply(self: Box<Self>, pieces: Vec<Bytes>) -> BoxFuture<'static, Result<()>> {
         Box::pin(async move {
-            match self.wire.wrap(frame, None).await? {
+            match self.wire.wrap(&pieces, None).await? {
                 // The requester may have given up.
                 (parcel, false) => drop(self.reply.send(parcel)),
                 (_, true) => self.wire.0.guard.channel.lose(self.reply),

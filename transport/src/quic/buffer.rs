@@ -8,8 +8,8 @@ pub(super) fn is_aligned(bytes: &[u8]) -> bool {
     bytes.as_ptr().align_offset(ALIGNMENT_BYTES) == 0
 }
 
-/// A buffer whose content begins at a multiple of [`ALIGNMENT_BYTES`]: matrix products must not depend on a tensor's
-/// address.
+/// A buffer whose content begins at a multiple of [`ALIGNMENT_BYTES`]: matrix products must not depend on a
+/// tensor's address.
 pub(super) struct AlignedBuffer {
     buffer: Vec<u8>,
     start: usize,

@@ -32,8 +32,8 @@ pub(super) async fn read_frame(stream: &mut RecvStream, stall_max: Option<Durati
     Ok(fixed.frame(meta.into(), parts))
 }
 
-/// Reads a tensor into one buffer of its size. At most [`RESERVE_BYTES_MAX`] is reserved in advance; the rest is reserved
-/// after that much has arrived.
+/// Reads a tensor into one buffer of its size. At most [`RESERVE_BYTES_MAX`] is reserved in advance; the rest
+/// is reserved after that much has arrived.
 async fn read_part(stream: &mut RecvStream, bytes: usize, stall_max: Option<Duration>) -> Result<Bytes> {
     let mut data = AlignedBuffer::with_capacity(bytes.min(RESERVE_BYTES_MAX))?;
     while data.len() < bytes {

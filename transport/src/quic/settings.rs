@@ -1,4 +1,4 @@
-//! What sockets and connections are set to, by where they lead: see `docs/performance.md` for what was measured.
+//! Settings of sockets and connections, by their path; measurements are in `docs/performance.md`.
 
 use crate::error::{Error, Result};
 use crate::limits::{
@@ -9,20 +9,20 @@ use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// The largest UDP payload over IPv4 that quinn takes.
+/// The largest UDP payload over IPv4 that quinn supports.
 pub(crate) const LOOPBACK_DATAGRAM: u16 = 65_487;
 const NETWORK_DATAGRAM: u16 = 1_452;
 const INITIAL_WINDOW_BYTES: u64 = 4 << 20;
 
-/// This machine's address on the way to `towards`.
+/// This machine's address on the route to `towards`.
 ///
 /// # Errors
-/// When there is no way.
+/// [`Error::Connection`] when there is no route.
 pub fn local_ip(towards: SocketAddr) -> Result<IpAddr> {
     let any: SocketAddr = if towards.is_ipv4() { ([0, 0, 0, 0], 0).into() } else { ([0u16; 8], 0).into() };
     let find = || {
         let socket = UdpSocket::bind(any)?;
-        // Sends nothing: it only asks the routing table.
+        // Sends nothing; only queries the routing table.
         socket.connect(towards)?;
         socket.local_addr()
     };
@@ -40,7 +40,7 @@ pub(crate) fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
 pub(crate) fn udp_socket(address: SocketAddr) -> Result<UdpSocket> {
     let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
     let buffers = socket2::SockRef::from(&socket);
-    // The kernel gives what its limits allow; `volary doctor` says when that is too little.
+    // The kernel may grant less; `volary doctor` reports it.
     let _ = buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES);
     let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
     Ok(socket)
@@ -63,7 +63,7 @@ pub(crate) fn transport_config(loopback: bool, options: &TransportOptions) -> Re
         .datagram_receive_buffer_size(None)
         .mtu_discovery_config(None);
     if loopback {
-        // A large first datagram needs a large first window, or nothing is ever sent.
+        // The first congestion window must hold a whole datagram, or nothing is ever sent.
         config
             .initial_mtu(LOOPBACK_DATAGRAM)
             .congestion_controller_factory(Arc::new(cubic))

@@ -57,7 +57,7 @@ async fn another_version_is_refused_with_both_versions_named() {
 async fn a_name_that_the_certificate_does_not_prove_is_refused() {
     let authority = Authority::create().unwrap();
     let (left, right) = (Left::new(&authority), node(&authority, "right"));
-    let error = left.socket.connect(left.dial(&right, "somebody-else", PROTOCOL)).await.unwrap_err();
+    let error = left.socket.connect(left.dial(&right, "another-name", PROTOCOL)).await.unwrap_err();
     assert_eq!(error.refusal_code(), Some(RefusalCode::NameNotProven));
     assert!(error.to_string().contains("does not prove the name"), "{error}");
 }

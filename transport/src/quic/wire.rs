@@ -8,7 +8,7 @@ use crate::identity::fingerprint;
 use crate::limits::STALL_MAX;
 use crate::link::{CloseReason, InboundFrame, LinkStats, Replier};
 use crate::refusal::RefusalCode;
-use crate::wire::{BoxFuture, OutboundFrame, ReplyStream, Wire};
+use crate::wire::{BoxFuture, ReplyStream, Wire};
 use bytes::Bytes;
 use quinn::{Connection, ConnectionError, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
@@ -22,8 +22,8 @@ use tokio::sync::mpsc;
 pub(super) struct QuicWire {
     pub(super) connection: Connection,
     pub(super) peer: String,
-    /// The socket's runtime: whole frames are written and read there, beside the connection's driver, so that a frame
-    /// costs one thread switch instead of one per window of data.
+    /// The socket's runtime: whole frames are written and read there, beside the connection's driver, so that
+    /// a frame costs one thread switch instead of one per window of data.
     pub(super) runtime: Handle,
     pub(super) refused: RefusedCount,
 }
@@ -37,7 +37,7 @@ impl<T> Drop for AbortOnDrop<T> {
 }
 
 impl Wire for QuicWire {
-    fn request(&self, OutboundFrame { pieces, .. }: OutboundFrame) -> BoxFuture<'_, Result<Frame>> {
+    fn request(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<Frame>> {
         let wire = self.clone();
         Box::pin(self.beside_the_driver(async move {
             let (mut send, mut receive) = wire.connection.open_bi().await.map_err(|e| wire.broken(e))?;
@@ -47,7 +47,7 @@ impl Wire for QuicWire {
         }))
     }
 
-    fn send(&self, OutboundFrame { pieces, .. }: OutboundFrame) -> BoxFuture<'_, Result<()>> {
+    fn send(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<()>> {
         let wire = self.clone();
         Box::pin(self.beside_the_driver(async move {
             let mut send = wire.connection.open_uni().await.map_err(|e| wire.broken(e))?;
@@ -157,7 +157,7 @@ struct QuicReply {
 }
 
 impl ReplyStream for QuicReply {
-    fn reply(self: Box<Self>, OutboundFrame { pieces, .. }: OutboundFrame) -> BoxFuture<'static, Result<()>> {
+    fn reply(self: Box<Self>, pieces: Vec<Bytes>) -> BoxFuture<'static, Result<()>> {
         let Self { wire, mut stream } = *self;
         Box::pin(async move {
             let writer = wire.clone();
@@ -166,7 +166,8 @@ impl ReplyStream for QuicReply {
     }
 }
 
-/// The peer's own certificate, if it has presented one; it is the authority's, or there would be no connection.
+/// The peer's own certificate, if it has presented one; it is the authority's, or there would be no
+/// connection.
 pub(super) fn peer_certificate(connection: &Connection) -> Option<CertificateDer<'static>> {
     let chain = connection.peer_identity()?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     chain.first().cloned()

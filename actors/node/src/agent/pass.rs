@@ -42,7 +42,7 @@ impl<B: Compute> AgentState<B> {
         let waiting = lanes.iter().map(|(lane, _)| *lane).collect();
         let (reports, norms, reducing) = (Vec::new(), None, None);
         self.pass = Some(RunningPass { epoch, step, pass, waiting, lanes: reports, norms, reducing });
-        self.node.metrics.begun(epoch.0, step.0);
+        self.node.metrics.step_started(epoch.0, step.0);
         let train = pass == Pass::Train;
         if train {
             let placement = self.node.placement();

@@ -106,7 +106,7 @@ fn fill_in(profile: &mut Profile, costs: &Costs, measured: &[Times]) {
         let expert = measured.iter().map(|times| times.expert).sum::<Timing>() * mean;
         profile.expert = rate(rows(costs) as f64 * costs.expert_flops, expert);
         let update_s = measured.iter().map(|times| times.update_s).sum::<f64>() * mean;
-        profile.update_bytes_per_s = threads as f64 * costs.expert_wire as f64 / update_s.max(1e-9);
+        profile.update_bytes_per_s = threads as f64 * costs.expert_wire_bytes as f64 / update_s.max(1e-9);
     }
 }
 

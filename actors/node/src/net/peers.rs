@@ -184,7 +184,7 @@ impl Peers {
     /// What a failed use of a link means. Only an error of the connection breaks the link.
     fn failed(&self, peer: &NodeId, link: &Link, error: volary_transport::Error) -> Error {
         let (peer, reason) = (peer.clone(), error.to_string());
-        if matches!(error, volary_transport::Error::TooLarge { .. }) {
+        if matches!(error, volary_transport::Error::TooLarge(_)) {
             return Error::TooLarge { peer, reason };
         }
         self.remove(&peer, link);

@@ -72,7 +72,7 @@ impl SupervisorSession {
     pub(super) fn send_spans(&self, pipeline: &Pipeline, spans: &[String]) {
         for part in spans.chunks(SPANS_PER_MESSAGE) {
             if self.messages.try_send(ToSupervisor::Spans(part.to_vec())).is_err() {
-                pipeline.lost(part.len() as u64);
+                pipeline.count_lost(part.len() as u64);
             }
         }
     }

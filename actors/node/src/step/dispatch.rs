@@ -158,7 +158,7 @@ impl TokenDispatch {
             span.set("volary.layer", i64::from(self.layer.0));
             span.set("messaging.system", "volary");
             span.set("messaging.batch.message_count", i64::from(rows));
-            span.set("volary.to", to.0.clone());
+            span.set("volary.target_node", to.0.clone());
             span.set("volary.local", *to == self.local);
         }
         span

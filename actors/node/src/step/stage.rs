@@ -90,7 +90,7 @@ impl<B: Compute> StagePass<'_, B> {
         let Self { node, at, train, trace } = *self;
         let backward = kind == FrameKind::StageBackward;
         let name = if backward { "stage.dispatch.backward" } else { "stage.dispatch" };
-        let mut span = trace.scope.span_of(name, SpanKind::Producer).with("volary.to", to.0.clone());
+        let mut span = trace.scope.span_of(name, SpanKind::Producer).with("volary.target_node", to.0.clone());
         span.set("volary.layer", i64::from(layers.start.0));
         let stream = node.executor.run(&span.meter(), move |backend| Ok(backend.export(&x)?)).await?;
         let sampled_tokens = trace.sampled_tokens.to_vec();

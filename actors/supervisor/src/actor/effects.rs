@@ -90,7 +90,7 @@ impl SupervisorState {
         let (began, scope) = (Instant::now(), span.scope());
         blocking(move || scope.enter(|| store.commit(record.step, &record))).await?;
         drop(span);
-        self.telemetry.metrics.journalled(began.elapsed());
+        self.telemetry.metrics.journal_written(began.elapsed());
         if let Some(took) = prepared {
             self.telemetry.metrics.prepared(took);
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use volary_core::Step;
 use volary_core::machine::{Committed, Notice};
 use volary_telemetry::metrics::SupervisorMetrics;
-use volary_telemetry::tensorboard::{EventFile, Figure};
+use volary_telemetry::tensorboard::{EventFile, Value};
 
 /// What the supervisor shows of a run.
 pub(super) struct Telemetry {
@@ -70,19 +70,19 @@ impl Telemetry {
             ("dropped", Some(committed.dropped as f64)),
         ];
         let scalar =
-            |(tag, value): (&str, Option<f64>)| Some((format!("train/{tag}"), Figure::Scalar(value?)));
-        let mut figures: Vec<(String, Figure<'_>)> = scalars.into_iter().filter_map(scalar).collect();
+            |(tag, value): (&str, Option<f64>)| Some((format!("train/{tag}"), Value::Scalar(value?)));
+        let mut values: Vec<(String, Value<'_>)> = scalars.into_iter().filter_map(scalar).collect();
         if self.is_sampled(committed.step) {
             for (layer, counts) in committed.load.iter().enumerate() {
-                figures.push((format!("expert_load/moe_layer_{layer}"), Figure::Counts(counts)));
+                values.push((format!("expert_load/moe_layer_{layer}"), Value::Counts(counts)));
             }
         }
-        self.write(committed.step, &figures);
+        self.write(committed.step, &values);
     }
 
-    fn write(&mut self, step: Step, figures: &[(String, Figure<'_>)]) {
+    fn write(&mut self, step: Step, values: &[(String, Value<'_>)]) {
         if let Some(file) = &mut self.tensorboard
-            && let Err(error) = file.write(step.0, figures)
+            && let Err(error) = file.write(step.0, values)
         {
             tracing::warn!(%error, "TensorBoard's file cannot be written; the run continues without it");
             self.tensorboard = None;
@@ -93,7 +93,7 @@ impl Telemetry {
     pub(super) fn validated(&mut self, line: &ValidationLine) {
         self.metrics.validated(line.loss);
         self.events.publish("validation", line);
-        self.write(line.step, &[("validation/loss".to_owned(), Figure::Scalar(line.loss))]);
+        self.write(line.step, &[("validation/loss".to_owned(), Value::Scalar(line.loss))]);
     }
 
     /// Something happened; a checkpoint that became durable shows how long it took.

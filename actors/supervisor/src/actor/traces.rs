@@ -114,7 +114,7 @@ impl Traces {
 
     fn step_span(&mut self, epoch: Epoch, step: Step, began: SystemTime, why: &'static str) -> Span {
         let span = self.tracer.root("step", Some(began)).with("volary.step", step.0 as i64);
-        let span = span.with("volary.epoch", epoch.0 as i64).with("volary.traced_because", why);
+        let span = span.with("volary.epoch", epoch.0 as i64).with("volary.sampling_reason", why);
         self.last_step = span.identity();
         span
     }
@@ -195,8 +195,8 @@ impl Traces {
             Notice::Aborted { epoch, step, reason } => self.aborted(*epoch, *step, reason),
             Notice::WentBack { from, to, .. } => {
                 let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
-                span.set("volary.went_back_from", from.0 as i64);
-                span.set("volary.went_back_to", to.0 as i64);
+                span.set("volary.rollback.from_step", from.0 as i64);
+                span.set("volary.rollback.to_step", to.0 as i64);
             }
             Notice::Placed { epoch, step, cause, learning, .. } => {
                 self.changed = true;
@@ -236,7 +236,7 @@ impl Traces {
             span
         });
         span.event(what, "volary.node", node.to_owned());
-        span.set("volary.change", what);
+        span.set("volary.membership_change", what);
         span.set("volary.node", node.to_owned());
     }
 

@@ -106,7 +106,7 @@ impl Shared {
             record
         };
         let parsed = spans.iter().filter_map(|span| serde_json::from_str(span).ok());
-        self.pipeline.keep(parsed.map(attribute).collect());
+        self.pipeline.store(parsed.map(attribute).collect());
     }
 
     /// Waits until `bytes` of a checkpoint shard fit into the memory budget. Nodes are faster than disks: what does not fit

@@ -1,4 +1,5 @@
 //! The frame codec: round trips, truncation at every byte, hostile lengths.
+use super::codec::{FIXED, shape_bytes};
 use super::*;
 use proptest::prelude::*;
 
@@ -32,8 +33,9 @@ fn wire(frame: &Frame) -> Bytes {
 
 proptest! {
     #[test]
-    fn a_frame_comes_back_as_it_was(frame in frame()) {
-        prop_assert_eq!(Frame::decode(&wire(&frame)).unwrap(), frame);
+    fn a_frame_survives_its_encoding(frame in frame()) {
+        prop_assert_eq!(&Frame::decode(&wire(&frame)).unwrap(), &frame);
+        prop_assert_eq!(Frame::from_pieces(&frame.encode().unwrap()).unwrap(), frame);
     }
 
     #[test]
@@ -53,7 +55,7 @@ proptest! {
     }
 
     #[test]
-    fn rubbish_is_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+    fn arbitrary_bytes_are_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
         prop_assert!(Frame::decode(&bytes.into()).is_err());
     }
 }
@@ -75,9 +77,9 @@ fn small() -> Frame {
     }
 }
 
-/// The layout is a contract between versions: a change here needs a new layout version.
+/// The layout is fixed: a change needs a new layout version.
 #[test]
-fn the_layout_is_what_the_table_says() {
+fn the_layout_matches_the_table() {
     let hex: String = wire(&small()).iter().map(|b| format!("{b:02x}")).collect();
     let expected = "564c525901010100\
         03000000000000000400000000000000\
@@ -102,13 +104,13 @@ fn hostile_lengths_are_refused_before_memory_is_reserved() {
 }
 
 #[test]
-fn another_layout_kind_or_number_type_is_named() {
+fn an_unknown_layout_kind_or_dtype_is_named() {
     let with = |at: usize, value: u8| {
         let mut bytes = wire(&small()).to_vec();
         bytes[at] = value;
         Frame::decode(&bytes.into()).unwrap_err().to_string()
     };
-    assert!(with(4, 9).contains("layout 9, and this is 1"));
+    assert!(with(4, 9).contains("layout 9, expected 1"));
     assert!(with(5, 77).contains("unknown kind 77"));
-    assert!(with(FIXED + 2, 66).contains("unknown number type 66"));
+    assert!(with(FIXED + 2, 66).contains("unknown dtype 66"));
 }
