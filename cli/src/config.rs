@@ -100,9 +100,9 @@ impl Config {
         if name.is_empty() || name.starts_with('.') || name.len() > 100 || !name.chars().all(plain) {
             return Err(format!("run.name = {name:?}: expected up to 100 letters, digits, '-', '_' and '.'"));
         }
-        self.model.check()?;
-        self.training.check()?;
-        self.telemetry.check()?;
+        self.model.check().map_err(|error| error.to_string())?;
+        self.training.check().map_err(|error| error.to_string())?;
+        self.telemetry.check().map_err(|error| error.to_string())?;
         if self.model.vocabulary < self.data.vocabulary && self.data.tokenizer.is_none() {
             return Err(format!(
                 "data.vocabulary = {}: expected at most model.vocabulary = {}",

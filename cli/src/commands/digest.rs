@@ -1,6 +1,7 @@
 //! `volary digest`: a hash over the exact bits of a checkpoint, wherever its shards were placed.
 
 use std::path::PathBuf;
+use volary_core::Step;
 use volary_storage::{CheckpointReader, RunDir};
 
 /// Hash the exact bits of a checkpoint: one line per shard and one for the whole.
@@ -26,7 +27,7 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let reader = CheckpointReader::open(&RunDir::find(&args.run_dir)?)?;
     let step = match args.step {
-        Some(step) => step,
+        Some(step) => Step(step),
         None => match reader.latest()? {
             Some(record) => record.step,
             None => anyhow::bail!("{} holds no checkpoint yet", args.run_dir.display()),

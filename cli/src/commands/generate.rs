@@ -3,6 +3,7 @@
 use crate::config::Config;
 use anyhow::Context;
 use std::path::{Path, PathBuf};
+use volary_core::Step;
 use volary_data::Tokenizer;
 use volary_model::device;
 use volary_model::reference::Reference;
@@ -78,7 +79,7 @@ pub(crate) fn continue_prompt(
     let config = Config::load(&dir.config(), &[])?;
     let reader = CheckpointReader::open(&dir)?;
     let step = match step {
-        Some(step) => step,
+        Some(step) => Step(step),
         None => reader.latest()?.with_context(|| format!("{} holds no checkpoint yet", run.display()))?.step,
     };
     let tokenizer = Tokenizer::load(&dir.tokenizer())?;

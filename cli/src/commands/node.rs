@@ -14,6 +14,7 @@ use volary_model::{Glam, device};
 use volary_node::{NetworkFault, NodeEnd, NodeOptions};
 use volary_protocol::RunInfo;
 use volary_telemetry::metrics::NodeMetrics;
+use volary_transport::{Interference, Network};
 
 /// Orders and signals that wait to be looked at.
 const ORDERS_AHEAD: usize = 16;
@@ -83,7 +84,7 @@ fn zone(text: &str) -> Result<String, String> {
 /// # Errors
 /// When the device is not there, the supervisor refuses, or the run is lost.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (orders, disturbances) = mpsc::channel(ORDERS_AHEAD);
+    let (orders, faults) = mpsc::channel(ORDERS_AHEAD);
     if args.tethered {
         crate::local::end_with_parent(move |line| take_order(line, &orders));
     }
@@ -103,11 +104,17 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(door) = door {
         door.serve(http::node_routes(Arc::clone(&metrics)))?;
     }
+    let interference = args.disturbed.then(Interference::default);
+    let network = match &interference {
+        Some(interference) => Network::quic_with_interference(interference.clone()),
+        None => Network::quic(),
+    };
     let options = NodeOptions {
+        network,
         metrics,
         http,
         supervisor: target.address,
-        supervisor_host: args.join,
+        supervisor_host: Some(args.join),
         token: target.token,
         name: args.name,
         listen: args.listen.as_deref().map(rundir::resolve).transpose()?,
@@ -119,7 +126,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         },
         zone: args.zone,
         prepare_thread: device::single_thread,
-        disturbed: args.disturbed.then(|| (Interference::default(), disturbances)),
+        faults: interference.map(|interference| (interference, faults)),
     };
     let make = move |run: &RunInfo| {
         Glam::new(&run.architecture, &run.training, run.seed, device).map_err(ComputeError::from)
@@ -134,7 +141,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             tracing::info!(reason, "left");
             Ok(())
         }
-        NodeEnd::SupervisorGone(reason) => bail!("the supervisor is gone: {reason}"),
+        NodeEnd::SupervisorLost(reason) => bail!("supervisor lost: {reason}"),
     }
 }
 
@@ -164,7 +171,7 @@ fn take_order(line: &str, orders: &mpsc::Sender<NetworkFault>) {
                 tracing::warn!(%error, "this node does not disturb its network");
             }
         }
-        Err(reason) => tracing::warn!(reason, "a line on standard input is no order"),
+        Err(error) => tracing::warn!(%error, "a line on standard input is no network fault"),
     }
 }
 

@@ -15,6 +15,7 @@ use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::{Digest, RunDir, RunLock};
 use volary_supervisor::{RunEnd, Supervisor, SupervisorOptions};
 use volary_telemetry::metrics::SupervisorMetrics;
+use volary_transport::Network;
 
 /// How long the last checkpoint of a supervisor that will be started again may take.
 const LAST_CHECKPOINT_MAX: Duration = Duration::from_secs(240);
@@ -94,7 +95,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Ok(())
         }
         Some(RunEnd::Done { step }) => {
-            tracing::info!(step, "the run is over");
+            tracing::info!(%step, "the run has ended");
             Ok(())
         }
         Some(RunEnd::Fatal { reason }) => bail!("{reason}"),
@@ -149,6 +150,7 @@ fn serve(
     };
     let metrics = Arc::new(SupervisorMetrics::new());
     let options = SupervisorOptions {
+        network: Network::quic(),
         run,
         settings: config.settings(),
         dir: dir.clone(),
@@ -187,7 +189,7 @@ fn serve(
         tokio::select! {
             end = supervisor.ended(std::future::pending()) => {
                 if let RunEnd::Done { step } = &end {
-                    tracing::info!(step, "the run is over; the page stays until this process is told to end");
+                    tracing::info!(%step, "the run has ended; the dashboard stays until this process is told to end");
                     interrupted.await;
                 }
                 Ok(Some(end))

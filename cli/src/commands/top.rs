@@ -53,9 +53,9 @@ impl Seen {
             Ok(OperatorReply::Status(status)) => {
                 self.trouble = None;
                 if let (Some(loss), true) =
-                    (status.loss, self.losses.back().is_none_or(|last| last.0 != status.step))
+                    (status.loss, self.losses.back().is_none_or(|last| last.0 != status.step.0))
                 {
-                    remember(&mut self.losses, (status.step, loss));
+                    remember(&mut self.losses, (status.step.0, loss));
                     remember(&mut self.speeds, status.tokens_per_second.unwrap_or_default() as u64);
                 }
                 self.status = Some(status);
@@ -152,7 +152,7 @@ fn draw(frame: &mut Frame<'_>, seen: &Seen) {
     ];
     let [head, progress, curves, cluster, load, events] = Layout::vertical(rows).areas(frame.area());
     frame.render_widget(heading(status, seen.trouble.as_deref()), head);
-    let ratio = (status.step as f64 / status.steps.max(1) as f64).clamp(0.0, 1.0);
+    let ratio = (status.step.0 as f64 / status.steps.max(1) as f64).clamp(0.0, 1.0);
     let label = format!("step {} of {}", status.step, status.steps);
     frame
         .render_widget(Gauge::default().ratio(ratio).label(label).gauge_style(Style::new().blue()), progress);

@@ -84,13 +84,13 @@ fn shortened(steps: &[u64]) -> String {
     if steps.len() > words.len() { format!("… {}", words.join(", ")) } else { words.join(", ") }
 }
 
-fn is_token(way: &render::TokenWay, text: &str) -> bool {
+fn is_token(way: &render::TokenPath, text: &str) -> bool {
     way.text == text || way.text.trim() == text.trim()
 }
 
 fn retain_token(traces: &mut Vec<Trace>, text: &str) -> anyhow::Result<()> {
-    let mut known: Vec<String> = traces.iter().flat_map(render::token_ways).map(|way| way.text).collect();
-    traces.retain(|trace| render::token_ways(trace).iter().any(|way| is_token(way, text)));
+    let mut known: Vec<String> = traces.iter().flat_map(render::token_paths).map(|way| way.text).collect();
+    traces.retain(|trace| render::token_paths(trace).iter().any(|way| is_token(way, text)));
     if traces.is_empty() {
         known.sort();
         known.dedup();
@@ -109,9 +109,9 @@ fn text(traces: &[Trace], trees: bool, token: Option<&str>) -> String {
     if let Some(token) = token {
         let ways = |trace: &Trace| {
             let ways: Vec<_> =
-                render::token_ways(trace).into_iter().filter(|way| is_token(way, token)).collect();
+                render::token_paths(trace).into_iter().filter(|way| is_token(way, token)).collect();
             let step = trace.step().unwrap_or_default();
-            format!("step {step}\n{}", render::ways_as_text(&ways))
+            format!("step {step}\n{}", render::paths_as_text(&ways))
         };
         return traces.iter().map(ways).collect::<Vec<_>>().join("\n");
     }

@@ -45,7 +45,8 @@ pub fn supervisor_routes(
     guard: &GuardArgs,
 ) -> Router {
     let door = handle.clone();
-    let guarded = Guarded::new(guard, move |token| door.may_look(token));
+    let guarded =
+        Guarded::new(guard, move |token| door.check_viewer(token).map_err(|error| error.to_string()));
     let shown = Shown { handle, dir, watchers: Arc::default() };
     Router::new()
         .route("/", get(|| async { page(include_str!("page.html").to_owned()) }))
@@ -165,7 +166,7 @@ async fn trace(State(shown): State<Shown>, Path(id): Path<String>) -> Result<Res
 /// Does what is asked, if it comes with the operator's token.
 async fn order(shown: &Shown, headers: &HeaderMap, request: OperatorRequest) -> Response {
     let allowed = match guard::operators(headers) {
-        Some(token) => shown.handle.may_operate(token),
+        Some(token) => shown.handle.check_operator(token).map_err(|error| error.to_string()),
         None => Err("an operator's token is needed: RUN_DIR/identity/operator.token".to_owned()),
     };
     if let Err(reason) = allowed {

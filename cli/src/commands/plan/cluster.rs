@@ -113,7 +113,7 @@ pub(super) struct Site<'a> {
 impl Site<'_> {
     fn plan(&self, members: &[Member], previous: Option<&Placement>) -> Plan {
         planner::plan(&Request {
-            epoch: 1,
+            epoch: volary_core::Epoch(1),
             members,
             architecture: self.architecture,
             training: self.training,
@@ -202,8 +202,8 @@ fn placed(plan: &Plan, members: &[Member]) -> Vec<Placed> {
 
 fn stages(placement: &Placement, placed: &[Placed]) -> Vec<StageOf> {
     let of = |(number, stage): (usize, &volary_core::placement::Stage)| StageOf {
-        first_layer: stage.layers.start,
-        last_layer: stage.layers.end.saturating_sub(1),
+        first_layer: stage.layers.start.0,
+        last_layer: stage.layers.end.previous().0,
         nodes: stage.holders.len(),
         zones: placed
             .iter()
@@ -259,15 +259,15 @@ fn links(placement: &Placement, costs: &Costs) -> Vec<LinkOf> {
 fn moved(before: &Placement, after: &Placement, costs: &Costs) -> u64 {
     let mut bytes = 0;
     for stage in &after.stages {
-        for layer in stage.layers.clone() {
+        for layer in stage.layers.iter() {
             let shard = ShardId::Dense { layer };
             let new = stage.holders.iter().filter(|node| !before.holds(node, shard)).count();
-            bytes += new as u64 * costs.dense_wire[usize::from(layer)];
+            bytes += new as u64 * costs.dense_wire_bytes[layer.index()];
         }
     }
     for (shard, holders) in &after.experts {
         let new = holders.iter().filter(|node| !before.holds(node, *shard)).count();
-        bytes += new as u64 * costs.expert_wire;
+        bytes += new as u64 * costs.expert_wire_bytes;
     }
     bytes
 }
