@@ -52,7 +52,8 @@ pub mod options;
 pub mod process;
 mod shards;
 mod step;
-
+#[cfg(any(test, feature = "test-util"))]
+pub mod testing;
 mod trace;
 
 pub use faults::{FAULT_SECONDS_MAX, InvalidFault, NetworkFault, is_fraction};
