@@ -1,7 +1,7 @@
 //! The pure core of Volary: placement, dispatch, and the step and recovery protocol.
 //!
-//! Nothing here uses a clock, a socket, a tensor library or an unseeded random number, so that a test plays a whole
-//! cluster thousands of times per second.
+//! Nothing here uses a clock, a socket, a tensor library or an unseeded random number, so that a test plays a
+//! whole cluster thousands of times per second.
 //!
 //! | module | content |
 //! | --- | --- |

@@ -1,9 +1,10 @@
 //! Every bound of the protocol: queues, retries, waits and names.
 
-/// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound memory.
+/// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound
+/// memory.
 pub const COPIES_IN_FLIGHT_MAX: usize = 4;
-/// Steps whose summed gradients a node keeps for a shard that is being copied. When more steps pass, the node requests
-/// the shard again.
+/// Steps whose summed gradients a node keeps for a shard that is being copied. When more steps pass, the node
+/// requests the shard again.
 pub const STASH_MAX: usize = 4;
 /// Requests for one shard before a node gives up copying it.
 pub const COPY_ATTEMPTS_MAX: u32 = 8;
@@ -12,14 +13,15 @@ pub const COPY_SOURCES_MAX: usize = 8;
 
 /// Attempts at one step, or at its checkpoint, before the run gives up.
 pub const ATTEMPTS_MAX: u32 = 16;
-/// Immediate attempts at a step while an indispensable node is unreachable; each later one waits for the network.
+/// Immediate attempts at a step while an indispensable node is unreachable; each later one waits for the
+/// network.
 pub const IMMEDIATE_ATTEMPTS_MAX: u32 = 4;
-/// Consecutive placements at step boundaries for one cause, each moving what the previous one left over. It stops a
-/// planner that alternates between two placements.
+/// Consecutive placements at step boundaries for one cause, each moving what the previous one left over. It
+/// stops a planner that alternates between two placements.
 pub const REPLAN_ROUNDS_MAX: u32 = 16;
 
-/// Reports of unreachable nodes within one step that fence a node. A single report may be a death that is about to be
-/// noticed anyway.
+/// Reports of unreachable nodes within one step that fence a node. A single report may be a death that is
+/// about to be noticed anyway.
 pub const REPORTS_MAX: u32 = 2;
 /// Failures of one node within one step, of any kind, that fence it if it is dispensable.
 pub const FAILURES_MAX: u32 = 3;

@@ -1,14 +1,17 @@
 //! The supervisor's state machine: membership, the steps of a run, commits, checkpoints and recovery.
 //!
-//! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It has no clock and
-//! does no I/O; its counterpart on a node is [`crate::agent`]. Its tests cite its invariants:
+//! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It has no
+//! clock and does no I/O; its counterpart on a node is [`crate::agent`]. Its tests cite its invariants:
 //!
-//! - **M-1** a step is committed once, and only when every member and learner of the placement holds its whole gradient;
-//! - **M-2** a commit is journaled before any node learns of it, and never undone while a copy of every shard exists;
+//! - **M-1** a step is committed once, and only when every member and learner of the placement holds its
+//!   whole gradient;
+//! - **M-2** a commit is journaled before any node learns of it, and never undone while a copy of every shard
+//!   exists;
 //! - **M-3** a report of another epoch changes nothing;
-//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint as a whole;
-//! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by its state when
-//!   it returns to a restarted supervisor.
+//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint as a
+//!   whole;
+//! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by
+//!   its state when it returns to a restarted supervisor.
 //!
 //! | file | content |
 //! | --- | --- |
@@ -81,7 +84,8 @@ impl Machine {
     pub fn new(settings: Settings, restored: Restored) -> Self {
         let Restored { durable, last, persistent } = restored;
         let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
-        // A cluster that was complete resumes with the nodes that return; a new one waits for all nodes it wants.
+        // A cluster that was complete resumes with the nodes that return; a new one waits for all nodes it
+        // wants.
         let wanted_nodes = if awaited.is_empty() { settings.cluster.nodes.max(1) } else { 1 };
         Self {
             settings,
@@ -213,7 +217,8 @@ impl Machine {
                 self.on_cannot_learn(&node, reason)
             }
             NodeReport::Behind { epoch, version } if epoch == current => {
-                let reason = format!("it is at step {version}, and the run at {}", self.committed);
+                let reason =
+                    format!("its state is at step {version}, and the run is at step {}", self.committed);
                 self.fence(&node, &reason);
             }
             NodeReport::Failed { epoch, reason, fatal, suspect } if epoch == current => {
@@ -232,7 +237,8 @@ impl Machine {
     fn on_stop_requested(&mut self) {
         self.stopping = true;
         match self.phase {
-            // Nothing is in flight. Otherwise the last commit is only in the nodes' memory, and waits for a placement.
+            // Nothing is in flight. Otherwise the last commit is only in the nodes' memory, and waits for a
+            // placement.
             Phase::Gathering(_) | Phase::Placing { .. }
                 if self.durable.unwrap_or_default() == self.committed =>
             {
@@ -256,7 +262,7 @@ impl Machine {
             Phase::Finishing | Phase::Done => {}
             _ if self.idle_ms >= self.settings.cluster.step_timeout_ms => {
                 let limit = self.settings.cluster.step_timeout_ms;
-                let reason = format!("nothing came of step {} within {limit} ms", self.committed.next());
+                let reason = format!("step {} made no progress within {limit} ms", self.committed.next());
                 self.idle_ms = 0;
                 self.on_timeout(&reason);
             }
@@ -267,8 +273,8 @@ impl Machine {
     /// Ends the run, with `end` as its last effect; all nodes leave.
     fn end(&mut self, end: Effect) {
         let reason = match &end {
-            Effect::Fatal { reason } => format!("the run cannot go on: {reason}"),
-            _ => "the run is over".into(),
+            Effect::Fatal { reason } => format!("the run failed: {reason}"),
+            _ => "the run has ended".into(),
         };
         for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
             self.effects.push(Effect::Send { node, message: NodeCommand::Leave { reason: reason.clone() } });

@@ -69,7 +69,7 @@ fn a_death_loses_no_step_and_nobody_waits_for_copies() {
         let world = struck(seed, 3, 2, Fault::Kill(id(2)));
         nothing_undone(&world);
         // Up to the limit of silence until somebody knows.
-        assert!(longest_gap(&world) <= volary_sim::world::SILENCE_MS + 2 * ORDINARY_MS);
+        assert!(longest_gap(&world) <= volary_sim::limits::SILENCE_MS + 2 * ORDINARY_MS);
         assert!(
             has(&world, |n| matches!(n, Notice::Migrated { .. })),
             "copies are made good beside the training"
@@ -171,7 +171,8 @@ fn of_two_that_cannot_reach_each_other_one_is_shut_out_and_the_run_goes_on() {
     }
 }
 
-/// With one copy of everything nobody can be shut out: the run waits for the network, and goes on when it is back.
+/// With one copy of everything nobody can be shut out: the run waits for the network, and goes on when it is
+/// back.
 #[test]
 fn of_two_that_cannot_be_spared_and_cannot_reach_each_other_the_run_waits() {
     for seed in 0..50 {
@@ -209,7 +210,7 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
         })
         .collect();
     assert!(reasons.iter().any(|reason| reason.contains("measured speeds")), "{reasons:?}");
-    assert!(reasons.iter().any(|reason| reason.contains("copies")), "{reasons:?}");
+    assert!(reasons.iter().any(|reason| reason.contains("replicas")), "{reasons:?}");
     let placement = world.placement().expect("a supervisor");
     let lanes = |node| placement.lanes_of(&id(node)).len();
     assert!(lanes(3) < lanes(1) && lanes(3) < lanes(2), "{placement:?}");
@@ -219,7 +220,7 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
 }
 
 fn spread(seed: u64, nodes: usize) -> World {
-    let mut world = World::of_unlike_nodes(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
+    let mut world = World::with_profiles(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
     world.run_until_step(Step(9));
     let stages = world.placement().expect("a supervisor").stages.len();
     assert_eq!(stages, 2, "no node has room for all layers");

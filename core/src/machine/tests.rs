@@ -1,5 +1,5 @@
-//! The supervisor's machine alone, told by hand what nodes say. Whole clusters, with both ends of the protocol and
-//! everything that can go wrong, are the simulation's (crate `volary-sim`).
+//! The supervisor's machine alone, told by hand what nodes say. Whole clusters, with both ends of the
+//! protocol and everything that can go wrong, are the simulation's (crate `volary-sim`).
 
 use super::*;
 use crate::architecture::presets;
@@ -127,7 +127,7 @@ fn the_run_waits_for_its_nodes_and_gives_up_after_the_limit() {
         Effect::Fatal { reason } => Some(reason.as_str()),
         _ => None,
     });
-    assert!(fatal.is_some_and(|reason| reason.ends_with("for 3 nodes, and 1 came")), "{fatal:?}");
+    assert!(fatal.is_some_and(|reason| reason.ends_with("for 3 nodes, but only 1 joined")), "{fatal:?}");
 }
 
 /// M-1.
@@ -259,8 +259,8 @@ fn a_link_that_two_complain_of_costs_the_accused_its_place() {
     assert_eq!(driven.machine.placement().members, [id(1), id(2)]);
 }
 
-/// A supervisor that comes back takes the state of the journal, and the one that is a commit behind it and has the
-/// gradients; no other.
+/// A supervisor that comes back takes the state of the journal, and the one that is a commit behind it and
+/// has the gradients; no other.
 #[test]
 fn a_supervisor_that_comes_back_takes_only_state_of_its_last_commit() {
     let quiet = Driven::training(3);
