@@ -1,5 +1,5 @@
-//! The supervisor's core and the planner with up to 10,000 nodes under constant churn: every second step four nodes die and
-//! four come, and every node answers at once. `cargo bench -p volary-sim --bench scale`.
+//! The supervisor's core and the planner with up to 10,000 nodes under constant churn: every second step four
+//! nodes die and four come, and every node answers at once. `cargo bench -p volary-sim --bench scale`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::collections::BTreeSet;

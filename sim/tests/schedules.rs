@@ -1,16 +1,19 @@
-//! Random schedules of everything that can go wrong. Whatever happens, the journal is the quiet run's, no copy of a shard
-//! is ever wrong (checked by the world after every change), and once the faults stop the run ends.
+//! Random schedules of everything that can go wrong. Whatever happens, the journal is the quiet run's, no
+//! copy of a shard is ever wrong (checked by the world after every change), and once the faults stop the run
+//! ends.
 //!
-//! Mutations that were tried on the two machines, each caught by at least one test here, in `scenarios.rs` or beside the
-//! machines: committing without the learners, or with one member missing; telling before journalling; no roll-forward
-//! of a commit that was not heard of; forgetting what is prepared on an abort; keeping the dead among the holders; never going
-//! back; not remembering the epoch; taking back state of any timeline; keeping stale versions; using what was fetched for
-//! an aborted placement; replaying nothing, or with a gap; shutting nobody out; a supervisor that takes any epoch's `Prepared`.
+//! Mutations that were tried on the two machines, each caught by at least one test here, in `scenarios.rs` or
+//! beside the machines: committing without the learners, or with one member missing; telling before
+//! journalling; no roll-forward of a commit that was not heard of; forgetting what is prepared on an abort;
+//! keeping the dead among the holders; never going back; not remembering the epoch; taking back state of any
+//! timeline; keeping stale versions; using what was fetched for an aborted placement; replaying nothing, or
+//! with a gap; shutting nobody out; a supervisor that takes any epoch's `Prepared`.
 //!
-//! Tried and *not* caught; each has a second guard, or lies beyond what these schedules reach: a node that takes any epoch's
-//! `Commit` (it must still match what is prepared) or leaves a step prepared after its commit; a roll-forward of any
-//! attempt (the supervisor does not take such a node back); a supervisor that takes any epoch's `Ready` or `Learned`; a
-//! going-back that does not count a new timeline; a suspension that never ends (the runs end without the node).
+//! Tried and *not* caught; each has a second guard, or lies beyond what these schedules reach: a node that
+//! takes any epoch's `Commit` (it must still match what is prepared) or leaves a step prepared after its
+//! commit; a roll-forward of any attempt (the supervisor does not take such a node back); a supervisor that
+//! takes any epoch's `Ready` or `Learned`; a going-back that does not count a new timeline; a suspension that
+//! never ends (the runs end without the node).
 #![expect(clippy::expect_used, reason = "tests")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -52,7 +55,7 @@ const FAR: Cluster = Cluster {
 fn play(seed: u64, kinds: Kinds, Cluster { settings, profiles }: Cluster) -> World {
     let settings = settings(seed);
     let nodes = settings.cluster.nodes;
-    schedule(seed, World::of_unlike_nodes(seed, settings, nodes, profiles), kinds, 14, 6_000)
+    schedule(seed, World::with_profiles(seed, settings, nodes, profiles), kinds, 14, 6_000)
 }
 
 fn cluster(seed: u64) -> Settings {
@@ -97,7 +100,7 @@ fn count(worlds: &[World], what: fn(&Notice) -> bool) -> usize {
 
 #[test]
 fn nodes_die_and_join() {
-    let kinds = Kinds { supervisor: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
+    let kinds = Kinds { supervisor: false, hangs: false, network: false, drains: false, ..Kinds::ALL };
     let worlds = all(0..1_000, kinds);
     assert!(
         count(&worlds, |n| matches!(n, Notice::Migrated { .. })) > 100,
@@ -108,7 +111,7 @@ fn nodes_die_and_join() {
 
 #[test]
 fn the_supervisor_dies_and_comes_back() {
-    let kinds = Kinds { nodes: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
+    let kinds = Kinds { nodes: false, hangs: false, network: false, drains: false, ..Kinds::ALL };
     let worlds = all(0..1_000, kinds);
     assert_eq!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })), 0, "the nodes keep the state");
     assert!(count(&worlds, |n| matches!(n, Notice::Returned { .. })) > 100);
@@ -116,7 +119,7 @@ fn the_supervisor_dies_and_comes_back() {
 
 #[test]
 fn nodes_are_drained() {
-    let kinds = Kinds { nodes: false, supervisor: false, hangs: false, weather: false, ..Kinds::ALL };
+    let kinds = Kinds { nodes: false, supervisor: false, hangs: false, network: false, ..Kinds::ALL };
     let worlds = all(0..500, kinds);
     assert_eq!(count(&worlds, |n| matches!(n, Notice::Aborted { .. } | Notice::WentBack { .. })), 0);
     assert!(count(&worlds, |n| matches!(n, Notice::Left { .. })) > 100);
@@ -124,7 +127,7 @@ fn nodes_are_drained() {
 
 #[test]
 fn nodes_hang_and_links_break() {
-    let kinds = Kinds { nodes: false, supervisor: false, weather: false, drains: false, ..Kinds::ALL };
+    let kinds = Kinds { nodes: false, supervisor: false, network: false, drains: false, ..Kinds::ALL };
     all(0..1_000, kinds);
 }
 
@@ -154,19 +157,19 @@ fn everything_at_once_where_nodes_are_far_apart() {
     assert!(count(&worlds, left_out) > 100, "far nodes are left out");
 }
 
-/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`, with `VOLARY_SPREAD` where no node has room for all layers,
-/// with `VOLARY_FAR` where nodes are far apart.
+/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`, with `VOLARY_SPREAD` where no
+/// node has room for all layers, with `VOLARY_FAR` where nodes are far apart.
 #[test]
 fn one_seed() {
     let Ok(seed) = std::env::var("VOLARY_TRACE") else { return };
     let named =
-        std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,weather,drains".into());
+        std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,network,drains".into());
     let has = |kind| named.split(',').any(|name| name == kind);
     let kinds = Kinds {
         nodes: has("nodes"),
         supervisor: has("supervisor"),
         hangs: has("hangs"),
-        weather: has("weather"),
+        network: has("network"),
         drains: has("drains"),
     };
     let is_set = |name| std::env::var_os(name).is_some();
