@@ -8,6 +8,50 @@
 //! - **A-3** the gradients of a prepared step stay until the next assignment says whether it was committed,
 //!   so that a journaled commit that was missed can be applied;
 //! - **A-4** a shard counts as held only at the version that every other held shard has.
+//!
+//! A node that enters a placement and applies one step:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use volary_core::agent::{Agent, Effect, Event};
+//! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
+//! use volary_core::placement::{Placement, Stage};
+//! use volary_core::schedule::Update;
+//! use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step, Timeline};
+//!
+//! let node = NodeId::new("a");
+//! let stage = Stage { layers: LayerId::range(0..1), holders: vec![node.clone()], lanes: vec![0] };
+//! let (epoch, step) = (Epoch(1), Step(1));
+//! let placement =
+//!     Placement { epoch, members: vec![node.clone()], stages: vec![stage], ..Placement::default() };
+//! let assignment = Assignment {
+//!     placement: Arc::new(placement),
+//!     timeline: Timeline(0),
+//!     version: Step(0),
+//!     last: None,
+//!     shards: vec![(ShardId::Embedding, Source::Initial)],
+//!     learn: Vec::new(),
+//!     addresses: Arc::default(),
+//! };
+//! let mut agent = Agent::new(node);
+//!
+//! let effects = agent.handle(Event::Command(NodeCommand::Assign(Box::new(assignment))));
+//! assert!(matches!(effects[..], [Effect::Discard { .. }, Effect::Enter(_), Effect::Fetch { .. }]));
+//! // The shell has fetched the shards.
+//! let effects = agent.handle(Event::Fetched { epoch, outcome: Ok(()) });
+//! assert_eq!(effects, [Effect::Report(NodeReport::Ready { epoch })]);
+//!
+//! let lanes = vec![(Lane(0), vec![1, 2, 3])];
+//! agent.handle(Event::Command(NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes }));
+//! // The shell has run the lane and holds the gradient.
+//! let (norms, lanes) = (Vec::new(), Vec::new());
+//! agent.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, lanes, speed: None }));
+//!
+//! let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+//! let effects = agent.handle(Event::Command(NodeCommand::Commit { epoch, step, update }));
+//! assert!(matches!(&effects[..], [Effect::Apply { step: Step(1), shards, .. }] if shards == &[ShardId::Embedding]));
+//! assert_eq!(agent.shards()[&ShardId::Embedding], step);
+//! ```
 
 mod types;
 
@@ -219,7 +263,8 @@ impl Agent {
         self.push(Effect::Fetch { epoch, version, shards: wanted });
     }
 
-    /// Applies a step that was prepared here and journaled by the supervisor, and whose commit was missed. A-3.
+    /// Applies a step that was prepared here and journaled by the supervisor, and whose commit was missed.
+    /// A-3.
     fn roll_forward(&mut self, assignment: &Assignment) {
         let Some(last) = assignment.last else { return };
         let missed = last.step == assignment.version && last.step == self.version.next();

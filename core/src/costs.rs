@@ -81,8 +81,8 @@ impl Costs {
         if a.experts > 0 {
             let parameters = a.shard_parameters(ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) });
             costs.expert_flops = 2.0 * parameters as f64;
-            // Besides its state: the rows of a lane group, whose lanes wait for each other, with saved activations and
-            // gradients.
+            // Besides its state: the rows of a lane group, whose lanes wait for each other, with saved
+            // activations and gradients.
             let rows = TOP_K * tokens * training.lane_group.max(1) as usize;
             let rows = rows.div_ceil(a.experts);
             let per_row = (3 * hidden + 2 * a.expert_width() as u64) * F32_BYTES;

@@ -13,6 +13,70 @@
 //! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by
 //!   its state when it returns to a restarted supervisor.
 //!
+//! Two nodes, and one step:
+//!
+//! ```
+//! use volary_core::NodeId;
+//! use volary_core::architecture::presets;
+//! use volary_core::machine::{Effect, Event, Machine, Restored, Settings};
+//! use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm};
+//! use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+//! use volary_core::profile::Profile;
+//!
+//! let settings = Settings {
+//!     architecture: presets()[1].architecture.clone(),
+//!     training: TrainingOptions::new(1),
+//!     cluster: ClusterOptions { nodes: 2, ..ClusterOptions::default() },
+//!     checkpoint: CheckpointOptions::default(),
+//!     validation: ValidationOptions { rounds: 0, ..ValidationOptions::default() },
+//! };
+//! let shards = settings.architecture.shards();
+//! let mut machine = Machine::new(settings, Restored::default());
+//!
+//! let mut effects = Vec::new();
+//! for name in ["a", "b"] {
+//!     effects.extend(machine.handle(Event::Joined {
+//!         node: NodeId::new(name),
+//!         profile: Box::new(Profile::relative(1.0)),
+//!         address: format!("{name}:7100"),
+//!         held: Default::default(),
+//!     }));
+//! }
+//! // The shell sends the effects' messages; here every node answers at once.
+//! let mut journal = Vec::new();
+//! while !effects.is_empty() {
+//!     for effect in std::mem::take(&mut effects) {
+//!         let (node, message) = match effect {
+//!             Effect::Send { node, message } => (node, message),
+//!             Effect::Journal(step) => {
+//!                 journal.push(step);
+//!                 continue;
+//!             }
+//!             _ => continue,
+//!         };
+//!         let message = match message {
+//!             NodeCommand::Assign(assignment) => NodeReport::Ready { epoch: assignment.placement.epoch },
+//!             NodeCommand::Begin { epoch, step, lanes, .. } => {
+//!                 let held = shards.iter().filter(|shard| machine.placement().holds(&node, **shard));
+//!                 let norm = Norm { squared: 1.0, finite: true };
+//!                 let report = LaneReport { loss: 2.5, ..LaneReport::default() };
+//!                 NodeReport::Prepared {
+//!                     epoch,
+//!                     step,
+//!                     norms: held.map(|shard| (*shard, norm)).collect(),
+//!                     lanes: lanes.into_iter().map(|(lane, _)| (lane, report.clone())).collect(),
+//!                     speed: None,
+//!                 }
+//!             }
+//!             _ => continue,
+//!         };
+//!         effects.extend(machine.handle(Event::Reported { node, message }));
+//!     }
+//! }
+//! assert_eq!(journal.len(), 1);
+//! assert_eq!((journal[0].step.0, journal[0].nodes, journal[0].loss), (1, 2, 2.5));
+//! ```
+//!
 //! | file | content |
 //! | --- | --- |
 //! | `types` | settings, events, effects, notices |

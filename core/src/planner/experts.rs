@@ -202,7 +202,8 @@ impl<'a> Loads<'a> {
         holders.iter().map(|&node| self.candidates.zones[node]).collect::<BTreeSet<_>>().len()
     }
 
-    /// Moves replicas that share a zone to zones without one, at most `moves_max`. Returns the number of moves.
+    /// Moves replicas that share a zone to zones without one, at most `moves_max`. Returns the number of
+    /// moves.
     fn separate_zones(&mut self, spread: &mut Spread, moves_max: usize) -> usize {
         let mut moved = 0;
         for (&shard, holders) in spread.iter_mut() {

@@ -128,9 +128,8 @@ impl<'a> Groups<'a> {
         }
     }
 
-    /// Every other node, the fastest first, gets the slowest stage for which it has room. Of stages that differ
-    /// by no
-    /// more than the node itself, one without the node's zone comes first.
+    /// Every other node, the fastest first, gets the slowest stage for which it has room. Of stages that
+    /// differ by no more than the node itself, one without the node's zone comes first.
     fn fill(&mut self) {
         let rate = |n: usize| self.candidates.members[n].profile.dense.both();
         let mut order: Vec<usize> = (0..self.candidates.len()).filter(|&n| self.stage[n].is_none()).collect();
