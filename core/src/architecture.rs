@@ -7,6 +7,7 @@
 use crate::dispatch::{Capacity, TOP_K};
 use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
 use crate::invalid::InvalidValue;
+use crate::limits::{DIMENSION_MAX, EXPERTS_MAX, LAYERS_MAX};
 use serde::{Deserialize, Serialize};
 
 /// The activation inside an expert.
@@ -258,17 +259,17 @@ impl Architecture {
             ("expert_hidden", self.expert_width()),
         ];
         for (key, value) in positive {
-            if value == 0 || value > 1 << 24 {
-                let expected = format!("a number from 1 to {}", 1 << 24);
+            if value == 0 || value > DIMENSION_MAX {
+                let expected = format!("a number from 1 to {DIMENSION_MAX}");
                 return Err(InvalidValue::new(format!("model.{key}"), value, expected));
             }
         }
-        if self.experts == 1 || self.experts > 1 << 15 {
-            let expected = format!("0 (dense) or 2 to {}", 1 << 15);
+        if self.experts == 1 || self.experts > EXPERTS_MAX {
+            let expected = format!("0 (dense) or 2 to {EXPERTS_MAX}");
             return Err(InvalidValue::new("model.experts", self.experts, expected));
         }
-        if self.layers > 1 << 12 {
-            return Err(InvalidValue::new("model.layers", self.layers, format!("at most {}", 1 << 12)));
+        if self.layers > LAYERS_MAX {
+            return Err(InvalidValue::new("model.layers", self.layers, format!("at most {LAYERS_MAX}")));
         }
         if self.position_buckets < 2 || self.position_distance <= self.position_buckets / 2 {
             let expected = format!(

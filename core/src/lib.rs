@@ -6,7 +6,7 @@
 //! | module | content |
 //! | --- | --- |
 //! | [`ids`] | steps, epochs, lanes, layers, experts, nodes, shards |
-//! | [`limits`] | every bound of the protocol |
+//! | [`limits`] | every bound of the core |
 //! | [`InvalidValue`] | the error of a value out of its bounds |
 //! | [`random`] | random draws keyed by their purpose |
 //! | [`architecture`] | the shape of a model, the paper's presets, parameter counts |

@@ -1,10 +1,31 @@
-//! Every bound of the protocol: queues, retries, waits and names.
+//! Every bound of the core: sizes in options, queues, retries, waits and names.
+
+/// The largest dimension of a model: vocabulary, widths, heads, layers.
+pub const DIMENSION_MAX: usize = 1 << 24;
+/// Layers of a model.
+pub const LAYERS_MAX: usize = 1 << 12;
+/// Experts of a layer.
+pub const EXPERTS_MAX: usize = 1 << 15;
+/// Steps of a run.
+pub const STEPS_MAX: u64 = u64::MAX >> 16;
+/// Lanes of a run, and lanes of a group.
+pub const LANES_MAX: u64 = 1 << 16;
+/// Sequences of a lane.
+pub const SEQUENCES_MAX: u64 = 1 << 16;
+/// Tokens of a sequence.
+pub const SEQUENCE_LENGTH_MAX: u64 = 1 << 20;
+/// Tokens of each lane in a trace.
+pub const TRACED_TOKENS_MAX: usize = 64;
+/// Spans of a traced step.
+pub const SPANS_MAX: usize = 4_000;
+/// Traces kept with a run.
+pub const TRACES_MAX: usize = 10_000;
 
 /// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound
 /// memory.
 pub const COPIES_IN_FLIGHT_MAX: usize = 4;
 /// Steps whose summed gradients a node keeps for a shard that is being copied. When more steps pass, the node
-/// requests the shard again.
+/// repeats its request.
 pub const STASH_MAX: usize = 4;
 /// Requests for one shard before a node gives up copying it.
 pub const COPY_ATTEMPTS_MAX: u32 = 8;
@@ -27,6 +48,8 @@ pub const REPORTS_MAX: u32 = 2;
 pub const FAILURES_MAX: u32 = 3;
 /// The first suspension of a fenced node, in milliseconds; each later one is twice as long.
 pub const SUSPENSION_MS: u64 = 5_000;
+/// Doublings of a suspension.
+pub const SUSPENSION_DOUBLINGS_MAX: u32 = 6;
 /// The longest suspension, in milliseconds.
 pub const SUSPENSION_MAX_MS: u64 = 300_000;
 /// The pause in placement changes after a failed background copy, in milliseconds.

@@ -8,7 +8,7 @@
 //! - **M-2** a commit is journaled before any node learns of it, and never undone while a copy of every shard
 //!   exists;
 //! - **M-3** a report of another epoch changes nothing;
-//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint as a
+//! - **M-4** when the last copy of a shard is lost, the run goes back to the last durable checkpoint as a
 //!   whole;
 //! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by
 //!   its state when it returns to a restarted supervisor.

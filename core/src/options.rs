@@ -2,6 +2,9 @@
 
 use crate::ids::Step;
 use crate::invalid::InvalidValue;
+use crate::limits::{
+    LANES_MAX, SEQUENCE_LENGTH_MAX, SEQUENCES_MAX, SPANS_MAX, STEPS_MAX, TRACED_TOKENS_MAX, TRACES_MAX,
+};
 use crate::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -162,11 +165,11 @@ impl TrainingOptions {
     /// The first value that is out of its bounds.
     pub fn check(&self) -> Result<(), InvalidValue> {
         let bounded = [
-            ("steps", self.steps, u64::MAX >> 16),
-            ("lanes", self.lanes.into(), 1 << 16),
-            ("lane_group", self.lane_group.into(), 1 << 16),
-            ("sequences_per_lane", self.sequences_per_lane as u64, 1 << 16),
-            ("sequence_length", self.sequence_length as u64, 1 << 20),
+            ("steps", self.steps, STEPS_MAX),
+            ("lanes", self.lanes.into(), LANES_MAX),
+            ("lane_group", self.lane_group.into(), LANES_MAX),
+            ("sequences_per_lane", self.sequences_per_lane as u64, SEQUENCES_MAX),
+            ("sequence_length", self.sequence_length as u64, SEQUENCE_LENGTH_MAX),
         ];
         for (key, value, most) in bounded {
             if value == 0 || value > most {
@@ -326,9 +329,9 @@ impl TelemetryOptions {
     /// The first value that is out of its bounds.
     pub fn check(&self) -> Result<(), InvalidValue> {
         let bounded = [
-            ("tokens_per_lane", self.tokens_per_lane, 0, 64),
-            ("spans_per_step", self.spans_per_step, 1, 4000),
-            ("keep", self.keep, 1, 10_000),
+            ("tokens_per_lane", self.tokens_per_lane, 0, TRACED_TOKENS_MAX),
+            ("spans_per_step", self.spans_per_step, 1, SPANS_MAX),
+            ("keep", self.keep, 1, TRACES_MAX),
         ];
         for (key, value, least, most) in bounded {
             if !(least..=most).contains(&value) {

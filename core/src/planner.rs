@@ -42,7 +42,7 @@
 //! | `stages` | the cut of the layers, and the stage of each node |
 //! | `experts` | the replicas of each expert |
 //! | `lanes` | the lanes of each node |
-//! | `survivors` | the placement that needs no transfer when nodes are gone |
+//! | `survivors` | the placement that needs no transfer when nodes are lost |
 //! | `predict` | the duration of a step under a placement, resource by resource |
 //! | `links` | the bytes over each link |
 

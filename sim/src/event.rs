@@ -1,12 +1,10 @@
 //! The events of the simulated world.
 
 use crate::fault::Fault;
+use crate::limits::TRACE_CHARS_MAX;
 use std::fmt;
 use volary_core::messages::{NodeCommand, NodeReport};
 use volary_core::{Epoch, NodeId, ShardId, Step, agent};
-
-/// The longest trace line of an event, in characters.
-const TRACE_CHARS_MAX: usize = 400;
 
 /// Something that happens at a moment of simulated time. A session is a link between a node and the
 /// supervisor; a process is one life of a node.

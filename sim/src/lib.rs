@@ -15,7 +15,7 @@
 //! | [`fault`], `inject` | the faults, and their injection |
 //! | [`mod@schedule`] | random schedules of faults |
 //! | [`mod@settings`] | small runs and nodes |
-//! | [`limits`] | the simulated timeouts |
+//! | [`limits`] | the simulated timeouts, and the bounds of traces |
 
 mod disk;
 mod event;

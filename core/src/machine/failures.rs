@@ -1,4 +1,4 @@
-//! Nodes that fail, are unreachable or slow: the step runs again, and the node responsible is fenced if it is
+//! Nodes that fail, are unreachable or slow: the step is retried, and the node responsible is fenced if it is
 //! dispensable. A fenced node may rejoin; it is not used before its suspension ends.
 
 use super::state::Phase;
@@ -60,7 +60,7 @@ impl Machine {
     }
 
     /// A step, or the move to a placement, timed out: the missing nodes are fenced if they are dispensable,
-    /// and the step runs again.
+    /// and the step is retried.
     pub(super) fn on_timeout(&mut self, reason: &str) {
         let missing: BTreeSet<NodeId> = match &self.phase {
             Phase::Placing { waiting } => waiting.clone(),
@@ -108,7 +108,7 @@ impl Machine {
         }
     }
 
-    /// Runs the same step again, unless the failure is permanent or attempts are exhausted.
+    /// Retries the step, unless the failure is permanent or attempts are exhausted.
     fn retry_step(&mut self, reason: &str, fatal: bool) {
         self.retry.attempts += 1;
         if fatal || self.retry.attempts > ATTEMPTS_MAX {

@@ -94,7 +94,7 @@ impl Machine {
         self.holders.clear();
     }
 
-    /// Two nodes cannot reach each other and neither is dispensable: the same step runs again after
+    /// Two nodes cannot reach each other and neither is dispensable: the same step reruns after
     /// `cluster.node_timeout_ms`, for at most as long as a run waits for nodes.
     pub(super) fn wait_for_network(&mut self, suspect: NodeId, reason: &str) {
         if self.retry.blocked_ms >= self.settings.cluster.gather_timeout_ms {

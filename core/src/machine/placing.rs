@@ -14,7 +14,7 @@ use crate::placement::Placement;
 use std::collections::BTreeSet;
 
 impl Machine {
-    /// Drops the step in flight and makes a new placement; the same step runs again.
+    /// Drops the step in flight and makes a new placement; the same step reruns.
     pub(super) fn abort(&mut self, reason: &str) {
         self.drop_step(reason);
         self.place(reason);

@@ -210,8 +210,8 @@ fn a_failed_checkpoint_is_reported_and_the_next_one_is_written() {
     }
     assert!(run.effects.iter().any(|e| matches!(e, Effect::OpenCheckpoint { step: Step(3), .. })));
     run.report(1, NodeReport::CheckpointFailed { step: Step(3), reason: "disk full".into() });
-    let told = Notice::CheckpointFailed { step: Step(3), reason: "n1: disk full".into() };
-    assert!(run.notices().any(|notice| *notice == told));
+    let failed = Notice::CheckpointFailed { step: Step(3), reason: "n1: disk full".into() };
+    assert!(run.notices().any(|notice| *notice == failed));
     for _ in 0..3 {
         run.step(1);
     }

@@ -176,7 +176,7 @@ pub enum Notice {
     Rebalancing { step: Step, reason: String },
     /// The step in flight was dropped and will rerun.
     Aborted { epoch: Epoch, step: Step, reason: String },
-    /// The last copy of a shard is gone: the run went back to a checkpoint.
+    /// The last copy of a shard is lost: the run went back to a checkpoint.
     WentBack { from: Step, to: Step, shard: ShardId },
     /// Lost shards do not fit on the remaining nodes: the run waits for more nodes.
     NoRoom { reason: String },

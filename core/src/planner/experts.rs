@@ -71,7 +71,7 @@ pub(super) fn spread(
     Some(spread)
 }
 
-/// Room for replicas on each node beside its stage.
+/// Room for replicas on each node besides its stage.
 fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[StageNodes]) -> Vec<usize> {
     let mut slots: Vec<usize> =
         (0..candidates.len()).map(|node| candidates.slots(costs, node, None)).collect();

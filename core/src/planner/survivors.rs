@@ -1,4 +1,4 @@
-//! The placement that needs no transfer when nodes are gone: holders keep their shards, and only lanes move.
+//! The placement that needs no transfer when nodes are lost: holders keep their shards, and only lanes move.
 
 use super::candidates::Candidates;
 use super::experts::balance_owners;

@@ -311,8 +311,8 @@ fn of_different_links_the_near_nodes_are_chosen_and_the_choice_stays() {
     assert!(placement.experts.values().all(|holders| !holders.contains(&members[0].node)));
     // A small change of the measured speeds moves nothing.
     members[1].profile.scale(1.05);
-    let again = plan(&members, 8, 2, Some(&placement));
-    assert!(again.has_same_layout(&placement), "{again:?}");
+    let replanned = plan(&members, 8, 2, Some(&placement));
+    assert!(replanned.has_same_layout(&placement), "{replanned:?}");
 }
 
 #[test]
