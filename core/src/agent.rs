@@ -53,27 +53,18 @@
 //! assert_eq!(agent.shards()[&ShardId::Embedding], step);
 //! ```
 
+mod copies;
 mod types;
 
 pub use crate::limits::STASH_MAX;
 pub use types::{Effect, Event, Failure};
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
-use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_ATTEMPTS_MAX};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
 use crate::schedule::Update;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
-
-/// A shard that is being copied.
-#[derive(Clone, Debug, Default)]
-struct PendingCopy {
-    from: Vec<NodeId>,
-    requested: bool,
-    attempts: u32,
-    /// Steps whose gradients are stashed, in order.
-    stash: VecDeque<Step>,
-}
+use std::collections::{BTreeMap, BTreeSet};
+use types::PendingCopy;
 
 /// A node's progress in its placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -352,60 +343,6 @@ impl Agent {
         self.version = step;
         self.prepared = None;
         self.push(Effect::Apply { epoch, step, update, shards, stash });
-    }
-
-    fn copy_more(&mut self) {
-        let epoch = self.epoch;
-        let mut room =
-            COPIES_IN_FLIGHT_MAX.saturating_sub(self.pending_copies.values().filter(|c| c.requested).count());
-        let mut copies = Vec::new();
-        for (shard, pending) in self.pending_copies.iter_mut().filter(|(_, pending)| !pending.requested) {
-            if room == 0 {
-                break;
-            }
-            room -= 1;
-            pending.requested = true;
-            pending.attempts += 1;
-            copies.push(Effect::Copy { epoch, shard: *shard, from: pending.from.clone() });
-        }
-        self.effects.extend(copies);
-    }
-
-    fn on_copied(&mut self, shard: ShardId, outcome: Result<Step, Failure>) {
-        let Some(pending) = self.pending_copies.get_mut(&shard) else { return };
-        let (attempts, epoch) = (pending.attempts, self.epoch);
-        match outcome {
-            Ok(at)
-                if at >= self.version
-                    || at.next().through(self.version).all(|s| pending.stash.contains(&s)) =>
-            {
-                let replay: Vec<Step> = at.next().through(self.version).collect();
-                self.pending_copies.remove(&shard);
-                self.shards.insert(shard, at.max(self.version));
-                self.push(Effect::Install { shard, version: at, replay });
-                self.push(Effect::Report(NodeReport::Learned { epoch, shards: vec![shard] }));
-                self.copy_more();
-            }
-            _ if attempts < COPY_ATTEMPTS_MAX => {
-                pending.requested = false;
-                pending.stash.clear();
-                pending.from.rotate_left(1);
-                self.copy_more();
-            }
-            Ok(at) => {
-                let reason = format!(
-                    "all copies of {shard} were at step {at} or earlier, and the run is at {}",
-                    self.version
-                );
-                self.push(Effect::Report(NodeReport::CannotLearn { epoch, reason }));
-            }
-            Err(Failure { reason, .. }) => {
-                self.push(Effect::Report(NodeReport::CannotLearn {
-                    epoch,
-                    reason: format!("{shard}: {reason}"),
-                }));
-            }
-        }
     }
 }
 

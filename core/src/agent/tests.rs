@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::ids::{ExpertId, LayerId};
+use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::LastCommit;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };

@@ -3,6 +3,18 @@
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 use crate::schedule::Update;
+use std::collections::VecDeque;
+
+/// A shard that is being copied.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PendingCopy {
+    /// The holders to ask, the next one first.
+    pub(super) from: Vec<NodeId>,
+    pub(super) requested: bool,
+    pub(super) attempts: u32,
+    /// Steps whose gradients are stashed, in order.
+    pub(super) stash: VecDeque<Step>,
+}
 
 /// A failure on a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
