@@ -14,7 +14,7 @@ impl World {
     fn expected(&self, shard: ShardId, step: Step) -> u64 {
         let start = mix(77, shard_hash(shard));
         Step(1).through(step).fold(start, |value, s| {
-            let (_, rate) = self.disk.ever.get(&s).unwrap_or_else(|| panic!("step {s} was never journalled"));
+            let (_, rate) = self.disk.ever.get(&s).unwrap_or_else(|| panic!("step {s} was never journaled"));
             mix(value, gradient(s, f64::from_bits(*rate)))
         })
     }
@@ -68,7 +68,7 @@ impl World {
     }
 
     fn apply(&mut self, id: &NodeId, step: Step, gradient: u64, shards: &[ShardId], stash: &[ShardId]) {
-        assert!(self.disk.ever.contains_key(&step), "M-2: {id} applies step {step} before it is journalled");
+        assert!(self.disk.ever.contains_key(&step), "M-2: {id} applies step {step} before it is journaled");
         let Some(node) = self.nodes.get_mut(id) else { return };
         for &shard in shards {
             node.apply(shard, step, gradient);
@@ -87,7 +87,11 @@ impl World {
     fn check(&self, id: &NodeId) {
         let Some(node) = self.nodes.get(id) else { return };
         for (&shard, &(version, value)) in &node.weights {
-            assert_eq!(node.agent.shards().get(&shard), Some(&version), "{id} is mistaken about {shard}");
+            assert_eq!(
+                node.agent.shards().get(&shard),
+                Some(&version),
+                "{id}: the agent has another version of {shard}"
+            );
             assert_eq!(value, self.expected(shard, version), "{id}: {shard} at step {version} is wrong");
         }
     }
