@@ -1,48 +1,83 @@
-//! A node's state machine: which placement it is in, which version its shards have, and what it may do next.
+//! A node's state machine: its placement, the versions of its shards, and its part in a step.
 //!
-//! [`Agent::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It is the counterpart of
-//! [`crate::machine`], and as pure: tensors are shards' names and versions here. Invariants:
+//! [`Agent::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It is the
+//! counterpart of [`crate::machine`] and as pure: it knows shards by name and version only. Invariants:
 //!
 //! - **A-1** a step is applied once, in order, and only after its commit;
-//! - **A-2** what belongs to another epoch changes nothing; what belongs to another timeline is dropped;
-//! - **A-3** the gradients of a prepared step stay until the next assignment says whether it was committed, so that a
-//!   commit that was journalled and not heard of can be applied;
+//! - **A-2** messages of another epoch change nothing; state of another timeline is dropped;
+//! - **A-3** the gradients of a prepared step stay until the next assignment says whether it was committed,
+//!   so that a journaled commit that was missed can be applied;
 //! - **A-4** a shard counts as held only at the version that every other held shard has.
+//!
+//! A node that enters a placement and applies one step:
+//!
+//! ```
+//! use std::sync::Arc;
+//! use volary_core::agent::{Agent, Effect, Event};
+//! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
+//! use volary_core::placement::{Placement, Stage};
+//! use volary_core::schedule::Update;
+//! use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step, Timeline};
+//!
+//! let node = NodeId::new("a");
+//! let stage = Stage { layers: LayerId::range(0..1), holders: vec![node.clone()], lanes: vec![0] };
+//! let (epoch, step) = (Epoch(1), Step(1));
+//! let placement =
+//!     Placement { epoch, members: vec![node.clone()], stages: vec![stage], ..Placement::default() };
+//! let assignment = Assignment {
+//!     placement: Arc::new(placement),
+//!     timeline: Timeline(0),
+//!     version: Step(0),
+//!     last: None,
+//!     shards: vec![(ShardId::Embedding, Source::Initial)],
+//!     learn: Vec::new(),
+//!     addresses: Arc::default(),
+//! };
+//! let mut agent = Agent::new(node);
+//!
+//! let effects = agent.handle(Event::Command(NodeCommand::Assign(Box::new(assignment))));
+//! assert!(matches!(effects[..], [Effect::Discard { .. }, Effect::Enter(_), Effect::Fetch { .. }]));
+//! // The shell has fetched the shards.
+//! let effects = agent.handle(Event::Fetched { epoch, outcome: Ok(()) });
+//! assert_eq!(effects, [Effect::Report(NodeReport::Ready { epoch })]);
+//!
+//! let lanes = vec![(Lane(0), vec![1, 2, 3])];
+//! agent.handle(Event::Command(NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes }));
+//! // The shell has run the lane and holds the gradient.
+//! let (norms, lanes) = (Vec::new(), Vec::new());
+//! agent.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, lanes, speed: None }));
+//!
+//! let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+//! let effects = agent.handle(Event::Command(NodeCommand::Commit { epoch, step, update }));
+//! assert!(matches!(effects[..], [Effect::Apply { step: Step(1), .. }]));
+//! assert_eq!(agent.shards()[&ShardId::Embedding], step);
+//! ```
 
+mod copies;
 mod types;
 
 pub use crate::limits::STASH_MAX;
 pub use types::{Effect, Event, Failure};
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
-use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_ATTEMPTS_MAX};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
 use crate::schedule::Update;
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
+use types::PendingCopy;
 
-/// A shard on its way.
-#[derive(Clone, Debug, Default)]
-struct PendingCopy {
-    from: Vec<NodeId>,
-    requested: bool,
-    attempts: u32,
-    /// Steps whose gradients are kept for it, in order.
-    stash: VecDeque<Step>,
-}
-
-/// How far a node is with its placement.
+/// A node's progress in its placement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum EpochState {
-    /// Shards are on their way.
+    /// Shards are being fetched.
     Entering,
-    /// All are here: it works.
+    /// All shards are in memory.
     Ready,
-    /// The placement was aborted, or the supervisor is gone: what comes of it now is dropped.
+    /// The placement was aborted, or the supervisor is lost. Late results are dropped.
     Stopped,
 }
 
-/// The state of a node as far as the protocol goes.
+/// A node's state in the protocol.
 #[derive(Debug)]
 pub struct Agent {
     id: NodeId,
@@ -51,20 +86,20 @@ pub struct Agent {
     /// The last step that was applied.
     version: Step,
     placement: Placement,
-    /// The shards of the assignment, for the epoch's whole time.
+    /// The shards of the assignment.
     assigned: Vec<ShardId>,
     state: EpochState,
     /// Shards in memory, each with its version.
     shards: BTreeMap<ShardId, Step>,
     pending_copies: BTreeMap<ShardId, PendingCopy>,
-    /// Shards to copy that an earlier placement brought already.
+    /// Shards to copy that are in memory since an earlier placement.
     already_here: Vec<ShardId>,
     prepared: Option<(Epoch, Step)>,
     effects: Vec<Effect>,
 }
 
 impl Agent {
-    /// A node that holds nothing.
+    /// A node without state.
     #[must_use]
     pub fn new(id: NodeId) -> Self {
         Self {
@@ -89,7 +124,7 @@ impl Agent {
         &self.id
     }
 
-    /// The number of the placement that it is in.
+    /// The number of its placement.
     #[must_use]
     pub fn epoch(&self) -> Epoch {
         self.epoch
@@ -101,7 +136,7 @@ impl Agent {
         &self.shards
     }
 
-    /// What it tells a supervisor that came back. A-4.
+    /// The state that it reports to a restarted supervisor. A-4.
     #[must_use]
     pub fn resident_state(&self) -> ResidentState {
         let shards = self.shards.iter().filter(|(_, at)| **at == self.version).map(|(shard, _)| *shard);
@@ -113,7 +148,7 @@ impl Agent {
         }
     }
 
-    /// Takes one event and returns what to do, in order.
+    /// Takes one event and returns the effects to carry out, in order.
     pub fn handle(&mut self, event: Event) -> Vec<Effect> {
         match event {
             Event::Command(message) => self.on_command(message),
@@ -167,7 +202,7 @@ impl Agent {
         self.push(Effect::Report(NodeReport::Failed { epoch, reason, fatal, suspect }));
     }
 
-    /// The work of this epoch is over, committed or not; what is prepared stays. A-3.
+    /// Ends the work of this epoch; a prepared step stays. A-3.
     fn stop_working(&mut self) {
         self.state = EpochState::Stopped;
         self.push(Effect::Discard { epoch: self.epoch, all: self.prepared.is_none() });
@@ -219,7 +254,8 @@ impl Agent {
         self.push(Effect::Fetch { epoch, version, shards: wanted });
     }
 
-    /// A step that was prepared here and journalled there, and whose commit was never heard. A-3.
+    /// Applies a step that was prepared here and journaled by the supervisor, and whose commit was missed.
+    /// A-3.
     fn roll_forward(&mut self, assignment: &Assignment) {
         let Some(last) = assignment.last else { return };
         let missed = last.step == assignment.version && last.step == self.version.next();
@@ -250,8 +286,8 @@ impl Agent {
             return;
         }
         if step != self.version.next() {
-            // Its commit was lost on the way: the next assignment brings it again.
-            let reason = format!("step {step} begins, and this node is at step {}", self.version);
+            // A commit was lost. The next assignment repeats it.
+            let reason = format!("step {step} began while this node is at step {}", self.version);
             return self.failed(Failure { reason, fatal: false, suspect: None });
         }
         let kept: BTreeSet<ShardId> = self
@@ -260,10 +296,11 @@ impl Agent {
             .copied()
             .filter(|&shard| self.placement.holds_or_learns(&self.id, shard))
             .collect();
-        let gone: Vec<ShardId> = self.shards.keys().copied().filter(|shard| !kept.contains(shard)).collect();
-        if !gone.is_empty() {
+        let released: Vec<ShardId> =
+            self.shards.keys().copied().filter(|shard| !kept.contains(shard)).collect();
+        if !released.is_empty() {
             self.shards.retain(|shard, _| kept.contains(shard));
-            self.push(Effect::Release(gone));
+            self.push(Effect::Release(released));
         }
         self.prepared = None;
         self.push(Effect::Run { epoch, step, pass, lanes });
@@ -283,7 +320,7 @@ impl Agent {
     }
 
     fn on_commit(&mut self, epoch: Epoch, step: Step, update: Update) {
-        // A-1. A commit that was heard before changes nothing.
+        // A-1. A repeated commit changes nothing.
         if self.prepared == Some((epoch, step)) && step == self.version.next() {
             self.apply(epoch, step, update);
         }
@@ -306,58 +343,6 @@ impl Agent {
         self.version = step;
         self.prepared = None;
         self.push(Effect::Apply { epoch, step, update, shards, stash });
-    }
-
-    fn copy_more(&mut self) {
-        let epoch = self.epoch;
-        let mut room =
-            COPIES_IN_FLIGHT_MAX.saturating_sub(self.pending_copies.values().filter(|c| c.requested).count());
-        let mut wishes = Vec::new();
-        for (shard, pending) in self.pending_copies.iter_mut().filter(|(_, pending)| !pending.requested) {
-            if room == 0 {
-                break;
-            }
-            room -= 1;
-            pending.requested = true;
-            pending.attempts += 1;
-            wishes.push(Effect::Copy { epoch, shard: *shard, from: pending.from.clone() });
-        }
-        self.effects.extend(wishes);
-    }
-
-    fn on_copied(&mut self, shard: ShardId, outcome: Result<Step, Failure>) {
-        let Some(pending) = self.pending_copies.get_mut(&shard) else { return };
-        let (attempts, epoch) = (pending.attempts, self.epoch);
-        match outcome {
-            Ok(at)
-                if at >= self.version
-                    || at.next().through(self.version).all(|s| pending.stash.contains(&s)) =>
-            {
-                let replay: Vec<Step> = at.next().through(self.version).collect();
-                self.pending_copies.remove(&shard);
-                self.shards.insert(shard, at.max(self.version));
-                self.push(Effect::Install { shard, version: at, replay });
-                self.push(Effect::Report(NodeReport::Learned { epoch, shards: vec![shard] }));
-                self.copy_more();
-            }
-            _ if attempts < COPY_ATTEMPTS_MAX => {
-                pending.requested = false;
-                pending.stash.clear();
-                pending.from.rotate_left(1);
-                self.copy_more();
-            }
-            Ok(at) => {
-                let reason =
-                    format!("{shard} came at step {at} every time, and the run is at {}", self.version);
-                self.push(Effect::Report(NodeReport::CannotLearn { epoch, reason }));
-            }
-            Err(Failure { reason, .. }) => {
-                self.push(Effect::Report(NodeReport::CannotLearn {
-                    epoch,
-                    reason: format!("{shard}: {reason}"),
-                }));
-            }
-        }
     }
 }
 

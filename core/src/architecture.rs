@@ -1,11 +1,13 @@
-//! The shape of a GLaM model, the paper's presets, and what they cost.
+//! The shape of a GLaM model, the paper's presets, and their parameter counts.
 //!
-//! Source: GLaM (Du et al., arXiv 2112.06905), section 4 and table 4. Counts follow the paper's own arithmetic: a
-//! gated dense feed-forward has three matrices, an expert has two, the token embedding is counted once (tied).
+//! Source: GLaM (Du et al., arXiv 2112.06905), section 4 and table 4. Counts follow the paper's own
+//! arithmetic: a gated dense feed-forward has three matrices, an expert has two, the token embedding is
+//! counted once (tied).
 
 use crate::dispatch::{Capacity, TOP_K};
 use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
 use crate::invalid::InvalidValue;
+use crate::limits::{DIMENSION_MAX, EXPERTS_MAX, LAYERS_MAX};
 use serde::{Deserialize, Serialize};
 
 /// The activation inside an expert.
@@ -19,7 +21,7 @@ pub enum Activation {
     Relu,
 }
 
-/// What happens to a token's second choice (GShard, section 2.2).
+/// The policy for a token's second choice (GShard, section 2.2).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SecondExpert {
@@ -34,7 +36,7 @@ pub enum SecondExpert {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Architecture {
-    /// Tokens in the vocabulary; the data's tokenizer must fit.
+    /// Tokens in the vocabulary; at least those of the data's tokenizer.
     #[serde(default = "default_vocabulary")]
     pub vocabulary: usize,
     /// Width of the residual stream (the paper's M).
@@ -53,7 +55,8 @@ pub struct Architecture {
     /// Width of one expert; `feed_forward` when left out, as in the paper.
     #[serde(default)]
     pub expert_hidden: Option<usize>,
-    /// Whether the first of each pair of layers is the MoE one, as in the public layers; otherwise the second.
+    /// Whether the first of each pair of layers is the MoE one, as in the public layers; otherwise the
+    /// second.
     #[serde(default = "yes")]
     pub moe_first: bool,
     /// The activation inside an expert.
@@ -62,7 +65,7 @@ pub struct Architecture {
     /// The most tokens that an expert takes from one lane.
     #[serde(default = "dropless")]
     pub capacity: Capacity,
-    /// What happens to the second choice.
+    /// The policy for the second choice.
     #[serde(default)]
     pub second_expert: SecondExpert,
     /// Buckets of the relative position bias (T5).
@@ -92,7 +95,7 @@ fn default_distance() -> usize {
 /// A row of the paper's table 4.
 #[derive(Clone, Debug)]
 pub struct Preset {
-    /// Its name here.
+    /// Its name in Volary.
     pub name: &'static str,
     /// Total parameters as the paper prints them.
     pub paper_parameters: &'static str,
@@ -102,8 +105,8 @@ pub struct Preset {
     pub architecture: Architecture,
 }
 
-/// The paper's table 4, in its order. It prints no vocabulary for the smaller rows: 32,000 reproduces their figures,
-/// 256,000 (the paper's SentencePiece) those of 64B/64E.
+/// The paper's table 4, in its order. It prints no vocabulary for the smaller rows: 32,000 reproduces their
+/// figures, 256,000 (the paper's SentencePiece) those of 64B/64E.
 #[must_use]
 pub fn presets() -> Vec<Preset> {
     type Row = (&'static str, &'static str, &'static str, usize, usize, usize, usize, usize, usize);
@@ -225,7 +228,7 @@ impl Architecture {
         self.shards().into_iter().map(|shard| self.shard_parameters(shard)).sum()
     }
 
-    /// Parameters that one token meets: everything but the experts it does not go to.
+    /// Parameters that one token activates: all but those of the experts that it is not routed to.
     #[must_use]
     pub fn activated_parameters(&self) -> u64 {
         let expert = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
@@ -256,17 +259,17 @@ impl Architecture {
             ("expert_hidden", self.expert_width()),
         ];
         for (key, value) in positive {
-            if value == 0 || value > 1 << 24 {
-                let expected = format!("a number from 1 to {}", 1 << 24);
+            if value == 0 || value > DIMENSION_MAX {
+                let expected = format!("a number from 1 to {DIMENSION_MAX}");
                 return Err(InvalidValue::new(format!("model.{key}"), value, expected));
             }
         }
-        if self.experts == 1 || self.experts > 1 << 15 {
-            let expected = format!("0 (dense) or 2 to {}", 1 << 15);
+        if self.experts == 1 || self.experts > EXPERTS_MAX {
+            let expected = format!("0 (dense) or 2 to {EXPERTS_MAX}");
             return Err(InvalidValue::new("model.experts", self.experts, expected));
         }
-        if self.layers > 1 << 12 {
-            return Err(InvalidValue::new("model.layers", self.layers, format!("at most {}", 1 << 12)));
+        if self.layers > LAYERS_MAX {
+            return Err(InvalidValue::new("model.layers", self.layers, format!("at most {LAYERS_MAX}")));
         }
         if self.position_buckets < 2 || self.position_distance <= self.position_buckets / 2 {
             let expected = format!(
@@ -300,9 +303,9 @@ mod tests {
         (digits.parse::<f64>().expect("a number") * unit, 0.5 * 10f64.powi(-decimals) * unit)
     }
 
-    /// GLaM, table 4. Exceptions, where the table does not agree with its own formula: the 0.1B rows (6 % high), the
-    /// dense 1.7B (printed as 1.700B) and 137B (0.5 % high), 1.7B/256E (total 0.8 %, activated 0.1 % low) and 1.7B/32E's (20B printed,
-    /// 14.0B by the formula).
+    /// GLaM, table 4. Exceptions, where the table does not agree with its own formula: the 0.1B rows (6 %
+    /// high), the dense 1.7B (printed as 1.700B) and 137B (0.5 % high), 1.7B/256E (total 0.8 %, activated 0.1
+    /// % low) and 1.7B/32E's (20B printed, 14.0B by the formula).
     #[test]
     fn presets_have_the_papers_parameter_counts() {
         for preset in presets() {
@@ -318,7 +321,8 @@ mod tests {
                     _ => rounding,
                 };
                 let off = (ours as f64 - value).abs();
-                // Norms and position biases, which the paper's arithmetic leaves out, may tip a rounding over.
+                // Norms and position biases, which the paper's arithmetic leaves out, may tip a rounding
+                // over.
                 assert!(off <= slack * 1.01 + 4e5, "{} {what}: {ours} against {paper}", preset.name);
             };
             check("total", a.parameters(), preset.paper_parameters);

@@ -1,14 +1,16 @@
 //! The seam between the actors and the tensor library: every computation on tensors.
 //!
-//! Tensors, shards and gradients are opaque handles, so that GPU memory stays on the GPU, and the actors build without
-//! libtorch. Methods may take milliseconds; the actors call them on a device executor's threads.
+//! Tensors, shards and gradients are opaque handles, so that GPU memory stays on the GPU, and the actors
+//! build without libtorch. Methods may take milliseconds; the actors call them on a device executor's
+//! threads.
 //!
-//! Shapes use these names: `tokens` = sequences × sequence_length of one lane, `hidden` is the width of the residual
-//! stream, `rows` the assignments of a lane to one expert, `assignments` those to all experts. *Activations* are f32 or
-//! bf16, as the implementation chooses for its device; parameters, optimizer state and gradients are f32.
+//! Shapes use these names: `tokens` = sequences × sequence_length of one lane, `hidden` is the width of the
+//! residual stream, `rows` the assignments of a lane to one expert, `assignments` those to all experts.
+//! *Activations* are f32 or bf16, as the implementation chooses for its device; parameters, optimizer state
+//! and gradients are f32.
 //!
-//! A lane's loss is the mean over its tokens. Gradients of lanes are added, so that a step's sum is `lanes` times the
-//! gradient of the mean loss over the batch; [`Update::scale`] divides by `lanes`.
+//! A lane's loss is the mean over its tokens. Gradients of lanes are added, so that a step's sum is `lanes`
+//! times the gradient of the mean loss over the batch; [`Update::scale`] divides by `lanes`.
 
 use crate::dispatch::{Dispatch, TOP_K};
 use crate::ids::{Lane, LayerId, ShardId, Step};
@@ -56,7 +58,8 @@ pub struct Gated<B: Compute> {
     pub saved: B::Saved,
     /// The load-balancing loss of this lane and layer.
     pub aux_loss: f64,
-    /// Mean over tokens of the entropy of the gate's probabilities, in nats: from 0 (certain) to ln(experts) (even).
+    /// Mean over tokens of the entropy of the gate's probabilities, in nats: from 0 (certain) to ln(experts)
+    /// (even).
     pub entropy: f64,
 }
 
@@ -65,12 +68,13 @@ pub type LossAndGradients<B> = (f64, Option<(<B as Compute>::Tensor, <B as Compu
 
 /// The computations of one model on one device.
 ///
-/// A lane calls `embed`, then `dense` for each layer, followed in an MoE layer by `gate`, `expert` for each expert and
-/// `combine`, then `loss`, and the backward methods in reverse. With `train` false nothing is saved.
+/// A lane calls `embed`, then `dense` for each layer, followed in an MoE layer by `gate`, `expert` for each
+/// expert and `combine`, then `loss`, and the backward methods in reverse. With `train` false nothing is
+/// saved.
 ///
 /// # Errors
-/// Every method returns [`ComputeError`] when the tensor library fails (memory, device) or an argument has another shape
-/// or dtype than documented.
+/// Every method returns [`ComputeError`] when the tensor library fails (memory, device) or an argument has
+/// another shape or dtype than documented.
 pub trait Compute: Send + Sync + Sized + 'static {
     /// An activation or its gradient, on the device.
     type Tensor: Send + 'static;
@@ -100,13 +104,15 @@ pub trait Compute: Send + Sync + Sized + 'static {
 
     /// The residual stream of a lane, `[tokens, hidden]`, activations.
     ///
-    /// `tokens` are a lane's token ids, `[sequences, sequence_length + 1]` row by row; the last of each row is a target
-    /// only. `params` are those of the embedding shard.
+    /// `tokens` are a lane's token ids, `[sequences, sequence_length + 1]` row by row; the last of each row
+    /// is a target only. `params` are those of the embedding shard.
     fn embed(&self, params: Self::Params, tokens: &[u32]) -> Computed<Self::Tensor>;
-    /// The mean cross-entropy of a lane in nats per token and, for training, its gradients: of `x`, `[tokens, hidden]`,
-    /// and of the embedding shard as the output matrix, `[vocabulary, hidden]` with the final norm `[hidden]`.
+    /// The mean cross-entropy of a lane in nats per token and, for training, its gradients: of `x`, `[tokens,
+    /// hidden]`, and of the embedding shard as the output matrix, `[vocabulary, hidden]` with the final norm
+    /// `[hidden]`.
     ///
-    /// `x` is the residual stream after the last layer, `[tokens, hidden]`; `tokens` as in [`Compute::embed`].
+    /// `x` is the residual stream after the last layer, `[tokens, hidden]`; `tokens` as in
+    /// [`Compute::embed`].
     fn loss(
         &self,
         params: Self::Params,
@@ -114,7 +120,8 @@ pub trait Compute: Send + Sync + Sized + 'static {
         tokens: &[u32],
         train: bool,
     ) -> Computed<LossAndGradients<Self>>;
-    /// Adds the gradient of the embedding as the input matrix to `gradient`, which [`Compute::loss`] returned.
+    /// Adds the gradient of the embedding as the input matrix to `gradient`, which [`Compute::loss`]
+    /// returned.
     ///
     /// `dx` is the gradient of the output of [`Compute::embed`], `[tokens, hidden]`.
     fn embed_backward(
@@ -124,7 +131,8 @@ pub trait Compute: Send + Sync + Sized + 'static {
         tokens: &[u32],
     ) -> Computed<Self::Gradient>;
 
-    /// Attention and, in a layer without experts, the gated feed-forward, residuals included (GLaM, section 4).
+    /// Attention and, in a layer without experts, the gated feed-forward, residuals included (GLaM, section
+    /// 4).
     ///
     /// `x` and the result are residual streams, `[tokens, hidden]`, activations.
     fn dense(
@@ -134,8 +142,8 @@ pub trait Compute: Send + Sync + Sized + 'static {
         x: Self::Tensor,
         train: bool,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The gradients of the input of [`Compute::dense`], `[tokens, hidden]`, and of its shard, from that of its output,
-    /// `dy`, `[tokens, hidden]`.
+    /// The gradients of the input of [`Compute::dense`], `[tokens, hidden]`, and of its shard, from that of
+    /// its output, `dy`, `[tokens, hidden]`.
     fn dense_backward(
         &self,
         saved: Self::Saved,
@@ -157,23 +165,24 @@ pub trait Compute: Send + Sync + Sized + 'static {
     fn gate_weights(&self, saved: &Self::Saved, tokens: &[usize]) -> Computed<Vec<[f64; TOP_K]>>;
     /// The residual stream plus the experts' outputs times their gate weights, `[tokens, hidden]`.
     ///
-    /// `outputs` together have the experts' rows in expert order, `[assignments, hidden]`; `saved` is the gate's.
+    /// `outputs` together have the experts' rows in expert order, `[assignments, hidden]`; `saved` is the
+    /// gate's.
     fn combine(
         &self,
         dispatch: &Dispatch,
         saved: Self::Saved,
         outputs: Vec<Self::Tensor>,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The gradients of the experts' outputs in expert order, `[assignments, hidden]`, from that of the residual stream,
-    /// `dy`, `[tokens, hidden]`.
+    /// The gradients of the experts' outputs in expert order, `[assignments, hidden]`, from that of the
+    /// residual stream, `dy`, `[tokens, hidden]`.
     fn combine_backward(
         &self,
         dispatch: &Dispatch,
         saved: Self::Saved,
         dy: Self::Tensor,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The gradients of the input of [`Compute::gate`], `[tokens, hidden]`, and of the router shard, those of the
-    /// load-balancing loss and the z-loss included.
+    /// The gradients of the input of [`Compute::gate`], `[tokens, hidden]`, and of the router shard, those of
+    /// the load-balancing loss and the z-loss included.
     ///
     /// `inputs` together have the gradients of the experts' inputs in expert order, `[assignments, hidden]`.
     fn gate_backward(
@@ -198,11 +207,13 @@ pub trait Compute: Send + Sync + Sized + 'static {
         saved: Self::Saved,
         dy: Self::Tensor,
     ) -> Computed<(Self::Tensor, Self::Saved)>;
-    /// The gradient of an expert's shard over a group of lanes, as one product over all of their rows in the order of
-    /// `lanes`; `None` when there are no rows. `lanes` is the state that [`Compute::expert_backward`] returned for each.
+    /// The gradient of an expert's shard over a group of lanes, as one product over all of their rows in the
+    /// order of `lanes`; `None` when there are no rows. `lanes` is the state that
+    /// [`Compute::expert_backward`] returned for each.
     fn expert_gradient(&self, lanes: Vec<Self::Saved>) -> Computed<Option<Self::Gradient>>;
 
-    /// `left + right`, element by element, of one shard. The order of the operands is part of the mathematics of a run.
+    /// `left + right`, element by element, of one shard. The order of the operands is part of the mathematics
+    /// of a run.
     fn add(&self, left: Self::Gradient, right: Self::Gradient) -> Computed<Self::Gradient>;
     /// The squared norm of a gradient, summed in f64, and whether it is finite.
     fn norm(&self, gradient: &Self::Gradient) -> Computed<Norm>;

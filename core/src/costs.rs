@@ -1,16 +1,17 @@
-//! What a run costs: operations, bytes of state and bytes on the wire of each part of its model.
+//! The costs of a model at a run's shapes: operations, bytes of state and bytes on the wire.
 //!
-//! Operations are counted as two per parameter and token (GLaM, section 4), plus attention's products over half the
-//! sequence; bytes as f32. Activations are an estimate of what one lane keeps between its two directions.
+//! Operations are counted as two per parameter and token (GLaM, section 4), plus attention's products over
+//! half the sequence; bytes as f32. Activation memory is an estimate of the tensors that one lane saves for
+//! its backward pass.
 
 use crate::architecture::Architecture;
 use crate::dispatch::TOP_K;
 use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
 use crate::options::{Optimizer, TrainingOptions};
 
-/// Bytes of a number, in memory and on the wire.
-const NUMBER: u64 = 4;
-/// Gradients of a held shard that are in memory at the same time: the sum, and one on its way into it.
+/// Bytes of an f32, in memory and on the wire.
+const F32_BYTES: u64 = 4;
+/// Gradients of a shard in memory at the same time: the sum, and one to add.
 const GRADIENTS: u64 = 2;
 
 /// The costs of a run's model at its shapes.
@@ -26,24 +27,25 @@ pub struct Costs {
     pub moe_layers: Vec<LayerId>,
     /// Experts in each of them.
     pub experts: usize,
-    /// Forward operations of one token in each layer's dense part; the first layer has the embedding's and the loss's too.
+    /// Forward operations of one token in each layer's dense part; the first layer includes the embedding and
+    /// the loss.
     pub dense_flops: Vec<f64>,
     /// Forward operations of one row in one expert.
     pub expert_flops: f64,
-    /// Memory for each layer's dense part where it is held: parameters, optimizer state and gradients; the first layer
-    /// has the embedding's too.
+    /// Memory of each layer's dense part on a holder: parameters, optimizer state and gradients; the first
+    /// layer includes the embedding.
     pub dense_bytes: Vec<u64>,
-    /// Memory for one expert where it is held.
+    /// Memory of one expert on a holder, with the rows of a lane group.
     pub expert_bytes: u64,
-    /// Parameters of each layer's dense part, in bytes: what a gradient is on the wire.
+    /// A gradient of each layer's dense part on the wire.
     pub dense_wire_bytes: Vec<u64>,
-    /// Parameters of one expert, in bytes.
+    /// A gradient of one expert on the wire.
     pub expert_wire_bytes: u64,
-    /// What one lane in flight keeps of each layer.
+    /// Activations that one lane in flight saves of each layer.
     pub activation_bytes: Vec<u64>,
-    /// The residual stream of one lane, in bytes.
+    /// The residual stream of one lane on the wire.
     pub lane_wire_bytes: u64,
-    /// One row to or from an expert, in bytes.
+    /// One row to or from an expert on the wire.
     pub row_wire_bytes: u64,
 }
 
@@ -54,11 +56,11 @@ impl Costs {
         let tokens = training.tokens_per_lane();
         let (hidden, length) = (a.hidden as u64, training.sequence_length as u64);
         let state = match training.optimizer {
-            // The factored second moment is one row and one column: below a hundredth.
+            // The factored second moment is one row and one column: less than a hundredth.
             Optimizer::Adafactor { .. } => 1,
             Optimizer::Adamw { .. } => 3,
         };
-        let held = |parameters: u64| parameters * NUMBER * (state + GRADIENTS);
+        let held = |parameters: u64| parameters * F32_BYTES * (state + GRADIENTS);
         let width = (a.heads * a.head_dim) as u64;
         let mut costs = Self {
             lanes: training.lanes,
@@ -73,19 +75,19 @@ impl Costs {
             dense_wire_bytes: Vec::new(),
             expert_wire_bytes: 0,
             activation_bytes: Vec::new(),
-            lane_wire_bytes: tokens as u64 * hidden * NUMBER,
-            row_wire_bytes: hidden * NUMBER,
+            lane_wire_bytes: tokens as u64 * hidden * F32_BYTES,
+            row_wire_bytes: hidden * F32_BYTES,
         };
         if a.experts > 0 {
             let parameters = a.shard_parameters(ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) });
             costs.expert_flops = 2.0 * parameters as f64;
-            // Beside its state, the rows of a group of lanes on their way through it, which wait for one another: inputs, what is kept inside,
-            // and their gradients.
+            // Besides its state: the rows of a lane group, whose lanes wait for each other, with saved
+            // activations and gradients.
             let rows = TOP_K * tokens * training.lane_group.max(1) as usize;
             let rows = rows.div_ceil(a.experts);
-            let per_row = (3 * hidden + 2 * a.expert_width() as u64) * NUMBER;
+            let per_row = (3 * hidden + 2 * a.expert_width() as u64) * F32_BYTES;
             costs.expert_bytes = held(parameters) + rows as u64 * per_row;
-            costs.expert_wire_bytes = parameters * NUMBER;
+            costs.expert_wire_bytes = parameters * F32_BYTES;
         }
         for layer in a.layer_range().iter() {
             let moe = a.is_moe(layer);
@@ -98,7 +100,7 @@ impl Costs {
             let attention = 2.0 * width as f64 * (length + 1) as f64;
             costs.dense_flops.push(2.0 * (parameters + embedding) as f64 + attention);
             costs.dense_bytes.push(held(parameters + embedding));
-            costs.dense_wire_bytes.push((parameters + embedding) * NUMBER);
+            costs.dense_wire_bytes.push((parameters + embedding) * F32_BYTES);
             let inner = if moe {
                 TOP_K as u64 * (2 * hidden + 2 * a.expert_width() as u64)
             } else {
@@ -106,7 +108,7 @@ impl Costs {
             };
             let head = if layer == LayerId(0) { a.vocabulary as u64 } else { 0 };
             let numbers = 6 * hidden + 4 * width + 2 * a.heads as u64 * length + inner + head;
-            costs.activation_bytes.push(tokens as u64 * numbers * NUMBER);
+            costs.activation_bytes.push(tokens as u64 * numbers * F32_BYTES);
         }
         costs
     }
@@ -129,7 +131,7 @@ impl Costs {
         self.dense_flops[layers.indices()].iter().sum::<f64>() * self.tokens_per_lane as f64
     }
 
-    /// Rows that a lane sends to the experts of one layer, none dropped.
+    /// Rows that a lane sends to the experts of one layer, if none is dropped.
     #[must_use]
     pub fn rows_per_lane(&self) -> f64 {
         (TOP_K * self.tokens_per_lane) as f64
@@ -141,7 +143,7 @@ impl Costs {
         f64::from(self.lanes) * self.rows_per_lane() * self.moe_layers.len() as f64 * self.expert_flops
     }
 
-    /// Memory that a node needs for the dense parts of some layers, with `in_flight` lanes at a time.
+    /// Memory for the dense parts of some layers, with `in_flight` lanes at a time.
     #[must_use]
     pub fn stage_bytes(&self, layers: LayerRange, in_flight: usize) -> u64 {
         let state: u64 = self.dense_bytes[layers.indices()].iter().sum();
@@ -150,7 +152,7 @@ impl Costs {
     }
 }
 
-/// Lanes that a node has in flight beyond one per thread, so that one's rows on the wire hide behind another's work.
+/// Lanes in flight beyond one per thread, so that one lane's rows on the wire overlap with another's compute.
 pub const LANES_AHEAD: usize = 1;
 
 /// Lanes that a device has in flight at a time.

@@ -1,13 +1,13 @@
-//! Who goes where: from the top-2 choices of a lane's tokens to contiguous batches per expert, and back.
+//! Dispatch: from the top-2 choices of a lane's tokens to contiguous batches per expert, and back.
 //!
-//! The gate chooses; this module only counts. A lane's *assignments* are sorted by expert, then by choice (first
-//! choices before second ones), then by token, so that an expert's batch is a contiguous range of rows whose order
-//! depends on the routing only. With a capacity, assignments at or beyond it are dropped in that same order
-//! (GShard, arXiv 2006.16668, algorithm 1: second choices queue after all kept first choices).
+//! The gate chooses; this module only counts. A lane's *assignments* are sorted by expert, then by choice
+//! (first choices before second ones), then by token, so that an expert's batch is a contiguous range of rows
+//! whose order depends on the routing only. With a capacity, assignments at or beyond it are dropped in that
+//! same order (GShard, arXiv 2006.16668, algorithm 1: second choices queue after all kept first choices).
 
 use serde::{Deserialize, Serialize};
 
-/// How many experts each token goes to.
+/// Experts per token.
 pub const TOP_K: usize = 2;
 
 /// The most tokens that an expert takes from one lane.
@@ -31,7 +31,7 @@ impl Capacity {
     }
 }
 
-/// Where the tokens of one lane go in one MoE layer.
+/// The dispatch of one lane's tokens in one MoE layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dispatch {
     /// Rows for each expert; their sum is the number of kept assignments.
@@ -40,7 +40,7 @@ pub struct Dispatch {
     pub tokens: Vec<i64>,
     /// For each choice (first, second) and token: the row of its assignment, or -1 when it was dropped.
     pub rows: [Vec<i64>; TOP_K],
-    /// Assignments that found no room.
+    /// Assignments dropped by the capacity.
     pub dropped: usize,
 }
 
@@ -99,7 +99,7 @@ mod tests {
             let pair = (0..experts as i64, 1..experts as i64);
             proptest::collection::vec(pair, tokens).prop_map(move |pairs| {
                 let first = pairs.iter().map(|p| p.0).collect();
-                // The second choice is another expert; now and then there is none.
+                // The second choice is another expert, or sometimes none.
                 let second = pairs
                     .iter()
                     .enumerate()
@@ -111,47 +111,47 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn every_kept_token_reaches_its_experts_and_capacity_is_respected(
-            (experts, first, second) in choices(), factor in 0.3f64..3.0, dropless: bool,
-        ) {
-            let capacity = if dropless { Capacity::Dropless } else { Capacity::Factor(factor) };
-            let dispatch = Dispatch::new([&first, &second], experts, capacity);
-            let offsets = dispatch.offsets();
-            let mut kept = 0;
-            for (k, chosen) in [&first, &second].into_iter().enumerate() {
-                for (token, &expert) in chosen.iter().enumerate() {
-                    let row = dispatch.rows[k][token];
-                    if row < 0 { continue }
-                    kept += 1;
-                    let e = expert as usize;
-                    prop_assert_eq!(dispatch.tokens[row as usize], token as i64);
-                    prop_assert!((offsets[e]..offsets[e] + dispatch.counts[e]).contains(&(row as usize)));
+            #[test]
+            fn every_kept_token_reaches_its_experts_and_capacity_is_respected(
+                (experts, first, second) in choices(), factor in 0.3f64..3.0, dropless: bool,
+            ) {
+                let capacity = if dropless { Capacity::Dropless } else { Capacity::Factor(factor) };
+                let dispatch = Dispatch::new([&first, &second], experts, capacity);
+                let offsets = dispatch.offsets();
+                let mut kept = 0;
+                for (k, chosen) in [&first, &second].into_iter().enumerate() {
+                    for (token, &expert) in chosen.iter().enumerate() {
+                        let row = dispatch.rows[k][token];
+                        if row < 0 { continue }
+                        kept += 1;
+                        let e = expert as usize;
+                        prop_assert_eq!(dispatch.tokens[row as usize], token as i64);
+                        prop_assert!((offsets[e]..offsets[e] + dispatch.counts[e]).contains(&(row as usize)));
+                    }
+                }
+                prop_assert_eq!(kept, dispatch.tokens.len());
+                prop_assert_eq!(kept, dispatch.counts.iter().sum::<usize>());
+                let made = first.iter().chain(&second).filter(|&&e| e >= 0).count();
+                prop_assert_eq!(made, kept + dispatch.dropped);
+                let limit = capacity.rows(first.len(), experts);
+                prop_assert!(dispatch.counts.iter().all(|&n| n <= limit));
+                if dropless { prop_assert_eq!(dispatch.dropped, 0) }
+            }
+
+    /// No second choice is kept where a first choice of the same expert is dropped.
+            #[test]
+            fn second_choices_queue_after_all_first_choices((experts, first, second) in choices(), factor in 0.3f64..2.0) {
+                let dispatch = Dispatch::new([&first, &second], experts, Capacity::Factor(factor));
+                for e in 0..experts as i64 {
+                    let refused = first.iter().zip(&dispatch.rows[0]).any(|(&c, &row)| c == e && row < 0);
+                    let taken = second.iter().zip(&dispatch.rows[1]).any(|(&c, &row)| c == e && row >= 0);
+                    prop_assert!(!(refused && taken));
                 }
             }
-            prop_assert_eq!(kept, dispatch.tokens.len());
-            prop_assert_eq!(kept, dispatch.counts.iter().sum::<usize>());
-            let made = first.iter().chain(&second).filter(|&&e| e >= 0).count();
-            prop_assert_eq!(made, kept + dispatch.dropped);
-            let limit = capacity.rows(first.len(), experts);
-            prop_assert!(dispatch.counts.iter().all(|&n| n <= limit));
-            if dropless { prop_assert_eq!(dispatch.dropped, 0) }
         }
-
-        /// No second choice takes a place that a first choice of the same expert was refused.
-        #[test]
-        fn second_choices_queue_after_all_first_choices((experts, first, second) in choices(), factor in 0.3f64..2.0) {
-            let dispatch = Dispatch::new([&first, &second], experts, Capacity::Factor(factor));
-            for e in 0..experts as i64 {
-                let refused = first.iter().zip(&dispatch.rows[0]).any(|(&c, &row)| c == e && row < 0);
-                let taken = second.iter().zip(&dispatch.rows[1]).any(|(&c, &row)| c == e && row >= 0);
-                prop_assert!(!(refused && taken));
-            }
-        }
-    }
 
     #[test]
-    fn an_expert_that_nobody_chose_has_an_empty_batch() {
+    fn an_expert_without_tokens_has_an_empty_batch() {
         let dispatch = Dispatch::new([&[2, 2], &[0, 0]], 4, Capacity::Dropless);
         assert_eq!(dispatch.counts, [2, 0, 2, 0]);
         assert_eq!(dispatch.tokens, [0, 1, 0, 1]);

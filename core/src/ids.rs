@@ -1,7 +1,7 @@
 //! The identifiers of a run: steps, epochs, lanes, layers, experts, nodes and shards.
 //!
-//! Numbers that identify something are newtypes, so that an epoch cannot be passed for a step or an expert for a layer.
-//! They serialize as the plain number. Counts (of steps, lanes, layers ...) stay plain integers.
+//! Numbers that identify something are newtypes, so that an epoch cannot be passed for a step or an expert
+//! for a layer. They serialize as the plain number. Counts (of steps, lanes, layers ...) stay plain integers.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -44,23 +44,26 @@ macro_rules! id {
 }
 
 id! {
-    /// The number of a training step, from 1; 0 is the state before the first step. A shard's version is the last step
-    /// applied to it.
+    /// The number of a training step, from 1; 0 is the state before the first step. A shard's version is the
+    /// last step applied to it.
     Step(u64)
 }
 
 id! {
-    /// The number of a placement, from 1; 0 precedes the first. Every message carries it, and receivers drop stale ones.
+    /// The number of a placement, from 1; 0 precedes the first. Every message carries it, and receivers drop
+    /// stale ones.
     Epoch(u64)
 }
 
 id! {
-    /// The number of rollbacks of a run to a checkpoint. State of another timeline does not belong to the run.
+    /// The number of rollbacks of a run to a checkpoint. State of another timeline does not belong to the
+    /// run.
     Timeline(u64)
 }
 
 id! {
-    /// A fixed slice (micro-batch) of the global batch, from 0. The number of lanes is fixed for the life of a run.
+    /// A fixed slice (micro-batch) of the global batch, from 0. The number of lanes is fixed for the life of
+    /// a run.
     Lane(u32)
 }
 
@@ -248,8 +251,8 @@ pub enum ShardId {
 }
 
 impl ShardId {
-    /// Whether this is an expert. Experts are placed one by one; all other shards of a layer are held by every node of
-    /// the layer's pipeline stage.
+    /// Whether this is an expert. Experts are placed one by one; all other shards of a layer are held by
+    /// every node of the layer's pipeline stage.
     #[must_use]
     pub fn is_expert(self) -> bool {
         matches!(self, Self::Expert { .. })

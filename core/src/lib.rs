@@ -1,12 +1,12 @@
 //! The pure core of Volary: placement, dispatch, and the step and recovery protocol.
 //!
-//! Nothing here uses a clock, a socket, a tensor library or an unseeded random number, so that a test plays a whole
-//! cluster thousands of times per second.
+//! Nothing here uses a clock, a socket, a tensor library or an unseeded random number, so that a test plays a
+//! whole cluster thousands of times per second.
 //!
 //! | module | content |
 //! | --- | --- |
 //! | [`ids`] | steps, epochs, lanes, layers, experts, nodes, shards |
-//! | [`limits`] | every bound of the protocol |
+//! | [`limits`] | every bound of the core |
 //! | [`InvalidValue`] | the error of a value out of its bounds |
 //! | [`random`] | random draws keyed by their purpose |
 //! | [`architecture`] | the shape of a model, the paper's presets, parameter counts |

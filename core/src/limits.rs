@@ -1,9 +1,31 @@
-//! Every bound of the protocol: queues, retries, waits and names.
+//! Every bound of the core: sizes in options, queues, retries, waits and names.
 
-/// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound memory.
+/// The largest dimension of a model: vocabulary, widths, heads, layers.
+pub const DIMENSION_MAX: usize = 1 << 24;
+/// Layers of a model.
+pub const LAYERS_MAX: usize = 1 << 12;
+/// Experts of a layer.
+pub const EXPERTS_MAX: usize = 1 << 15;
+/// Steps of a run.
+pub const STEPS_MAX: u64 = u64::MAX >> 16;
+/// Lanes of a run, and lanes of a group.
+pub const LANES_MAX: u64 = 1 << 16;
+/// Sequences of a lane.
+pub const SEQUENCES_MAX: u64 = 1 << 16;
+/// Tokens of a sequence.
+pub const SEQUENCE_LENGTH_MAX: u64 = 1 << 20;
+/// Tokens of each lane in a trace.
+pub const TRACED_TOKENS_MAX: usize = 64;
+/// Spans of a traced step.
+pub const SPANS_MAX: usize = 4_000;
+/// Traces kept with a run.
+pub const TRACES_MAX: usize = 10_000;
+
+/// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound
+/// memory.
 pub const COPIES_IN_FLIGHT_MAX: usize = 4;
-/// Steps whose summed gradients a node keeps for a shard that is being copied. When more steps pass, the node requests
-/// the shard again.
+/// Steps whose summed gradients a node keeps for a shard that is being copied. When more steps pass, the node
+/// repeats its request.
 pub const STASH_MAX: usize = 4;
 /// Requests for one shard before a node gives up copying it.
 pub const COPY_ATTEMPTS_MAX: u32 = 8;
@@ -12,19 +34,22 @@ pub const COPY_SOURCES_MAX: usize = 8;
 
 /// Attempts at one step, or at its checkpoint, before the run gives up.
 pub const ATTEMPTS_MAX: u32 = 16;
-/// Immediate attempts at a step while an indispensable node is unreachable; each later one waits for the network.
+/// Immediate attempts at a step while an indispensable node is unreachable; each later one waits for the
+/// network.
 pub const IMMEDIATE_ATTEMPTS_MAX: u32 = 4;
-/// Consecutive placements at step boundaries for one cause, each moving what the previous one left over. It stops a
-/// planner that alternates between two placements.
+/// Consecutive placements at step boundaries for one cause, each moving what the previous one left over. It
+/// stops a planner that alternates between two placements.
 pub const REPLAN_ROUNDS_MAX: u32 = 16;
 
-/// Reports of unreachable nodes within one step that fence a node. A single report may be a death that is about to be
-/// noticed anyway.
+/// Reports of unreachable nodes within one step that fence a node. A single report may be a death that is
+/// about to be noticed anyway.
 pub const REPORTS_MAX: u32 = 2;
 /// Failures of one node within one step, of any kind, that fence it if it is dispensable.
 pub const FAILURES_MAX: u32 = 3;
 /// The first suspension of a fenced node, in milliseconds; each later one is twice as long.
 pub const SUSPENSION_MS: u64 = 5_000;
+/// Doublings of a suspension.
+pub const SUSPENSION_DOUBLINGS_MAX: u32 = 6;
 /// The longest suspension, in milliseconds.
 pub const SUSPENSION_MAX_MS: u64 = 300_000;
 /// The pause in placement changes after a failed background copy, in milliseconds.

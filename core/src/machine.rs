@@ -1,14 +1,81 @@
 //! The supervisor's state machine: membership, the steps of a run, commits, checkpoints and recovery.
 //!
-//! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It has no clock and
-//! does no I/O; its counterpart on a node is [`crate::agent`]. Its tests cite its invariants:
+//! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It has no
+//! clock and does no I/O; its counterpart on a node is [`crate::agent`]. Its tests cite its invariants:
 //!
-//! - **M-1** a step is committed once, and only when every member and learner of the placement holds its whole gradient;
-//! - **M-2** a commit is journaled before any node learns of it, and never undone while a copy of every shard exists;
+//! - **M-1** a step is committed once, and only when every member and learner of the placement holds its
+//!   whole gradient;
+//! - **M-2** a commit is journaled before any node learns of it, and never undone while a copy of every shard
+//!   exists;
 //! - **M-3** a report of another epoch changes nothing;
-//! - **M-4** when the last copy of a shard is gone, the run goes back to the last durable checkpoint as a whole;
-//! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by its state when
-//!   it returns to a restarted supervisor.
+//! - **M-4** when the last copy of a shard is lost, the run goes back to the last durable checkpoint as a
+//!   whole;
+//! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by
+//!   its state when it returns to a restarted supervisor.
+//!
+//! Two nodes, and one step:
+//!
+//! ```
+//! use volary_core::NodeId;
+//! use volary_core::architecture::presets;
+//! use volary_core::machine::{Effect, Event, Machine, Restored, Settings};
+//! use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm};
+//! use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+//! use volary_core::profile::Profile;
+//!
+//! let settings = Settings {
+//!     architecture: presets()[1].architecture.clone(),
+//!     training: TrainingOptions::new(1),
+//!     cluster: ClusterOptions { nodes: 2, ..ClusterOptions::default() },
+//!     checkpoint: CheckpointOptions::default(),
+//!     validation: ValidationOptions { rounds: 0, ..ValidationOptions::default() },
+//! };
+//! let shards = settings.architecture.shards();
+//! let mut machine = Machine::new(settings, Restored::default());
+//!
+//! let mut effects = Vec::new();
+//! for name in ["a", "b"] {
+//!     effects.extend(machine.handle(Event::Joined {
+//!         node: NodeId::new(name),
+//!         profile: Box::new(Profile::relative(1.0)),
+//!         address: format!("{name}:7100"),
+//!         held: Default::default(),
+//!     }));
+//! }
+//! // The shell sends the effects' messages; here every node answers at once.
+//! let mut journal = Vec::new();
+//! while !effects.is_empty() {
+//!     for effect in std::mem::take(&mut effects) {
+//!         let (node, message) = match effect {
+//!             Effect::Send { node, message } => (node, message),
+//!             Effect::Journal(step) => {
+//!                 journal.push(step);
+//!                 continue;
+//!             }
+//!             _ => continue,
+//!         };
+//!         let message = match message {
+//!             NodeCommand::Assign(assignment) => NodeReport::Ready { epoch: assignment.placement.epoch },
+//!             NodeCommand::Begin { epoch, step, lanes, .. } => {
+//!                 let held = shards.iter().filter(|shard| machine.placement().holds(&node, **shard));
+//!                 let norm = Norm { squared: 1.0, finite: true };
+//!                 let report = LaneReport { loss: 2.5, ..LaneReport::default() };
+//!                 NodeReport::Prepared {
+//!                     epoch,
+//!                     step,
+//!                     norms: held.map(|shard| (*shard, norm)).collect(),
+//!                     lanes: lanes.into_iter().map(|(lane, _)| (lane, report.clone())).collect(),
+//!                     speed: None,
+//!                 }
+//!             }
+//!             _ => continue,
+//!         };
+//!         effects.extend(machine.handle(Event::Reported { node, message }));
+//!     }
+//! }
+//! assert_eq!(journal.len(), 1);
+//! assert_eq!((journal[0].step.0, journal[0].nodes, journal[0].loss), (1, 2, 2.5));
+//! ```
 //!
 //! | file | content |
 //! | --- | --- |
@@ -81,7 +148,8 @@ impl Machine {
     pub fn new(settings: Settings, restored: Restored) -> Self {
         let Restored { durable, last, persistent } = restored;
         let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
-        // A cluster that was complete resumes with the nodes that return; a new one waits for all nodes it wants.
+        // A cluster that was complete resumes with the nodes that return; a new one waits for all nodes it
+        // wants.
         let wanted_nodes = if awaited.is_empty() { settings.cluster.nodes.max(1) } else { 1 };
         Self {
             settings,
@@ -213,7 +281,8 @@ impl Machine {
                 self.on_cannot_learn(&node, reason)
             }
             NodeReport::Behind { epoch, version } if epoch == current => {
-                let reason = format!("it is at step {version}, and the run at {}", self.committed);
+                let reason =
+                    format!("its state is at step {version}, and the run is at step {}", self.committed);
                 self.fence(&node, &reason);
             }
             NodeReport::Failed { epoch, reason, fatal, suspect } if epoch == current => {
@@ -232,7 +301,8 @@ impl Machine {
     fn on_stop_requested(&mut self) {
         self.stopping = true;
         match self.phase {
-            // Nothing is in flight. Otherwise the last commit is only in the nodes' memory, and waits for a placement.
+            // Nothing is in flight. Otherwise the last commit is only in the nodes' memory, and waits for a
+            // placement.
             Phase::Gathering(_) | Phase::Placing { .. }
                 if self.durable.unwrap_or_default() == self.committed =>
             {
@@ -256,7 +326,7 @@ impl Machine {
             Phase::Finishing | Phase::Done => {}
             _ if self.idle_ms >= self.settings.cluster.step_timeout_ms => {
                 let limit = self.settings.cluster.step_timeout_ms;
-                let reason = format!("nothing came of step {} within {limit} ms", self.committed.next());
+                let reason = format!("step {} made no progress within {limit} ms", self.committed.next());
                 self.idle_ms = 0;
                 self.on_timeout(&reason);
             }
@@ -267,8 +337,8 @@ impl Machine {
     /// Ends the run, with `end` as its last effect; all nodes leave.
     fn end(&mut self, end: Effect) {
         let reason = match &end {
-            Effect::Fatal { reason } => format!("the run cannot go on: {reason}"),
-            _ => "the run is over".into(),
+            Effect::Fatal { reason } => format!("the run failed: {reason}"),
+            _ => "the run has ended".into(),
         };
         for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
             self.effects.push(Effect::Send { node, message: NodeCommand::Leave { reason: reason.clone() } });

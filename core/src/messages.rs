@@ -1,4 +1,4 @@
-//! What the supervisor and the nodes say to each other on the control stream.
+//! The messages between the supervisor and the nodes on the control stream.
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::placement::Placement;
@@ -6,70 +6,70 @@ use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// Where a node gets a shard's state from when a placement begins.
+/// The source of a shard's state when a placement begins.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Source {
-    /// From the run's seed: the state before the first step.
+    /// The run's seed: the state before the first step.
     Initial,
-    /// The node holds it already, at the placement's version.
+    /// The node itself holds it at the placement's version.
     Held,
-    /// From a node that holds it.
+    /// A node that holds it.
     Peer(NodeId),
-    /// From a durable checkpoint, through the supervisor.
+    /// A durable checkpoint, through the supervisor.
     Checkpoint(Step),
 }
 
-/// A journalled commit, as a node that missed it needs it.
+/// A journaled commit, for a node that missed it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LastCommit {
     /// The placement under which the step ran.
     pub epoch: Epoch,
     /// The step.
     pub step: Step,
-    /// What to do with the gradients.
+    /// The treatment of the gradients.
     pub update: Update,
 }
 
-/// Everything that a node needs to take part in an epoch.
+/// A node's part in an epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Assignment {
-    /// The placement, the same for everybody.
+    /// The placement, the same for all nodes.
     pub placement: Arc<Placement>,
-    /// How often the run has gone back to a checkpoint: state from another timeline is no state of this run.
+    /// The run's timeline: state of another one is invalid.
     pub timeline: Timeline,
     /// The last committed step: the version of every shard.
     pub version: Step,
-    /// The commit that made this version: a node that prepared it and did not hear of it applies it first.
+    /// The commit that made this version: a node that prepared it and missed the commit applies it first.
     pub last: Option<LastCommit>,
-    /// The shards that this node holds, and where each comes from.
+    /// The shards that this node holds, each with its source.
     pub shards: Vec<(ShardId, Source)>,
-    /// The shards that this node copies while training goes on, each with the nodes to ask.
+    /// The shards that this node copies while training continues, each with its holders.
     pub learn: Vec<(ShardId, Vec<NodeId>)>,
     /// The QUIC address of every member.
     pub addresses: Arc<Vec<(NodeId, String)>>,
 }
 
-/// What a node has in memory when it comes back to a supervisor.
+/// The state in a node's memory when it returns to a restarted supervisor.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ResidentState {
-    /// The timeline that its state belongs to.
+    /// The timeline of the state.
     pub timeline: Timeline,
-    /// The last step that it applied.
+    /// The last step that the node applied.
     pub version: Step,
     /// The shards that it holds at that version.
     pub shards: Vec<ShardId>,
-    /// The step whose whole gradient it has, under which placement.
+    /// The step whose whole gradient it holds, with its placement.
     pub prepared: Option<(Epoch, Step)>,
 }
 
-/// What the lanes do with their tokens.
+/// The kind of pass that lanes take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Pass {
     /// Forward and backward.
     Train,
     /// Forward only, on held-out text.
     Validate {
-        /// Which part of the held-out text.
+        /// The part of the held-out text, from 0.
         round: u64,
     },
 }
@@ -90,13 +90,13 @@ pub enum NodeCommand {
         /// This node's lanes with their tokens, `[sequences, sequence_length + 1]` row by row.
         lanes: Vec<(Lane, Vec<u32>)>,
     },
-    /// The step is part of the run: apply it.
+    /// The step is committed: apply it.
     Commit {
         /// The placement's number.
         epoch: Epoch,
         /// The step.
         step: Step,
-        /// What to do with the gradients.
+        /// The treatment of the gradients.
         update: Update,
     },
     /// Drop all work of this epoch; another assignment follows.
@@ -104,32 +104,32 @@ pub enum NodeCommand {
         /// The epoch that ends.
         epoch: Epoch,
     },
-    /// Send these shards, as they are after `step`, to the checkpoint.
+    /// Send these shards at version `step` to the checkpoint.
     Checkpoint {
         /// The placement's number.
         epoch: Epoch,
-        /// The step just committed.
+        /// The step that was just committed.
         step: Step,
         /// The shards that this node sends.
         shards: Vec<ShardId>,
     },
-    /// The run is over for this node.
+    /// Leave the run.
     Leave {
-        /// Why, for its log.
+        /// The reason, for the node's log.
         reason: String,
     },
 }
 
-/// What a shard's summed gradient looks like to one of its holders.
+/// The norm of a shard's summed gradient, as one of its holders computed it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Norm {
     /// The squared norm of the sum over lanes.
     pub squared: f64,
-    /// Whether every number in it is finite.
+    /// Whether all numbers of the gradient are finite.
     pub finite: bool,
 }
 
-/// What one lane found.
+/// The measurements of one lane.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LaneReport {
     /// Mean cross-entropy, in nats per token.
@@ -138,21 +138,22 @@ pub struct LaneReport {
     pub aux_loss: f64,
     /// Mean over MoE layers of the entropy of the gate's probabilities, in nats.
     pub gate_entropy: f64,
-    /// Kept assignments per MoE layer and expert: `[layers][experts]`.
+    /// Kept assignments, `[MoE layers][experts]`.
     pub load: Vec<Vec<u32>>,
-    /// Assignments dropped for want of capacity.
+    /// Assignments dropped by the experts' capacity.
     pub dropped: u32,
 }
 
 /// Node to supervisor.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum NodeReport {
-    /// Every shard of the assignment is here.
+    /// All shards of the assignment are in memory.
     Ready {
         /// The placement's number.
         epoch: Epoch,
     },
-    /// All lanes are done, and the summed gradient of every held shard is in memory: the step can be committed.
+    /// All lanes are done, and the summed gradient of every held shard is in memory: the step can be
+    /// committed.
     Prepared {
         /// The placement's number.
         epoch: Epoch,
@@ -160,9 +161,9 @@ pub enum NodeReport {
         step: Step,
         /// The norm of every held shard's gradient.
         norms: Vec<(ShardId, Norm)>,
-        /// What the lanes found.
+        /// The measurements of the lanes.
         lanes: Vec<(Lane, LaneReport)>,
-        /// Lanes that its device would do in a second of computing, as measured in this step; `None` without lanes.
+        /// Lanes per second of compute on its device, measured in this step; `None` without lanes.
         speed: Option<f64>,
     },
     /// The lanes of a validation round are done.
@@ -171,48 +172,48 @@ pub enum NodeReport {
         epoch: Epoch,
         /// The round.
         round: u64,
-        /// What the lanes found.
+        /// The measurements of the lanes.
         lanes: Vec<(Lane, LaneReport)>,
     },
-    /// Shards that it was to copy are here, and keep up with the commits.
+    /// Copied shards are in memory, at the version of the last commit.
     Learned {
         /// The placement's number.
         epoch: Epoch,
         /// The shards.
         shards: Vec<ShardId>,
     },
-    /// The shards that it was to copy do not come.
+    /// Shards could not be copied.
     CannotLearn {
         /// The placement's number.
         epoch: Epoch,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// It is not at the version that the others are at, and cannot get there by itself.
+    /// The node is not at the version of the assignment, and cannot reach it by itself.
     Behind {
         /// The placement's number.
         epoch: Epoch,
-        /// The last step that it applied.
+        /// The last step that the node applied.
         version: Step,
     },
-    /// Somebody wants this node to leave: it waits until it is let go.
+    /// An operator drains this node: it waits until it is released.
     LeaveRequested,
     /// A shard for a checkpoint cannot be stored or sent.
     CheckpointFailed {
         /// The checkpoint's step.
         step: Step,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// The node could not do its part of an epoch.
+    /// The node failed in an epoch.
     Failed {
         /// The placement's number.
         epoch: Epoch,
-        /// Why.
+        /// The reason.
         reason: String,
-        /// Whether trying again cannot help: a checkpoint that does not fit, memory that is not there.
+        /// Whether a retry cannot help: a checkpoint of another model, missing memory.
         fatal: bool,
-        /// The node that it could not reach, if that is why.
+        /// The unreachable node, if that is the reason.
         suspect: Option<NodeId>,
     },
 }

@@ -1,7 +1,10 @@
-//! What a run is told about its training, as it stands in the configuration file.
+//! The options of a run, as they appear in the configuration file.
 
 use crate::ids::Step;
 use crate::invalid::InvalidValue;
+use crate::limits::{
+    LANES_MAX, SEQUENCE_LENGTH_MAX, SEQUENCES_MAX, SPANS_MAX, STEPS_MAX, TRACED_TOKENS_MAX, TRACES_MAX,
+};
 use crate::schedule::Schedule;
 use serde::{Deserialize, Serialize};
 
@@ -9,15 +12,17 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Optimizer {
-    /// Adafactor (Shazeer and Stern, arXiv 1804.04235) with the paper's settings: no first moment, factored second one.
+    /// Adafactor (Shazeer and Stern, arXiv 1804.04235) with GLaM's settings: no first moment, a factored
+    /// second one.
     Adafactor {
-        /// Decay of the second moment; left out, the general form 1 - t^-0.8.
+        /// Decay of the second moment; if null, the general form 1 - t^-0.8.
         #[serde(default = "adafactor_beta2")]
         beta2: Option<f64>,
         /// Update clipping: the largest root mean square of an update.
         #[serde(default = "one")]
         clip_threshold: f64,
-        /// Whether the rate is multiplied by the root mean square of the parameter, at least 1e-3 (section 8).
+        /// Whether the rate is multiplied by the root mean square of the parameter, at least 1e-3 (section
+        /// 8).
         #[serde(default = "yes")]
         scale_by_parameter: bool,
     },
@@ -66,7 +71,7 @@ impl Default for Optimizer {
     }
 }
 
-/// How a run trains.
+/// Training.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingOptions {
@@ -75,7 +80,8 @@ pub struct TrainingOptions {
     /// Lanes: slices of the global batch, fixed for the life of the run.
     #[serde(default = "default_lanes")]
     pub lanes: u32,
-    /// Consecutive lanes whose tokens share one product in an expert's weight gradient, fixed for the life of the run.
+    /// Consecutive lanes whose tokens share one product in an expert's weight gradient, fixed for the life of
+    /// the run.
     #[serde(default = "default_lane_group")]
     pub lane_group: u32,
     /// Sequences in a lane.
@@ -90,7 +96,7 @@ pub struct TrainingOptions {
     /// The learning rate.
     #[serde(default)]
     pub schedule: Schedule,
-    /// The largest norm of the whole gradient; left out, none.
+    /// The largest norm of the whole gradient; without it, no clipping.
     #[serde(default)]
     pub clip_norm: Option<f64>,
     /// Coefficient of the load-balancing loss (GLaM: 0.01).
@@ -159,11 +165,11 @@ impl TrainingOptions {
     /// The first value that is out of its bounds.
     pub fn check(&self) -> Result<(), InvalidValue> {
         let bounded = [
-            ("steps", self.steps, u64::MAX >> 16),
-            ("lanes", self.lanes.into(), 1 << 16),
-            ("lane_group", self.lane_group.into(), 1 << 16),
-            ("sequences_per_lane", self.sequences_per_lane as u64, 1 << 16),
-            ("sequence_length", self.sequence_length as u64, 1 << 20),
+            ("steps", self.steps, STEPS_MAX),
+            ("lanes", self.lanes.into(), LANES_MAX),
+            ("lane_group", self.lane_group.into(), LANES_MAX),
+            ("sequences_per_lane", self.sequences_per_lane as u64, SEQUENCES_MAX),
+            ("sequence_length", self.sequence_length as u64, SEQUENCE_LENGTH_MAX),
         ];
         for (key, value, most) in bounded {
             if value == 0 || value > most {
@@ -189,34 +195,35 @@ impl TrainingOptions {
     }
 }
 
-/// How a run uses its cluster.
+/// The cluster of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ClusterOptions {
-    /// Copies of every expert, on as many nodes; fewer where there are fewer nodes.
+    /// Replicas of every expert, each on another node; fewer where there are fewer nodes.
     pub replication: usize,
-    /// Nodes whose gradients one node adds up, and to which it passes a sum on; what more nodes have goes over several of them. At
-    /// least 2.
+    /// Nodes whose gradients one node adds, and to which it passes the sum; more nodes form a tree. At least
+    /// 2.
     pub fan_in: u32,
     /// Nodes to wait for before the first step.
     pub nodes: usize,
-    /// How long a silent node is believed alive, in milliseconds; at most 10,000.
+    /// Silence after which a node counts as lost, in milliseconds; at most 10,000.
     pub node_timeout_ms: u64,
-    /// How long a step, or the move to a new placement, may take, in milliseconds, before it is tried again.
+    /// The timeout of a step, of the move to a new placement and of a checkpoint, in milliseconds; then it is
+    /// retried.
     pub step_timeout_ms: u64,
-    /// How long the run waits for `nodes` nodes, in milliseconds, at its start and after a loss.
+    /// The longest wait for enough nodes, in milliseconds, at the start and after a loss.
     pub gather_timeout_ms: u64,
-    /// How long nodes keep their state and wait for a supervisor that is gone, in milliseconds.
+    /// The longest wait of nodes, with their state, for a lost supervisor, in milliseconds.
     pub supervisor_timeout_ms: u64,
-    /// How long a supervisor that came back waits for nodes with the last copies of its shards, in milliseconds.
+    /// The longest wait of a restarted supervisor for nodes with last copies of shards, in milliseconds.
     pub return_timeout_ms: u64,
-    /// How long a node's certificate is good for, in milliseconds; nodes renew theirs when half of that has passed.
+    /// The lifetime of a node's certificate, in milliseconds; nodes renew theirs after half of it.
     pub certificate_lifetime_ms: u64,
-    /// Whether nodes measure themselves before they are placed; otherwise each counts as much as it has threads.
+    /// Whether nodes run a benchmark before they are placed; otherwise their number of threads counts.
     pub measure: bool,
-    /// Whether measured speeds and the experts' loads may change the placement.
+    /// Whether measured speeds and expert loads may change the placement.
     pub rebalance: bool,
-    /// Bytes that one placement may move to even out the nodes, beside what must move.
+    /// Bytes that one placement may move to even out the nodes, besides necessary moves.
     pub rebalance_bytes: u64,
 }
 
@@ -239,7 +246,7 @@ impl Default for ClusterOptions {
     }
 }
 
-/// When a run writes checkpoints.
+/// Checkpoints of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointOptions {
@@ -255,11 +262,12 @@ impl Default for CheckpointOptions {
     }
 }
 
-/// When a run measures its held-out loss.
+/// Measurements of the held-out loss.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ValidationOptions {
-    /// Steps between measurements, beside those before the first and after the last step; 0 is only those.
+    /// Steps between measurements, besides those before the first and after the last step; 0 measures only
+    /// then.
     pub every: u64,
     /// Rounds of `lanes` lanes in one measurement; 0 measures nothing.
     pub rounds: u64,
@@ -271,22 +279,22 @@ impl Default for ValidationOptions {
     }
 }
 
-/// What a run tells about itself.
+/// Telemetry of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TelemetryOptions {
-    /// Every so many steps one is traced and logged with its expert load; 0 none. Steps that follow a change of the
-    /// cluster are traced beside them.
+    /// Steps between traced steps, whose expert load is logged, too; 0 traces none. The step after a change
+    /// of the cluster is traced as well.
     pub sample_every: u64,
-    /// Tokens of each lane that are followed through a traced step.
+    /// Tokens of each lane whose routing is in the trace.
     pub tokens_per_lane: usize,
-    /// Spans that a traced step may have, about: lanes beyond have one span each.
+    /// The approximate limit of spans in a traced step: lanes beyond it have one span each.
     pub spans_per_step: usize,
     /// Traces that are kept with the run.
     pub keep: usize,
-    /// The collector that traces go to; `OTEL_EXPORTER_OTLP_ENDPOINT` of a process comes first.
+    /// The trace collector; `OTEL_EXPORTER_OTLP_ENDPOINT` of a process takes precedence.
     pub endpoint: Option<String>,
-    /// How the collector is spoken to; `OTEL_EXPORTER_OTLP_PROTOCOL` of a process comes first.
+    /// The collector's protocol; `OTEL_EXPORTER_OTLP_PROTOCOL` of a process takes precedence.
     pub protocol: OtlpProtocol,
 }
 
@@ -303,13 +311,13 @@ impl Default for TelemetryOptions {
     }
 }
 
-/// How a collector of traces is spoken to (OpenTelemetry protocol).
+/// The protocol of a trace collector (OpenTelemetry).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum OtlpProtocol {
-    /// gRPC, as a rule on port 4317.
+    /// gRPC, usually on port 4317.
     #[serde(rename = "grpc")]
     Grpc,
-    /// Protocol buffers over HTTP, as a rule on port 4318.
+    /// Protocol buffers over HTTP, usually on port 4318.
     #[serde(rename = "http/protobuf")]
     HttpProtobuf,
 }
@@ -321,9 +329,9 @@ impl TelemetryOptions {
     /// The first value that is out of its bounds.
     pub fn check(&self) -> Result<(), InvalidValue> {
         let bounded = [
-            ("tokens_per_lane", self.tokens_per_lane, 0, 64),
-            ("spans_per_step", self.spans_per_step, 1, 4000),
-            ("keep", self.keep, 1, 10_000),
+            ("tokens_per_lane", self.tokens_per_lane, 0, TRACED_TOKENS_MAX),
+            ("spans_per_step", self.spans_per_step, 1, SPANS_MAX),
+            ("keep", self.keep, 1, TRACES_MAX),
         ];
         for (key, value, least, most) in bounded {
             if !(least..=most).contains(&value) {

@@ -1,10 +1,9 @@
-//! Which nodes hold which shards and run which lanes. The planner ([`crate::planner`]) makes placements; this is what they say.
+//! Placements: the nodes of each shard and lane. The planner ([`crate::planner`]) makes them.
 //!
-//! The layers are cut into *stages*, one as a rule. A stage's nodes hold all of its shards but experts, since lanes meet
-//! them all, and share its lanes; an expert is held by `replication` nodes, whether these have a stage or not. The first
-//! holder of a shard is its *owner*: it makes the last sum of the shard's gradient and sends it to the other holders. Where more than
-//! `fan_in` nodes run a stage's lanes, sums are made and passed on by others too, so that no link carries everybody's. Nothing of this
-//! shows in the mathematics.
+//! The layers are cut into pipeline *stages*, usually one. All nodes of a stage hold all of its shards except
+//! experts, since every lane passes through them, and divide its lanes. An expert is held by `replication`
+//! nodes, with or without a stage. The *owner* of a shard makes the final sum of its gradient
+//! ([`crate::reduction`]). No placement changes the mathematics.
 
 use crate::ids::{Epoch, Lane, LayerId, LayerRange, NodeId, ShardId};
 use crate::reduction::{ExpertLeaves, Reduction};
@@ -12,8 +11,8 @@ use crate::tree::LeafSpan;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Consecutive layers, the nodes that hold them, and which of these takes which lane through them. The first stage has
-/// the embedding, and with it the loss: its nodes drive their lanes through the other stages.
+/// Consecutive layers, the nodes that hold them, and the node of each lane. The first stage has the
+/// embedding, and with it the loss: its nodes drive their lanes through the other stages.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Stage {
     /// Its layers.
@@ -57,11 +56,12 @@ pub struct Placement {
     pub stages: Vec<Stage>,
     /// Lanes that share one product in an expert's weight gradient.
     pub lane_group: u32,
-    /// Nodes whose sums one node adds up, and to which it passes a sum on.
+    /// Sums that one node adds, and nodes to which it passes the final sum; see [`crate::reduction`].
     pub fan_in: u32,
     /// The holders of each expert, its owner first.
     pub experts: BTreeMap<ShardId, Vec<NodeId>>,
-    /// Nodes that copy a shard in the background to hold it in a later placement: they get its summed gradients already.
+    /// Nodes that copy a shard in the background for a later placement. They already receive its summed
+    /// gradients.
     pub learners: BTreeMap<ShardId, BTreeSet<NodeId>>,
 }
 
@@ -78,13 +78,13 @@ impl Placement {
         self.stages.get(self.stages.partition_point(|stage| stage.layers.end <= layer))
     }
 
-    /// Whether two placements differ in nothing but their numbers and learners.
+    /// Whether two placements differ in their epochs and learners only.
     #[must_use]
     pub fn has_same_layout(&self, other: &Self) -> bool {
         self.members == other.members && self.stages == other.stages && self.experts == other.experts
     }
 
-    /// Whether `node` has a part in it that is not only learning.
+    /// Whether `node` has a part in it besides learning.
     #[must_use]
     pub fn is_member(&self, node: &NodeId) -> bool {
         self.members.binary_search(node).is_ok()
@@ -108,7 +108,7 @@ impl Placement {
         self.learners.values().flatten().cloned().collect()
     }
 
-    /// Everybody who must have a step's whole gradient before it is committed: members and learners.
+    /// The nodes that must hold a step's whole gradient before its commit: members and learners.
     #[must_use]
     pub fn voters(&self) -> BTreeSet<NodeId> {
         self.members.iter().cloned().chain(self.learning_nodes()).collect()
@@ -145,7 +145,7 @@ impl Placement {
         self.reduction(shard).map_or_else(Vec::new, |reduction| reduction.holders().cloned().collect())
     }
 
-    /// The holders of a shard in no order that matters.
+    /// The holders of a shard, in any order.
     #[must_use]
     pub fn holders_unordered(&self, shard: ShardId) -> &[NodeId] {
         match self.experts.get(&shard) {
@@ -154,7 +154,7 @@ impl Placement {
         }
     }
 
-    /// How many lanes each node takes through its stages; those with none are left out.
+    /// The number of lanes of each node in all of its stages; without nodes that have none.
     #[must_use]
     pub fn lane_counts(&self) -> BTreeMap<&NodeId, usize> {
         let mut counts = BTreeMap::new();
@@ -168,7 +168,7 @@ impl Placement {
         counts
     }
 
-    /// The lanes that each node drives; those with none are left out.
+    /// The lanes that each node drives; without nodes that drive none.
     #[must_use]
     pub fn lanes_by_driver(&self) -> BTreeMap<&NodeId, Vec<Lane>> {
         let mut driven: BTreeMap<&NodeId, Vec<Lane>> = BTreeMap::new();
@@ -201,13 +201,13 @@ impl Placement {
         self.stages.first().map_or_else(Vec::new, |stage| stage.lanes_of(node))
     }
 
-    /// The lanes that a node has in all stages together, whole lanes: a third of the layers of three lanes are one.
+    /// The lanes of a node in all stages, weighted by the `share` of each stage in a lane's work.
     #[must_use]
     pub fn lane_work(&self, node: &NodeId, share: impl Fn(LayerRange) -> f64) -> f64 {
         self.stages.iter().map(|stage| stage.lanes_of(node).len() as f64 * share(stage.layers)).sum()
     }
 
-    /// How many leaves the gradient of a shard has: lanes, or for an expert groups of lanes.
+    /// The number of leaves of a shard's gradient: lanes, or for an expert groups of lanes.
     #[must_use]
     pub fn leaves(&self, shard: ShardId) -> u32 {
         let lanes = self.lanes();
@@ -236,7 +236,7 @@ impl Placement {
         self.reduction(shard)?.computed_by(leaf)
     }
 
-    /// The replica that serves an expert to a lane.
+    /// The replica that computes an expert for a lane.
     #[must_use]
     pub fn serving_replica(&self, shard: ShardId, lane: Lane) -> Option<&NodeId> {
         self.computed_by(shard, lane.0 / self.lane_group.max(1))
@@ -248,7 +248,8 @@ impl Placement {
         self.reduction(shard)?.reducer(span)
     }
 
-    /// The nodes to which `node` passes the final sum of a shard's gradient; see [`Reduction::broadcast_children`].
+    /// The nodes to which `node` passes the final sum of a shard's gradient; see
+    /// [`Reduction::broadcast_children`].
     #[must_use]
     pub fn broadcast_children(&self, shard: ShardId, node: &NodeId) -> Vec<NodeId> {
         let Some(reduction) = self.reduction(shard) else { return Vec::new() };
@@ -285,7 +286,8 @@ mod tests {
         }
     }
 
-    /// Plays the sum of a shard: the root's leaves as they were added, and how many values each node got from others.
+    /// Plays the sum of a shard. Returns the node of the final sum, and the number of values that each node
+    /// received.
     fn sum(placement: &Placement, shard: ShardId) -> (NodeId, BTreeMap<NodeId, u32>) {
         let lanes = placement.lanes();
         let mut folds: BTreeMap<NodeId, Fold<u32>> = BTreeMap::new();
@@ -317,45 +319,45 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn sums_end_at_the_owner_and_no_node_adds_up_many(
-            nodes in 1u32..70, spare in 0u32..40, fan_in in 2u32..9, layer in 0u16..3,
-        ) {
-            let placement = placement(nodes, nodes + spare, fan_in);
-            let shard = ShardId::Dense { layer: LayerId(layer) };
-            let (at, received) = sum(&placement, shard);
-            prop_assert_eq!(Some(&at), placement.owner(shard));
-            // A node may add up at each level; runs of lanes that are no subtrees come in pieces.
-            let levels = (f64::from(nodes).ln() / f64::from(fan_in).ln()).ceil() as u32;
-            let most = received.values().copied().max().unwrap_or(0);
-            prop_assert!(most <= 8 * fan_in * levels.max(1), "{most} of {nodes} by {fan_in}");
-            if nodes <= fan_in {
-                prop_assert!(received.keys().all(|node| node == &at), "few nodes send to the owner");
+            #[test]
+            fn sums_end_at_the_owner_and_no_node_adds_many(
+                nodes in 1u32..70, spare in 0u32..40, fan_in in 2u32..9, layer in 0u16..3,
+            ) {
+                let placement = placement(nodes, nodes + spare, fan_in);
+                let shard = ShardId::Dense { layer: LayerId(layer) };
+                let (at, received) = sum(&placement, shard);
+                prop_assert_eq!(Some(&at), placement.owner(shard));
+    // A node may be a reducer at each level; runs of lanes that are no subtrees are several sums.
+                let levels = (f64::from(nodes).ln() / f64::from(fan_in).ln()).ceil() as u32;
+                let most = received.values().copied().max().unwrap_or(0);
+                prop_assert!(most <= 8 * fan_in * levels.max(1), "{most} of {nodes} by {fan_in}");
+                if nodes <= fan_in {
+                    prop_assert!(received.keys().all(|node| node == &at), "few nodes send to the owner");
+                }
+            }
+
+            #[test]
+            fn a_sum_of_one_node_ends_at_the_owner(nodes in 1u32..20, runner in 0u32..20, layer in 0u16..3) {
+                let mut placement = placement(nodes, 8, 2);
+                placement.stages[0].lanes.fill(runner % nodes);
+                let (at, _) = sum(&placement, ShardId::Dense { layer: LayerId(layer) });
+                prop_assert_eq!(Some(&at), placement.owner(ShardId::Dense { layer: LayerId(layer) }));
+            }
+
+            #[test]
+            fn the_final_sum_reaches_every_holder_once(nodes in 1u32..70, fan_in in 2u32..9, layer in 0u16..3) {
+                let placement = placement(nodes, nodes, fan_in);
+                let shard = ShardId::Dense { layer: LayerId(layer) };
+                let mut open = vec![placement.owner(shard).unwrap().clone()];
+                let mut reached = Vec::new();
+                while let Some(node) = open.pop() {
+                    let children = placement.broadcast_children(shard, &node);
+                    prop_assert!(children.len() <= fan_in as usize);
+                    open.extend(children);
+                    reached.push(node);
+                }
+                reached.sort();
+                prop_assert_eq!(reached, placement.members);
             }
         }
-
-        #[test]
-        fn what_one_node_makes_alone_ends_at_the_owner_too(nodes in 1u32..20, runner in 0u32..20, layer in 0u16..3) {
-            let mut placement = placement(nodes, 8, 2);
-            placement.stages[0].lanes.fill(runner % nodes);
-            let (at, _) = sum(&placement, ShardId::Dense { layer: LayerId(layer) });
-            prop_assert_eq!(Some(&at), placement.owner(ShardId::Dense { layer: LayerId(layer) }));
-        }
-
-        #[test]
-        fn the_last_sum_reaches_every_holder_once(nodes in 1u32..70, fan_in in 2u32..9, layer in 0u16..3) {
-            let placement = placement(nodes, nodes, fan_in);
-            let shard = ShardId::Dense { layer: LayerId(layer) };
-            let mut open = vec![placement.owner(shard).unwrap().clone()];
-            let mut reached = Vec::new();
-            while let Some(node) = open.pop() {
-                let relays = placement.broadcast_children(shard, &node);
-                prop_assert!(relays.len() <= fan_in as usize);
-                open.extend(relays);
-                reached.push(node);
-            }
-            reached.sort();
-            prop_assert_eq!(reached, placement.members);
-        }
-    }
 }

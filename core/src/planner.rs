@@ -1,9 +1,11 @@
-//! The planner: from profiles of nodes and costs of a model to the placement with the shortest predicted step.
+//! The planner: from profiles of nodes and costs of a model to the placement with the shortest predicted
+//! step.
 //!
-//! A pure function of membership, profiles, measured expert loads and the previous placement. It cuts the layers into
-//! as few pipeline stages as memory and time require (one, where every node has room), gives each node with room a
-//! stage, spreads the experts' replicas over the remaining memory by speed and over zones, and divides the lanes of
-//! each stage so that the slowest node ends soonest. It moves as little as possible of the previous placement.
+//! A pure function of membership, profiles, measured expert loads and the previous placement. It cuts the
+//! layers into as few pipeline stages as memory and time require (one, where every node has room), gives each
+//! node with room a stage, spreads the experts' replicas over the remaining memory by speed and over zones,
+//! and divides the lanes of each stage so that the slowest node ends soonest. It moves as little as possible
+//! of the previous placement.
 //!
 //! ```
 //! use std::collections::BTreeMap;
@@ -40,7 +42,7 @@
 //! | `stages` | the cut of the layers, and the stage of each node |
 //! | `experts` | the replicas of each expert |
 //! | `lanes` | the lanes of each node |
-//! | `survivors` | the placement that needs no transfer when nodes are gone |
+//! | `survivors` | the placement that needs no transfer when nodes are lost |
 //! | `predict` | the duration of a step under a placement, resource by resource |
 //! | `links` | the bytes over each link |
 
@@ -66,7 +68,8 @@ use crate::ids::NodeId;
 use crate::placement::Placement;
 use candidates::Candidates;
 
-/// The ratio of step times below which another number of stages replaces the present one, and fewer nodes replace all.
+/// The ratio of step times below which another number of stages replaces the present one, and fewer nodes
+/// replace all.
 const WORTHWHILE: f64 = 0.8;
 /// The ratio of network time to compute time above which plans with fewer nodes are tried.
 const NETWORK_BOUND: f64 = 0.5;
@@ -155,8 +158,8 @@ fn with_fewer_nodes(
     best.plan
 }
 
-/// A placement with `count` stages, if memory allows it. With `drop_idle`, nodes without a lane hold no layers either,
-/// so that no gradients are sent to them.
+/// A placement with `count` stages, if memory allows it. With `drop_idle`, nodes without a lane hold no
+/// layers either, so that no gradients are sent to them.
 fn attempt(
     candidates: &Candidates<'_>,
     costs: &Costs,

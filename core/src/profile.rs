@@ -1,15 +1,16 @@
-//! What a node can do: what it measured of itself when it joined, and what was seen of it since.
+//! The profile of a node: its compute, memory and network, by its benchmark at the start and by measurements
+//! since.
 
 use crate::invalid::InvalidValue;
 pub use crate::limits::ZONE_MAX;
 use serde::{Deserialize, Serialize};
 
-/// Floating-point operations per second that a whole device reaches at the run's shapes, all its threads together.
+/// Floating-point operations per second of a whole device at the run's shapes, with all its threads.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
-    /// On the way forward.
+    /// Of the forward pass.
     pub forward: f64,
-    /// On the way back, which has twice the operations.
+    /// Of the backward pass, which has twice the operations.
     pub backward: f64,
 }
 
@@ -32,19 +33,19 @@ impl Rate {
         3.0 / self.seconds(1.0)
     }
 
-    /// The rate of a device that is so many times as fast.
+    /// The rate of a device that is `factor` times as fast.
     #[must_use]
     pub fn times(&self, factor: f64) -> Self {
         Self { forward: self.forward * factor, backward: self.backward * factor }
     }
 }
 
-/// What a node can do.
+/// The compute, memory and network of a node.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Profile {
-    /// Attention, dense feed-forward, gates and the loss.
+    /// The rate of attention, dense feed-forward, gates and the loss.
     pub dense: Rate,
-    /// Experts.
+    /// The rate of experts.
     pub expert: Rate,
     /// Bytes of parameters per second through the optimizer and the sums of gradients.
     pub update_bytes_per_s: f64,
@@ -52,22 +53,21 @@ pub struct Profile {
     pub threads: usize,
     /// Memory that the run may use, in bytes.
     pub memory_bytes: u64,
-    /// What fails together: a rack, a data centre, a spot pool. Replicas keep to different ones where they can.
+    /// The failure domain: a rack, a data center, a spot pool. Replicas are spread over zones where possible.
     pub zone: String,
     /// Bytes per second in one direction.
     pub bandwidth: f64,
-    /// Seconds to a peer and back.
+    /// Round trip to a peer, in seconds.
     pub round_trip_s: f64,
-    /// Seconds of a thread per byte sent or received: encryption and copies.
+    /// Thread time per byte sent or received, in seconds: encryption and copies.
     pub network_s_per_byte: f64,
 }
 
-/// Rate of one CPU thread where none was measured, in operations per second.
+/// The assumed rate of one CPU thread without a benchmark, in operations per second.
 const THREAD_FLOPS: f64 = 2e10;
 
 impl Profile {
-    /// A node of which nothing is known but how much it does relative to others, in threads: no limit of memory, a
-    /// network that costs nothing.
+    /// A node with a known relative capacity only, in threads: unlimited memory and a free network.
     #[must_use]
     pub fn relative(capacity: f64) -> Self {
         Self {
@@ -83,13 +83,13 @@ impl Profile {
         }
     }
 
-    /// How much it does in a second relative to others, in threads of [`Profile::relative`].
+    /// The relative capacity, in threads of [`Profile::relative`].
     #[must_use]
     pub fn capacity(&self) -> f64 {
         self.dense.both() / THREAD_FLOPS
     }
 
-    /// The same node, so many times as fast.
+    /// Makes the node `factor` times as fast.
     pub fn scale(&mut self, factor: f64) {
         self.dense = self.dense.times(factor);
         self.expert = self.expert.times(factor);

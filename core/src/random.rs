@@ -1,10 +1,10 @@
-//! Random draws that depend on what they are for, never on who makes them or when.
+//! Random draws that depend on their purpose, never on the process or the time.
 //!
 //! A [`Stream`] is a counter-based generator keyed by a seed and a path of numbers such as
-//! (step, lane, layer, purpose). The mixer is SplitMix64's finaliser (Steele, Lea, Flood: "Fast splittable
+//! (step, lane, layer). The mixer is SplitMix64's finalizer (Steele, Lea, Flood: "Fast splittable
 //! pseudorandom number generators", OOPSLA 2014).
 
-/// What a stream is for: the last part of its key, so that two purposes never share draws.
+/// The purpose of a stream. It is part of the key, so that two purposes never share draws.
 #[derive(Clone, Copy, Debug)]
 #[repr(u64)]
 pub enum Purpose {
@@ -20,7 +20,7 @@ pub enum Purpose {
     Generate = 5,
     /// Fault schedules in tests.
     Faults = 6,
-    /// What is shown to people.
+    /// Samples for telemetry.
     Telemetry = 7,
 }
 
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn equal_keys_give_equal_draws_and_unlike_keys_unlike_ones() {
+    fn equal_keys_give_equal_draws_and_different_keys_different_ones() {
         let draw = |seed, purpose, path: &[u64]| Stream::new(seed, purpose, path).next_u64();
         assert_eq!(draw(1, Purpose::Order, &[2, 3]), draw(1, Purpose::Order, &[2, 3]));
         assert_ne!(draw(1, Purpose::Order, &[2, 3]), draw(1, Purpose::Order, &[3, 2]));

@@ -1,18 +1,21 @@
-//! The route of one shard's gradient: partial sums from the nodes that compute its leaves to the shard's owner, and the
-//! final sum from the owner back to all holders.
+//! The route of one shard's gradient: partial sums from the nodes that compute its leaves to the shard's
+//! owner, and the final sum from the owner back to all holders.
 //!
-//! The order of additions is fixed by the tree over all leaves ([`crate::tree`]); this module decides only *where* each
-//! addition happens. Every span of leaves has one reducer, which receives the sums of the span's two halves:
+//! The order of additions is fixed by the tree over all leaves ([`crate::tree`]); this module decides only
+//! *where* each addition happens. Every span of leaves has one reducer, which receives the sums of the span's
+//! two halves:
 //!
 //! - A node that computes all leaves of a span reduces it alone. Nothing is sent for it.
-//! - A span of several nodes is reduced by the shard's owner, as long as at most `fan_in` nodes compute the shard.
-//! - With more nodes, each group of about `fan_in` of them has a reducer among themselves, and so has each group of such
-//!   groups, so that no link carries the sums of all nodes.
+//! - A span of several nodes is reduced by the shard's owner, as long as at most `fan_in` nodes compute the
+//!   shard.
+//! - With more nodes, each group of about `fan_in` of them has a reducer among themselves, and so has each
+//!   group of such groups, so that no link carries the sums of all nodes.
 //! - Owners and reducers rotate from shard to shard, so that no node adds everything.
-//! - Only the location of an addition depends on the placement, never its operands: losses are bit-identical on any
-//!   number of nodes.
+//! - Only the location of an addition depends on the placement, never its operands: losses are bit-identical
+//!   on any number of nodes.
 //!
-//! Six lanes on the nodes a, b and c, where b owns the shard. The tree halves a span at the largest power of two:
+//! Six lanes on the nodes a, b and c, where b owns the shard. The tree halves a span at the largest power of
+//! two:
 //!
 //! ```text
 //!                  [0,6) b                  sums, leaves to root          broadcast of the root
@@ -24,7 +27,8 @@
 //!   [0] a [1] a [2] b [3] b
 //! ```
 //!
-//! Node a computes lanes 0 and 1 and sends one sum; so does c. The owner b adds `[0,2) + [2,4)` and then `[0,4) + [4,6)`.
+//! Node a computes lanes 0 and 1 and sends one sum; so does c. The owner b adds `[0,2) + [2,4)` and then
+//! `[0,4) + [4,6)`.
 
 use crate::ids::NodeId;
 use crate::tree::LeafSpan;
@@ -96,8 +100,8 @@ impl<'a> Reduction<'a> {
         self.runners.get(*self.lanes.get(lane as usize)? as usize)
     }
 
-    /// The node that computes a leaf: the lane's node or, for an expert, the replica that serves the lane group. A
-    /// replica on the node of the group's first lane is preferred.
+    /// The node that computes a leaf: the lane's node or, for an expert, the replica that serves the lane
+    /// group. A replica on the node of the group's first lane is preferred.
     #[must_use]
     pub fn computed_by(&self, leaf: u32) -> Option<&'a NodeId> {
         let Some(expert) = self.expert else { return self.runner(leaf) };
@@ -134,7 +138,8 @@ impl<'a> Reduction<'a> {
         self.runner(block.start + (self.rotation % (block.end - block.start).max(1) as usize) as u32)
     }
 
-    /// The height of a tree with `fan_in` children per reducer over the runs of one node in a span of lanes: 0 for one run.
+    /// The height of a tree with `fan_in` children per reducer over the runs of one node in a span of lanes:
+    /// 0 for one run.
     fn level(&self, span: LeafSpan) -> u32 {
         let lanes = self.lanes.get(span.start as usize..span.end as usize).unwrap_or_default();
         let runs = 1 + lanes.windows(2).filter(|pair| pair[0] != pair[1]).count() as u64;

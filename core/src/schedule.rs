@@ -3,15 +3,15 @@
 use crate::ids::Step;
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate follows the step.
+/// The learning rate as a function of the step.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Schedule {
     /// Constant for `constant_steps`, then falling as 1/sqrt(step): the paper's (0.01, 10,000).
     InverseSquareRoot {
-        /// The rate at its height.
+        /// The highest rate.
         rate: f64,
-        /// Steps before the fall.
+        /// Steps before the decay.
         constant_steps: u64,
         /// Steps of linear rise from 0.
         #[serde(default)]
@@ -19,7 +19,7 @@ pub enum Schedule {
     },
     /// Linear rise, then half a cosine down to `floor` at the last step.
     Cosine {
-        /// The rate at its height.
+        /// The highest rate.
         rate: f64,
         /// Steps of linear rise from 0.
         #[serde(default)]
@@ -30,7 +30,7 @@ pub enum Schedule {
     },
     /// Linear rise, then a straight line down to `floor` at the last step.
     Linear {
-        /// The rate at its height.
+        /// The highest rate.
         rate: f64,
         /// Steps of linear rise from 0.
         #[serde(default)]
@@ -73,14 +73,14 @@ impl Schedule {
     }
 }
 
-/// What every replica does with the summed gradients of a step.
+/// The treatment of a step's summed gradients, the same on every replica.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Update {
     /// Whether the update is applied; a step whose gradients hold NaN or Inf is skipped (GLaM, section 6).
     pub apply: bool,
     /// The learning rate.
     pub rate: f64,
-    /// What the summed gradient is multiplied by: 1 / lanes, times the clip.
+    /// The factor of the summed gradient: 1 / lanes, times the clip.
     pub scale: f64,
 }
 
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn cosine_and_linear_rise_peak_and_end_where_they_say() {
+    fn cosine_and_linear_schedules_rise_peak_and_end_at_their_floor() {
         for schedule in [
             Schedule::Cosine { rate: 1.0, warmup_steps: 10, floor: 0.1 },
             Schedule::Linear { rate: 1.0, warmup_steps: 10, floor: 0.1 },

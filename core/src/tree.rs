@@ -1,9 +1,9 @@
 //! The fixed binary tree over which gradients are summed.
 //!
-//! Floating-point addition is not associative, so the order of a sum is part of the mathematics of a run. Here the
-//! order is a binary tree over *leaves*, numbered from 0, that depends on their number and on nothing else: a span
-//! is halved at the largest power of two below its length. Whoever holds all leaves of a node of the tree may send
-//! that node's sum; who runs what never shows in the result.
+//! Floating-point addition is not associative, so the order of a sum is part of the mathematics of a run.
+//! Here the order is a binary tree over *leaves*, numbered from 0, that depends only on their number: a span
+//! is divided at the largest power of two below its length. A process with all leaves below a node of the
+//! tree may send that node's sum; the distribution of leaves never changes the result.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -38,7 +38,7 @@ impl LeafSpan {
     }
 
     /// The parent and the sibling of this node in the tree over `leaves` leaves, or `None` for the root
-    /// and for what is no node of the tree.
+    /// and for a span that is no node of the tree.
     #[must_use]
     pub fn parent(self, leaves: u32) -> Option<(Self, Self)> {
         let mut node = Self::root(leaves);
@@ -60,7 +60,7 @@ impl LeafSpan {
         self == Self::root(leaves) || self.parent(leaves).is_some()
     }
 
-    /// How many nodes [`LeafSpan::fragments`] finds when `held` are consecutive leaves.
+    /// The number of nodes that [`LeafSpan::fragments`] finds for consecutive leaves `held`.
     #[must_use]
     pub fn parts_of_run(leaves: u32, held: std::ops::Range<u32>) -> u32 {
         fn parts(node: LeafSpan, held: &std::ops::Range<u32>) -> u32 {
@@ -75,7 +75,8 @@ impl LeafSpan {
         parts(Self::root(leaves), &held)
     }
 
-    /// The largest nodes of the tree over `leaves` leaves all of whose leaves satisfy `held`, from left to right.
+    /// The largest nodes of the tree over `leaves` leaves all of whose leaves satisfy `held`, from left to
+    /// right.
     pub fn fragments(leaves: u32, held: impl Fn(u32) -> bool) -> Vec<Self> {
         let mut found = Vec::new();
         let mut open = vec![Self::root(leaves)];
@@ -91,7 +92,7 @@ impl LeafSpan {
     }
 }
 
-/// What to do next after a value was put into a [`Fold`].
+/// The next operation after a value was put into a [`Fold`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next<T> {
     /// Nothing until more values come.
@@ -105,7 +106,7 @@ pub enum Next<T> {
         /// The sum over the right child.
         right: T,
     },
-    /// This is as far as the sum goes here: `span` is the root, or its parent is added elsewhere.
+    /// The sum is complete here: `span` is the root, or its parent is added elsewhere.
     Done {
         /// The node of the tree.
         span: LeafSpan,
@@ -130,7 +131,7 @@ impl<T> Fold<T> {
         Self { leaves, waiting: BTreeMap::new() }
     }
 
-    /// Takes the value of one node and says what to do next, given which nodes' sums are made here.
+    /// Takes the value of one node of the tree. `is_here` tells the nodes whose sums are made here.
     pub fn put(&mut self, span: LeafSpan, value: T, is_here: impl FnOnce(LeafSpan) -> bool) -> Next<T> {
         let above = span.parent(self.leaves).filter(|(parent, _)| is_here(*parent));
         let Some((parent, sibling)) = above else { return Next::Done { span, value } };
@@ -143,7 +144,8 @@ impl<T> Fold<T> {
     }
 }
 
-/// The sum of `values` in the tree's order: for what is small enough to be gathered first (losses, norms).
+/// The sum of `values` in the tree's order, for values that are small enough to be gathered first (losses,
+/// norms).
 #[must_use]
 pub fn fold_numbers(values: &[f64]) -> f64 {
     fn fold(values: &[f64], span: LeafSpan) -> f64 {
@@ -162,39 +164,38 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Whoever computes which leaves, wherever each sum is made, and in whatever order values arrive: the expression that is computed
-        /// is the same.
-        #[test]
-        fn the_sum_is_the_same_expression_for_every_split_and_order(leaves in 1u32..40, nodes in 1u64..6, seed: u64) {
-            let mut stream = Stream::new(seed, Purpose::Faults, &[]);
-            // Where the sum of a span is made: anywhere, but always in the same place.
-            let place = |span: LeafSpan| Stream::new(seed, Purpose::Faults, &[span.start.into(), span.end.into()]).below(nodes);
-            let mut folds: Vec<Fold<String>> = (0..nodes).map(|_| Fold::new(leaves)).collect();
-            let mut on_their_way: Vec<(LeafSpan, String)> =
-                (0..leaves).map(|l| (LeafSpan { start: l, end: l + 1 }, l.to_string())).collect();
-            let mut roots = Vec::new();
-            while !on_their_way.is_empty() {
-                let (span, value) = on_their_way.swap_remove(stream.below(on_their_way.len() as u64) as usize);
-                let Some((parent, _)) = span.parent(leaves) else {
-                    roots.push(value);
-                    continue;
-                };
-                let node = place(parent);
-                match folds[node as usize].put(span, value, |span| place(span) == node) {
-                    Next::Wait => {}
-                    Next::Add { span, left, right } => on_their_way.push((span, format!("({left}+{right})"))),
-                    Next::Done { .. } => prop_assert!(false, "it was brought to where its parent is made"),
+    /// The expression is the same for every distribution of leaves and sums, and every order of arrival.
+            #[test]
+            fn the_sum_is_the_same_expression_for_every_split_and_order(leaves in 1u32..40, nodes in 1u64..6, seed: u64) {
+                let mut stream = Stream::new(seed, Purpose::Faults, &[]);
+    // The place of each sum: arbitrary, but fixed.
+                let place = |span: LeafSpan| Stream::new(seed, Purpose::Faults, &[span.start.into(), span.end.into()]).below(nodes);
+                let mut folds: Vec<Fold<String>> = (0..nodes).map(|_| Fold::new(leaves)).collect();
+                let mut in_transit: Vec<(LeafSpan, String)> =
+                    (0..leaves).map(|l| (LeafSpan { start: l, end: l + 1 }, l.to_string())).collect();
+                let mut roots = Vec::new();
+                while !in_transit.is_empty() {
+                    let (span, value) = in_transit.swap_remove(stream.below(in_transit.len() as u64) as usize);
+                    let Some((parent, _)) = span.parent(leaves) else {
+                        roots.push(value);
+                        continue;
+                    };
+                    let node = place(parent);
+                    match folds[node as usize].put(span, value, |span| place(span) == node) {
+                        Next::Wait => {}
+                        Next::Add { span, left, right } => in_transit.push((span, format!("({left}+{right})"))),
+                        Next::Done { .. } => prop_assert!(false, "each value is sent to the place of its parent"),
+                    }
                 }
-            }
-            fn expression(span: LeafSpan) -> String {
-                match span.children() {
-                    Some((left, right)) => format!("({}+{})", expression(left), expression(right)),
-                    None => span.start.to_string(),
+                fn expression(span: LeafSpan) -> String {
+                    match span.children() {
+                        Some((left, right)) => format!("({}+{})", expression(left), expression(right)),
+                        None => span.start.to_string(),
+                    }
                 }
+                prop_assert_eq!(roots, [expression(LeafSpan::root(leaves))]);
             }
-            prop_assert_eq!(roots, [expression(LeafSpan::root(leaves))]);
         }
-    }
 
     #[test]
     fn the_parts_of_a_run_are_counted_without_listing_its_leaves() {

@@ -1,5 +1,5 @@
-//! The supervisor's core and the planner with up to 10,000 nodes under constant churn: every second step four nodes die and
-//! four come, and every node answers at once. `cargo bench -p volary-sim --bench scale`.
+//! The supervisor's machine and the planner with up to 10,000 nodes under constant churn: every second step
+//! four nodes die and four join. Nodes answer at once. `cargo bench -p volary-sim --bench scale`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::collections::BTreeSet;
@@ -15,7 +15,7 @@ use volary_core::{NodeId, ShardId};
 
 const SIZES: [usize; 4] = [300, 1_000, 3_000, 10_000];
 const ROUNDS: u64 = 3;
-/// Deaths in a round, whatever the size, so that what one costs shows.
+/// Deaths in a round, the same for all sizes, so that the cost of one is comparable.
 const DEATHS: usize = 4;
 
 fn main() {
@@ -23,10 +23,11 @@ fn main() {
         return play(nodes.parse().expect("a number"));
     }
     println!("{:>7}{:>10}{:>14}{:>14}{:>14}", "nodes", "events", "us per event", "ms per death", "peak MB");
-    // A process for each, since memory is what its system says of it.
+    // A process for each size, so that its peak memory is its own.
     for nodes in SIZES {
-        let own = std::env::current_exe().expect("a program");
-        let status = Command::new(own).env("VOLARY_NODES", nodes.to_string()).status().expect("a process");
+        let program = std::env::current_exe().expect("a program");
+        let status =
+            Command::new(program).env("VOLARY_NODES", nodes.to_string()).status().expect("a process");
         assert!(status.success());
     }
 }
@@ -91,7 +92,7 @@ impl Cluster {
         })
     }
 
-    /// Everybody does what the machine says, until `steps` more are committed.
+    /// All nodes carry out the machine's commands until `steps` more steps are committed.
     fn run(&mut self, mut effects: Vec<Effect>, steps: u64) {
         let until = self.machine.committed() + steps;
         while !effects.is_empty() && self.machine.committed() < until {
@@ -100,8 +101,8 @@ impl Cluster {
                 if let Effect::Send { node, message } = effect
                     && self.alive.contains(&node)
                 {
-                    let said = self.answers(&node, message);
-                    answers.extend(said.into_iter().map(|message| (node.clone(), message)));
+                    let replies = self.answers(&node, message);
+                    answers.extend(replies.into_iter().map(|message| (node.clone(), message)));
                 }
             }
             for (node, message) in answers {

@@ -1,52 +1,32 @@
-//! Carries out the supervisor's effects, and checks what must hold of them. Its disk outlives it.
+//! Carries out the supervisor's effects, and checks their invariants.
 
-use crate::world::{Happening, World};
-use std::collections::{BTreeMap, BTreeSet};
-use volary_core::machine::{Committed, Effect, Event, PersistentState, Restored};
-use volary_core::messages::{LastCommit, NodeCommand};
+use crate::disk::PendingCheckpoint;
+use crate::event::Event;
+use crate::world::World;
+use std::collections::BTreeSet;
+use volary_core::machine::{self, Committed, Effect};
+use volary_core::messages::NodeCommand;
 use volary_core::{NodeId, ShardId, Step};
 
-/// What survives the supervisor.
-#[derive(Debug, Default)]
-pub(crate) struct Disk {
-    pub(crate) journal: BTreeMap<Step, Committed>,
-    /// What was ever committed at a step: doing it again must give the same.
-    pub(crate) ever: BTreeMap<Step, (u64, u64)>,
-    persistent: PersistentState,
-    pub(crate) durable: Option<Step>,
-    pub(crate) pending: Option<(Step, BTreeSet<ShardId>, BTreeSet<ShardId>)>,
-}
-
-impl Disk {
-    pub(crate) fn last_step(&self) -> Step {
-        self.journal.last_key_value().map(|(step, _)| *step).unwrap_or_default()
-    }
-
-    pub(crate) fn restored(&self) -> Restored {
-        let last = self.journal.values().last();
-        Restored {
-            durable: self.durable,
-            last: last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update }),
-            persistent: self.persistent.clone(),
-        }
-    }
-}
-
 impl World {
-    pub(crate) fn supervisor_does(&mut self, effect: Effect) {
+    pub(crate) fn carry_out_for_supervisor(&mut self, effect: Effect) {
         match effect {
-            Effect::Send { node, message } => self.tell(&node, &message),
+            Effect::Send { node, message } => self.send_to_node(&node, &message),
             Effect::Fence { node, .. } => self.fence(&node),
             Effect::Journal(committed) => self.journal_step(*committed),
             Effect::Persist(persistent) => {
-                assert!(persistent.epoch > self.disk.persistent.epoch, "an epoch's number is used twice");
+                assert!(
+                    persistent.epoch > self.disk.persistent.epoch,
+                    "the number of an epoch is used twice"
+                );
                 self.disk.persistent = persistent;
             }
             Effect::OpenCheckpoint { step, shards, .. } => {
-                self.disk.pending = Some((step, shards.into_iter().collect(), BTreeSet::new()));
+                let (wanted, stored) = (shards.into_iter().collect(), BTreeSet::new());
+                self.disk.pending = Some(PendingCheckpoint { step, wanted, stored });
             }
             Effect::DropCheckpoint { step } => {
-                self.disk.pending.take_if(|(open, ..)| *open == step);
+                self.disk.pending.take_if(|pending| pending.step == step);
             }
             Effect::GoBack { step } => self.go_back(step),
             Effect::Validated { .. } => {}
@@ -61,34 +41,34 @@ impl World {
         }
     }
 
-    fn tell(&mut self, node: &NodeId, message: &NodeCommand) {
+    fn send_to_node(&mut self, node: &NodeId, message: &NodeCommand) {
         let Some(&session) = self.sessions.get(node) else { return };
         if matches!(message, NodeCommand::Leave { .. }) {
-            // Let go for good, in order: nothing that it says after this counts.
+            // Released in order: nothing that it sends afterwards counts.
             self.sessions.remove(node);
         }
-        self.send(|| Happening::NodeCommand { node: node.clone(), session, message: message.clone() });
+        self.send(|| Event::ToNode { node: node.clone(), session, message: message.clone() });
     }
 
     fn fence(&mut self, node: &NodeId) {
         if let Some(session) = self.sessions.remove(node) {
-            self.after(1, 20, Happening::LinkEndsForNode { node: node.clone(), session });
+            self.after(1, 20, Event::LinkEndsForNode { node: node.clone(), session });
         }
     }
 
     fn journal_step(&mut self, committed: Committed) {
-        // M-1: once, in order; and the same as ever before.
+        // M-1. A repeated step must have the same result.
         assert_eq!(committed.step, self.disk.last_step().next(), "steps are committed in order, once");
         let bits = (committed.loss.to_bits(), committed.update.rate.to_bits());
         let before = *self.disk.ever.entry(committed.step).or_insert(bits);
-        assert_eq!(before, bits, "step {} done again is another", committed.step);
+        assert_eq!(before, bits, "the repeated step {} has another result", committed.step);
         self.commits.push((committed.step, self.now));
         self.disk.journal.insert(committed.step, committed);
     }
 
-    /// M-4, and its other half: never while a copy of every shard lives among those who are here.
+    /// M-4, and its converse: never while the connected nodes have a copy of every shard.
     fn go_back(&mut self, step: Step) {
-        // One that was given up and became durable all the same is passed over.
+        // An abandoned checkpoint that became durable after all is skipped.
         assert!(step <= self.disk.durable.unwrap_or_default());
         self.disk.durable = (step > Step(0)).then_some(step);
         let committed = self.disk.last_step();
@@ -112,21 +92,21 @@ impl World {
             .collect();
         let shards = self.settings.architecture.shards();
         let lost = shards.iter().any(|shard| !linked.iter().any(|node| has(node, shard)));
-        // Where words are lost, a copy may be there and nobody knows of it.
-        assert!(lost || self.lossy, "went back from {committed} to {step} while a copy of every shard lives");
+        // With lost messages the supervisor may not know of a copy.
+        assert!(
+            lost || self.lossy,
+            "went back from {committed} to {step} while a copy of every shard exists"
+        );
         self.disk.journal.retain(|at, _| *at <= step);
     }
 
     pub(crate) fn shards_for_checkpoint(&mut self, step: Step, shards: Vec<ShardId>) {
-        let Some((open, wanted, here)) = &mut self.disk.pending else { return };
-        if *open != step {
-            return;
-        }
-        here.extend(shards);
-        if here.len() == wanted.len() {
+        let Some(pending) = self.disk.pending.as_mut().filter(|pending| pending.step == step) else { return };
+        pending.stored.extend(shards);
+        if pending.stored.len() == pending.wanted.len() {
             self.disk.pending = None;
             let life = self.life;
-            self.after(5, 60, Happening::Stored { life, step });
+            self.after(5, 60, Event::Stored { life, step });
         }
     }
 
@@ -135,6 +115,6 @@ impl World {
             return;
         }
         self.disk.durable = self.disk.durable.max(Some(step));
-        self.event(Event::CheckpointStored { step });
+        self.machine_event(machine::Event::CheckpointStored { step });
     }
 }

@@ -1,157 +1,81 @@
-//! Time, who is alive, and what is on its way between them.
+//! The simulated cluster: time, processes, and the queue of events.
 
-use crate::faults::Fault;
+use crate::disk::Disk;
+use crate::event::Event;
+use crate::fault::{Fault, NetworkFaults};
+use crate::limits::TICK_MS;
 use crate::node::Node;
-use crate::supervisor::Disk;
 use std::collections::{BTreeMap, BTreeSet};
-use volary_core::architecture::presets;
-use volary_core::costs::Costs;
-use volary_core::machine::{self, Event, Machine, Notice, Settings};
-use volary_core::messages::{NodeCommand, NodeReport};
-use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use volary_core::machine::{self, Machine, Notice, Settings};
 use volary_core::placement::Placement;
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
-use volary_core::schedule::Schedule;
-use volary_core::{Epoch, LayerId, NodeId, ShardId, Step, agent};
+use volary_core::{NodeId, ShardId, Step, agent};
 
-/// Milliseconds of silence after which a link is given up.
-pub const SILENCE_MS: u64 = 2_000;
-/// Milliseconds between two attempts of a node to reach its supervisor.
-const REDIAL_MS: u64 = 100;
-/// Milliseconds between two ticks of the supervisor.
-const TICK_MS: u64 = 100;
-/// Milliseconds that a supervisor takes to start again.
-const RESTART_MS: u64 = 400;
-
-/// A small run: two layers, four experts, six lanes.
-#[must_use]
-pub fn settings(steps: u64, nodes: usize, replication: usize) -> Settings {
-    let mut architecture = presets().swap_remove(1).architecture;
-    (architecture.layers, architecture.experts) = (2, 4);
-    Settings {
-        architecture,
-        training: TrainingOptions {
-            steps,
-            lanes: 6,
-            lane_group: 2,
-            sequences_per_lane: 1,
-            sequence_length: 8,
-            optimizer: Default::default(),
-            schedule: Schedule::default(),
-            clip_norm: None,
-            aux_loss: 0.01,
-            z_loss: 0.0,
-        },
-        cluster: ClusterOptions { nodes, replication, step_timeout_ms: 10_000, ..ClusterOptions::default() },
-        checkpoint: CheckpointOptions { every: 5, keep: 2 },
-        validation: ValidationOptions { every: 0, rounds: 0 },
-    }
-}
-
-/// The same with four layers, for [`room_for_half`].
-#[must_use]
-pub fn deep_settings(steps: u64, nodes: usize, replication: usize) -> Settings {
-    let mut settings = settings(steps, nodes, replication);
-    settings.architecture.layers = 4;
-    settings
-}
-
-/// A node with room for two of the four layers of [`deep_settings`] and for some experts, in one of two zones by its number.
-#[must_use]
-pub fn room_for_half(node: &NodeId) -> Profile {
-    let settings = deep_settings(1, 1, 1);
-    let costs = Costs::new(&settings.architecture, &settings.training);
-    let number: usize = node.0.trim_start_matches('n').parse().unwrap_or_default();
-    Profile {
-        memory_bytes: costs
-            .stage_bytes(LayerId::range(0..2), 2)
-            .max(costs.stage_bytes(LayerId::range(2..4), 2))
-            + 5 * costs.expert_bytes,
-        zone: format!("zone-{}", number % 2),
-        ..Profile::relative(1.0)
-    }
-}
-
-/// What will happen.
-#[derive(Debug)]
-pub(crate) enum Happening {
-    ToSupervisor { node: NodeId, session: u64, message: NodeReport },
-    NodeCommand { node: NodeId, session: u64, message: NodeCommand },
-    Blobs { node: NodeId, session: u64, step: Step, shards: Vec<ShardId> },
-    LinkEnds { node: NodeId, session: u64 },
-    LinkEndsForNode { node: NodeId, session: u64 },
-    Dial { node: NodeId, process: u64 },
-    Local { node: NodeId, process: u64, event: agent::Event },
-    Work { node: NodeId, process: u64, epoch: Epoch, step: Step, since: u64 },
-    ReadCopy { node: NodeId, process: u64, epoch: Epoch, shard: ShardId, from: Vec<NodeId> },
-    Stored { life: u64, step: Step },
-    Tick { life: u64 },
-    SupervisorStarts,
-    Fault(Fault),
-}
-
-/// How the network treats messages.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct NetworkFaults {
-    /// Share of messages that are lost.
-    pub drop: f64,
-    /// Share that come twice.
-    pub duplicate: f64,
-    /// Share that are late, and so come out of order.
-    pub reorder: f64,
-}
-
-/// A cluster.
+/// A cluster in simulated time.
+///
+/// ```
+/// use volary_sim::{Fault, World, settings};
+/// use volary_core::{NodeId, Step};
+///
+/// // Twenty steps on three nodes with two replicas of each expert; one node dies after the ninth.
+/// let mut world = World::new(1, settings(20, 3, 2), 3);
+/// world.run_until_step(Step(9));
+/// world.at(world.now() + 30, Fault::Kill(NodeId::new("n2")));
+/// world.run_until(600_000);
+/// assert!(world.done);
+/// let steps: Vec<Step> = world.commits.iter().map(|(step, _)| *step).collect();
+/// assert!(steps.into_iter().eq(Step(1).through(Step(20))), "every step is committed once");
+/// ```
 #[derive(Debug)]
 pub struct World {
     pub(crate) now: u64,
-    queue: BTreeMap<(u64, u64), Happening>,
+    queue: BTreeMap<(u64, u64), Event>,
     sequence: u64,
     pub(crate) random: Stream,
     pub(crate) settings: Settings,
-    /// What each node says of itself.
-    profiles: fn(&NodeId) -> Profile,
+    /// The profile that each node declares.
+    pub(crate) profiles: fn(&NodeId) -> Profile,
     pub(crate) machine: Option<Machine>,
-    /// Counts the supervisor's lives.
+    /// The number of the supervisor's process.
     pub(crate) life: u64,
-    /// The supervisor dies after so many more effects.
-    pub(crate) dies_after: Option<u64>,
+    /// Effects until the supervisor dies.
+    pub(crate) effects_until_death: Option<u64>,
     pub(crate) sessions: BTreeMap<NodeId, u64>,
-    /// What the supervisor was told that nodes hold.
+    /// The shards that the supervisor knows of on each node.
     pub(crate) reported: BTreeMap<NodeId, BTreeSet<ShardId>>,
     pub(crate) disk: Disk,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) cuts: BTreeMap<(NodeId, NodeId), u64>,
     pub(crate) network: NetworkFaults,
-    /// Whether words were ever lost.
+    /// Whether messages could ever be lost.
     pub(crate) lossy: bool,
     processes: u64,
     named: u64,
     /// Whether the run has ended well.
     pub done: bool,
-    /// Why it could not go on.
+    /// The reason why the run could not go on.
     pub fatal: Option<String>,
-    /// What people were told.
+    /// The supervisor's notices.
     pub notices: Vec<Notice>,
-    /// Milliseconds at which each step was committed.
+    /// The committed steps, each with its time in milliseconds.
     pub commits: Vec<(Step, u64)>,
-    /// Nodes that were let go.
+    /// Nodes that were released.
     pub left: BTreeSet<NodeId>,
-    /// Whether everything that happens is printed, for a seed that failed.
+    /// Whether events are printed, to look at a failed seed.
     pub traced: bool,
 }
 
 impl World {
-    /// A supervisor and `nodes` nodes, `n1` to `nN`, that are about to join, all alike.
+    /// A supervisor and `nodes` equal nodes, `n1` to `nN`, that are about to join.
     #[must_use]
     pub fn new(seed: u64, settings: Settings, nodes: usize) -> Self {
-        Self::of_unlike_nodes(seed, settings, nodes, |_| Profile::relative(1.0))
+        Self::with_profiles(seed, settings, nodes, |_| Profile::relative(1.0))
     }
 
-    /// The same with nodes each of which says something else of itself.
+    /// [`World::new`] with nodes that differ in their profiles.
     #[must_use]
-    pub fn of_unlike_nodes(
+    pub fn with_profiles(
         seed: u64,
         settings: Settings,
         nodes: usize,
@@ -166,7 +90,7 @@ impl World {
             profiles,
             machine: None,
             life: 0,
-            dies_after: None,
+            effects_until_death: None,
             sessions: BTreeMap::new(),
             reported: BTreeMap::new(),
             disk: Disk::default(),
@@ -202,7 +126,7 @@ impl World {
         self.disk.durable
     }
 
-    /// The last placement of the supervisor, as long as it lives.
+    /// The supervisor's placement, while its process lives.
     #[must_use]
     pub fn placement(&self) -> Option<&Placement> {
         self.machine.as_ref().map(Machine::placement)
@@ -220,12 +144,12 @@ impl World {
         self.nodes.keys().cloned().collect()
     }
 
-    /// Lets something go wrong at a time.
+    /// Schedules a fault.
     pub fn at(&mut self, time: u64, fault: Fault) {
-        self.put(time, Happening::Fault(fault));
+        self.put(time, Event::Fault(fault));
     }
 
-    /// Lets the world go on until the run has ended or the time is over.
+    /// Plays until the run ends, or until a time in milliseconds.
     pub fn run_until(&mut self, time: u64) {
         while !self.done && self.fatal.is_none() {
             let Some((&(at, _), _)) = self.queue.first_key_value() else { return };
@@ -233,16 +157,16 @@ impl World {
                 self.now = time;
                 return;
             }
-            let Some(((at, _), happening)) = self.queue.pop_first() else { return };
+            let Some(((at, _), event)) = self.queue.pop_first() else { return };
             self.now = at;
-            if self.traced && !matches!(happening, Happening::Tick { .. } | Happening::Work { .. }) {
-                eprintln!("{at:>7} {}", brief(&happening));
+            if self.traced && !event.is_routine() {
+                eprintln!("{at:>7} {event}");
             }
-            self.dispatch(happening);
+            self.dispatch(event);
         }
     }
 
-    /// Lets the world go on until so many steps are committed.
+    /// Plays until a step is committed, the run ends, or ten minutes have passed.
     pub fn run_until_step(&mut self, step: Step) {
         let limit = self.now + 600_000;
         while self.disk.last_step() < step && self.now < limit && !self.done && self.fatal.is_none() {
@@ -250,46 +174,25 @@ impl World {
         }
     }
 
-    pub(crate) fn put(&mut self, at: u64, happening: Happening) {
-        self.sequence += 1;
-        self.queue.insert((at.max(self.now), self.sequence), happening);
+    /// Puts an event into the queue.
+    pub(crate) fn put(&mut self, at: u64, event: Event) {
+        let sequence = self.next_sequence();
+        self.queue.insert((at.max(self.now), sequence), event);
     }
 
-    pub(crate) fn after(&mut self, least: u64, most: u64, happening: Happening) {
+    /// Puts an event into the queue after a random delay from `least` to `most` milliseconds.
+    pub(crate) fn after(&mut self, least: u64, most: u64, event: Event) {
         let at = self.now + least + self.random.below(most - least + 1);
-        self.put(at, happening);
+        self.put(at, event);
     }
 
-    fn chance(&mut self, share: f64) -> bool {
-        share > 0.0 && self.random.next_f64() < share
+    /// A number that is never used twice: for the order of events, and for sessions.
+    pub(crate) fn next_sequence(&mut self) -> u64 {
+        self.sequence += 1;
+        self.sequence
     }
 
-    /// A message on a control stream: in order, unless the weather is worse than QUIC lets it be.
-    pub(crate) fn send(&mut self, make: impl Fn() -> Happening) {
-        if self.chance(self.network.drop) {
-            return;
-        }
-        if self.chance(self.network.duplicate) {
-            self.after(5, 50, make());
-        }
-        if self.chance(self.network.reorder) {
-            return self.after(5, 500, make());
-        }
-        self.put(self.now + 2, make());
-    }
-
-    /// Whether packets pass between two nodes now.
-    pub(crate) fn reachable(&self, a: &NodeId, b: &NodeId) -> bool {
-        let fine = |node: &NodeId| {
-            self.nodes.get(node).is_some_and(|n| n.cut_until <= self.now && n.frozen_until <= self.now)
-        };
-        let cut = |a: &NodeId, b: &NodeId| {
-            self.cuts.get(&(a.clone(), b.clone())).is_some_and(|&until| until > self.now)
-        };
-        fine(a) && fine(b) && !cut(a, b) && !cut(b, a)
-    }
-
-    /// A new process joins, under a new name unless one is given.
+    /// Starts a node that joins, under a new name unless one is given.
     pub(crate) fn join(&mut self, name: Option<NodeId>) {
         let node = name.unwrap_or_else(|| {
             loop {
@@ -303,174 +206,48 @@ impl World {
         self.processes += 1;
         self.nodes.insert(node.clone(), Node::new(node.clone(), self.processes));
         let process = self.processes;
-        self.after(1, 50, Happening::Dial { node, process });
+        self.after(1, 50, Event::Dial { node, process });
     }
 
-    /// The longest that a node is cut off, from now.
-    fn held_up(&self, node: &NodeId) -> Option<u64> {
-        let node = self.nodes.get(node)?;
-        let until = node.cut_until.max(node.frozen_until);
-        (until > self.now).then_some(until)
-    }
-
-    fn dispatch(&mut self, happening: Happening) {
-        match happening {
-            Happening::ToSupervisor { node, session, message } => {
-                if let Some(until) = self.held_up(&node) {
-                    // QUIC sends it again until it gives the link up.
-                    return self.put(until, Happening::ToSupervisor { node, session, message });
-                }
-                if self.sessions.get(&node) == Some(&session) {
-                    self.note_report(&node, &message);
-                    self.event(Event::Reported { node, message });
-                }
-            }
-            Happening::NodeCommand { node, session, message } => {
-                if let Some(until) = self.held_up(&node) {
-                    return self.put(until, Happening::NodeCommand { node, session, message });
-                }
+    fn dispatch(&mut self, event: Event) {
+        if let Some(until) = self.delayed_until(&event) {
+            return self.put(until, event);
+        }
+        match event {
+            Event::ToSupervisor { node, session, message } => self.on_report(node, session, message),
+            Event::ToNode { node, session, message } => {
                 if self.nodes.get(&node).is_some_and(|n| n.session == Some(session)) {
                     self.node_event(&node, agent::Event::Command(message));
                 }
             }
-            Happening::Blobs { node, session, step, shards } => {
-                if let Some(until) = self.held_up(&node) {
-                    return self.put(until, Happening::Blobs { node, session, step, shards });
-                }
-                if self.sessions.get(&node) == Some(&session) {
+            Event::CheckpointShards { node, session, step, shards } => {
+                if self.is_linked(&node, session) {
                     self.shards_for_checkpoint(step, shards);
                 }
             }
-            Happening::LinkEnds { node, session } => {
-                if self.sessions.get(&node) == Some(&session) {
-                    self.sessions.remove(&node);
-                    self.event(Event::Lost { node, reason: "its link ended".into() });
+            Event::LinkEnds { node, session } => self.on_link_ended(node, session),
+            Event::LinkEndsForNode { node, session } => self.on_link_ended_for_node(node, session),
+            Event::Dial { node, process } => self.dial(node, process),
+            Event::Agent { node, process, event } => {
+                if self.nodes.get(&node).is_some_and(|n| n.process == process) {
+                    self.node_event(&node, event);
                 }
             }
-            Happening::LinkEndsForNode { node, session } => self.link_ends_for_node(&node, session),
-            Happening::Dial { node, process } => self.dial(node, process),
-            Happening::Local { node, process, event } => {
-                let Some(known) = self.nodes.get(&node).filter(|n| n.process == process) else { return };
-                if known.frozen_until > self.now {
-                    let until = known.frozen_until;
-                    return self.put(until, Happening::Local { node, process, event });
-                }
-                self.node_event(&node, event);
-            }
-            Happening::Work { node, process, epoch, step, since } => {
+            Event::Work { node, process, epoch, step, since } => {
                 self.work(&node, process, epoch, step, since)
             }
-            Happening::ReadCopy { node, process, epoch, shard, from } => {
+            Event::ReadCopy { node, process, epoch, shard, from } => {
                 self.read_copy(&node, process, epoch, shard, &from)
             }
-            Happening::Stored { life, step } => self.stored(life, step),
-            Happening::Tick { life } => {
+            Event::Stored { life, step } => self.stored(life, step),
+            Event::Tick { life } => {
                 if self.life == life && self.machine.is_some() {
-                    self.event(Event::Tick { ms: TICK_MS });
-                    self.put(self.now + TICK_MS, Happening::Tick { life });
+                    self.machine_event(machine::Event::Tick { ms: TICK_MS });
+                    self.put(self.now + TICK_MS, Event::Tick { life });
                 }
             }
-            Happening::SupervisorStarts => self.start_supervisor(),
-            Happening::Fault(fault) => self.inject(fault),
+            Event::SupervisorStarts => self.start_supervisor(),
+            Event::Fault(fault) => self.inject(fault),
         }
     }
-
-    fn start_supervisor(&mut self) {
-        if self.machine.is_some() {
-            return;
-        }
-        self.life += 1;
-        self.machine = Some(Machine::new(self.settings.clone(), self.disk.restored()));
-        let life = self.life;
-        self.put(self.now + TICK_MS, Happening::Tick { life });
-    }
-
-    pub(crate) fn supervisor_dies(&mut self) {
-        if self.machine.take().is_none() {
-            return;
-        }
-        self.dies_after = None;
-        self.disk.pending = None;
-        self.sessions.clear();
-        for (node, session) in
-            self.nodes.iter().filter_map(|(n, s)| Some((n.clone(), s.session?))).collect::<Vec<_>>()
-        {
-            self.after(1, 20, Happening::LinkEndsForNode { node, session });
-        }
-        self.put(self.now + RESTART_MS, Happening::SupervisorStarts);
-    }
-
-    fn link_ends_for_node(&mut self, node: &NodeId, session: u64) {
-        let Some(known) = self.nodes.get_mut(node).filter(|n| n.session == Some(session)) else { return };
-        if known.frozen_until > self.now {
-            let until = known.frozen_until;
-            return self.put(until, Happening::LinkEndsForNode { node: node.clone(), session });
-        }
-        known.session = None;
-        let process = known.process;
-        self.node_event(node, agent::Event::SupervisorLost);
-        self.put(self.now + REDIAL_MS, Happening::Dial { node: node.clone(), process });
-    }
-
-    /// A node comes to the supervisor, with what it holds.
-    fn dial(&mut self, node: NodeId, process: u64) {
-        let Some(known) = self.nodes.get(&node).filter(|n| n.process == process && n.session.is_none())
-        else {
-            return;
-        };
-        let held = known.agent.resident_state();
-        if self.held_up(&node).is_some() || self.machine.is_none() {
-            return self.put(self.now + REDIAL_MS, Happening::Dial { node, process });
-        }
-        if self.sessions.remove(&node).is_some() {
-            self.event(Event::Lost { node: node.clone(), reason: "it came anew".into() });
-        }
-        let Some(machine) = &self.machine else {
-            return self.put(self.now + REDIAL_MS, Happening::Dial { node, process });
-        };
-        let held = if machine.accepts_state(&held) { held } else { Default::default() };
-        self.sequence += 1;
-        let session = self.sequence;
-        self.sessions.insert(node.clone(), session);
-        if let Some(known) = self.nodes.get_mut(&node) {
-            known.session = Some(session);
-            if held.shards.is_empty() {
-                known.start_anew();
-            }
-        }
-        self.reported.insert(node.clone(), held.shards.iter().copied().collect());
-        let profile = Box::new((self.profiles)(&node));
-        self.event(Event::Joined { node, profile, address: String::new(), held });
-    }
-
-    fn note_report(&mut self, node: &NodeId, message: &NodeReport) {
-        let current = self.machine.as_ref().map(|machine| machine.placement().epoch).unwrap_or_default();
-        let reported = self.reported.entry(node.clone()).or_default();
-        match message {
-            NodeReport::Ready { epoch } if *epoch == current => {
-                reported
-                    .extend(self.nodes.get(node).into_iter().flat_map(|n| n.agent.resident_state().shards));
-            }
-            NodeReport::Learned { epoch, shards } if *epoch == current => reported.extend(shards),
-            _ => {}
-        }
-    }
-
-    pub(crate) fn event(&mut self, event: Event) {
-        let Some(machine) = &mut self.machine else { return };
-        let effects: Vec<machine::Effect> = machine.handle(event);
-        for effect in effects {
-            if self.dies_after == Some(0) {
-                return self.supervisor_dies();
-            }
-            self.dies_after = self.dies_after.map(|left| left - 1);
-            self.supervisor_does(effect);
-        }
-    }
-}
-
-/// A happening in one line that is not too long.
-fn brief(happening: &Happening) -> String {
-    let text = format!("{happening:?}");
-    text.chars().take(400).collect()
 }

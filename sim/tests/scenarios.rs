@@ -1,4 +1,4 @@
-//! What Volary promises of each thing that can happen, in simulated time.
+//! Volary's guarantees for each fault, in simulated time.
 #![expect(clippy::expect_used, reason = "tests")]
 
 use volary_core::machine::Notice;
@@ -6,7 +6,7 @@ use volary_core::{ExpertId, LayerId, NodeId, ShardId, Step};
 use volary_sim::{Fault, World, deep_settings, room_for_half, settings};
 
 const STEPS: u64 = 40;
-/// The longest ordinary step: the slowest node's work, and what it waits and says.
+/// The longest step without faults: the slowest node's work, waits and messages.
 const ORDINARY_MS: u64 = 160;
 
 fn id(number: usize) -> NodeId {
@@ -17,7 +17,7 @@ fn world(seed: u64, nodes: usize, replication: usize) -> World {
     World::new(seed, settings(STEPS, nodes, replication), nodes)
 }
 
-fn quiet() -> Vec<(Step, u64)> {
+fn undisturbed() -> Vec<(Step, u64)> {
     let mut world = world(1, 1, 1);
     end(&mut world);
     world.journal()
@@ -28,13 +28,13 @@ fn end(world: &mut World) {
     assert!(world.done, "it does not end: {:?}", world.fatal);
 }
 
-/// Lets `fault` happen in step 10 and plays the run to its end, which must be the quiet run's.
-fn struck(seed: u64, nodes: usize, replication: usize, fault: Fault) -> World {
+/// Injects `fault` in step 10 and plays the run to its end. Its journal must be that of a run without faults.
+fn with_fault(seed: u64, nodes: usize, replication: usize, fault: Fault) -> World {
     let mut world = world(seed, nodes, replication);
     world.run_until_step(Step(9));
     world.at(world.now() + 30, fault);
     end(&mut world);
-    assert_eq!(world.journal(), quiet(), "seed {seed}");
+    assert_eq!(world.journal(), undisturbed(), "seed {seed}");
     world
 }
 
@@ -47,7 +47,7 @@ fn longest_gap(world: &World) -> u64 {
     world.commits.windows(2).map(|pair| pair[1].1 - pair[0].1).max().unwrap_or(0)
 }
 
-fn nothing_undone(world: &World) {
+fn assert_no_step_repeated(world: &World) {
     let steps: Vec<Step> = world.commits.iter().map(|(step, _)| *step).collect();
     assert_eq!(steps, Step(1).through(Step(STEPS)).collect::<Vec<_>>(), "every step is committed once");
 }
@@ -57,22 +57,22 @@ fn a_quiet_run_commits_every_step_once_at_any_number_of_nodes() {
     for (nodes, replication) in [(1, 1), (2, 1), (3, 2), (5, 3)] {
         let mut world = world(1, nodes, replication);
         end(&mut world);
-        nothing_undone(&world);
-        assert_eq!(world.journal(), quiet());
+        assert_no_step_repeated(&world);
+        assert_eq!(world.journal(), undisturbed());
         assert!(longest_gap(&world) <= ORDINARY_MS, "{}", longest_gap(&world));
     }
 }
 
 #[test]
-fn a_death_loses_no_step_and_nobody_waits_for_copies() {
+fn a_death_loses_no_step_and_no_step_waits_for_copies() {
     for seed in 0..200 {
-        let world = struck(seed, 3, 2, Fault::Kill(id(2)));
-        nothing_undone(&world);
-        // Up to the limit of silence until somebody knows.
-        assert!(longest_gap(&world) <= volary_sim::world::SILENCE_MS + 2 * ORDINARY_MS);
+        let world = with_fault(seed, 3, 2, Fault::Kill(id(2)));
+        assert_no_step_repeated(&world);
+        // The death is noticed after SILENCE_MS.
+        assert!(longest_gap(&world) <= volary_sim::limits::SILENCE_MS + 2 * ORDINARY_MS);
         assert!(
             has(&world, |n| matches!(n, Notice::Migrated { .. })),
-            "copies are made good beside the training"
+            "lost replicas are re-created in the background"
         );
     }
 }
@@ -80,8 +80,8 @@ fn a_death_loses_no_step_and_nobody_waits_for_copies() {
 #[test]
 fn a_join_aborts_nothing_and_costs_a_step_at_most() {
     for seed in 0..200 {
-        let world = struck(seed, 2, 2, Fault::Join);
-        nothing_undone(&world);
+        let world = with_fault(seed, 2, 2, Fault::Join);
+        assert_no_step_repeated(&world);
         assert!(!has(&world, |n| matches!(n, Notice::Aborted { .. })));
         assert!(longest_gap(&world) <= 2 * ORDINARY_MS, "seed {seed}: {}", longest_gap(&world));
         let last = world.notices.iter().rev().find_map(|notice| match notice {
@@ -95,8 +95,8 @@ fn a_join_aborts_nothing_and_costs_a_step_at_most() {
 #[test]
 fn a_drain_aborts_nothing_and_costs_a_step_at_most() {
     for seed in 0..200 {
-        let world = struck(seed, 3, 1, Fault::Drain(id(2)));
-        nothing_undone(&world);
+        let world = with_fault(seed, 3, 1, Fault::Drain(id(2)));
+        assert_no_step_repeated(&world);
         assert!(!has(&world, |n| matches!(n, Notice::Aborted { .. } | Notice::WentBack { .. })));
         assert!(world.left.contains(&id(2)));
         assert!(longest_gap(&world) <= 2 * ORDINARY_MS, "seed {seed}: {}", longest_gap(&world));
@@ -104,37 +104,37 @@ fn a_drain_aborts_nothing_and_costs_a_step_at_most() {
 }
 
 #[test]
-fn when_the_last_copy_dies_the_run_goes_back_to_its_checkpoint_and_on() {
+fn when_the_last_copy_dies_the_run_goes_back_to_its_checkpoint() {
     for seed in 0..200 {
-        let world = struck(seed, 3, 1, Fault::Kill(id(1)));
+        let world = with_fault(seed, 3, 1, Fault::Kill(id(1)));
         let back = world.notices.iter().find_map(|notice| match notice {
             Notice::WentBack { from, to, .. } => Some((*from, *to)),
             _ => None,
         });
-        let (from, to) = back.expect("a loud event");
+        let (from, to) = back.expect("a notice");
         assert!(to.is_multiple_of(5) && (from - to) <= 10, "from {from} to {to}");
     }
 }
 
-/// The supervisor dies after each of the things that it does in a few steps.
+/// The supervisor dies after each of its effects in a few steps.
 #[test]
-fn a_supervisor_that_dies_anywhere_comes_back_and_goes_on_where_it_was() {
+fn a_supervisor_that_dies_anywhere_resumes_where_it_was() {
     for effects in 0..120 {
-        let world = struck(effects, 3, 2, Fault::KillSupervisor(effects));
-        nothing_undone(&world);
+        let world = with_fault(effects, 3, 2, Fault::KillSupervisor(effects));
+        assert_no_step_repeated(&world);
         assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })));
     }
 }
 
 #[test]
-fn when_everything_dies_the_run_goes_on_from_the_last_checkpoint() {
+fn when_all_processes_die_the_run_resumes_from_the_last_checkpoint() {
     for seed in 0..100 {
         let mut world = world(seed, 3, 2);
         world.run_until_step(Step(12));
         world.at(world.now(), Fault::KillEverything);
         world.at(world.now() + 1_000, Fault::Join);
         end(&mut world);
-        assert_eq!(world.journal(), quiet());
+        assert_eq!(world.journal(), undisturbed());
     }
 }
 
@@ -147,36 +147,36 @@ fn a_stop_writes_a_checkpoint_of_the_last_committed_step() {
         end(&mut world);
         let last = world.journal().last().map(|(step, _)| *step);
         assert_eq!(world.durable(), last, "seed {seed}");
-        assert_eq!(world.journal(), quiet()[..last.unwrap_or_default().0 as usize]);
+        assert_eq!(world.journal(), undisturbed()[..last.unwrap_or_default().0 as usize]);
     }
 }
 
 #[test]
-fn a_node_that_hangs_for_long_is_left_behind_and_joins_anew() {
+fn a_node_that_hangs_is_lost_and_rejoins_without_state() {
     for seed in 0..100 {
-        let world = struck(seed, 3, 2, Fault::Freeze(id(2), 3_000));
-        nothing_undone(&world);
+        let world = with_fault(seed, 3, 2, Fault::Freeze(id(2), 3_000));
+        assert_no_step_repeated(&world);
         assert!(has(&world, |n| matches!(n, Notice::Lost { .. })));
-        assert!(!has(&world, |n| matches!(n, Notice::Returned { .. })), "nothing of what it had is used");
+        assert!(!has(&world, |n| matches!(n, Notice::Returned { .. })), "its old state is not used");
     }
 }
 
 #[test]
-fn of_two_that_cannot_reach_each_other_one_is_shut_out_and_the_run_goes_on() {
+fn of_two_nodes_that_cannot_reach_each_other_one_is_fenced() {
     for seed in 0..100 {
-        let world = struck(seed, 3, 2, Fault::Cut(id(1), id(2), 60_000));
-        nothing_undone(&world);
+        let world = with_fault(seed, 3, 2, Fault::Cut(id(1), id(2), 60_000));
+        assert_no_step_repeated(&world);
         let fenced = world.notices.iter().filter(|notice| matches!(notice, Notice::Fenced { .. })).count();
         assert!(fenced >= 1, "seed {seed}");
     }
 }
 
-/// With one copy of everything nobody can be shut out: the run waits for the network, and goes on when it is back.
+/// With one replica of each shard no node can be fenced: the run waits for the network, and then continues.
 #[test]
-fn of_two_that_cannot_be_spared_and_cannot_reach_each_other_the_run_waits() {
+fn the_run_waits_for_two_indispensable_nodes_that_cannot_reach_each_other() {
     for seed in 0..50 {
-        let world = struck(seed, 2, 1, Fault::Cut(id(1), id(2), 30_000));
-        nothing_undone(&world);
+        let world = with_fault(seed, 2, 1, Fault::Cut(id(1), id(2), 30_000));
+        assert_no_step_repeated(&world);
         assert!(
             !has(&world, |n| matches!(n, Notice::Fenced { .. } | Notice::WentBack { .. })),
             "seed {seed}"
@@ -188,18 +188,18 @@ fn of_two_that_cannot_be_spared_and_cannot_reach_each_other_the_run_waits() {
     world.run_until_step(Step(9));
     world.at(world.now() + 30, Fault::Cut(id(1), id(2), 10_000_000));
     world.run_until(world.now() + 600_000);
-    let reason = world.fatal.expect("it does not wait for ever");
+    let reason = world.fatal.expect("it gives up");
     assert!(reason.contains("cannot be reached"), "{reason}");
 }
 
 #[test]
-fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
+fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_replicas() {
     let mut world = world(7, 3, 1);
     world.run_until_step(Step(1));
     world.at(world.now(), Fault::Slow(id(3), 0.25));
     end(&mut world);
-    assert_eq!(world.journal(), quiet());
-    nothing_undone(&world);
+    assert_eq!(world.journal(), undisturbed());
+    assert_no_step_repeated(&world);
     let reasons: Vec<&String> = world
         .notices
         .iter()
@@ -209,17 +209,17 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_copies() {
         })
         .collect();
     assert!(reasons.iter().any(|reason| reason.contains("measured speeds")), "{reasons:?}");
-    assert!(reasons.iter().any(|reason| reason.contains("copies")), "{reasons:?}");
+    assert!(reasons.iter().any(|reason| reason.contains("replicas")), "{reasons:?}");
     let placement = world.placement().expect("a supervisor");
     let lanes = |node| placement.lanes_of(&id(node)).len();
     assert!(lanes(3) < lanes(1) && lanes(3) < lanes(2), "{placement:?}");
     let hot = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
     assert!(placement.holders(hot).len() > 1, "{placement:?}");
-    assert!(reasons.len() <= 4, "it does not flap: {reasons:?}");
+    assert!(reasons.len() <= 4, "placements do not oscillate: {reasons:?}");
 }
 
 fn spread(seed: u64, nodes: usize) -> World {
-    let mut world = World::of_unlike_nodes(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
+    let mut world = World::with_profiles(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
     world.run_until_step(Step(9));
     let stages = world.placement().expect("a supervisor").stages.len();
     assert_eq!(stages, 2, "no node has room for all layers");
@@ -227,7 +227,7 @@ fn spread(seed: u64, nodes: usize) -> World {
 }
 
 #[test]
-fn a_model_that_is_spread_over_stages_survives_what_one_in_one_place_does() {
+fn a_model_in_stages_survives_every_fault() {
     let faults = |seed: u64| match seed % 5 {
         0 => Fault::Kill(id(1 + seed as usize % 4)),
         1 => Fault::Drain(id(1 + seed as usize % 4)),
@@ -239,8 +239,8 @@ fn a_model_that_is_spread_over_stages_survives_what_one_in_one_place_does() {
         let mut world = spread(seed, 5);
         world.at(world.now() + 30, faults(seed));
         end(&mut world);
-        assert_eq!(world.journal(), quiet(), "seed {seed}");
-        nothing_undone(&world);
+        assert_eq!(world.journal(), undisturbed(), "seed {seed}");
+        assert_no_step_repeated(&world);
         assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })), "seed {seed}");
         let placement = world.placement().expect("a supervisor");
         let alone = placement.stages.iter().find(|stage| stage.holders.is_empty());
@@ -249,7 +249,7 @@ fn a_model_that_is_spread_over_stages_survives_what_one_in_one_place_does() {
 }
 
 #[test]
-fn replicas_keep_to_different_zones_before_and_after_a_death() {
+fn replicas_are_in_different_zones_before_and_after_a_death() {
     for seed in 0..100 {
         let mut world = spread(seed, 6);
         let apart = |world: &World, when: &str| {
@@ -265,6 +265,6 @@ fn replicas_keep_to_different_zones_before_and_after_a_death() {
         world.at(world.now() + 30, Fault::Kill(id(1 + seed as usize % 6)));
         end(&mut world);
         apart(&world, "after");
-        assert_eq!(world.journal(), quiet(), "seed {seed}");
+        assert_eq!(world.journal(), undisturbed(), "seed {seed}");
     }
 }

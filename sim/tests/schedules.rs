@@ -1,16 +1,18 @@
-//! Random schedules of everything that can go wrong. Whatever happens, the journal is the quiet run's, no copy of a shard
-//! is ever wrong (checked by the world after every change), and once the faults stop the run ends.
+//! Random schedules of all faults. In each, the journal is that of a run without faults, every copy of every
+//! shard is correct after every change (checked by the world), and the run ends once the faults stop.
 //!
-//! Mutations that were tried on the two machines, each caught by at least one test here, in `scenarios.rs` or beside the
-//! machines: committing without the learners, or with one member missing; telling before journalling; no roll-forward
-//! of a commit that was not heard of; forgetting what is prepared on an abort; keeping the dead among the holders; never going
-//! back; not remembering the epoch; taking back state of any timeline; keeping stale versions; using what was fetched for
-//! an aborted placement; replaying nothing, or with a gap; shutting nobody out; a supervisor that takes any epoch's `Prepared`.
+//! Each of these mutations of the machine or the agent fails at least one test here, in `scenarios.rs` or in
+//! `core`: a commit without the learners, or without one member; a commit sent before it is journaled; no
+//! roll-forward of a missed commit; prepared gradients dropped on an abort; dead nodes kept as holders; no
+//! going back; an epoch that is not persisted; state of any timeline accepted; stale versions kept; shards of
+//! an aborted placement used; no replay, or a replay with a gap; no fencing; a `Prepared` of any epoch
+//! accepted.
 //!
-//! Tried and *not* caught; each has a second guard, or lies beyond what these schedules reach: a node that takes any epoch's
-//! `Commit` (it must still match what is prepared) or leaves a step prepared after its commit; a roll-forward of any
-//! attempt (the supervisor does not take such a node back); a supervisor that takes any epoch's `Ready` or `Learned`; a
-//! going-back that does not count a new timeline; a suspension that never ends (the runs end without the node).
+//! These mutations are *not* caught, because a second guard exists or these schedules do not reach them: a
+//! node that accepts a `Commit` of any epoch (it must still match the prepared step) or keeps a step prepared
+//! after its commit; a roll-forward of any attempt (the supervisor does not accept the state of such a node);
+//! a supervisor that accepts a `Ready` or `Learned` of any epoch; a rollback without a new timeline; a
+//! suspension that never ends (the runs end without the node).
 #![expect(clippy::expect_used, reason = "tests")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,7 +23,7 @@ use volary_sim::{Kinds, World, deep_settings, room_for_half, schedule, settings}
 
 const STEPS: u64 = 30;
 
-fn quiet() -> Vec<(Step, u64)> {
+fn undisturbed() -> Vec<(Step, u64)> {
     let mut world = World::new(1, settings(STEPS, 1, 1), 1);
     world.run_until(600_000);
     assert!(world.done, "{world:?}");
@@ -36,10 +38,10 @@ struct Cluster {
 }
 
 const ALIKE: Cluster = Cluster { settings: cluster, profiles: |_| Profile::relative(1.0) };
-/// Nodes of which none has room for more than half the layers, in two zones.
+/// Nodes in two zones, none with room for more than half of the layers.
 const SPREAD: Cluster = Cluster { settings: deep_cluster, profiles: room_for_half };
 
-/// Nodes of which every other one is far away, so that it is worth leaving out.
+/// Every other node is behind a slow link, so that leaving it out pays.
 const FAR: Cluster = Cluster {
     settings: cluster,
     profiles: |node| {
@@ -52,7 +54,7 @@ const FAR: Cluster = Cluster {
 fn play(seed: u64, kinds: Kinds, Cluster { settings, profiles }: Cluster) -> World {
     let settings = settings(seed);
     let nodes = settings.cluster.nodes;
-    schedule(seed, World::of_unlike_nodes(seed, settings, nodes, profiles), kinds, 14, 6_000)
+    schedule(seed, World::with_profiles(seed, settings, nodes, profiles), kinds, 14, 6_000)
 }
 
 fn cluster(seed: u64) -> Settings {
@@ -67,13 +69,13 @@ fn deep_cluster(seed: u64) -> Settings {
     settings
 }
 
-/// Plays many seeds; a failure names its seed.
+/// Plays many seeds. A failure names its seed.
 fn all(seeds: std::ops::Range<u64>, kinds: Kinds) -> Vec<World> {
     all_of(seeds, kinds, ALIKE)
 }
 
 fn all_of(seeds: std::ops::Range<u64>, kinds: Kinds, cluster: Cluster) -> Vec<World> {
-    let expected = quiet();
+    let expected = undisturbed();
     let mut failed = Vec::new();
     let mut worlds = Vec::new();
     for seed in seeds {
@@ -82,8 +84,8 @@ fn all_of(seeds: std::ops::Range<u64>, kinds: Kinds, cluster: Cluster) -> Vec<Wo
             Ok(world) if world.journal() != expected => failed.push((seed, "another journal".into())),
             Ok(world) => worlds.push(world),
             Err(panic) => {
-                let words = panic.downcast_ref::<String>().cloned();
-                failed.push((seed, words.unwrap_or_else(|| "a panic".into())));
+                let text = panic.downcast_ref::<String>().cloned();
+                failed.push((seed, text.unwrap_or_else(|| "a panic".into())));
             }
         }
     }
@@ -97,18 +99,18 @@ fn count(worlds: &[World], what: fn(&Notice) -> bool) -> usize {
 
 #[test]
 fn nodes_die_and_join() {
-    let kinds = Kinds { supervisor: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
+    let kinds = Kinds { supervisor: false, hangs: false, network: false, drains: false, ..Kinds::ALL };
     let worlds = all(0..1_000, kinds);
     assert!(
         count(&worlds, |n| matches!(n, Notice::Migrated { .. })) > 100,
         "copies are made in the background"
     );
-    assert!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })) > 10, "last copies die, too");
+    assert!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })) > 10, "last copies are lost, too");
 }
 
 #[test]
-fn the_supervisor_dies_and_comes_back() {
-    let kinds = Kinds { nodes: false, hangs: false, weather: false, drains: false, ..Kinds::ALL };
+fn the_supervisor_dies_and_restarts() {
+    let kinds = Kinds { nodes: false, hangs: false, network: false, drains: false, ..Kinds::ALL };
     let worlds = all(0..1_000, kinds);
     assert_eq!(count(&worlds, |n| matches!(n, Notice::WentBack { .. })), 0, "the nodes keep the state");
     assert!(count(&worlds, |n| matches!(n, Notice::Returned { .. })) > 100);
@@ -116,7 +118,7 @@ fn the_supervisor_dies_and_comes_back() {
 
 #[test]
 fn nodes_are_drained() {
-    let kinds = Kinds { nodes: false, supervisor: false, hangs: false, weather: false, ..Kinds::ALL };
+    let kinds = Kinds { nodes: false, supervisor: false, hangs: false, network: false, ..Kinds::ALL };
     let worlds = all(0..500, kinds);
     assert_eq!(count(&worlds, |n| matches!(n, Notice::Aborted { .. } | Notice::WentBack { .. })), 0);
     assert!(count(&worlds, |n| matches!(n, Notice::Left { .. })) > 100);
@@ -124,12 +126,12 @@ fn nodes_are_drained() {
 
 #[test]
 fn nodes_hang_and_links_break() {
-    let kinds = Kinds { nodes: false, supervisor: false, weather: false, drains: false, ..Kinds::ALL };
+    let kinds = Kinds { nodes: false, supervisor: false, network: false, drains: false, ..Kinds::ALL };
     all(0..1_000, kinds);
 }
 
 #[test]
-fn messages_are_lost_doubled_and_late() {
+fn messages_are_lost_duplicated_and_late() {
     let kinds = Kinds { nodes: false, supervisor: false, hangs: false, drains: false, ..Kinds::ALL };
     all(0..1_000, kinds);
 }
@@ -151,22 +153,22 @@ fn everything_at_once_where_no_node_has_room_for_all_layers() {
 fn everything_at_once_where_nodes_are_far_apart() {
     let worlds = all_of(0..1_000, Kinds::ALL, FAR);
     let left_out = |n: &Notice| matches!(n, Notice::Placed { lanes, .. } if lanes.contains(&0));
-    assert!(count(&worlds, left_out) > 100, "far nodes are left out");
+    assert!(count(&worlds, left_out) > 100, "nodes behind slow links are left out");
 }
 
-/// One seed with all that happens: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`, with `VOLARY_SPREAD` where no node has room for all layers,
-/// with `VOLARY_FAR` where nodes are far apart.
+/// One seed, traced: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`; with `VOLARY_SPREAD` no node has room for
+/// all layers, with `VOLARY_FAR` some nodes are behind slow links.
 #[test]
 fn one_seed() {
     let Ok(seed) = std::env::var("VOLARY_TRACE") else { return };
     let named =
-        std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,weather,drains".into());
+        std::env::var("VOLARY_KINDS").unwrap_or_else(|_| "nodes,supervisor,hangs,network,drains".into());
     let has = |kind| named.split(',').any(|name| name == kind);
     let kinds = Kinds {
         nodes: has("nodes"),
         supervisor: has("supervisor"),
         hangs: has("hangs"),
-        weather: has("weather"),
+        network: has("network"),
         drains: has("drains"),
     };
     let is_set = |name| std::env::var_os(name).is_some();
@@ -179,7 +181,7 @@ fn one_seed() {
     assert!(world.done, "{:?}", world.fatal);
 }
 
-/// The same at length: `VOLARY_SOAK=seeds`.
+/// Many more seeds: `VOLARY_SOAK=seeds`.
 #[test]
 fn soak() {
     let Ok(seeds) = std::env::var("VOLARY_SOAK") else { return };

@@ -1,7 +1,8 @@
-//! A node's machine alone, told by hand what its supervisor says.
+//! The agent alone, with hand-written commands.
 
 use super::*;
 use crate::ids::{ExpertId, LayerId};
+use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::LastCommit;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };
@@ -11,13 +12,13 @@ fn id(name: &str) -> NodeId {
     NodeId::new(name)
 }
 
-/// An agent `a` beside `b`, and everything it did.
-struct Driven {
+/// The agent `a` of two nodes, and its last effects.
+struct Harness {
     agent: Agent,
     effects: Vec<Effect>,
 }
 
-impl Driven {
+impl Harness {
     fn new() -> Self {
         Self { agent: Agent::new(id("a")), effects: Vec::new() }
     }
@@ -46,13 +47,13 @@ impl Driven {
 
     /// In placement `epoch` at `version`, with the embedding in memory and `learn` to be copied.
     fn entered(epoch: Epoch, version: Step, learn: &[ShardId]) -> Self {
-        let mut driven = Self::new();
-        driven.assign(assignment(epoch, version, Source::Initial, learn));
-        driven.handle(Event::Fetched { epoch, outcome: Ok(()) });
-        driven
+        let mut harness = Self::new();
+        harness.assign(assignment(epoch, version, Source::Initial, learn));
+        harness.handle(Event::Fetched { epoch, outcome: Ok(()) });
+        harness
     }
 
-    fn said(&self) -> Vec<&NodeReport> {
+    fn reports(&self) -> Vec<&NodeReport> {
         self.effects
             .iter()
             .filter_map(|effect| match effect {
@@ -99,114 +100,114 @@ fn applied(effects: &[Effect]) -> Vec<Step> {
 ///
 #[test]
 fn a_commit_is_applied_once_and_only_when_its_step_is_prepared() {
-    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
-    driven.begin(Epoch(1), Step(1));
-    assert!(driven.commit(Epoch(1), Step(1)).is_empty(), "not prepared");
-    driven.prepare(Epoch(1), Step(1));
-    assert_eq!(applied(driven.commit(Epoch(1), Step(1))), [Step(1)]);
-    assert!(driven.commit(Epoch(1), Step(1)).is_empty(), "heard twice");
-    assert_eq!(driven.agent.resident_state().version, Step(1));
+    let mut harness = Harness::entered(Epoch(1), Step(0), &[]);
+    harness.begin(Epoch(1), Step(1));
+    assert!(harness.commit(Epoch(1), Step(1)).is_empty(), "not prepared");
+    harness.prepare(Epoch(1), Step(1));
+    assert_eq!(applied(harness.commit(Epoch(1), Step(1))), [Step(1)]);
+    assert!(harness.commit(Epoch(1), Step(1)).is_empty(), "repeated");
+    assert_eq!(harness.agent.resident_state().version, Step(1));
 }
 
 ///
 #[test]
-fn another_epochs_word_changes_nothing() {
-    let mut driven = Driven::entered(Epoch(2), Step(0), &[]);
-    driven.begin(Epoch(2), Step(1));
-    assert!(driven.begin(Epoch(1), Step(1)).is_empty());
-    driven.prepare(Epoch(2), Step(1));
-    assert!(driven.commit(Epoch(1), Step(1)).is_empty());
-    assert!(driven.commit(Epoch(3), Step(1)).is_empty());
-    assert!(driven.assign(assignment(Epoch(1), Step(0), Source::Held, &[])).is_empty());
+fn a_message_of_another_epoch_changes_nothing() {
+    let mut harness = Harness::entered(Epoch(2), Step(0), &[]);
+    harness.begin(Epoch(2), Step(1));
+    assert!(harness.begin(Epoch(1), Step(1)).is_empty());
+    harness.prepare(Epoch(2), Step(1));
+    assert!(harness.commit(Epoch(1), Step(1)).is_empty());
+    assert!(harness.commit(Epoch(3), Step(1)).is_empty());
+    assert!(harness.assign(assignment(Epoch(1), Step(0), Source::Held, &[])).is_empty());
 }
 
 ///
 #[test]
-fn a_commit_that_was_journalled_and_not_heard_of_is_applied_with_the_next_assignment() {
-    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
-    driven.begin(Epoch(1), Step(1));
-    driven.prepare(Epoch(1), Step(1));
-    driven.handle(Event::SupervisorLost);
-    assert!(driven.effects.contains(&Effect::Discard { epoch: Epoch(1), all: false }), "its gradients stay");
-    assert_eq!(driven.agent.resident_state().prepared, Some((Epoch(1), Step(1))));
+fn a_missed_journaled_commit_is_applied_with_the_next_assignment() {
+    let mut harness = Harness::entered(Epoch(1), Step(0), &[]);
+    harness.begin(Epoch(1), Step(1));
+    harness.prepare(Epoch(1), Step(1));
+    harness.handle(Event::SupervisorLost);
+    assert!(harness.effects.contains(&Effect::Discard { epoch: Epoch(1), all: false }), "its gradients stay");
+    assert_eq!(harness.agent.resident_state().prepared, Some((Epoch(1), Step(1))));
     let last = Some(LastCommit { epoch: Epoch(1), step: Step(1), update: UPDATE });
-    driven.assign(Assignment { last, ..assignment(Epoch(2), Step(1), Source::Held, &[]) });
-    assert_eq!(applied(&driven.effects), [Step(1)]);
-    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: Epoch(2) }]);
+    harness.assign(Assignment { last, ..assignment(Epoch(2), Step(1), Source::Held, &[]) });
+    assert_eq!(applied(&harness.effects), [Step(1)]);
+    assert_eq!(harness.reports(), [&NodeReport::Ready { epoch: Epoch(2) }]);
 }
 
 #[test]
 fn a_prepared_step_that_was_never_committed_is_dropped_and_the_state_stays() {
-    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
-    driven.begin(Epoch(1), Step(1));
-    driven.prepare(Epoch(1), Step(1));
-    driven.assign(assignment(Epoch(2), Step(0), Source::Held, &[]));
-    assert_eq!(applied(&driven.effects), [] as [Step; 0]);
-    assert_eq!(driven.said(), [&NodeReport::Ready { epoch: Epoch(2) }]);
-    assert_eq!(driven.agent.resident_state().prepared, None);
+    let mut harness = Harness::entered(Epoch(1), Step(0), &[]);
+    harness.begin(Epoch(1), Step(1));
+    harness.prepare(Epoch(1), Step(1));
+    harness.assign(assignment(Epoch(2), Step(0), Source::Held, &[]));
+    assert_eq!(applied(&harness.effects), [] as [Step; 0]);
+    assert_eq!(harness.reports(), [&NodeReport::Ready { epoch: Epoch(2) }]);
+    assert_eq!(harness.agent.resident_state().prepared, None);
 }
 
 #[test]
-fn one_that_has_missed_a_commit_says_so_and_begins_nothing() {
-    let mut driven = Driven::entered(Epoch(1), Step(0), &[]);
-    driven.assign(assignment(Epoch(2), Step(2), Source::Held, &[]));
-    assert_eq!(driven.said(), [&NodeReport::Behind { epoch: Epoch(2), version: Step(2) }]);
-    assert!(driven.begin(Epoch(2), Step(3)).is_empty());
+fn a_node_that_missed_a_commit_reports_it_and_begins_nothing() {
+    let mut harness = Harness::entered(Epoch(1), Step(0), &[]);
+    harness.assign(assignment(Epoch(2), Step(2), Source::Held, &[]));
+    assert_eq!(harness.reports(), [&NodeReport::Behind { epoch: Epoch(2), version: Step(2) }]);
+    assert!(harness.begin(Epoch(2), Step(3)).is_empty());
 }
 
 #[test]
-fn what_comes_for_an_aborted_placement_is_dropped() {
-    let mut driven = Driven::new();
-    driven.assign(assignment(Epoch(1), Step(0), Source::Initial, &[]));
-    driven.handle(Event::Command(NodeCommand::Abort { epoch: Epoch(1) }));
-    assert!(driven.handle(Event::Fetched { epoch: Epoch(1), outcome: Ok(()) }).is_empty());
-    assert!(driven.agent.resident_state().shards.is_empty());
+fn shards_of_an_aborted_placement_are_dropped() {
+    let mut harness = Harness::new();
+    harness.assign(assignment(Epoch(1), Step(0), Source::Initial, &[]));
+    harness.handle(Event::Command(NodeCommand::Abort { epoch: Epoch(1) }));
+    assert!(harness.handle(Event::Fetched { epoch: Epoch(1), outcome: Ok(()) }).is_empty());
+    assert!(harness.agent.resident_state().shards.is_empty());
 }
 
 #[test]
-fn a_history_that_the_run_went_back_from_is_let_go() {
-    let mut driven = Driven::entered(Epoch(1), Step(4), &[]);
-    driven.assign(Assignment {
+fn state_of_another_timeline_is_released() {
+    let mut harness = Harness::entered(Epoch(1), Step(4), &[]);
+    harness.assign(Assignment {
         timeline: Timeline(1),
         ..assignment(Epoch(2), Step(4), Source::Checkpoint(Step(4)), &[])
     });
-    assert!(driven.effects.contains(&Effect::Release(vec![ShardId::Embedding])));
-    assert!(driven.effects.iter().any(|effect| matches!(effect, Effect::Fetch { version: Step(4), .. })));
+    assert!(harness.effects.contains(&Effect::Release(vec![ShardId::Embedding])));
+    assert!(harness.effects.iter().any(|effect| matches!(effect, Effect::Fetch { version: Step(4), .. })));
 }
 
 #[test]
-fn a_copy_that_is_steps_behind_catches_up_with_the_gradients_that_were_kept_for_it() {
-    let mut driven = Driven::entered(Epoch(1), Step(5), &[EXPERT]);
-    let wish = Effect::Copy { epoch: Epoch(1), shard: EXPERT, from: vec![id("b"), id("c")] };
-    assert!(driven.effects.contains(&wish), "{:?}", driven.effects);
+fn a_copy_that_is_steps_behind_catches_up_with_its_stashed_gradients() {
+    let mut harness = Harness::entered(Epoch(1), Step(5), &[EXPERT]);
+    let copy = Effect::Copy { epoch: Epoch(1), shard: EXPERT, from: vec![id("b"), id("c")] };
+    assert!(harness.effects.contains(&copy), "{:?}", harness.effects);
     for step in [Step(6), Step(7)] {
-        driven.begin(Epoch(1), step);
-        driven.prepare(Epoch(1), step);
-        let effects = driven.commit(Epoch(1), step);
+        harness.begin(Epoch(1), step);
+        harness.prepare(Epoch(1), step);
+        let effects = harness.commit(Epoch(1), step);
         let kept = matches!(effects, [Effect::Apply { stash, .. }] if stash == &[EXPERT]);
         assert!(kept, "{effects:?}");
     }
-    driven.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
+    harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
     let install = Effect::Install { shard: EXPERT, version: Step(5), replay: vec![Step(6), Step(7)] };
-    assert!(driven.effects.contains(&install), "{:?}", driven.effects);
-    assert_eq!(driven.said(), [&NodeReport::Learned { epoch: Epoch(1), shards: vec![EXPERT] }]);
-    assert_eq!(driven.agent.shards().get(&EXPERT), Some(&Step(7)));
+    assert!(harness.effects.contains(&install), "{:?}", harness.effects);
+    assert_eq!(harness.reports(), [&NodeReport::Learned { epoch: Epoch(1), shards: vec![EXPERT] }]);
+    assert_eq!(harness.agent.shards().get(&EXPERT), Some(&Step(7)));
 }
 
 #[test]
-fn a_copy_that_is_too_far_behind_is_asked_for_again_and_not_for_ever() {
-    let mut driven = Driven::entered(Epoch(1), Step(0), &[EXPERT]);
+fn a_copy_that_is_too_far_behind_is_requested_a_bounded_number_of_times() {
+    let mut harness = Harness::entered(Epoch(1), Step(0), &[EXPERT]);
     for step in Step(1).through(Step(STASH_MAX as u64 + 1)) {
-        driven.begin(Epoch(1), step);
-        driven.prepare(Epoch(1), step);
-        driven.commit(Epoch(1), step);
+        harness.begin(Epoch(1), step);
+        harness.prepare(Epoch(1), step);
+        harness.commit(Epoch(1), step);
     }
     for ask in 1..COPY_ATTEMPTS_MAX {
-        let effects = driven.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
+        let effects = harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
         let first = if ask % 2 == 1 { "c" } else { "b" };
-        let again = matches!(effects, [Effect::Copy { from, .. }] if from[0] == id(first));
-        assert!(again, "the next in turn: {effects:?}");
+        let is_next = matches!(effects, [Effect::Copy { from, .. }] if from[0] == id(first));
+        assert!(is_next, "the next holder: {effects:?}");
     }
-    driven.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
-    assert!(matches!(driven.said()[..], [NodeReport::CannotLearn { .. }]), "{:?}", driven.effects);
+    harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
+    assert!(matches!(harness.reports()[..], [NodeReport::CannotLearn { .. }]), "{:?}", harness.effects);
 }

@@ -1,82 +1,95 @@
-//! What a node's machine is told, and what it answers.
+//! The agent's events and effects.
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 use crate::schedule::Update;
+use std::collections::VecDeque;
 
-/// Why something was not done.
+/// A shard that is being copied.
+#[derive(Clone, Debug, Default)]
+pub(super) struct PendingCopy {
+    /// The holders to ask, the next one first.
+    pub(super) from: Vec<NodeId>,
+    pub(super) requested: bool,
+    pub(super) attempts: u32,
+    /// Steps whose gradients are stashed, in order.
+    pub(super) stash: VecDeque<Step>,
+}
+
+/// A failure on a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// In words.
+    /// The reason.
     pub reason: String,
-    /// Whether trying again cannot help.
+    /// Whether a retry cannot help.
     pub fatal: bool,
-    /// The node that could not be reached, if that is why.
+    /// The unreachable node, if that is the reason.
     pub suspect: Option<NodeId>,
 }
 
-/// What happens to a node.
+/// An input of the agent.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// The supervisor said something.
+    /// The supervisor sent a command.
     Command(NodeCommand),
-    /// The shards that an assignment wanted before its first step are here, or not.
+    /// The fetch of an assignment's shards before its first step ended.
     Fetched {
         /// The placement's number.
         epoch: Epoch,
-        /// Whether all came.
+        /// Whether all shards arrived.
         outcome: Result<(), Failure>,
     },
-    /// A shard that is copied beside the training came, at this version, or not.
+    /// The background copy of a shard ended.
     Copied {
         /// The placement's number.
         epoch: Epoch,
         /// The shard.
         shard: ShardId,
-        /// Its version.
+        /// The version of the copy.
         outcome: Result<Step, Failure>,
     },
-    /// This node's part of a step is done: every lane and, in training, the whole gradient of every shard.
+    /// This node's part of a step is complete: every lane and, in training, the whole gradient of every
+    /// shard.
     Done(NodeReport),
-    /// Something else failed.
+    /// Another operation failed.
     Failed {
         /// The placement's number.
         epoch: Epoch,
-        /// Why.
+        /// The reason.
         failure: Failure,
     },
-    /// The supervisor is gone; it may come back.
+    /// The link to the supervisor is lost; the supervisor may return.
     SupervisorLost,
 }
 
-/// What a node does next, in order.
+/// An output of the agent. The shell carries effects out in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
-    /// Say something to the supervisor.
+    /// Send a message to the supervisor.
     Report(NodeReport),
-    /// Apply a prepared step to these shards, and keep the gradients of those that are on their way.
+    /// Apply a prepared step to `shards`, and keep the gradients of `stash`.
     Apply {
         /// The placement under which it was prepared.
         epoch: Epoch,
         /// The step.
         step: Step,
-        /// What to do with the gradients.
+        /// The treatment of the gradients.
         update: Update,
-        /// Shards at the version before it.
+        /// Shards at the version before the step.
         shards: Vec<ShardId>,
-        /// Shards whose gradients wait for their state.
+        /// Shards that are being copied.
         stash: Vec<ShardId>,
     },
-    /// Drop all work under way; of what is prepared only when `all`.
+    /// Drop all work in progress; prepared gradients only when `all`.
     Discard {
-        /// The placement that the work belonged to, at most.
+        /// The last placement to which the dropped work belongs.
         epoch: Epoch,
-        /// Whether the gradients of a prepared step go too.
+        /// Whether the gradients of a prepared step are dropped, too.
         all: bool,
     },
-    /// From now on this placement and these addresses count.
+    /// Use the placement and the addresses of this assignment.
     Enter(Box<Assignment>),
-    /// Get these shards before the first step, then say [`Event::Fetched`].
+    /// Load these shards before the first step, then report [`Event::Fetched`].
     Fetch {
         /// The placement's number.
         epoch: Epoch,
@@ -85,25 +98,25 @@ pub enum Effect {
         /// The shards.
         shards: Vec<(ShardId, Source)>,
     },
-    /// Ask one of these nodes for a shard at whatever version it has, then say [`Event::Copied`].
+    /// Request a shard at its present version from one of these nodes, then report [`Event::Copied`].
     Copy {
         /// The placement's number.
         epoch: Epoch,
         /// The shard.
         shard: ShardId,
-        /// Whom to ask.
+        /// Holders of the shard.
         from: Vec<NodeId>,
     },
-    /// Use a copied shard, after applying to it the stashed gradients of these steps.
+    /// Apply the stashed gradients of these steps to a copied shard, then use it.
     Install {
         /// The shard.
         shard: ShardId,
-        /// The version at which it came.
+        /// The version of the copy.
         version: Step,
         /// Steps to apply.
         replay: Vec<Step>,
     },
-    /// Let these shards go.
+    /// Release these shards.
     Release(Vec<ShardId>),
     /// Run a step.
     Run {
@@ -116,7 +129,7 @@ pub enum Effect {
         /// The lanes and their tokens.
         lanes: Vec<(Lane, Vec<u32>)>,
     },
-    /// Store these shards as they are now, and send them to the checkpoint.
+    /// Store these shards at their present version, and send them to the checkpoint.
     Store {
         /// The placement's number.
         epoch: Epoch,
@@ -125,9 +138,9 @@ pub enum Effect {
         /// The shards.
         shards: Vec<ShardId>,
     },
-    /// The supervisor lets this node go.
+    /// The supervisor releases this node.
     Leave {
-        /// Why.
+        /// The reason.
         reason: String,
     },
 }

@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 impl Machine {
-    /// The assignments of `voters`. Common parts are shared, and shards are walked once instead of once per node.
+    /// The assignments of `voters`. Common parts are shared, and shards are walked once instead of once per
+    /// node.
     pub(super) fn assignments(&self, voters: &BTreeSet<NodeId>) -> Vec<(NodeId, Assignment)> {
         let placement = Arc::new(self.placement.clone());
         let addresses = self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect();

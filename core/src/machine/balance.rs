@@ -44,8 +44,8 @@ impl Balance {
         }
     }
 
-    /// Gives an expert with twice its share of tokens the replicas of the run, and one with more of them more, up to
-    /// one on each of `nodes` nodes. Returns the reason for a change.
+    /// Gives an expert with twice its share of tokens the replicas of the run, and one with more of them
+    /// more, up to one on each of `nodes` nodes. Returns the reason for a change.
     pub(super) fn update_replicas(&mut self, replication: usize, nodes: usize) -> Option<String> {
         let changes: Vec<Change> =
             self.load.keys().filter_map(|shard| self.change_of(*shard, replication, nodes)).collect();
@@ -60,7 +60,7 @@ impl Balance {
         let Change { shard, replicas, load } =
             changes.into_iter().max_by(|a, b| a.load.total_cmp(&b.load))?;
         Some(format!(
-            "{shard} has {load:.1} times its even load and gets {replicas} copies ({others} others change)"
+            "{shard} has {load:.1} times its even share of tokens and gets {replicas} replicas ({others} other experts change)"
         ))
     }
 

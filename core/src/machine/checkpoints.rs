@@ -39,8 +39,8 @@ impl Machine {
     }
 
     pub(super) fn on_checkpoint_stored(&mut self, step: Step) {
-        // An abandoned checkpoint that became durable after all does not count: if the run went back meanwhile, the
-        // step may not exist.
+        // An abandoned checkpoint that became durable after all does not count: if the run went back
+        // meanwhile, the step may not exist.
         if !self.is_writing_checkpoint(step) {
             return;
         }
@@ -68,7 +68,7 @@ impl Machine {
         if elapsed_ms < limit {
             return;
         }
-        let reason = format!("its shards did not come within {limit} ms");
+        let reason = format!("its shards did not arrive within {limit} ms");
         self.effects.push(Effect::DropCheckpoint { step });
         self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
         self.retry.attempts += 1;

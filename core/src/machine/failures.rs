@@ -1,4 +1,4 @@
-//! Nodes that fail, are unreachable or slow: the step runs again, and the node responsible is fenced if it is
+//! Nodes that fail, are unreachable or slow: the step is retried, and the node responsible is fenced if it is
 //! dispensable. A fenced node may rejoin; it is not used before its suspension ends.
 
 use super::state::Phase;
@@ -26,7 +26,8 @@ impl Machine {
                 }
             }
             None => {
-                // The node fails by itself: its device, its memory, an actor. Others may hold the same shards.
+                // The node fails by itself: its device, its memory, an actor. Others may hold the same
+                // shards.
                 let too_many = self.suspicion.record_failure(node);
                 if (fatal || too_many) && self.is_dispensable(node) {
                     return self.fence(node, &reason);
@@ -36,8 +37,8 @@ impl Machine {
         self.retry_step(&reason, fatal);
     }
 
-    /// Of nodes that cannot reach each other, the one with more reports against it; on a tie the one with less
-    /// capacity. Never a node whose loss would lose a shard.
+    /// Of nodes that cannot reach each other, the one with more reports against it; on a tie the one with
+    /// less capacity. Never a node whose loss would lose a shard.
     fn culprit(&self) -> Option<NodeId> {
         let rank = |node: &NodeId| {
             let capacity = self.nodes.get(node).map_or(0.0, |n| n.profile.capacity());
@@ -58,8 +59,8 @@ impl Machine {
         self.nodes.len() > 1 && !self.has_last_copy(node) && !self.holders.is_empty()
     }
 
-    /// A step, or the move to a placement, timed out: the missing nodes are fenced if they are dispensable, and the
-    /// step runs again.
+    /// A step, or the move to a placement, timed out: the missing nodes are fenced if they are dispensable,
+    /// and the step is retried.
     pub(super) fn on_timeout(&mut self, reason: &str) {
         let missing: BTreeSet<NodeId> = match &self.phase {
             Phase::Placing { waiting } => waiting.clone(),
@@ -107,7 +108,7 @@ impl Machine {
         }
     }
 
-    /// Runs the same step again, unless the failure is permanent or attempts are exhausted.
+    /// Retries the step, unless the failure is permanent or attempts are exhausted.
     fn retry_step(&mut self, reason: &str, fatal: bool) {
         self.retry.attempts += 1;
         if fatal || self.retry.attempts > ATTEMPTS_MAX {

@@ -21,7 +21,7 @@ impl Machine {
                 if let Phase::Gathering(gathering) = &mut self.phase {
                     gathering.awaited.clear();
                 }
-                self.place("the nodes are here");
+                self.place("enough nodes have joined");
             }
             Readiness::GiveUp(reason) => self.end(Effect::Fatal { reason }),
         }
@@ -41,15 +41,15 @@ impl Machine {
         Readiness::GiveUp(match &gathering.shortage {
             Some(shortage) => shortage.reason.clone(),
             None => format!(
-                "waited {limit} ms (cluster.gather_timeout_ms) for {} nodes, and {} came",
+                "waited {limit} ms (cluster.gather_timeout_ms) for {} nodes, but only {} joined",
                 gathering.wanted_nodes,
                 self.nodes.len()
             ),
         })
     }
 
-    /// A new run waits for all nodes that it wants. One that has begun goes on with fewer: once no shard is lost and
-    /// silent nodes would have timed out, or once returning nodes had their time.
+    /// A new run waits for all nodes that it wants. One that has begun goes on with fewer: once no shard is
+    /// lost and silent nodes would have timed out, or once returning nodes had their time.
     fn has_enough_nodes(&self, gathering: &Gathering) -> bool {
         if self.nodes.len() >= gathering.wanted_nodes && gathering.awaited.is_empty() {
             return true;
@@ -60,7 +60,8 @@ impl Machine {
         may_start_early && (complete || self.idle_ms >= cluster.return_timeout_ms)
     }
 
-    /// Waits for at least one node and for those in `awaited`. A capacity shortage stays known until the nodes change.
+    /// Waits for at least one node and for those in `awaited`. A capacity shortage stays known until the
+    /// nodes change.
     fn start_gathering(&mut self, awaited: BTreeSet<NodeId>) {
         let shortage = match &mut self.phase {
             Phase::Gathering(gathering) => gathering.shortage.take(),
@@ -93,7 +94,7 @@ impl Machine {
         self.holders.clear();
     }
 
-    /// Two nodes cannot reach each other and neither is dispensable: the same step runs again after
+    /// Two nodes cannot reach each other and neither is dispensable: the same step reruns after
     /// `cluster.node_timeout_ms`, for at most as long as a run waits for nodes.
     pub(super) fn wait_for_network(&mut self, suspect: NodeId, reason: &str) {
         if self.retry.blocked_ms >= self.settings.cluster.gather_timeout_ms {

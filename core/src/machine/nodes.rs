@@ -63,7 +63,7 @@ impl Machine {
         }
         self.mark_placement_dirty();
         if member {
-            self.abort(&format!("{node} is gone: {reason}"));
+            self.abort(&format!("{node} is lost: {reason}"));
         } else if learner {
             self.on_learner_removed(node);
         }

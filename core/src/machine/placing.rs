@@ -1,10 +1,10 @@
 //! Placement changes: forced by a failure, or at a boundary between steps.
 //!
-//! There are two kinds of placement. A *target* is the planner's choice for all usable nodes. While a shard of the
-//! target is not on its node, the run goes on under a placement of the nodes that have their shards, in which the
-//! others are *learners*: they copy in the background and already receive every summed gradient. When all have
-//! learned, the next boundary switches to the target without moving anything. So a death copies nothing before the
-//! next step, and a join or a drain aborts nothing.
+//! There are two kinds of placement. A *target* is the planner's choice for all usable nodes. While a shard
+//! of the target is not on its node, the run goes on under a placement of the nodes that have their shards,
+//! in which the others are *learners*: they copy in the background and already receive every summed gradient.
+//! When all have learned, the next boundary switches to the target without moving anything. So a death copies
+//! nothing before the next step, and a join or a drain aborts nothing.
 
 use super::state::Phase;
 use super::{Effect, Machine, Notice, PersistentState};
@@ -14,7 +14,7 @@ use crate::placement::Placement;
 use std::collections::BTreeSet;
 
 impl Machine {
-    /// Drops the step in flight and makes a new placement; the same step runs again.
+    /// Drops the step in flight and makes a new placement; the same step reruns.
     pub(super) fn abort(&mut self, reason: &str) {
         self.drop_step(reason);
         self.place(reason);
@@ -167,7 +167,8 @@ impl Machine {
             && learners.iter().all(|(shard, nodes)| nodes.iter().all(|node| has(*shard, node)))
     }
 
-    /// A shard of which no copy exists: neither in memory nor, at the committed version, in a checkpoint or the seed.
+    /// A shard of which no copy exists: neither in memory nor, at the committed version, in a checkpoint or
+    /// the seed.
     pub(super) fn lost_shard(&self) -> Option<ShardId> {
         if self.committed == self.durable.unwrap_or_default() && self.holders.is_empty() {
             return None;
@@ -201,7 +202,7 @@ impl Machine {
         match (new.is_empty(), draining.is_empty()) {
             (false, _) => format!("{} joins", list(&new)),
             (true, false) => format!("{} leaves", list(&draining)),
-            (true, true) => "the nodes are made even".into(),
+            (true, true) => "load is rebalanced".into(),
         }
     }
 }

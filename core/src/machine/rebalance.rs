@@ -1,7 +1,7 @@
 //! Measured speeds and expert loads, and the placements that they call for.
 //!
-//! Placements do not oscillate: averages move slowly, a change must promise a shorter step by a margin, and a number of
-//! steps pass between two checks. No placement changes the mathematics.
+//! Placements do not oscillate: averages move slowly, a change must promise a shorter step by a margin, and a
+//! number of steps pass between two checks. No placement changes the mathematics.
 
 use super::balance::average;
 use super::state::Node;
@@ -55,7 +55,8 @@ impl Machine {
         }
     }
 
-    /// The members with their measured speeds. A member without a lane is scaled as the others are on average.
+    /// The members with their measured speeds. A member without a lane is scaled as the others are on
+    /// average.
     pub(super) fn measured_members(&self, costs: &Costs) -> Vec<Member> {
         let all_layers = costs.all_layers();
         let members = self.placement.members.iter().filter_map(|name| self.nodes.get_key_value(name));
@@ -92,10 +93,14 @@ impl Machine {
                 node.profile = member.profile;
             }
         }
-        Some(format!("measured speeds promise a step of {:.0} % of the present one", 100.0 * after / before))
+        Some(format!(
+            "by measured speeds, another placement reduces the step to {:.0} %",
+            100.0 * after / before
+        ))
     }
 
-    /// The duration of a step under the present placement by the measured speeds, in seconds; 0 without a placement.
+    /// The duration of a step under the present placement by the measured speeds, in seconds; 0 without a
+    /// placement.
     #[must_use]
     pub fn predicted_step_s(&self) -> f64 {
         let costs = Costs::new(&self.settings.architecture, &self.settings.training);

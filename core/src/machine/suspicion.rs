@@ -1,7 +1,9 @@
 //! Nodes that failed: since the last commit, and suspended ones.
 
 use crate::ids::NodeId;
-use crate::limits::{FAILURES_MAX, PAUSE_MS, REPORTS_MAX, SUSPENSION_MAX_MS, SUSPENSION_MS};
+use crate::limits::{
+    FAILURES_MAX, PAUSE_MS, REPORTS_MAX, SUSPENSION_DOUBLINGS_MAX, SUSPENSION_MAX_MS, SUSPENSION_MS,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Failures and their consequences in time.
@@ -19,7 +21,7 @@ pub(super) struct Suspicion {
 }
 
 impl Suspicion {
-    /// After a commit nothing is held against anybody.
+    /// Forgets all failures: the step was committed.
     pub(super) fn clear(&mut self) {
         self.reports.clear();
         self.failures.clear();
@@ -57,7 +59,7 @@ impl Suspicion {
     /// Does not use a node for a while.
     pub(super) fn suspend(&mut self, node: &NodeId) {
         let suspensions = self.suspensions.entry(node.clone()).or_default();
-        let ms = (SUSPENSION_MS << (*suspensions).min(6)).min(SUSPENSION_MAX_MS);
+        let ms = (SUSPENSION_MS << (*suspensions).min(SUSPENSION_DOUBLINGS_MAX)).min(SUSPENSION_MAX_MS);
         *suspensions += 1;
         self.suspended_ms.insert(node.clone(), ms);
     }

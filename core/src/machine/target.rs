@@ -7,7 +7,8 @@ use crate::planner::{self, Member, Request};
 use std::collections::BTreeSet;
 
 impl Machine {
-    /// The target, if every shard of it is on its node; otherwise the surviving placement, with learners for the rest.
+    /// The target, if every shard of it is on its node; otherwise the surviving placement, with learners for
+    /// the rest.
     pub(super) fn next_placement(&self) -> Placement {
         let target = self.target();
         if self.holders.is_empty() {
@@ -57,8 +58,8 @@ impl Machine {
         placement
     }
 
-    /// The reason why lost shards cannot be loaded on the nodes at hand. While every shard is held the run goes on,
-    /// whatever the estimate of memory says.
+    /// The reason why lost shards cannot be loaded on the nodes at hand. While every shard is held the run
+    /// goes on, whatever the estimate of memory says.
     pub(super) fn capacity_shortfall(&self) -> Option<String> {
         let held = |shard: &ShardId| self.holders.get(shard).is_some_and(|nodes| !nodes.is_empty());
         if self.settings.architecture.shards().iter().all(held) {
@@ -69,7 +70,7 @@ impl Machine {
         let parameters = self.settings.architecture.parameters();
         let names: Vec<&str> = members.iter().map(|m| m.node.0.as_str()).collect();
         Some(format!(
-            "the model does not fit on {}: of its {parameters} parameters, with gradients, optimizer and activations, {short}; \
+            "the model ({parameters} parameters, with gradients, optimizer state and activations) does not fit on {}: {short}; \
              add nodes with more memory, or choose a smaller model",
             names.join(", "),
         ))

@@ -1,4 +1,4 @@
-//! What the machine is told, what it answers, and what it remembers of a step.
+//! The machine's settings, events and effects, and the records of a run.
 
 use crate::architecture::Architecture;
 use crate::ids::{Epoch, NodeId, ShardId, Step, Timeline};
@@ -8,78 +8,78 @@ use crate::profile::Profile;
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
 
-/// What a run is told.
+/// The settings of a run.
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The model's shape.
     pub architecture: Architecture,
-    /// How it trains.
+    /// Training.
     pub training: TrainingOptions,
-    /// How it uses its cluster.
+    /// The cluster.
     pub cluster: ClusterOptions,
-    /// When it writes checkpoints.
+    /// Checkpoints.
     pub checkpoint: CheckpointOptions,
-    /// When it measures the held-out loss.
+    /// Measurements of the held-out loss.
     pub validation: ValidationOptions,
 }
 
-/// What a supervisor finds when it starts: nothing in a new run, and the persistent state in one that resumes.
+/// The state on disk when a supervisor starts; empty in a new run.
 #[derive(Clone, Debug, Default)]
 pub struct Restored {
     /// The last durable checkpoint.
     pub durable: Option<Step>,
-    /// The last journalled commit.
+    /// The last journaled commit.
     pub last: Option<LastCommit>,
-    /// What [`Effect::Persist`] said last.
+    /// The state of the last [`Effect::Persist`].
     pub persistent: PersistentState,
 }
 
-/// What a supervisor must not forget about its cluster.
+/// The state of the cluster that outlives the supervisor's process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PersistentState {
-    /// The number of the last placement: it is never used twice.
+    /// The number of the last placement. Numbers are never used twice.
     pub epoch: Epoch,
-    /// How often the run went back.
+    /// The present timeline.
     pub timeline: Timeline,
-    /// The members of the last placement, who may still hold their state when the supervisor comes back.
+    /// The members of the last placement, which may still hold their state after a restart of the supervisor.
     pub members: Vec<NodeId>,
 }
 
-/// What happens to the supervisor.
+/// An input of the machine.
 #[derive(Clone, Debug)]
 pub enum Event {
-    /// A node joined, or came back with what it holds.
+    /// A node joined, or returned with its state.
     Joined {
         /// The node.
         node: NodeId,
-        /// What it can do, as it measured itself.
+        /// Its profile by its own benchmark.
         profile: Box<Profile>,
-        /// Where its peers reach it.
+        /// Its address for peers.
         address: String,
-        /// What it has in memory; nothing, when it is new.
+        /// Its state in memory; empty for a new node.
         held: ResidentState,
     },
-    /// What a node's links to its peers carry, as was seen of them.
+    /// A measurement of a node's links to its peers.
     LinkMeasured {
         /// The node.
         node: NodeId,
         /// Bytes per second in one direction.
         bandwidth: f64,
-        /// Seconds there and back.
+        /// Round trip in seconds.
         round_trip_s: f64,
     },
-    /// A node is gone.
+    /// A node disconnected.
     Lost {
         /// The node.
         node: NodeId,
-        /// How that was noticed.
+        /// The reason.
         reason: String,
     },
-    /// A node said something.
+    /// A node sent a message.
     Reported {
         /// The node.
         node: NodeId,
-        /// What.
+        /// The message.
         message: NodeReport,
     },
     /// A checkpoint is durable and catalogued.
@@ -91,31 +91,31 @@ pub enum Event {
     CheckpointFailed {
         /// Its step.
         step: Step,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// Somebody asks for a checkpoint at the next boundary between steps.
+    /// An operator asks for a checkpoint at the next boundary between steps.
     CheckpointRequested,
-    /// Somebody asks a node to hand over what it has and leave.
+    /// An operator drains a node: it leaves when others hold its shards.
     DrainRequested {
         /// The node.
         node: NodeId,
     },
-    /// Somebody asks the run to write a checkpoint and end.
+    /// An operator stops the run: it writes a checkpoint and ends.
     StopRequested,
     /// Time has passed.
     Tick {
-        /// Milliseconds since the tick before.
+        /// Milliseconds since the previous tick.
         ms: u64,
     },
 }
 
-/// One committed step, as it is journalled and written to the metrics.
+/// One committed step, for the journal and the metrics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Committed {
     /// The step.
     pub step: Step,
-    /// The placement under which it ran.
+    /// Its placement.
     pub epoch: Epoch,
     /// Mean cross-entropy over the batch, in nats per token.
     pub loss: f64,
@@ -125,38 +125,37 @@ pub struct Committed {
     pub gate_entropy: f64,
     /// Norm of the mean gradient before clipping.
     pub grad_norm: f64,
-    /// What the replicas do with it.
+    /// The treatment of the gradients.
     pub update: Update,
-    /// Tokens in the step.
+    /// Tokens of the batch.
     pub tokens: u64,
-    /// Nodes that took part.
+    /// Members of the placement.
     pub nodes: u32,
-    /// Kept assignments per MoE layer and expert, over all lanes.
+    /// Kept assignments of all lanes, `[MoE layers][experts]`.
     pub load: Vec<Vec<u64>>,
-    /// Assignments dropped for want of capacity.
+    /// Assignments dropped by the experts' capacity.
     pub dropped: u64,
 }
 
-#[expect(missing_docs, reason = "the fields are what their names say")]
-/// Something worth telling people.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
+/// An event for the operator.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Notice {
     /// A node joined.
     Joined { node: NodeId, capacity: f64, address: String },
-    /// A node came back to a supervisor that had been away, with its state.
+    /// A node returned with its state to a restarted supervisor.
     Returned { node: NodeId, version: Step, shards: usize },
-    /// A node is gone.
+    /// A node disconnected.
     Lost { node: NodeId, reason: String },
-    /// A node was shut out; it may join anew.
+    /// A node was fenced; it may rejoin without state.
     Fenced { node: NodeId, reason: String },
-    /// A node is to leave.
+    /// A node is being drained.
     Draining { node: NodeId },
-    /// A node has handed everything over and left.
+    /// A drained node left.
     Left { node: NodeId },
-    /// A new placement was made, in which so many shards are fetched before the next step and so many beside it. Layers
-    /// are cut into so many stages; so many of the nodes have none and host experts. A step should take so long.
-    /// `lanes` are those that each node takes through its stage.
+    /// A new placement. `fetched` shards are loaded before the next step and `learning` in the background;
+    /// `experts_only` nodes have no stage; `lanes` are those of each of `nodes`.
     Placed {
         epoch: Epoch,
         step: Step,
@@ -169,55 +168,55 @@ pub enum Notice {
         predicted_step_ms: f64,
         lanes: Vec<usize>,
     },
-    /// What was copied beside the training is there, and the next placement uses it.
+    /// All background copies are complete; the next placement uses them.
     Migrated { epoch: Epoch, step: Step, shards: usize },
     /// Shards could not be copied to a node.
     MigrationFailed { node: NodeId, reason: String },
-    /// Measured speeds or the experts' loads ask for another placement.
+    /// Measured speeds or expert loads call for another placement.
     Rebalancing { step: Step, reason: String },
-    /// A step in flight was dropped and will run again.
+    /// The step in flight was dropped and will rerun.
     Aborted { epoch: Epoch, step: Step, reason: String },
-    /// The last copy of a shard is gone: the run went back to a checkpoint.
+    /// The last copy of a shard is lost: the run went back to a checkpoint.
     WentBack { from: Step, to: Step, shard: ShardId },
-    /// What is lost must be loaded again and does not fit on the nodes that are left: the run waits for more.
+    /// Lost shards do not fit on the remaining nodes: the run waits for more nodes.
     NoRoom { reason: String },
     /// A checkpoint is durable.
     Checkpoint { step: Step },
     /// A checkpoint could not be written.
     CheckpointFailed { step: Step, reason: String },
-    /// Two replicas of a shard hold unlike gradients.
+    /// Two replicas of a shard hold different gradients.
     ReplicasDiffer { step: Step, shard: ShardId },
 }
 
-#[expect(missing_docs, reason = "the fields are what their names say")]
-/// What the supervisor does next, in order.
+#[expect(missing_docs, reason = "the names of the fields describe them")]
+/// An output of the machine. The shell carries effects out in order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Send a message; the shell fills in a `Begin`'s tokens.
     Send { node: NodeId, message: NodeCommand },
-    /// End a node's link: what it still sends is not heard any more.
+    /// End a node's link. Nothing that it still sends counts.
     Fence { node: NodeId, reason: String },
     /// Make this step durable before the next effect.
     Journal(Box<Committed>),
-    /// Make this durable before the next effect.
+    /// Make this state durable before the next effect.
     Persist(PersistentState),
-    /// Open a checkpoint of `step` that is complete when all of `shards` have come.
+    /// Open a checkpoint of `step` that is complete when all of `shards` are stored.
     OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
-    /// Give up a checkpoint that cannot be completed.
+    /// Abandon an incomplete checkpoint.
     DropCheckpoint { step: Step },
-    /// Forget all committed steps after `step`.
+    /// Delete all committed steps after `step`.
     GoBack { step: Step },
     /// The held-out loss after `step`.
     Validated { step: Step, loss: f64, tokens: u64 },
-    /// Tell people.
+    /// Tell the operator.
     Notice(Notice),
-    /// The run is complete (or stopped as asked), with everything durable.
+    /// The run is complete, or stopped by an operator, and durable.
     Done,
     /// The run cannot go on.
     Fatal { reason: String },
 }
 
-/// What the supervisor is doing, for `status`.
+/// The activity of a run, for `status`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Activity {

@@ -1,4 +1,4 @@
-//! The nodes as the planner sees them, numbered in the order of their names.
+//! The nodes of a plan, numbered in the order of their names, and their participation.
 
 use super::input::Member;
 use super::output::Shortage;
@@ -6,7 +6,7 @@ use crate::costs::{Costs, lanes_in_flight};
 use crate::ids::{LayerRange, NodeId};
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The nodes of a plan. Elsewhere a node is its place in here.
+/// The nodes of a plan. Elsewhere in the planner a node is its place in this list.
 #[derive(Debug)]
 pub(super) struct Candidates<'a> {
     pub(super) members: Vec<&'a Member>,
@@ -56,7 +56,7 @@ impl<'a> Candidates<'a> {
         places.iter().map(|&place| self.name(place).clone()).collect()
     }
 
-    /// What a node has in memory for the dense parts of some layers.
+    /// A node's memory for the dense parts of some layers.
     pub(super) fn stage_bytes(&self, costs: &Costs, place: usize, layers: LayerRange) -> u64 {
         costs.stage_bytes(layers, lanes_in_flight(self.members[place].profile.threads))
     }
@@ -65,7 +65,7 @@ impl<'a> Candidates<'a> {
         self.participation.holds[place] && self.stage_bytes(costs, place, layers) <= self.memory[place]
     }
 
-    /// Experts that fit beside the dense parts of some layers.
+    /// Experts that fit besides the dense parts of some layers.
     pub(super) fn slots(&self, costs: &Costs, place: usize, layers: Option<LayerRange>) -> usize {
         if !self.participation.holds[place] {
             return 0;
@@ -77,7 +77,7 @@ impl<'a> Candidates<'a> {
         usize::try_from(self.memory[place].saturating_sub(dense) / costs.expert_bytes).unwrap_or(usize::MAX)
     }
 
-    /// Why there is no room for one copy of everything.
+    /// The missing memory for one copy of every shard.
     pub(super) fn shortage(&self, costs: &Costs, experts: usize) -> Shortage {
         let most = self.memory.iter().copied().max().unwrap_or(0);
         let layers = costs
@@ -94,7 +94,7 @@ impl<'a> Candidates<'a> {
         Shortage { bytes, layer: None }
     }
 
-    /// From now on only these nodes are given anything.
+    /// Limits the plan to the nodes of `participation`.
     pub(super) fn restrict_to(&mut self, participation: Participation) {
         self.participation = participation;
     }
@@ -108,7 +108,7 @@ impl<'a> Candidates<'a> {
         self.memory.fill(u64::MAX);
     }
 
-    /// Seconds that a node needs for a lane's dense part in some layers; for ever where it may run none.
+    /// Seconds of a node for a lane's dense part in some layers; infinite where it may run no lane.
     pub(super) fn lane_seconds(&self, costs: &Costs, place: usize, layers: LayerRange) -> f64 {
         if !self.may_run(place) {
             return f64::INFINITY;
@@ -130,8 +130,8 @@ impl Participation {
         Self { runs: vec![true; nodes], holds: vec![true; nodes] }
     }
 
-    /// The first `runners` of an order run lanes. They hold all shards, with as many others as the replicas and their
-    /// zones need.
+    /// The first `runners` of an order run lanes. They hold all shards, with as many others as the replicas
+    /// and their zones need.
     pub(super) fn first(runners: usize, order: &[usize], candidates: &Candidates<'_>, copies: usize) -> Self {
         let mut participation = Self { runs: vec![false; order.len()], holds: vec![false; order.len()] };
         for &node in &order[..runners] {

@@ -47,7 +47,7 @@ pub(super) fn spread(
         }
         spread.insert(shard, holders);
     }
-    // One copy of everything before a second one of anything.
+    // One replica of every expert comes before a second one of any.
     let most = experts.iter().map(copies).max().unwrap_or(0);
     for round in 1..=most {
         for &shard in &experts {
@@ -71,7 +71,7 @@ pub(super) fn spread(
     Some(spread)
 }
 
-/// Room for replicas on each node beside its stage.
+/// Room for replicas on each node besides its stage.
 fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[StageNodes]) -> Vec<usize> {
     let mut slots: Vec<usize> =
         (0..candidates.len()).map(|node| candidates.slots(costs, node, None)).collect();
@@ -83,8 +83,8 @@ fn slots(candidates: &Candidates<'_>, costs: &Costs, stages: &[StageNodes]) -> V
     slots
 }
 
-/// The wanted number of replicas of each node relative to the others: proportional to its expert rate, less the time for
-/// its dense work, so that nodes with and without a stage end at the same time.
+/// The wanted number of replicas of each node relative to the others: proportional to its expert rate, less
+/// the time for its dense work, so that nodes with and without a stage end at the same time.
 fn weights(candidates: &Candidates<'_>, costs: &Costs, stages: &[StageNodes]) -> Vec<f64> {
     let rate = |node: usize| candidates.members[node].profile.expert.both();
     let mut weights: Vec<f64> = (0..candidates.len()).map(rate).collect();
@@ -185,7 +185,8 @@ impl<'a> Loads<'a> {
         self.index(node);
     }
 
-    /// The node with room and the least load with one more replica, in a zone without any of `holders` if possible.
+    /// The node with room and the least load with one more replica, in a zone without any of `holders` if
+    /// possible.
     fn lightest(&self, holders: &[usize]) -> Option<usize> {
         let known = |zone: usize| holders.iter().any(|&holder| self.candidates.zones[holder] == zone);
         let apart = self.heads.iter().find(|(_, node)| !known(self.candidates.zones[*node]));
@@ -201,7 +202,8 @@ impl<'a> Loads<'a> {
         holders.iter().map(|&node| self.candidates.zones[node]).collect::<BTreeSet<_>>().len()
     }
 
-    /// Replicas that share a zone move to one that has none, as many as may. How many moved.
+    /// Moves replicas that share a zone to zones without one, at most `moves_max`. Returns the number of
+    /// moves.
     fn separate_zones(&mut self, spread: &mut Spread, moves_max: usize) -> usize {
         let mut moved = 0;
         for (&shard, holders) in spread.iter_mut() {

@@ -1,5 +1,5 @@
-//! The lanes of each node: contiguous runs, so that nodes run whole subtrees, of lengths that make the slowest node end
-//! soonest.
+//! The lanes of each node: contiguous runs, so that nodes run whole subtrees, of lengths that make the
+//! slowest node end soonest.
 
 use super::candidates::Candidates;
 use super::experts::Spread;
@@ -51,8 +51,8 @@ fn lanes_of_stage(
     divide(&seconds, costs.lanes)
 }
 
-/// Removes nodes without a lane from their stages, while `replication` others in as many zones hold the layers. Returns
-/// whether there were any.
+/// Removes nodes without a lane from their stages, while `replication` others in as many zones hold the
+/// layers. Returns whether there were any.
 pub(super) fn drop_idle(
     candidates: &Candidates<'_>,
     costs: &Costs,
@@ -71,8 +71,8 @@ pub(super) fn drop_idle(
     dropped
 }
 
-/// The nodes of a stage that run lanes, and as many others as `copies` of the layers need: first in zones that have
-/// none, as far as the copies ask for zones.
+/// The nodes of a stage that run lanes, and as many others as `copies` of the layers need: first in zones
+/// that have none, as far as the copies ask for zones.
 fn nodes_to_keep(
     candidates: &Candidates<'_>,
     stage: &StageNodes,
@@ -100,7 +100,8 @@ fn nodes_to_keep(
     kept
 }
 
-/// Seconds of a step that each node spends on its experts, if an expert's rows are divided evenly among its replicas.
+/// Seconds of a step that each node spends on its experts, if an expert's rows are divided evenly among its
+/// replicas.
 fn expert_seconds(candidates: &Candidates<'_>, costs: &Costs, experts: &Spread) -> Vec<f64> {
     let mut seconds = vec![0.0; candidates.len()];
     let rows = f64::from(costs.lanes) * costs.rows_per_lane() / costs.experts.max(1) as f64;
@@ -113,8 +114,8 @@ fn expert_seconds(candidates: &Candidates<'_>, costs: &Costs, experts: &Spread) 
     seconds
 }
 
-/// The number of lanes of each node, from its seconds of other work and its seconds per lane. Each lane goes to the node
-/// that ends soonest with it, which minimizes the last end.
+/// The number of lanes of each node, from its seconds of other work and its seconds per lane. Each lane goes
+/// to the node that ends soonest with it, which minimizes the last end.
 pub(crate) fn divide(seconds: &[(f64, f64)], lanes: u32) -> Vec<u32> {
     let mut counts = vec![0u32; seconds.len()];
     let end = |node: usize, count: u32| (seconds[node].0 + seconds[node].1 * f64::from(count)).to_bits();
@@ -134,7 +135,8 @@ pub(crate) fn runs(counts: &[u32]) -> Vec<u32> {
     counts.iter().enumerate().flat_map(run).collect()
 }
 
-/// The stage before, if its layers and holders are unchanged; otherwise a stage with its lanes divided afresh.
+/// The stage before, if its layers and holders are unchanged; otherwise a stage with its lanes divided
+/// afresh.
 pub(super) fn reuse_or_divide(
     candidates: &Candidates<'_>,
     costs: &Costs,

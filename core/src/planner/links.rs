@@ -1,11 +1,11 @@
-//! What a step sends over each link, leaf by leaf.
+//! The bytes of a step over each link, counted leaf by leaf.
 
 use crate::costs::Costs;
 use crate::ids::{Lane, NodeId, ShardId};
 use crate::placement::Placement;
 use std::collections::BTreeMap;
 
-/// Bytes of a step over each link, sender first: rows, residual streams and gradients, leaf by leaf.
+/// Bytes of a step over each link, keyed by sender and receiver: rows, residual streams and gradients.
 #[must_use]
 pub fn links(placement: &Placement, costs: &Costs) -> BTreeMap<(NodeId, NodeId), u64> {
     let mut bytes: BTreeMap<(NodeId, NodeId), u64> = BTreeMap::new();

@@ -19,8 +19,8 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A greater value is safer: fewer shards without a wanted second copy, then more copies, where copies of layers
-    /// count up to `replication`.
+    /// A greater value is safer: fewer shards without a wanted second copy, then more copies, where copies of
+    /// layers count up to `replication`.
     pub(super) fn safety(&self, replication: usize) -> (Reverse<usize>, usize) {
         let Placement { stages, experts, .. } = &self.placement;
         let layers =
@@ -45,10 +45,10 @@ impl fmt::Display for Shortage {
         let gib = self.bytes as f64 / f64::from(1 << 30);
         match self.layer {
             Some(LayerId(0)) => {
-                write!(f, "layer 0 with the embedding takes {gib:.1} GiB more than any node has")
+                write!(f, "layer 0 with the embedding needs {gib:.1} GiB more than any node has")
             }
-            Some(layer) => write!(f, "layer {layer} takes {gib:.1} GiB more than any node has"),
-            None => write!(f, "all nodes together have {gib:.1} GiB too little"),
+            Some(layer) => write!(f, "layer {layer} needs {gib:.1} GiB more than any node has"),
+            None => write!(f, "all nodes together lack {gib:.1} GiB"),
         }
     }
 }

@@ -1,13 +1,14 @@
-//! Leaving nodes out: over slow links a few of them may do a step sooner than all together.
+//! Plans without some nodes: behind slow links, few nodes may be faster than all.
 
 use super::candidates::{Candidates, Participation};
 use super::input::Request;
 use crate::costs::Costs;
 
-/// Links on which a lane spends less than this are as good as one another, in seconds.
+/// Links on which a lane spends less than this, in seconds, count as equal.
 const NEAR_S: f64 = 1e-3;
 
-/// What is worth trying beside everybody: the nearest and fastest 1, 2, 4 and so on; with how many run lanes.
+/// Alternatives to all nodes: the nearest and fastest 1, 2, 4 and so on, each with the number of nodes that
+/// run lanes.
 pub(super) fn alternatives(
     candidates: &Candidates<'_>,
     costs: &Costs,
@@ -25,7 +26,8 @@ pub(super) fn alternatives(
     sizes.map(|runners| (runners, Participation::first(runners, &order, candidates, copies))).collect()
 }
 
-/// How far away a node is: what a lane would spend on its link if all rows went over it, in powers of two.
+/// The distance of a node: the time of a lane on its link, if all rows crossed it, in powers of two of a
+/// second.
 fn distance(candidates: &Candidates<'_>, costs: &Costs, node: usize) -> i32 {
     let profile = &candidates.members[node].profile;
     let layers = costs.moe_layers.len() as f64;

@@ -1,8 +1,8 @@
 //! The duration of a step under a placement, resource by resource.
 //!
-//! A step has two parts that do not overlap. First the lanes run: on every node the device, the network and the
-//! latency of one lane's layers overlap, and the longest of them dominates. Then gradients are summed and applied. The
-//! slowest node determines both. Routing is taken as even.
+//! A step has two parts that do not overlap. First the lanes run: on every node the device, the network and
+//! the latency of one lane's layers overlap, and the longest of them dominates. Then gradients are summed and
+//! applied. The slowest node determines both. Routing is taken as even.
 //!
 //! | file | resource |
 //! | --- | --- |
@@ -31,7 +31,8 @@ const OVERLAP: f64 = 3.0;
 /// One node's part in a step. Times are in seconds, sizes in bytes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct NodePart {
-    /// Compute of attention, dense feed-forward, gates and loss for its lanes, and of sending and receiving rows.
+    /// Compute of attention, dense feed-forward, gates and loss for its lanes, and of sending and receiving
+    /// rows.
     pub dense_s: f64,
     /// Compute of its experts.
     pub expert_s: f64,

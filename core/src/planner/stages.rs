@@ -1,4 +1,4 @@
-//! Cutting the layers into stages, and giving nodes their stages.
+//! The cut of the layers into stages, and the stage of each node.
 
 use super::candidates::Candidates;
 use super::input::Request;
@@ -6,7 +6,7 @@ use crate::costs::Costs;
 use crate::ids::{LayerId, LayerRange};
 use std::collections::BTreeSet;
 
-/// Of the speeds of two stages, the ratio below which nodes are distributed over stages from scratch.
+/// The ratio of the slowest stage's speed to the fastest one's below which all nodes are redistributed.
 const BALANCED: f64 = 0.8 * 0.8;
 
 /// The nodes of one stage, in the order of their names.
@@ -38,7 +38,7 @@ pub(super) fn cut(costs: &Costs, count: usize) -> Vec<LayerRange> {
     for layer in 0..layers {
         sum += costs.dense_flops[usize::from(layer)];
         let (made, left) = (cuts.len(), layers - layer - 1);
-        // Enough layers must stay for the other stages, one each.
+        // At least one layer must remain for each of the other stages.
         let must = usize::from(left) == count.saturating_sub(made);
         let may = made < count && sum >= total * made as f64 / count as f64;
         if made < count && (must || may) {
@@ -49,7 +49,7 @@ pub(super) fn cut(costs: &Costs, count: usize) -> Vec<LayerRange> {
     cuts.windows(2).map(|pair| LayerId::range(pair[0]..pair[1])).filter(|layers| !layers.is_empty()).collect()
 }
 
-/// The stages with their nodes; `None` when some stage fits no node.
+/// The stages with their nodes; `None` when a stage fits no node.
 pub(super) fn assign(
     candidates: &Candidates<'_>,
     costs: &Costs,
@@ -71,19 +71,19 @@ pub(super) fn assign(
         groups.keep(placement);
     }
     groups.fill();
-    if groups.is_lopsided() {
+    if groups.is_unbalanced() {
         groups = Groups::new(candidates, costs, &cuts);
         groups.fill();
     }
     groups.finish()
 }
 
-/// Stages that are being filled.
+/// Stages while nodes are assigned to them.
 struct Groups<'a> {
     candidates: &'a Candidates<'a>,
     costs: &'a Costs,
     cuts: &'a [LayerRange],
-    /// Lanes per second of all nodes of a stage.
+    /// Lanes per second of all nodes of each stage.
     load: Vec<f64>,
     nodes: Vec<Vec<usize>>,
     zones: Vec<BTreeSet<usize>>,
@@ -128,8 +128,8 @@ impl<'a> Groups<'a> {
         }
     }
 
-    /// Every other node gets the stage that does least so far, of those for which it has room; the fastest nodes
-    /// first. Of stages that are a node apart, one without the node's zone comes first.
+    /// Every other node, the fastest first, gets the slowest stage for which it has room. Of stages that
+    /// differ by no more than the node itself, one without the node's zone comes first.
     fn fill(&mut self) {
         let rate = |n: usize| self.candidates.members[n].profile.dense.both();
         let mut order: Vec<usize> = (0..self.candidates.len()).filter(|&n| self.stage[n].is_none()).collect();
@@ -149,7 +149,7 @@ impl<'a> Groups<'a> {
         }
     }
 
-    fn is_lopsided(&self) -> bool {
+    fn is_unbalanced(&self) -> bool {
         let most = self.load.iter().copied().fold(0.0, f64::max);
         let least = self.load.iter().copied().fold(f64::INFINITY, f64::min);
         least < BALANCED * most

@@ -1,4 +1,4 @@
-//! Going on at once when nodes are gone: whoever holds what, keeps it, and only lanes change hands.
+//! The placement that needs no transfer when nodes are lost: holders keep their shards, and only lanes move.
 
 use super::candidates::Candidates;
 use super::experts::balance_owners;
@@ -9,11 +9,12 @@ use crate::ids::{LayerId, LayerRange, NodeId, ShardId};
 use crate::placement::Placement;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Who holds each shard.
+/// The holders of each shard.
 type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
 
-/// The placement of those of the request's members that hold something: `before`, or what is held, without those who are gone. What
-/// nobody of them holds goes to the one with the fewest, who must fetch it.
+/// The placement of the request's members that hold shards: `before` without the lost nodes or, without a
+/// placement before, the one that `holders` shows. A shard without a holder goes to the node with the
+/// lightest load, which must fetch it.
 #[must_use]
 pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Placement) -> Placement {
     let costs = Costs::new(request.architecture, request.training);
@@ -23,22 +24,22 @@ pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Pla
     } else {
         before.stages.iter().map(|stage| stage.layers).collect()
     };
-    let whole = Whole { holders, shards: &shards };
+    let dense = DenseShards { holders, shards: &shards };
     let mut staged: Vec<Vec<NodeId>> = Vec::new();
     let mut in_stage: BTreeSet<NodeId> = BTreeSet::new();
     for (number, &layers) in cuts.iter().enumerate() {
         let taken = |node: &NodeId| in_stage.contains(node);
         let had = |node: &NodeId| before.stages.get(number).is_some_and(|stage| stage.holds(node));
         let all = request.members.iter().map(|member| &member.node);
-        let able = all.filter(|node| (had(node) || !taken(node)) && whole.has(node, layers));
+        let able = all.filter(|node| (had(node) || !taken(node)) && dense.are_held_by(node, layers));
         staged.push(able.cloned().collect());
         in_stage.extend(staged[number].iter().cloned());
     }
-    // Nodes without a stage go on as well if they had a part; who is still learning waits, unless a stage needs it.
-    let needy = staged.iter().any(Vec::is_empty);
+    // Nodes without a stage stay if they were members. Learners wait, unless a stage has no node.
+    let stage_without_node = staged.iter().any(Vec::is_empty);
     let hosts = |node: &NodeId| {
-        let part = needy || before.members.is_empty() || before.is_member(node);
-        part && holders.values().any(|nodes| nodes.contains(node))
+        let has_part = stage_without_node || before.members.is_empty() || before.is_member(node);
+        has_part && holders.values().any(|nodes| nodes.contains(node))
     };
     let members: Vec<Member> =
         request.members.iter().filter(|m| in_stage.contains(&m.node) || hosts(&m.node)).cloned().collect();
@@ -63,8 +64,8 @@ pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Pla
     }
 }
 
-/// Who fetches layers that nobody holds: everybody where there is one stage, otherwise a few who hold none, or have
-/// most memory.
+/// The nodes that fetch layers without a holder: all nodes if there is one stage, otherwise `replication`
+/// nodes, first those without layers, then those with the most memory.
 fn fetchers(
     candidates: &Candidates<'_>,
     before: &Placement,
@@ -82,7 +83,7 @@ fn fetchers(
     candidates.names(&nodes)
 }
 
-/// Every expert where it is; one that is nowhere where least is.
+/// The holders of every expert; the lightest node for an expert without a holder.
 fn experts(
     candidates: &Candidates<'_>,
     holders: &Holders,
@@ -91,7 +92,7 @@ fn experts(
 ) -> BTreeMap<ShardId, Vec<NodeId>> {
     let mut held = vec![0usize; candidates.len()];
     let mut spread = BTreeMap::new();
-    let mut nowhere = Vec::new();
+    let mut lost = Vec::new();
     for &shard in shards.iter().filter(|shard| shard.is_expert()) {
         let there = holders.get(&shard);
         let alive = |node: &&NodeId| there.is_some_and(|nodes| nodes.contains(*node));
@@ -104,11 +105,11 @@ fn experts(
             }
         }
         if kept.is_empty() {
-            nowhere.push(shard);
+            lost.push(shard);
         }
         spread.insert(shard, kept);
     }
-    for shard in nowhere {
+    for shard in lost {
         let load = |place: usize| (held[place] + 1) as f64 / candidates.members[place].profile.expert.both();
         if let Some(place) = (0..candidates.len()).min_by(|&a, &b| load(a).total_cmp(&load(b))) {
             held[place] += 1;
@@ -119,14 +120,14 @@ fn experts(
     spread.into_iter().map(|(shard, places)| (shard, candidates.names(&places))).collect()
 }
 
-/// Which nodes hold all of some layers but their experts.
-struct Whole<'a> {
+/// Tests whether nodes hold all shards of some layers except experts.
+struct DenseShards<'a> {
     holders: &'a Holders,
     shards: &'a [ShardId],
 }
 
-impl Whole<'_> {
-    fn has(&self, node: &NodeId, layers: LayerRange) -> bool {
+impl DenseShards<'_> {
+    fn are_held_by(&self, node: &NodeId, layers: LayerRange) -> bool {
         let within = |shard: &&ShardId| match shard {
             ShardId::Embedding => layers.start == LayerId(0),
             ShardId::Dense { layer } | ShardId::Router { layer } => layers.contains(*layer),
@@ -136,7 +137,7 @@ impl Whole<'_> {
     }
 }
 
-/// The stages that what is held shows: runs of layers that the same nodes hold.
+/// The stages that `holders` shows: runs of layers with the same holders.
 fn cuts_of(holders: &Holders, costs: &Costs, shards: &[ShardId]) -> Vec<LayerRange> {
     let none = BTreeSet::new();
     let of_layer = |layer: LayerId| {

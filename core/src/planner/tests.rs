@@ -1,4 +1,4 @@
-//! What the planner promises, against every way there is where that can be counted.
+//! The planner's guarantees; against exhaustive search where that is possible.
 
 use super::*;
 use crate::architecture::Architecture;
@@ -58,7 +58,7 @@ fn plan(members: &[Member], experts: usize, replication: usize, previous: Option
 
 proptest! {
     #[test]
-    fn every_shard_has_its_copies_and_every_lane_its_runner(
+    fn every_shard_has_its_replicas_and_every_lane_its_node(
         capacities in proptest::collection::vec(0.1f64..4.0, 1..7), experts in 2usize..20, replication in 1usize..4,
     ) {
         let members = members(&capacities);
@@ -69,7 +69,7 @@ proptest! {
             let distinct: BTreeSet<_> = holders.iter().collect();
             prop_assert_eq!(distinct.len(), holders.len());
             for leaf in 0..placement.leaves(*shard) {
-                prop_assert!(holders.contains(placement.computed_by(*shard, leaf).expect("a home")));
+                prop_assert!(holders.contains(placement.computed_by(*shard, leaf).expect("a node")));
             }
         }
         for shard in small(experts).shards() {
@@ -79,9 +79,9 @@ proptest! {
         }
     }
 
-    /// A node that joins takes only its share, and one that leaves disturbs only what it held.
+/// A joining node takes only its share, and a leaving one moves only its replicas.
     #[test]
-    fn little_moves_when_one_node_comes_or_goes(nodes in 2usize..6, experts in 8usize..24) {
+    fn little_moves_when_a_node_joins_or_leaves(nodes in 2usize..6, experts in 8usize..24) {
         let capacities = vec![1.0; nodes + 1];
         let all = members(&capacities);
         let before = plan(&all[..nodes], experts, 2, None);
@@ -92,7 +92,7 @@ proptest! {
     }
 }
 
-/// Against every way of sharing 12 lanes among three nodes that are busy with their experts first.
+/// Against every division of 12 lanes among three nodes that are busy with their experts first.
 #[test]
 fn lanes_follow_speed_in_contiguous_runs() {
     for busy in [[0.0, 0.0, 0.0], [0.5, 0.0, 3.0]] {
@@ -111,7 +111,7 @@ fn lanes_follow_speed_in_contiguous_runs() {
     }
 }
 
-/// Nodes of `count` in each of `zones` with memory for so much of the model.
+/// `count` nodes in `zones` zones with so much memory.
 fn candidates(count: usize, zones: usize, memory_bytes: u64) -> Vec<Member> {
     let node = |i: usize| {
         let zone = format!("zone-{}", i % zones);
@@ -127,7 +127,7 @@ fn zones_of<'a>(holders: &[NodeId], members: &'a [Member]) -> BTreeSet<&'a str> 
 }
 
 proptest! {
-    /// Whatever was placed before, and whoever has come or gone since.
+/// For any previous placement and any change of membership.
     #[test]
     fn replicas_never_share_a_zone_while_another_choice_exists(
         nodes in 2usize..12, zones in 1usize..5, gone in 0usize..3, replication in 1usize..4,
@@ -144,7 +144,7 @@ proptest! {
         }
     }
 
-    /// Nobody holds more than its memory, and everything is held.
+/// No node exceeds its memory, and every shard has a holder.
     #[test]
     fn a_plan_that_fits_keeps_every_node_within_its_memory(
         sizes in proptest::collection::vec(0.05f64..1.2, 2..10), experts in 2usize..12,
@@ -187,7 +187,7 @@ fn a_model_too_large_for_any_node_is_spread_layers_over_stages_and_experts_over_
         assert_eq!(stage.lanes.len(), 12);
     }
     assert!(placement.experts.values().all(|holders| holders.len() == 2));
-    // What is kept is kept: one node more moves no layer of the others.
+    // Another node moves no layer of the others.
     let more = candidates(9, 2, dense * 7 / 10);
     let after = whole_plan(&more, 8, 2, Some(placement)).placement;
     for (stage, now) in placement.stages.iter().zip(&after.stages) {
@@ -209,20 +209,20 @@ fn a_node_without_room_for_layers_hosts_experts_and_drives_no_lane() {
 }
 
 #[test]
-fn what_fits_nowhere_is_said_with_the_bytes_that_are_missing() {
+fn a_model_that_fits_nowhere_is_reported_with_the_missing_bytes() {
     let costs = Costs::new(&small(8), &training());
     let plan = whole_plan(&candidates(2, 1, costs.expert_bytes), 8, 1, None);
     let layer = plan.short.expect("a shortage").layer.expect("a layer");
     let largest = costs.all_layers().iter().max_by_key(|l| costs.stage_bytes(l.alone(), 2));
     assert_eq!(Some(layer), largest);
-    assert_eq!(plan.placement.lanes(), 12, "a placement is made all the same");
+    assert_eq!(plan.placement.lanes(), 12, "there is a placement nevertheless");
     let largest = costs.stage_bytes(layer.alone(), 2);
     let short = whole_plan(&candidates(2, 1, largest), 8, 1, None).short.expect("a shortage");
     let wanted = costs.stage_bytes(costs.all_layers(), 2) + 16 * costs.expert_bytes;
     assert_eq!(short, Shortage { bytes: wanted - 2 * largest, layer: None });
 }
 
-/// Totals per node, which are counted by formula, against the links, which are counted leaf by leaf.
+/// The totals per node, counted by formula, against the links, counted leaf by leaf.
 #[test]
 fn bytes_per_node_are_those_of_its_links() {
     for (nodes, memory) in [(1, u64::MAX), (2, u64::MAX), (3, u64::MAX), (6, 0)] {
@@ -234,14 +234,14 @@ fn bytes_per_node_are_those_of_its_links() {
         for (node, part) in plan.placement.members.iter().zip(&plan.prediction.nodes) {
             let sent: u64 = links.iter().filter(|((from, _), _)| from == node).map(|(_, bytes)| bytes).sum();
             let off = (sent as f64 - part.sent_bytes as f64).abs() / (sent.max(1) as f64);
-            // A node that is not one subtree sends its sums in several parts: these the formula leaves out.
+            // The formula ignores that a run of lanes may be several sums.
             assert!(off < 0.25, "{node} of {nodes} sends {sent}, and {} by the formula", part.sent_bytes);
         }
     }
 }
 
 #[test]
-fn survivors_keep_what_they_hold_and_share_the_lanes() {
+fn survivors_keep_their_shards_and_divide_the_lanes() {
     let members = members(&[1.0, 1.0, 1.0]);
     let before = plan(&members, 8, 2, None);
     let mut holders: BTreeMap<ShardId, BTreeSet<NodeId>> = BTreeMap::new();
@@ -270,13 +270,13 @@ fn survivors_keep_what_they_hold_and_share_the_lanes() {
             "{shard}: {held:?}"
         );
     }
-    // A supervisor that comes back knows no placement, and finds the same from what is held.
+    // A restarted supervisor knows no placement, and derives the same one from the holders.
     let found = plan_for_survivors(&request, &holders, &Placement::default());
     assert_eq!(found.stages[0].holders, after.stages[0].holders);
     assert_eq!(found.stages.len(), 1);
 }
 
-/// Nodes on links of so many bytes per second, each with a round trip in seconds.
+/// Nodes with links of a bandwidth in bytes per second and a round trip in seconds.
 fn linked(links: &[(f64, f64)]) -> Vec<Member> {
     let mut members = candidates(links.len(), 1, u64::MAX);
     for (member, &(bandwidth, round_trip_s)) in members.iter_mut().zip(links) {
@@ -297,22 +297,22 @@ fn over_slow_links_fewer_nodes_do_the_work() {
     let far = whole_plan(&members, 8, 1, None);
     assert_eq!(running(&far.placement), [&members[0].node]);
     assert!(far.placement.experts.values().all(|holders| holders == &[members[0].node.clone()]));
-    // Copies come before speed, and whoever has one of an expert has one of the layers too.
+    // Replicas come before speed, and every holder of an expert holds the layers, too.
     let copied = plan(&members, 8, 2, None);
     assert!(copied.experts.values().all(|holders| holders.len() == 2));
     assert!(copied.stages.iter().all(|stage| stage.holders.len() >= 2));
 }
 
 #[test]
-fn of_unlike_links_the_near_nodes_are_chosen_and_the_choice_stays() {
+fn of_different_links_the_near_nodes_are_chosen_and_the_choice_stays() {
     let mut members = linked(&[(1e6, 0.05), (1e10, 1e-4), (1e10, 1e-4)]);
     let placement = plan(&members, 8, 2, None);
     assert_eq!(running(&placement), [&members[1].node, &members[2].node]);
     assert!(placement.experts.values().all(|holders| !holders.contains(&members[0].node)));
-    // Speeds that were measured a little differently move nothing.
+    // A small change of the measured speeds moves nothing.
     members[1].profile.scale(1.05);
-    let again = plan(&members, 8, 2, Some(&placement));
-    assert!(again.has_same_layout(&placement), "{again:?}");
+    let replanned = plan(&members, 8, 2, Some(&placement));
+    assert!(replanned.has_same_layout(&placement), "{replanned:?}");
 }
 
 #[test]
@@ -321,7 +321,7 @@ fn zones_come_before_near_links() {
     members[0].profile.zone = "far".into();
     let placement = plan(&members, 8, 2, None);
     assert!(placement.experts.values().all(|holders| holders.contains(&members[0].node)));
-    assert!(!running(&placement).contains(&&members[0].node), "it holds copies and runs no lane");
+    assert!(!running(&placement).contains(&&members[0].node), "it holds replicas and runs no lane");
 }
 
 /// The formula for the gradients of at most `fan_in` nodes, against their transfers one by one.
@@ -356,7 +356,7 @@ fn a_placement_of_other_nodes_has_no_finite_prediction() {
     let costs = Costs::new(&small(4), &training());
     let placement = plan(&members, 4, 2, None);
     assert_eq!(predict(&placement, &members[..1], &costs).step_s, f64::INFINITY);
-    // As after the last node has disconnected.
+    // The state after the last node has disconnected.
     let left = Placement { members: Vec::new(), ..placement };
     assert_eq!(predict(&left, &[], &costs).step_s, f64::INFINITY);
 }

@@ -1,7 +1,8 @@
 //! Gradients on the network, their sums and the optimizer.
 //!
-//! Counted by formula: [`crate::reduction::Reduction::transfers`] lists the same transfers one by one, which is too slow
-//! for the planner's many attempts. Dense gradients of at most `fan_in` nodes are counted exactly, the others on average.
+//! Counted by formula: [`crate::reduction::Reduction::transfers`] lists the same transfers one by one, which
+//! is too slow for the planner's many attempts. Dense gradients of at most `fan_in` nodes are counted
+//! exactly, the others on average.
 
 use super::load::{Inputs, NodeLoad, Traffic};
 use super::rows::StageRows;
@@ -19,7 +20,8 @@ pub(super) fn add_expert_updates(inputs: &Inputs<'_>, rows: &StageRows, loads: &
     }
 }
 
-/// The dense parts of all stages: sums to the owners, final sums from them, and the optimizer on every holder.
+/// The dense parts of all stages: sums to the owners, final sums from them, and the optimizer on every
+/// holder.
 pub(super) fn add_dense(inputs: &Inputs<'_>, loads: &mut [NodeLoad]) {
     for stage in &inputs.placement.stages {
         let runners = inputs.runners(stage);
@@ -66,8 +68,8 @@ fn add_dense_of_few(
     }
 }
 
-/// More than `fan_in` nodes: reducers rotate from layer to layer. With many layers the load is even; with few layers a
-/// reducer has at least the load of one.
+/// More than `fan_in` nodes: reducers rotate from layer to layer. With many layers the load is even; with few
+/// layers a reducer has at least the load of one.
 fn add_dense_of_many(
     inputs: &Inputs<'_>,
     stage: &Stage,

@@ -21,8 +21,9 @@ pub(super) fn add_waits(inputs: &Inputs<'_>, stage: &Stage, rows: &StageRows, lo
     }
 }
 
-/// The wait of arriving rows for a thread of a node: the rest of the running call on average, and one call of each lane
-/// in flight beyond the threads. Calls are whole layers of the node's lanes, and the loss; they are not interrupted.
+/// The wait of arriving rows for a thread of a node: the rest of the running call on average, and one call of
+/// each lane in flight beyond the threads. Calls are whole layers of the node's lanes, and the loss; they are
+/// not interrupted.
 fn wait_at(inputs: &Inputs<'_>, stage: &Stage, place: usize) -> f64 {
     let profile = &inputs.members[place].profile;
     let tokens = inputs.costs.tokens_per_lane as f64;

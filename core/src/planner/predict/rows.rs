@@ -26,8 +26,8 @@ pub(super) struct ReplicaRows {
     pub(super) remote_lanes: f64,
 }
 
-/// The lanes of one node, by the node that serves their group: the node of a group's first lane serves it, where it
-/// holds the expert.
+/// The lanes of one node, by the node that serves their group: the node of a group's first lane serves it,
+/// where it holds the expert.
 #[derive(Clone, Copy, Default)]
 pub(super) struct GroupedLanes {
     /// Its own lanes in groups that it serves.

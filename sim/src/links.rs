@@ -1,0 +1,112 @@
+//! Links between nodes and the supervisor, and the supervisor's process.
+
+use crate::event::Event;
+use crate::limits::{REDIAL_MS, RESTART_MS, TICK_MS};
+use crate::world::World;
+use volary_core::machine::{self, Machine};
+use volary_core::messages::NodeReport;
+use volary_core::{NodeId, agent};
+
+impl World {
+    pub(crate) fn start_supervisor(&mut self) {
+        if self.machine.is_some() {
+            return;
+        }
+        self.life += 1;
+        self.machine = Some(Machine::new(self.settings.clone(), self.disk.restored()));
+        let life = self.life;
+        self.put(self.now + TICK_MS, Event::Tick { life });
+    }
+
+    pub(crate) fn kill_supervisor(&mut self) {
+        if self.machine.take().is_none() {
+            return;
+        }
+        self.effects_until_death = None;
+        self.disk.pending = None;
+        self.sessions.clear();
+        let sessions = self.nodes.iter().filter_map(|(node, known)| Some((node.clone(), known.session?)));
+        for (node, session) in sessions.collect::<Vec<_>>() {
+            self.after(1, 20, Event::LinkEndsForNode { node, session });
+        }
+        self.put(self.now + RESTART_MS, Event::SupervisorStarts);
+    }
+
+    pub(crate) fn on_link_ended(&mut self, node: NodeId, session: u64) {
+        if self.is_linked(&node, session) {
+            self.sessions.remove(&node);
+            self.machine_event(machine::Event::Lost { node, reason: "its link ended".into() });
+        }
+    }
+
+    pub(crate) fn on_link_ended_for_node(&mut self, node: NodeId, session: u64) {
+        let Some(known) = self.nodes.get_mut(&node).filter(|n| n.session == Some(session)) else { return };
+        known.session = None;
+        let process = known.process;
+        self.node_event(&node, agent::Event::SupervisorLost);
+        self.put(self.now + REDIAL_MS, Event::Dial { node, process });
+    }
+
+    /// A node connects to the supervisor and reports its state, or tries later.
+    pub(crate) fn dial(&mut self, node: NodeId, process: u64) {
+        let Some(known) = self.nodes.get(&node).filter(|n| n.process == process && n.session.is_none())
+        else {
+            return;
+        };
+        let held = known.agent.resident_state();
+        if self.silent_until(&node).is_some() || self.machine.is_none() {
+            return self.put(self.now + REDIAL_MS, Event::Dial { node, process });
+        }
+        if self.sessions.remove(&node).is_some() {
+            self.machine_event(machine::Event::Lost { node: node.clone(), reason: "it reconnected".into() });
+        }
+        let Some(machine) = &self.machine else {
+            return self.put(self.now + REDIAL_MS, Event::Dial { node, process });
+        };
+        let held = if machine.accepts_state(&held) { held } else { Default::default() };
+        let session = self.next_sequence();
+        self.sessions.insert(node.clone(), session);
+        if let Some(known) = self.nodes.get_mut(&node) {
+            known.session = Some(session);
+            if held.shards.is_empty() {
+                known.reset();
+            }
+        }
+        self.reported.insert(node.clone(), held.shards.iter().copied().collect());
+        let profile = Box::new((self.profiles)(&node));
+        self.machine_event(machine::Event::Joined { node, profile, address: String::new(), held });
+    }
+
+    /// Takes a node's message to the supervisor.
+    pub(crate) fn on_report(&mut self, node: NodeId, session: u64, message: NodeReport) {
+        if self.is_linked(&node, session) {
+            self.note_reported_shards(&node, &message);
+            self.machine_event(machine::Event::Reported { node, message });
+        }
+    }
+
+    fn note_reported_shards(&mut self, node: &NodeId, message: &NodeReport) {
+        let current = self.machine.as_ref().map(|machine| machine.placement().epoch).unwrap_or_default();
+        let reported = self.reported.entry(node.clone()).or_default();
+        match message {
+            NodeReport::Ready { epoch } if *epoch == current => {
+                reported
+                    .extend(self.nodes.get(node).into_iter().flat_map(|n| n.agent.resident_state().shards));
+            }
+            NodeReport::Learned { epoch, shards } if *epoch == current => reported.extend(shards),
+            _ => {}
+        }
+    }
+
+    /// Gives the supervisor's machine an event and carries out its effects.
+    pub(crate) fn machine_event(&mut self, event: machine::Event) {
+        let Some(machine) = &mut self.machine else { return };
+        for effect in machine.handle(event) {
+            if self.effects_until_death == Some(0) {
+                return self.kill_supervisor();
+            }
+            self.effects_until_death = self.effects_until_death.map(|left| left - 1);
+            self.carry_out_for_supervisor(effect);
+        }
+    }
+}

@@ -1,0 +1,244 @@
+//! Carries out a node's effects on a simulated device.
+
+use crate::event::Event;
+use crate::limits::SILENCE_MS;
+use crate::node::{gradient, lane_loss, mix, shard_hash, uneven_load};
+use crate::world::World;
+use volary_core::agent::{self, Effect, Failure, STASH_MAX};
+use volary_core::messages::{Assignment, LaneReport, NodeReport, Norm, Pass, Source};
+use volary_core::placement::Placement;
+use volary_core::{Epoch, NodeId, ShardId, Step};
+
+impl World {
+    /// The correct state of a shard after a step.
+    fn expected(&self, shard: ShardId, step: Step) -> u64 {
+        let start = mix(77, shard_hash(shard));
+        Step(1).through(step).fold(start, |value, s| {
+            let (_, rate) = self.disk.ever.get(&s).unwrap_or_else(|| panic!("step {s} was never journaled"));
+            mix(value, gradient(s, f64::from_bits(*rate)))
+        })
+    }
+
+    pub(crate) fn node_event(&mut self, id: &NodeId, event: agent::Event) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        if matches!(&event, agent::Event::Fetched { epoch, outcome: Ok(()) } if *epoch == node.agent.epoch())
+        {
+            let fetched = std::mem::take(&mut node.fetched);
+            node.weights.extend(fetched);
+        }
+        for effect in node.agent.handle(event) {
+            self.carry_out_for_node(id, effect);
+        }
+    }
+
+    fn carry_out_for_node(&mut self, id: &NodeId, effect: Effect) {
+        let now = self.now;
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        let process = node.process;
+        match effect {
+            Effect::Report(message) => {
+                let Some(session) = node.session else { return };
+                self.send(|| Event::ToSupervisor { node: id.clone(), session, message: message.clone() });
+            }
+            Effect::Apply { step, update, shards, stash, .. } => {
+                self.apply(id, step, gradient(step, update.rate), &shards, &stash);
+            }
+            Effect::Discard { .. } => node.discard_work(),
+            Effect::Enter(assignment) => self.enter(id, &assignment),
+            Effect::Fetch { epoch, version, shards } => self.fetch(id, epoch, version, &shards),
+            Effect::Copy { epoch, shard, from } => {
+                let node = id.clone();
+                self.after(2, 150, Event::ReadCopy { node, process, epoch, shard, from });
+            }
+            Effect::Install { shard, version, replay } => self.install(id, shard, version, &replay),
+            Effect::Release(shards) => node.weights.retain(|shard, _| !shards.contains(shard)),
+            Effect::Run { epoch, step, pass, lanes } => {
+                assert_eq!(pass, Pass::Train);
+                node.work = Some((epoch, step, lanes.into_iter().map(|(lane, _)| lane).collect()));
+                let (least, most) = ((30.0 / node.speed) as u64, (120.0 / node.speed) as u64);
+                let node = id.clone();
+                self.after(least, most, Event::Work { node, process, epoch, step, since: now });
+            }
+            Effect::Store { step, shards, .. } => self.store(id, step, shards),
+            Effect::Leave { .. } => {
+                self.left.insert(id.clone());
+                self.nodes.remove(id);
+            }
+        }
+    }
+
+    fn apply(&mut self, id: &NodeId, step: Step, gradient: u64, shards: &[ShardId], stash: &[ShardId]) {
+        assert!(self.disk.ever.contains_key(&step), "M-2: {id} applies step {step} before it is journaled");
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        for &shard in shards {
+            node.apply(shard, step, gradient);
+        }
+        for &shard in stash {
+            let kept = node.stash.entry(shard).or_default();
+            kept.push((step, gradient));
+            if kept.len() > STASH_MAX {
+                kept.remove(0);
+            }
+        }
+        self.check(id);
+    }
+
+    /// Every copy of every shard is the state that the journal implies.
+    fn check(&self, id: &NodeId) {
+        let Some(node) = self.nodes.get(id) else { return };
+        for (&shard, &(version, value)) in &node.weights {
+            assert_eq!(
+                node.agent.shards().get(&shard),
+                Some(&version),
+                "{id}: the agent has another version of {shard}"
+            );
+            assert_eq!(value, self.expected(shard, version), "{id}: {shard} at step {version} is wrong");
+        }
+    }
+
+    fn enter(&mut self, id: &NodeId, assignment: &Assignment) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        node.placement = Placement::clone(&assignment.placement);
+    }
+
+    fn fetch(&mut self, id: &NodeId, epoch: Epoch, version: Step, shards: &[(ShardId, Source)]) {
+        let mut outcome = Ok(());
+        for (shard, source) in shards {
+            let value = match source {
+                Source::Initial => self.expected(*shard, Step(0)),
+                Source::Checkpoint(step) if Some(*step) == self.disk.durable => self.expected(*shard, *step),
+                Source::Checkpoint(step) => {
+                    // A late message: the placement is over.
+                    assert!(self.disk.durable > Some(*step));
+                    let reason = format!("the checkpoint of step {step} is gone");
+                    outcome = Err(Failure { reason, fatal: true, suspect: None });
+                    continue;
+                }
+                Source::Peer(peer) if self.reachable(id, peer) => {
+                    match self.nodes.get(peer).and_then(|p| p.weights.get(shard)) {
+                        Some((at, value)) if *at == version => *value,
+                        // The peer is ahead or restarted: a late message of a placement that is over.
+                        _ => {
+                            outcome = Err(unreachable_peer(peer));
+                            continue;
+                        }
+                    }
+                }
+                Source::Peer(peer) => {
+                    outcome = Err(unreachable_peer(peer));
+                    continue;
+                }
+                Source::Held => unreachable!("held shards are not fetched"),
+            };
+            if let Some(node) = self.nodes.get_mut(id) {
+                node.fetched.insert(*shard, (version, value));
+            }
+        }
+        let Some(process) = self.nodes.get(id).map(|n| n.process) else { return };
+        self.after(
+            1,
+            80,
+            Event::Agent { node: id.clone(), process, event: agent::Event::Fetched { epoch, outcome } },
+        );
+    }
+
+    pub(crate) fn read_copy(
+        &mut self,
+        id: &NodeId,
+        process: u64,
+        epoch: Epoch,
+        shard: ShardId,
+        from: &[NodeId],
+    ) {
+        if self.nodes.get(id).is_none_or(|n| n.process != process || n.agent.epoch() != epoch) {
+            return;
+        }
+        let peer = from.first();
+        let read = peer.filter(|peer| self.reachable(id, peer)).and_then(|peer| self.nodes.get(peer));
+        let outcome = match read.and_then(|peer| peer.weights.get(&shard)) {
+            Some(&copy) => {
+                if let Some(node) = self.nodes.get_mut(id) {
+                    node.copied.insert(shard, copy);
+                }
+                Ok(copy.0)
+            }
+            None => Err(unreachable_peer(peer.unwrap_or(id))),
+        };
+        let event = agent::Event::Copied { epoch, shard, outcome };
+        self.after(1, 200, Event::Agent { node: id.clone(), process, event });
+    }
+
+    fn install(&mut self, id: &NodeId, shard: ShardId, version: Step, replay: &[Step]) {
+        let Some(node) = self.nodes.get_mut(id) else { return };
+        let Some(copy) = node.copied.remove(&shard) else { panic!("{shard} was not copied") };
+        assert_eq!(copy.0, version);
+        node.weights.insert(shard, copy);
+        let stash = node.stash.remove(&shard).unwrap_or_default();
+        for step in replay {
+            let Some((_, gradient)) = stash.iter().find(|(at, _)| at == step) else {
+                panic!("{shard}: the gradient of step {step} was not kept");
+            };
+            node.apply(shard, *step, *gradient);
+        }
+        self.check(id);
+    }
+
+    fn store(&mut self, id: &NodeId, step: Step, mut shards: Vec<ShardId>) {
+        let Some((node, session)) = self.nodes.get(id).and_then(|n| Some((n, n.session?))) else { return };
+        shards.retain(|shard| node.weights.get(shard).is_some_and(|(at, _)| *at == step));
+        self.after(5, 80, Event::CheckpointShards { node: id.clone(), session, step, shards });
+    }
+
+    /// Ends a node's part of a step, once all members have begun it and are reachable. [`World::dispatch`]
+    /// has checked that the process runs.
+    pub(crate) fn work(&mut self, id: &NodeId, process: u64, epoch: Epoch, step: Step, since: u64) {
+        let Some(node) = self.nodes.get(id).filter(|n| n.process == process) else { return };
+        let retry = Event::Work { node: id.clone(), process, epoch, step, since };
+        let Some((_, _, lanes)) = node.work.clone().filter(|w| (w.0, w.1) == (epoch, step)) else { return };
+        let others = || node.placement.members.iter().filter(|member| *member != id);
+        let broken = others().find(|member| !self.reachable(id, member)).cloned();
+        let begun = |member: &NodeId| {
+            let at = self.nodes.get(member).map(|n| (n.work.as_ref(), n.agent.resident_state()));
+            at.is_some_and(|(work, held)| {
+                work.is_some_and(|w| (w.0, w.1) >= (epoch, step))
+                    || held.prepared == Some((epoch, step))
+                    || held.version >= step
+            })
+        };
+        let early = others().any(|member| !begun(member));
+        if let Some(peer) = broken {
+            if self.now < since + SILENCE_MS {
+                return self.put(self.now + 50, retry);
+            }
+            let event = agent::Event::Failed { epoch, failure: unreachable_peer(&peer) };
+            return self.node_event(id, event);
+        }
+        if early {
+            return self.put(self.now + 20, retry);
+        }
+        let kept = self
+            .settings
+            .architecture
+            .shards()
+            .into_iter()
+            .filter(|s| node.placement.holds_or_learns(id, *s));
+        let (experts, layers) =
+            (self.settings.architecture.experts, self.settings.architecture.moe_layers().count());
+        let load = vec![uneven_load(experts); layers];
+        let report = |lane| {
+            (lane, LaneReport { loss: lane_loss(step, lane), load: load.clone(), ..LaneReport::default() })
+        };
+        let message = NodeReport::Prepared {
+            epoch,
+            step,
+            norms: kept.map(|shard| (shard, Norm { squared: step.0 as f64, finite: true })).collect(),
+            lanes: lanes.into_iter().map(report).collect(),
+            speed: Some(node.speed),
+        };
+        self.node_event(id, agent::Event::Done(message));
+    }
+}
+
+fn unreachable_peer(peer: &NodeId) -> Failure {
+    Failure { reason: format!("{peer} cannot be reached"), fatal: false, suspect: Some(peer.clone()) }
+}
