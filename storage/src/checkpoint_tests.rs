@@ -1,12 +1,12 @@
-//! What the checkpoints promise.
+//! Tests of checkpoints: atomicity, restoration, retention, readers.
 
 use crate::testing::{TestDisk, TestRun, bytes_of, config, shards, write, write_in_order};
 use crate::{CheckpointReader, Checkpoints, Error};
 use std::fs;
 use volary_core::{ShardId, Step};
 
-fn forget(checkpoints: &Checkpoints<TestDisk>, run: &TestRun, steps: &[Step]) {
-    // As if sled had lost the end of its log: entries go, manifests stay.
+fn lose_entries(checkpoints: &Checkpoints<TestDisk>, run: &TestRun, steps: &[Step]) {
+    // As if sled had lost the end of its log: the entries are lost, the manifests stay.
     let kept: Vec<_> =
         steps.iter().map(|s| (run.dir.manifest(*s), fs::read(run.dir.manifest(*s)).unwrap())).collect();
     checkpoints.truncate_after(steps[0] - 1).unwrap();
@@ -16,7 +16,7 @@ fn forget(checkpoints: &Checkpoints<TestDisk>, run: &TestRun, steps: &[Step]) {
 }
 
 #[test]
-fn a_checkpoint_is_there_once_it_is_complete_and_not_before() {
+fn a_checkpoint_exists_only_once_it_is_complete() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     let pending = checkpoints.begin(8, 3, config(), shards());
@@ -41,7 +41,7 @@ fn blobs_are_durable_before_the_manifest_is_written() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     write(&checkpoints, 42);
-    let log = run.disk.log.lock().unwrap();
+    let log = run.disk.log.lock();
     let at = |line: &str| log.iter().position(|l| l == line).unwrap();
     let last_blob = log.iter().rposition(|l| l.starts_with("write tmp-")).unwrap();
     assert!(last_blob < at("sync blobs") && at("sync blobs") < at("write step-00000042.tmp"), "{log:?}");
@@ -49,7 +49,7 @@ fn blobs_are_durable_before_the_manifest_is_written() {
 }
 
 #[test]
-fn shards_that_differ_or_do_not_belong_are_refused() {
+fn different_and_unexpected_shards_are_refused() {
     let run = TestRun::new();
     let pending = run.checkpoints().begin(1, 1, config(), [ShardId::Embedding]);
     pending.add(ShardId::Embedding, b"weights").unwrap();
@@ -60,7 +60,7 @@ fn shards_that_differ_or_do_not_belong_are_refused() {
 }
 
 #[test]
-fn the_same_checkpoint_again_is_welcome_and_another_is_not() {
+fn the_same_checkpoint_may_be_repeated_but_not_a_different_one() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     write(&checkpoints, 5);
@@ -75,7 +75,7 @@ fn the_same_checkpoint_again_is_welcome_and_another_is_not() {
 }
 
 #[test]
-fn a_torn_blob_is_named_and_the_other_checkpoint_is_unhurt() {
+fn a_truncated_blob_is_named_and_other_checkpoints_are_intact() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     write(&checkpoints, 1);
@@ -89,13 +89,13 @@ fn a_torn_blob_is_named_and_the_other_checkpoint_is_unhurt() {
     checkpoints.read(2, ShardId::Embedding).unwrap();
     checkpoints.verify(1).unwrap();
     assert_eq!(checkpoints.latest_intact().unwrap().unwrap().step, 1);
-    // The run goes back, computes the same weights again, and the checkpoint is whole again.
+    // The run rolls back and recomputes the same weights; the checkpoint is then intact.
     write(&checkpoints, 2);
     checkpoints.verify(2).unwrap();
 }
 
 #[test]
-fn a_full_disk_names_the_shard_and_hurts_nothing_that_was_there() {
+fn a_full_disk_names_the_shard_and_damages_no_checkpoint() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     write(&checkpoints, 1);
@@ -119,7 +119,7 @@ fn a_full_disk_names_the_shard_and_hurts_nothing_that_was_there() {
     assert!(error.contains("the manifest of the checkpoint at step 2"), "{error}");
     run.disk.free();
     drop(checkpoints);
-    // Catalogued, so it exists; opening writes the manifest that did not fit.
+    // It has an entry, so it exists; opening writes the missing manifest.
     run.checkpoints().verify(2).unwrap();
     CheckpointReader::open(&run.dir).unwrap().verify(2).unwrap();
 }
@@ -140,7 +140,7 @@ fn the_digest_depends_on_the_weights_alone() {
 }
 
 #[test]
-fn retention_removes_only_what_nothing_refers_to() {
+fn retention_removes_only_unreferenced_blobs() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     for step in 1..=4 {
@@ -151,7 +151,7 @@ fn retention_removes_only_what_nothing_refers_to() {
     pending.add(router, &bytes_of(router, 5)).unwrap();
     let each = shards().len() as u64 - 1;
     let report = checkpoints.retain(2).unwrap();
-    // The embedding is shared by all, and the pending checkpoint's blob is kept for it.
+    // All checkpoints share the embedding, and the blob of the pending checkpoint stays.
     assert_eq!((report.removed, report.kept), (2 * each, 2 * each + 2));
     assert_eq!(checkpoints.steps().unwrap(), [3, 4]);
     assert_eq!(CheckpointReader::open(&run.dir).unwrap().steps().unwrap(), [3, 4]);
@@ -163,14 +163,14 @@ fn retention_removes_only_what_nothing_refers_to() {
 }
 
 #[test]
-fn lost_entries_are_put_back_from_their_manifests_if_the_blobs_are_intact() {
+fn lost_entries_are_restored_from_manifests_with_intact_blobs() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     for step in 1..=4 {
         write(&checkpoints, step);
     }
     let torn = checkpoints.at(3).unwrap().shards[&ShardId::Dense { layer: 0 }].digest;
-    forget(&checkpoints, &run, &[2, 3, 4]);
+    lose_entries(&checkpoints, &run, &[2, 3, 4]);
     fs::write(run.dir.blobs().join(torn.to_string()), b"torn").unwrap();
     assert_eq!(checkpoints.steps().unwrap(), [1]);
     drop(checkpoints);
@@ -181,7 +181,7 @@ fn lost_entries_are_put_back_from_their_manifests_if_the_blobs_are_intact() {
 }
 
 #[test]
-fn a_reader_sees_what_the_holder_of_the_database_writes() {
+fn a_reader_sees_the_checkpoints_of_the_writer() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     let reader = CheckpointReader::open(&run.dir).unwrap();
@@ -194,7 +194,7 @@ fn a_reader_sees_what_the_holder_of_the_database_writes() {
 }
 
 #[test]
-fn any_changed_byte_of_a_manifest_is_found_and_the_reader_goes_one_back() {
+fn any_changed_byte_of_a_manifest_is_detected_and_the_reader_falls_back() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     write(&checkpoints, 1);
@@ -206,20 +206,20 @@ fn any_changed_byte_of_a_manifest_is_found_and_the_reader_goes_one_back() {
         let mut changed = text.clone();
         changed[at] ^= 1;
         fs::write(&path, &changed).unwrap();
-        // Between two tokens a blank may become something that JSON skips as well; the content is the same then.
+        // A changed blank may still be whitespace in JSON; then the content is the same.
         assert!(reader.at(2).map_or(true, |record| record == whole), "byte {at} of {}", path.display());
     }
     fs::write(&path, &text[..text.len() / 2]).unwrap();
     assert!(reader.at(2).unwrap_err().to_string().contains("step-00000002.json"));
     assert_eq!(reader.latest().unwrap().unwrap().step, 1);
     drop(checkpoints);
-    // The catalogue still knows, and opening writes the manifest anew.
+    // The catalogue has the entry, and opening rewrites the manifest.
     drop(run.checkpoints());
     assert_eq!(reader.at(2).unwrap(), whole);
 }
 
 #[test]
-fn a_checkpoint_of_more_shards_than_a_record_takes_is_as_good_as_any() {
+fn a_checkpoint_may_have_more_shards_than_a_record() {
     let many = (0..6_100u16).map(|n| ShardId::Expert { layer: n / 256, expert: n % 256 });
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
@@ -232,10 +232,10 @@ fn a_checkpoint_of_more_shards_than_a_record_takes_is_as_good_as_any() {
     drop(checkpoints);
     let checkpoints = run.checkpoints();
     assert_eq!(checkpoints.at(4).unwrap(), written);
-    forget(&checkpoints, &run, &[4]);
+    lose_entries(&checkpoints, &run, &[4]);
     drop(checkpoints);
     let checkpoints = run.checkpoints();
-    assert_eq!(checkpoints.at(4).unwrap(), written, "put back from its manifest");
+    assert_eq!(checkpoints.at(4).unwrap(), written, "restored from its manifest");
     checkpoints.truncate_after(0).unwrap();
     assert!(matches!(checkpoints.at(4).unwrap_err(), Error::NoCheckpoint { step: 4 }));
 }

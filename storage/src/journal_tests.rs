@@ -1,7 +1,7 @@
-//! What the journal and the tables promise.
+//! Tests of the journal and the tables.
 
 use crate::journal::FORMAT;
-use crate::record::MAX_BYTES;
+use crate::limits::RECORD_BYTES_MAX;
 use crate::testing::{TestRun, config};
 use crate::{Error, RunIdentity, Store, Table};
 use serde::{Deserialize, Serialize};
@@ -26,7 +26,7 @@ fn committed_to(store: &Store, last: Step) {
 }
 
 #[test]
-fn what_was_committed_is_there_after_reopening() {
+fn committed_steps_survive_reopening() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     assert_eq!(store.last_committed().unwrap(), None);
@@ -54,7 +54,7 @@ fn a_step_is_committed_once() {
 }
 
 #[test]
-fn of_many_who_commit_a_step_differently_one_succeeds() {
+fn of_several_different_commits_of_a_step_one_succeeds() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     let committed = std::thread::scope(|scope| {
@@ -67,7 +67,7 @@ fn of_many_who_commit_a_step_differently_one_succeeds() {
 }
 
 #[test]
-fn a_commit_that_would_leave_a_hole_is_refused() {
+fn a_commit_that_leaves_a_gap_is_refused() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     store.commit(5, &value(5)).unwrap();
@@ -79,7 +79,7 @@ fn a_commit_that_would_leave_a_hole_is_refused() {
 }
 
 #[test]
-fn a_hole_is_found_at_opening_with_its_steps() {
+fn opening_detects_a_gap_and_names_its_steps() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 9);
@@ -89,12 +89,12 @@ fn a_hole_is_found_at_opening_with_its_steps() {
     store.make_durable().unwrap();
     drop(store);
     let error = Store::open(&run.dir).unwrap_err();
-    assert!(matches!(error, Error::Hole { first: 4, last: 5, .. }), "{error}");
+    assert!(matches!(error, Error::Gap { first: 4, last: 5, .. }), "{error}");
     assert!(error.to_string().contains("steps 4 to 5"), "{error}");
 }
 
 #[test]
-fn a_damaged_step_is_found_at_opening() {
+fn opening_detects_a_damaged_step() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 3);
@@ -108,7 +108,7 @@ fn a_damaged_step_is_found_at_opening() {
 }
 
 #[test]
-fn a_run_that_goes_back_commits_the_same_steps_again() {
+fn a_run_may_recommit_steps_after_a_rollback() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 9);
@@ -123,7 +123,7 @@ fn a_run_that_goes_back_commits_the_same_steps_again() {
 }
 
 #[test]
-fn a_directory_of_another_run_is_refused_with_what_differs() {
+fn a_directory_of_another_run_is_refused_with_the_difference() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     let identity = RunIdentity { name: "a".to_owned(), seed: 7, config_hash: config(), format: FORMAT };
@@ -137,7 +137,7 @@ fn a_directory_of_another_run_is_refused_with_what_differs() {
 }
 
 #[test]
-fn values_are_kept_by_name_and_a_token_is_used_once() {
+fn values_are_stored_by_name_and_a_token_is_used_once() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     store.put(Table::Facts, "placement", &vec![1_u32, 2]).unwrap();
@@ -155,10 +155,10 @@ fn values_are_kept_by_name_and_a_token_is_used_once() {
 }
 
 #[test]
-fn the_largest_records_stay_in_the_file_that_is_synced() {
+fn the_largest_records_stay_in_the_synced_file() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
-    let largest = vec![7_u8; MAX_BYTES - 16];
+    let largest = vec![7_u8; RECORD_BYTES_MAX - 16];
     for n in 0..40 {
         store.put(Table::Facts, &format!("fact {n}"), &largest).unwrap();
     }
@@ -167,7 +167,7 @@ fn the_largest_records_stay_in_the_file_that_is_synced() {
 }
 
 #[test]
-fn a_database_that_is_open_already_is_refused_by_name() {
+fn an_open_database_is_refused_by_name() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     let error = Store::open(&run.dir).unwrap_err();
