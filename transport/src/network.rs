@@ -1,4 +1,5 @@
-//! The network of a process, on which its endpoints are bound: QUIC over UDP in production, `memory` in tests.
+//! The network of a process, on which its endpoints are bound: QUIC over UDP in production, `memory` in
+//! tests.
 
 use crate::Interference;
 use crate::accept::{Accepted, RefusedCount};
