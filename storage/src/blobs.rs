@@ -1,103 +1,114 @@
-//! Tensors in files named by their content: what is there is whole, and what is there twice is stored once.
+//! Tensors in files named by their content: every blob is complete, and equal blobs are stored once.
 //!
-//! A blob is written to a temporary name, synced, and renamed; the folder is synced by [`BlobStore::sync`], once for
-//! many blobs. A process that dies leaves a temporary file at most, and the next opening removes it.
+//! A blob is written to a temporary name, synced, and renamed. [`BlobStore::sync`] syncs the directory, once
+//! for many blobs. A crash leaves at most temporary files, which the next opening removes.
 
 use crate::digest::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
+use parking_lot::Mutex;
 use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 const TEMPORARY: &str = "tmp-";
 
-/// What [`BlobStore::remove_unreferenced`] did.
+/// The result of [`BlobStore::remove_unreferenced`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct RemovedReport {
-    /// Blobs removed.
+    /// Removed blobs.
     pub removed: u64,
-    /// The bytes that they had.
+    /// Bytes of the removed blobs.
     pub removed_bytes: u64,
-    /// Blobs still there.
+    /// Remaining blobs.
     pub kept: u64,
 }
 
-/// A folder of blobs.
+/// A directory of blobs.
 #[derive(Debug)]
 pub struct BlobStore<D: Disk = RealDisk> {
     folder: PathBuf,
     disk: D,
-    /// Whether names were written that the folder's last sync did not cover.
+    /// Whether names were written after the directory's last sync.
     unsynced: Mutex<bool>,
-    /// Makes temporary names differ within the process.
+    /// Makes temporary names unique within the process.
     written: AtomicU64,
-    /// Blobs that were found damaged: the next time that their bytes are put, the file is written anew.
+    /// Damaged blobs: the next [`BlobStore::put`] of their bytes rewrites the file.
     damaged: Mutex<HashSet<Digest>>,
 }
 
 impl BlobStore {
-    /// Opens the folder, makes it if need be, and removes what a dead writer left half-written.
+    /// Opens or creates the directory, and removes temporary files of a crashed writer. One process at a time
+    /// may do this; others read with [`read_blob`].
     ///
-    /// One process at a time may do this; others read with [`read_blob`].
+    /// # Errors
+    /// [`Error::Io`] when the directory cannot be created, listed or cleaned.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
         Self::open_on(folder, RealDisk)
     }
 }
 
 impl<D: Disk> BlobStore<D> {
-    /// As [`BlobStore::open`], on another disk.
+    /// [`BlobStore::open`] on another disk.
+    ///
+    /// # Errors
+    /// As [`BlobStore::open`].
     pub fn open_on(folder: impl AsRef<Path>, disk: D) -> Result<Self> {
         let folder = folder.as_ref().to_owned();
         fs::create_dir_all(&folder).map_err(|e| Error::io("create", &folder, e))?;
-        // Unsynced from the start: a name may be there that the last process did not live to sync.
+        // Unsynced from the start: the previous process may have died before its sync.
         let unsynced = Mutex::new(true);
         let store = Self { folder, disk, unsynced, written: AtomicU64::new(0), damaged: Mutex::default() };
         store.remove_leftovers()?;
         Ok(store)
     }
 
-    /// The folder.
+    /// The directory.
     #[must_use]
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The file of a blob, there or not.
+    /// The path of a blob, whether or not it exists.
     #[must_use]
     pub fn path(&self, digest: &Digest) -> PathBuf {
         blob_path(&self.folder, digest)
     }
 
-    /// Stores bytes under their digest; they outlive a loss of power only after the next [`BlobStore::sync`].
+    /// Stores bytes under their digest. They are durable after the next [`BlobStore::sync`].
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`] when the disk is full, [`Error::Io`] for other failures.
     pub fn put(&self, bytes: &[u8]) -> Result<Digest> {
         let digest = Digest::of(bytes);
         self.put_as(&digest, bytes).map_err(|e| e.while_writing(|| format!("blob {digest}")))?;
         Ok(digest)
     }
 
-    /// As [`BlobStore::put`], with the digest known; the caller answers for it.
+    /// [`BlobStore::put`] with a known digest, which must be correct.
     pub(crate) fn put_as(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
         let path = self.path(digest);
-        // Names are only given to whole files, so the size is a check on the disk, not on ourselves.
-        let there = fs::metadata(&path).is_ok_and(|meta| meta.len() == bytes.len() as u64);
-        if !there || self.damaged().contains(digest) {
+        // Only complete files get a name; the size guards against damage on the disk.
+        let exists = fs::metadata(&path).is_ok_and(|meta| meta.len() == bytes.len() as u64);
+        if !exists || self.damaged.lock().contains(digest) {
             replace(&self.disk, &self.temporary(), &path, bytes)?;
-            self.damaged().remove(digest);
+            self.damaged.lock().remove(digest);
         }
-        // Also when it was there: another thread may have renamed it a moment ago.
-        *self.unsynced() = true;
+        // Also when it exists: another thread may just have renamed it.
+        *self.unsynced.lock() = true;
         Ok(())
     }
 
-    /// Makes every blob put so far outlive a loss of power.
+    /// Makes all stored blobs durable.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory cannot be synced.
     pub fn sync(&self) -> Result<()> {
-        // Held while the folder is synced: who finds nothing to do here may rely on its being done.
-        let mut unsynced = self.unsynced();
+        // Held during the sync: a caller that finds nothing unsynced relies on a completed sync.
+        let mut unsynced = self.unsynced.lock();
         if *unsynced {
             self.disk.sync_folder(&self.folder).map_err(|e| Error::io("sync", &self.folder, e))?;
             *unsynced = false;
@@ -105,33 +116,48 @@ impl<D: Disk> BlobStore<D> {
         Ok(())
     }
 
-    /// A blob's bytes, checked against its name.
+    /// A blob's bytes, verified against its digest.
+    ///
+    /// # Errors
+    /// [`Error::NoBlob`], [`Error::DamagedBlob`] or [`Error::Io`].
     pub fn get(&self, digest: &Digest) -> Result<Vec<u8>> {
         let read = read_blob(&self.folder, digest);
         if matches!(read, Err(Error::DamagedBlob { .. })) {
-            self.damaged().insert(*digest);
+            self.damaged.lock().insert(*digest);
         }
         read
     }
 
-    /// A blob's length on the disk.
+    /// The size of a blob in bytes.
+    ///
+    /// # Errors
+    /// [`Error::NoBlob`] or [`Error::Io`].
     pub fn len(&self, digest: &Digest) -> Result<u64> {
         let path = self.path(digest);
-        fs::metadata(&path).map(|meta| meta.len()).map_err(|e| missing_or("look at", path, e))
+        fs::metadata(&path).map(|meta| meta.len()).map_err(|e| missing_or("inspect", path, e))
     }
 
-    /// Whether no blob is there.
+    /// Whether there are no blobs.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory cannot be listed.
     pub fn is_empty(&self) -> Result<bool> {
         Ok(self.digests()?.is_empty())
     }
 
-    /// Every blob that is there, in no order.
+    /// All blobs, in no particular order.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the directory cannot be listed.
     pub fn digests(&self) -> Result<Vec<Digest>> {
-        // A file that somebody put there under another name is not ours to touch.
+        // Files with other names are not blobs.
         Ok(self.names()?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// Removes every blob that is not in `referenced`.
+    /// Removes all blobs that are not in `referenced`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when a blob cannot be removed.
     pub fn remove_unreferenced(&self, referenced: &HashSet<Digest>) -> Result<RemovedReport> {
         let mut report = RemovedReport::default();
         for digest in self.digests()? {
@@ -148,17 +174,9 @@ impl<D: Disk> BlobStore<D> {
         Ok(report)
     }
 
-    /// The disk that this store writes to.
+    /// The disk of this store.
     pub(crate) fn disk(&self) -> &D {
         &self.disk
-    }
-
-    fn unsynced(&self) -> MutexGuard<'_, bool> {
-        self.unsynced.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn damaged(&self) -> MutexGuard<'_, HashSet<Digest>> {
-        self.damaged.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn temporary(&self) -> PathBuf {
@@ -169,7 +187,7 @@ impl<D: Disk> BlobStore<D> {
     fn remove_leftovers(&self) -> Result<()> {
         for name in self.names()?.iter().filter(|name| name.starts_with(TEMPORARY)) {
             let path = self.folder.join(name);
-            tracing::warn!(path = %path.display(), "removing a half-written blob that a dead process left");
+            tracing::warn!(path = %path.display(), "removing a temporary file of a crashed process");
             self.disk.remove(&path).map_err(|e| Error::io("remove", &path, e))?;
         }
         Ok(())
@@ -183,7 +201,7 @@ impl<D: Disk> BlobStore<D> {
     }
 }
 
-/// Writes a file so that its name never leads to a part of it; on failure the temporary file goes.
+/// Writes a file atomically, by a temporary file, which is removed on failure.
 pub(crate) fn replace(disk: &impl Disk, temporary: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
     let written = disk
         .write(temporary, bytes)
@@ -193,12 +211,15 @@ pub(crate) fn replace(disk: &impl Disk, temporary: &Path, path: &Path, bytes: &[
         && let Err(error) = disk.remove(temporary)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %temporary.display(), %error, "a half-written file could not be removed");
+        tracing::warn!(path = %temporary.display(), %error, "cannot remove a temporary file");
     }
     written
 }
 
-/// A blob's bytes, checked against its name; for processes that only read.
+/// A blob's bytes, verified against its digest, for processes that only read.
+///
+/// # Errors
+/// [`Error::NoBlob`], [`Error::DamagedBlob`] or [`Error::Io`].
 pub fn read_blob(folder: &Path, digest: &Digest) -> Result<Vec<u8>> {
     let path = blob_path(folder, digest);
     let bytes = match fs::read(&path) {

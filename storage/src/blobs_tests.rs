@@ -1,4 +1,4 @@
-//! What the blobs promise.
+//! Tests of blobs: durability, damage, a full disk.
 
 use crate::testing::TestDisk;
 use crate::{BlobStore, Digest, Error};
@@ -14,7 +14,7 @@ fn store() -> (tempfile::TempDir, TestDisk, BlobStore<TestDisk>) {
 }
 
 #[test]
-fn equal_bytes_are_written_once_and_the_folder_is_synced_once_for_many() {
+fn equal_bytes_are_written_once_and_many_blobs_need_one_sync() {
     let (_temp, disk, store) = store();
     let first = store.put(b"one").unwrap();
     assert_eq!(store.put(b"one").unwrap(), first);
@@ -29,7 +29,7 @@ fn equal_bytes_are_written_once_and_the_folder_is_synced_once_for_many() {
 }
 
 #[test]
-fn a_blob_cut_short_is_named_and_written_anew() {
+fn a_truncated_blob_is_named_and_rewritten() {
     let (_temp, _disk, store) = store();
     let digest = store.put(b"some weights").unwrap();
     fs::File::options().write(true).open(store.path(&digest)).unwrap().set_len(4).unwrap();
@@ -41,7 +41,7 @@ fn a_blob_cut_short_is_named_and_written_anew() {
 }
 
 #[test]
-fn a_blob_of_the_right_size_that_was_found_damaged_is_written_anew() {
+fn a_damaged_blob_of_the_right_size_is_rewritten() {
     let (_temp, _disk, store) = store();
     let digest = store.put(b"some weights").unwrap();
     fs::write(store.path(&digest), b"SOME WEIGHTS").unwrap();
@@ -59,7 +59,7 @@ fn a_missing_blob_is_named() {
 }
 
 #[test]
-fn a_full_disk_is_said_and_leaves_nothing_half_written() {
+fn a_full_disk_is_reported_and_leaves_no_partial_file() {
     let (_temp, disk, store) = store();
     let before = store.put(b"before").unwrap();
     disk.fill();
@@ -73,7 +73,7 @@ fn a_full_disk_is_said_and_leaves_nothing_half_written() {
 }
 
 #[test]
-fn what_a_dead_writer_left_goes_at_the_next_opening() {
+fn opening_removes_the_temporary_files_of_a_crashed_writer() {
     let (_temp, disk, store) = store();
     let kept = store.put(b"kept").unwrap();
     let folder = store.folder().to_owned();
@@ -85,20 +85,20 @@ fn what_a_dead_writer_left_goes_at_the_next_opening() {
 }
 
 #[test]
-fn only_what_nothing_refers_to_is_removed() {
+fn only_unreferenced_blobs_are_removed() {
     let (_temp, _disk, store) = store();
     let kept = store.put(b"kept").unwrap();
-    let gone = store.put(b"gone!").unwrap();
+    let unreferenced = store.put(b"other").unwrap();
     let report = store.remove_unreferenced(&HashSet::from([kept])).unwrap();
     assert_eq!((report.removed, report.removed_bytes, report.kept), (1, 5, 1));
     assert_eq!(store.get(&kept).unwrap(), b"kept");
-    assert!(matches!(store.get(&gone).unwrap_err(), Error::NoBlob { .. }));
+    assert!(matches!(store.get(&unreferenced).unwrap_err(), Error::NoBlob { .. }));
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
     #[test]
-    fn any_flipped_byte_of_a_blob_is_found(
+    fn any_flipped_byte_of_a_blob_is_detected(
         bytes in proptest::collection::vec(any::<u8>(), 1..2000),
         at in any::<prop::sample::Index>(),
         flip in 1..=255_u8,

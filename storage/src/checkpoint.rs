@@ -1,49 +1,25 @@
-//! The catalogue: which checkpoints there are. One is there once its entry is flushed, after all its blobs are.
+//! The checkpoints of a run. A checkpoint exists once its catalogue entry is durable; its blobs are durable
+//! before.
 //!
-//! Each entry has a manifest beside it, written after the entry and removed before it. So a manifest without an entry
-//! means that the database has lost it, and opening puts it back; an entry without a manifest means that a process
-//! died between the two, and opening writes it.
-//!
-//! An entry holds as many shards as one record takes, and the others are in pages of a tree of their own: written before the entry,
-//! removed after it.
+//! Each entry has a manifest, written after the entry and removed before it. A manifest without an entry
+//! therefore means that the database has lost the entry, and opening restores it. An entry without a manifest
+//! means a crash in between, and opening writes the manifest.
 
 use crate::blobs::{BlobStore, RemovedReport};
+use crate::catalogue::Catalogue;
 use crate::digest::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
-use crate::journal::{Store, step_of};
+use crate::journal::Store;
 use crate::layout::RunDir;
-use crate::manifest::{self, BlobRef, CheckpointDigest, CheckpointRecord};
+use crate::manifest::{self, CheckpointDigest, CheckpointRecord};
 use crate::pending::Pending;
-use crate::record::{self, Place};
-use serde::{Deserialize, Serialize};
+use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use volary_core::{Epoch, ShardId, Step};
 
-const CATALOGUE: &str = "catalogue";
-const PAGES: &str = "catalogue_pages";
-/// Shards in one record: each is some forty bytes, and a record holds 120 KiB.
-const SHARDS_PER_RECORD: usize = 2_000;
-
-/// A checkpoint's entry in the catalogue.
-#[derive(Serialize, Deserialize)]
-struct Entry {
-    /// The checkpoint with the first of its shards.
-    record: CheckpointRecord,
-    /// Pages with the others.
-    pages: u32,
-}
-
-/// Where a page of a checkpoint's entry lies.
-fn page_key(step: Step, page: u32) -> [u8; 12] {
-    let mut key = [0; 12];
-    key[..8].copy_from_slice(&step.0.to_be_bytes());
-    key[8..].copy_from_slice(&page.to_be_bytes());
-    key
-}
-
-/// The run's checkpoints; clones share them.
+/// The run's checkpoints. Clones are handles of the same catalogue.
 #[derive(Debug)]
 pub struct Checkpoints<D: Disk = RealDisk> {
     inner: Arc<Inner<D>>,
@@ -52,11 +28,11 @@ pub struct Checkpoints<D: Disk = RealDisk> {
 #[derive(Debug)]
 struct Inner<D: Disk> {
     dir: RunDir,
-    store: Store,
+    catalogue: Catalogue,
     blobs: BlobStore<D>,
-    /// Blobs of checkpoints that are being written, and by how many: retention leaves them alone.
+    /// Blobs of checkpoints in progress, with reference counts: retention does not remove them.
     pinned: Mutex<HashMap<Digest, usize>>,
-    /// Held while an entry and its manifest come or go together.
+    /// Held while an entry and its manifest are written or removed.
     changing: Mutex<()>,
 }
 
@@ -67,20 +43,28 @@ impl<D: Disk> Clone for Checkpoints<D> {
 }
 
 impl<D: Disk> Checkpoints<D> {
-    /// Opens the catalogue and brings the manifests and it to agree.
+    /// Opens the catalogue and reconciles it with the manifests.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Database`] when a read or write fails.
     pub fn open(dir: &RunDir, store: Store, blobs: BlobStore<D>) -> Result<Self> {
-        let inner =
-            Inner { dir: dir.clone(), store, blobs, pinned: Mutex::default(), changing: Mutex::default() };
+        let inner = Inner {
+            dir: dir.clone(),
+            catalogue: Catalogue::new(store),
+            blobs,
+            pinned: Mutex::default(),
+            changing: Mutex::default(),
+        };
         let checkpoints = Self { inner: Arc::new(inner) };
         for step in checkpoints.rebuild_catalogue()? {
-            tracing::warn!(%step, "the database had lost a checkpoint; put back from its manifest");
+            tracing::warn!(%step, "restored a checkpoint from its manifest; the database had lost it");
         }
         checkpoints.write_missing_manifests()?;
-        checkpoints.remove_pages(None)?;
+        checkpoints.inner.catalogue.remove_pages(None)?;
         Ok(checkpoints)
     }
 
-    /// Starts a checkpoint that will hold exactly these shards.
+    /// Begins a checkpoint of exactly these shards.
     pub fn begin(
         &self,
         step: Step,
@@ -92,52 +76,74 @@ impl<D: Disk> Checkpoints<D> {
     }
 
     /// The newest checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn latest(&self) -> Result<Option<CheckpointRecord>> {
         self.steps()?.last().map(|step| self.at(*step)).transpose()
     }
 
-    /// The newest checkpoint of which every byte is as it was written; newer ones that are not are warned about.
+    /// The newest intact checkpoint, by its bytes. It logs a warning for each newer, damaged one.
+    ///
+    /// # Errors
+    /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn latest_intact(&self) -> Result<Option<CheckpointRecord>> {
         for step in self.steps()?.into_iter().rev() {
             match self.verify(step) {
                 Ok(()) => return self.at(step).map(Some),
-                Err(error) => tracing::warn!(%step, %error, "a checkpoint is damaged; trying the one before"),
+                Err(error) => tracing::warn!(%step, %error, "checkpoint is damaged; trying the previous one"),
             }
         }
         Ok(None)
     }
 
     /// The checkpoint at a step.
+    ///
+    /// # Errors
+    /// [`Error::NoCheckpoint`], [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn at(&self, step: Step) -> Result<CheckpointRecord> {
-        self.find(step)?.ok_or(Error::NoCheckpoint { step })
+        self.inner.catalogue.find(step)?.ok_or(Error::NoCheckpoint { step })
     }
 
-    /// The steps that have a checkpoint, in order.
+    /// The steps with a checkpoint, ascending.
+    ///
+    /// # Errors
+    /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn steps(&self) -> Result<Vec<Step>> {
-        let key = |key: sled::Result<sled::IVec>| {
-            step_of(CATALOGUE, &key.map_err(|e| self.inner.store.failed("read the catalogue", e))?)
-        };
-        self.inner.store.catalogue.iter().keys().map(key).collect()
+        self.inner.catalogue.steps()
     }
 
-    /// A shard's bytes, checked.
+    /// A shard's bytes, verified.
+    ///
+    /// # Errors
+    /// [`Error::NoCheckpoint`], [`Error::NoShard`], [`Error::NoBlob`], [`Error::DamagedBlob`], or a failed
+    /// read.
     pub fn read(&self, step: Step, shard: ShardId) -> Result<Vec<u8>> {
         self.at(step)?.read(|digest| self.inner.blobs.get(digest), shard)
     }
 
-    /// Reads every byte of a checkpoint and says whether all are as they were written.
+    /// Verifies all bytes of a checkpoint.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::read`], for the first damaged shard.
     pub fn verify(&self, step: Step) -> Result<()> {
         self.digest(step).map(drop)
     }
 
-    /// The digest of a checkpoint's weights, from its bytes.
+    /// The digest of a checkpoint's weights, computed from its bytes.
+    ///
+    /// # Errors
+    /// As [`Checkpoints::read`], for the first damaged shard.
     pub fn digest(&self, step: Step) -> Result<CheckpointDigest> {
         self.at(step)?.digest(|digest| self.inner.blobs.get(digest))
     }
 
-    /// Keeps the newest `keep` checkpoints, removes the others, and then every blob that nothing refers to.
+    /// Removes all but the newest `keep` checkpoints, and all unreferenced blobs.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn retain(&self, keep: usize) -> Result<RemovedReport> {
-        let _changing = self.changing();
+        let _changing = self.inner.changing.lock();
         let steps = self.steps()?;
         for step in &steps[..steps.len().saturating_sub(keep)] {
             self.remove(*step)?;
@@ -145,9 +151,12 @@ impl<D: Disk> Checkpoints<D> {
         self.remove_unreferenced()
     }
 
-    /// Removes every checkpoint after `step`, newest first, for a run that goes back to it; how many there were.
+    /// Removes all checkpoints after `step`, newest first, for a rollback to it; returns their number.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn truncate_after(&self, step: Step) -> Result<usize> {
-        let _changing = self.changing();
+        let _changing = self.inner.changing.lock();
         let newer: Vec<Step> = self.steps()?.into_iter().filter(|s| *s > step).collect();
         for step in newer.iter().rev() {
             self.remove(*step)?;
@@ -155,20 +164,24 @@ impl<D: Disk> Checkpoints<D> {
         Ok(newer.len())
     }
 
-    /// Puts back every entry that has a manifest and intact blobs but is not in the catalogue; which steps those are.
+    /// Restores all catalogue entries that are lost but have a manifest and intact blobs; returns their
+    /// steps.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Database`] or [`Error::Unstorable`].
     pub fn rebuild_catalogue(&self) -> Result<Vec<Step>> {
         let mut rebuilt = Vec::new();
         for step in manifest::steps(&self.inner.dir)? {
-            if self.is_catalogued(step)? {
+            if self.inner.catalogue.contains(step)? {
                 continue;
             }
             match self.intact_manifest(step) {
                 Ok(Some(record)) => {
-                    self.catalogue(&record)?;
+                    self.inner.catalogue.insert(&record)?;
                     rebuilt.push(step);
                 }
                 Ok(None) => {}
-                Err(error) => tracing::warn!(%step, %error, "a checkpoint cannot be put back"),
+                Err(error) => tracing::warn!(%step, %error, "cannot restore a checkpoint"),
             }
         }
         Ok(rebuilt)
@@ -179,14 +192,14 @@ impl<D: Disk> Checkpoints<D> {
         &self.inner.blobs
     }
 
-    /// Keeps a blob from retention until [`Checkpoints::unpin`]; to be called before it is written.
+    /// Protects a blob from retention until [`Checkpoints::unpin`]. Call it before the blob is written.
     pub(crate) fn pin(&self, digest: Digest) {
-        *self.pinned().entry(digest).or_default() += 1;
+        *self.inner.pinned.lock().entry(digest).or_default() += 1;
     }
 
-    /// Takes one [`Checkpoints::pin`] back.
+    /// Reverts one [`Checkpoints::pin`].
     pub(crate) fn unpin(&self, digest: &Digest) {
-        let mut pinned = self.pinned();
+        let mut pinned = self.inner.pinned.lock();
         if let Some(count) = pinned.get_mut(digest) {
             *count -= 1;
             if *count == 0 {
@@ -195,76 +208,18 @@ impl<D: Disk> Checkpoints<D> {
         }
     }
 
-    /// Makes a checkpoint exist: its blobs are durable when this is called. What is catalogued when it returns is the
-    /// given record, or the one with the same content that was there before.
+    /// Publishes a checkpoint whose blobs are durable. Returns the catalogued record: the given one, or an
+    /// earlier one with the same content.
     pub(crate) fn publish(&self, record: CheckpointRecord) -> Result<CheckpointRecord> {
-        let _changing = self.changing();
-        let record = match self.find(record.step)? {
-            Some(there) if there.same_content(&record) => there,
+        let _changing = self.inner.changing.lock();
+        let record = match self.inner.catalogue.find(record.step)? {
+            Some(existing) if existing.same_content(&record) => existing,
             Some(_) => return Err(Error::AlreadyCheckpointed { step: record.step }),
             None => record,
         };
-        self.catalogue(&record)?;
+        self.inner.catalogue.insert(&record)?;
         manifest::write(self.inner.blobs.disk(), &self.inner.dir, &record)?;
         Ok(record)
-    }
-
-    fn catalogue(&self, record: &CheckpointRecord) -> Result<()> {
-        let Inner { store, .. } = &*self.inner;
-        let failed = |e| store.failed("catalogue a checkpoint", e);
-        let shards: Vec<(ShardId, BlobRef)> = record.shards.iter().map(|(&s, &b)| (s, b)).collect();
-        let (first, others) = shards.split_at(shards.len().min(SHARDS_PER_RECORD));
-        let mut pages = 0;
-        for page in others.chunks(SHARDS_PER_RECORD) {
-            let key = page_key(record.step, pages);
-            let bytes = record::seal(Place { tree: PAGES, key: &key }, &page)?;
-            store.catalogue_pages.insert(key, bytes).map_err(failed)?;
-            pages += 1;
-        }
-        let head = CheckpointRecord { shards: first.iter().copied().collect(), ..record.clone() };
-        let key = record.step.0.to_be_bytes();
-        let bytes = record::seal(Place { tree: CATALOGUE, key: &key }, &Entry { record: head, pages })?;
-        store.catalogue.insert(key, bytes).map_err(failed)?;
-        store.make_durable()
-    }
-
-    fn find(&self, step: Step) -> Result<Option<CheckpointRecord>> {
-        let Inner { store, .. } = &*self.inner;
-        let entry: Option<Entry> = store.read(&store.catalogue, CATALOGUE, &step.0.to_be_bytes())?;
-        let Some(Entry { mut record, pages }) = entry else { return Ok(None) };
-        for page in 0..pages {
-            let shards: Option<Vec<(ShardId, BlobRef)>> =
-                store.read(&store.catalogue_pages, PAGES, &page_key(step, page))?;
-            let missing = || Error::DamagedRecord {
-                tree: PAGES,
-                key: format!("step {step}"),
-                reason: format!("page {page} of {pages} is missing"),
-            };
-            record.shards.extend(shards.ok_or_else(missing)?);
-        }
-        Ok(Some(record))
-    }
-
-    /// Removes a step's pages, or with `None` those of every step that is not catalogued.
-    fn remove_pages(&self, step: Option<Step>) -> Result<()> {
-        let Inner { store, .. } = &*self.inner;
-        let failed = |e| store.failed("forget a page of the catalogue", e);
-        let all = match step {
-            Some(step) => store.catalogue_pages.scan_prefix(step.0.to_be_bytes()),
-            None => store.catalogue_pages.iter(),
-        };
-        for key in all.keys() {
-            let key = key.map_err(failed)?;
-            if step.is_some() || !self.is_catalogued(step_of(PAGES, key.get(..8).unwrap_or_default())?)? {
-                store.catalogue_pages.remove(key).map_err(failed)?;
-            }
-        }
-        Ok(())
-    }
-
-    fn is_catalogued(&self, step: Step) -> Result<bool> {
-        let Inner { store, .. } = &*self.inner;
-        store.catalogue.contains_key(step.0.to_be_bytes()).map_err(|e| store.failed("read the catalogue", e))
     }
 
     fn intact_manifest(&self, step: Step) -> Result<Option<CheckpointRecord>> {
@@ -281,25 +236,23 @@ impl<D: Disk> Checkpoints<D> {
             }
             match self.at(step) {
                 Ok(record) => manifest::write(blobs.disk(), dir, &record)?,
-                // Reading that checkpoint will say so again; the others are as good as ever.
-                Err(error) => tracing::warn!(%step, %error, "a checkpoint's entry is damaged"),
+                // Reads of this checkpoint will fail; the others are not affected.
+                Err(error) => tracing::warn!(%step, %error, "the catalogue entry of a checkpoint is damaged"),
             }
         }
         Ok(())
     }
 
-    /// The manifest goes first: should the process die in between, opening finds an entry whose blobs are all there.
+    /// The manifest is removed first: after a crash in between, opening finds an entry with all its blobs.
     fn remove(&self, step: Step) -> Result<()> {
-        let Inner { dir, store, blobs, .. } = &*self.inner;
+        let Inner { dir, catalogue, blobs, .. } = &*self.inner;
         manifest::remove(blobs.disk(), dir, step)?;
-        store.catalogue.remove(step.0.to_be_bytes()).map_err(|e| store.failed("forget a checkpoint", e))?;
-        self.remove_pages(Some(step))?;
-        store.make_durable()
+        catalogue.remove(step)
     }
 
     fn remove_unreferenced(&self) -> Result<RemovedReport> {
-        // Held to the end: a blob that is put meanwhile is either pinned already or finds its file gone and writes it.
-        let pinned = self.pinned();
+        // Held to the end: a concurrent write of a blob either has pinned it, or rewrites the removed file.
+        let pinned = self.inner.pinned.lock();
         let mut referenced: HashSet<Digest> = pinned.keys().copied().collect();
         for step in self.steps()? {
             referenced.extend(self.at(step)?.shards.values().map(|blob| blob.digest));
@@ -307,13 +260,5 @@ impl<D: Disk> Checkpoints<D> {
         let removed = self.inner.blobs.remove_unreferenced(&referenced);
         drop(pinned);
         removed
-    }
-
-    fn pinned(&self) -> MutexGuard<'_, HashMap<Digest, usize>> {
-        self.inner.pinned.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn changing(&self) -> MutexGuard<'_, ()> {
-        self.inner.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

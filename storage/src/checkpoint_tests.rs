@@ -1,47 +1,47 @@
-//! What the checkpoints promise.
+//! Tests of checkpoints: atomicity, restoration, retention, readers.
 
 use crate::testing::{TestDisk, TestRun, bytes_of, config, shards, write, write_in_order};
 use crate::{CheckpointReader, Checkpoints, Error};
 use std::fs;
-use volary_core::{ShardId, Step};
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
 
-fn forget(checkpoints: &Checkpoints<TestDisk>, run: &TestRun, steps: &[Step]) {
-    // As if sled had lost the end of its log: entries go, manifests stay.
+fn lose_entries(checkpoints: &Checkpoints<TestDisk>, run: &TestRun, steps: &[Step]) {
+    // As if sled had lost the end of its log: the entries are lost, the manifests stay.
     let kept: Vec<_> =
         steps.iter().map(|s| (run.dir.manifest(*s), fs::read(run.dir.manifest(*s)).unwrap())).collect();
-    checkpoints.truncate_after(steps[0] - 1).unwrap();
+    checkpoints.truncate_after(steps[0].previous()).unwrap();
     for (path, text) in kept {
         fs::write(path, text).unwrap();
     }
 }
 
 #[test]
-fn a_checkpoint_is_there_once_it_is_complete_and_not_before() {
+fn a_checkpoint_exists_only_once_it_is_complete() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    let pending = checkpoints.begin(8, 3, config(), shards());
+    let pending = checkpoints.begin(Step(8), Epoch(3), config(), shards());
     for shard in shards().into_iter().skip(1) {
-        pending.add(shard, &bytes_of(shard, 8)).unwrap();
+        pending.add(shard, &bytes_of(shard, Step(8))).unwrap();
     }
     assert_eq!(pending.missing(), [ShardId::Embedding]);
     assert_eq!(checkpoints.latest().unwrap(), None);
-    assert!(matches!(pending.complete().unwrap_err(), Error::Incomplete { step: 8, .. }));
-    write(&checkpoints, 8);
+    assert!(matches!(pending.complete().unwrap_err(), Error::Incomplete { step: Step(8), .. }));
+    write(&checkpoints, Step(8));
     drop(checkpoints);
     let checkpoints = run.checkpoints();
-    assert_eq!(checkpoints.latest().unwrap().unwrap().step, 8);
+    assert_eq!(checkpoints.latest().unwrap().unwrap().step, Step(8));
     for shard in shards() {
-        assert_eq!(checkpoints.read(8, shard).unwrap(), bytes_of(shard, 8));
+        assert_eq!(checkpoints.read(Step(8), shard).unwrap(), bytes_of(shard, Step(8)));
     }
-    assert!(matches!(checkpoints.at(9).unwrap_err(), Error::NoCheckpoint { step: 9 }));
+    assert!(matches!(checkpoints.at(Step(9)).unwrap_err(), Error::NoCheckpoint { step: Step(9) }));
 }
 
 #[test]
 fn blobs_are_durable_before_the_manifest_is_written() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    write(&checkpoints, 42);
-    let log = run.disk.log.lock().unwrap();
+    write(&checkpoints, Step(42));
+    let log = run.disk.log.lock();
     let at = |line: &str| log.iter().position(|l| l == line).unwrap();
     let last_blob = log.iter().rposition(|l| l.starts_with("write tmp-")).unwrap();
     assert!(last_blob < at("sync blobs") && at("sync blobs") < at("write step-00000042.tmp"), "{log:?}");
@@ -49,113 +49,116 @@ fn blobs_are_durable_before_the_manifest_is_written() {
 }
 
 #[test]
-fn shards_that_differ_or_do_not_belong_are_refused() {
+fn different_and_unexpected_shards_are_refused() {
     let run = TestRun::new();
-    let pending = run.checkpoints().begin(1, 1, config(), [ShardId::Embedding]);
+    let pending = run.checkpoints().begin(Step(1), Epoch(1), config(), [ShardId::Embedding]);
     pending.add(ShardId::Embedding, b"weights").unwrap();
     pending.add(ShardId::Embedding, b"weights").unwrap();
     assert!(matches!(pending.add(ShardId::Embedding, b"other").unwrap_err(), Error::ShardDiffers { .. }));
-    assert!(matches!(pending.add(ShardId::Dense { layer: 9 }, b"x").unwrap_err(), Error::NoShard { .. }));
+    assert!(matches!(
+        pending.add(ShardId::Dense { layer: LayerId(9) }, b"x").unwrap_err(),
+        Error::NoShard { .. }
+    ));
     pending.complete().unwrap();
 }
 
 #[test]
-fn the_same_checkpoint_again_is_welcome_and_another_is_not() {
+fn the_same_checkpoint_may_be_repeated_but_not_a_different_one() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    write(&checkpoints, 5);
-    let first = checkpoints.at(5).unwrap();
-    write(&checkpoints, 5);
-    assert_eq!(checkpoints.at(5).unwrap(), first);
-    let pending = checkpoints.begin(5, 1, config(), [ShardId::Embedding]);
+    write(&checkpoints, Step(5));
+    let first = checkpoints.at(Step(5)).unwrap();
+    write(&checkpoints, Step(5));
+    assert_eq!(checkpoints.at(Step(5)).unwrap(), first);
+    let pending = checkpoints.begin(Step(5), Epoch(1), config(), [ShardId::Embedding]);
     pending.add(ShardId::Embedding, b"other").unwrap();
-    assert!(matches!(pending.complete().unwrap_err(), Error::AlreadyCheckpointed { step: 5 }));
-    assert_eq!(checkpoints.truncate_after(4).unwrap(), 1);
+    assert!(matches!(pending.complete().unwrap_err(), Error::AlreadyCheckpointed { step: Step(5) }));
+    assert_eq!(checkpoints.truncate_after(Step(4)).unwrap(), 1);
     assert!(CheckpointReader::open(&run.dir).unwrap().steps().unwrap().is_empty());
 }
 
 #[test]
-fn a_torn_blob_is_named_and_the_other_checkpoint_is_unhurt() {
+fn a_truncated_blob_is_named_and_other_checkpoints_are_intact() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    write(&checkpoints, 1);
-    write(&checkpoints, 2);
-    let torn = ShardId::Expert { layer: 1, expert: 3 };
-    let path = run.dir.blobs().join(checkpoints.at(2).unwrap().shards[&torn].digest.to_string());
+    write(&checkpoints, Step(1));
+    write(&checkpoints, Step(2));
+    let torn = ShardId::Expert { layer: LayerId(1), expert: ExpertId(3) };
+    let path = run.dir.blobs().join(checkpoints.at(Step(2)).unwrap().shards[&torn].digest.to_string());
     fs::File::options().write(true).open(&path).unwrap().set_len(7).unwrap();
-    let error = checkpoints.verify(2).unwrap_err();
+    let error = checkpoints.verify(Step(2)).unwrap_err();
     assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
-    assert!(checkpoints.read(2, torn).is_err());
-    checkpoints.read(2, ShardId::Embedding).unwrap();
-    checkpoints.verify(1).unwrap();
-    assert_eq!(checkpoints.latest_intact().unwrap().unwrap().step, 1);
-    // The run goes back, computes the same weights again, and the checkpoint is whole again.
-    write(&checkpoints, 2);
-    checkpoints.verify(2).unwrap();
+    assert!(checkpoints.read(Step(2), torn).is_err());
+    checkpoints.read(Step(2), ShardId::Embedding).unwrap();
+    checkpoints.verify(Step(1)).unwrap();
+    assert_eq!(checkpoints.latest_intact().unwrap().unwrap().step, Step(1));
+    // The run rolls back and recomputes the same weights; the checkpoint is then intact.
+    write(&checkpoints, Step(2));
+    checkpoints.verify(Step(2)).unwrap();
 }
 
 #[test]
-fn a_full_disk_names_the_shard_and_hurts_nothing_that_was_there() {
+fn a_full_disk_names_the_shard_and_damages_no_checkpoint() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    write(&checkpoints, 1);
-    let pending = checkpoints.begin(2, 1, config(), shards());
-    let shard = ShardId::Dense { layer: 0 };
+    write(&checkpoints, Step(1));
+    let pending = checkpoints.begin(Step(2), Epoch(1), config(), shards());
+    let shard = ShardId::Dense { layer: LayerId(0) };
     run.disk.fill();
-    let error = pending.add(shard, &bytes_of(shard, 2)).unwrap_err().to_string();
+    let error = pending.add(shard, &bytes_of(shard, Step(2))).unwrap_err().to_string();
     assert!(
         error.starts_with("no space left on device while writing shard layer.0.dense of step 2"),
         "{error}"
     );
     let left = fs::read_dir(run.dir.blobs()).unwrap().count();
     assert_eq!(left, shards().len());
-    checkpoints.verify(1).unwrap();
+    checkpoints.verify(Step(1)).unwrap();
     run.disk.free();
     for shard in shards() {
-        pending.add(shard, &bytes_of(shard, 2)).unwrap();
+        pending.add(shard, &bytes_of(shard, Step(2))).unwrap();
     }
     run.disk.fill();
     let error = pending.complete().unwrap_err().to_string();
     assert!(error.contains("the manifest of the checkpoint at step 2"), "{error}");
     run.disk.free();
     drop(checkpoints);
-    // Catalogued, so it exists; opening writes the manifest that did not fit.
-    run.checkpoints().verify(2).unwrap();
-    CheckpointReader::open(&run.dir).unwrap().verify(2).unwrap();
+    // It has an entry, so it exists; opening writes the missing manifest.
+    run.checkpoints().verify(Step(2)).unwrap();
+    CheckpointReader::open(&run.dir).unwrap().verify(Step(2)).unwrap();
 }
 
 #[test]
 fn the_digest_depends_on_the_weights_alone() {
     let (a, b) = (TestRun::new(), TestRun::new());
     let (first, second) = (a.checkpoints(), b.checkpoints());
-    write(&first, 3);
-    write_in_order(&second, 3, shards().into_iter().rev()).unwrap();
-    let digest = first.digest(3).unwrap();
-    assert_eq!(digest, second.digest(3).unwrap());
+    write(&first, Step(3));
+    write_in_order(&second, Step(3), shards().into_iter().rev()).unwrap();
+    let digest = first.digest(Step(3)).unwrap();
+    assert_eq!(digest, second.digest(Step(3)).unwrap());
     assert_eq!(digest.shards.len(), shards().len());
     let names: Vec<String> = digest.shards.iter().map(|(shard, _)| shard.to_string()).collect();
     assert!(names.is_sorted());
-    write(&first, 4);
-    assert_ne!(digest.whole, first.digest(4).unwrap().whole);
+    write(&first, Step(4));
+    assert_ne!(digest.whole, first.digest(Step(4)).unwrap().whole);
 }
 
 #[test]
-fn retention_removes_only_what_nothing_refers_to() {
+fn retention_removes_only_unreferenced_blobs() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    for step in 1..=4 {
+    for step in (1..=4).map(Step) {
         write(&checkpoints, step);
     }
-    let pending = checkpoints.begin(5, 1, config(), shards());
-    let router = ShardId::Router { layer: 1 };
-    pending.add(router, &bytes_of(router, 5)).unwrap();
+    let pending = checkpoints.begin(Step(5), Epoch(1), config(), shards());
+    let router = ShardId::Router { layer: LayerId(1) };
+    pending.add(router, &bytes_of(router, Step(5))).unwrap();
     let each = shards().len() as u64 - 1;
     let report = checkpoints.retain(2).unwrap();
-    // The embedding is shared by all, and the pending checkpoint's blob is kept for it.
+    // All checkpoints share the embedding, and the blob of the pending checkpoint stays.
     assert_eq!((report.removed, report.kept), (2 * each, 2 * each + 2));
-    assert_eq!(checkpoints.steps().unwrap(), [3, 4]);
-    assert_eq!(CheckpointReader::open(&run.dir).unwrap().steps().unwrap(), [3, 4]);
-    for step in [3, 4] {
+    assert_eq!(checkpoints.steps().unwrap(), [Step(3), Step(4)]);
+    assert_eq!(CheckpointReader::open(&run.dir).unwrap().steps().unwrap(), [Step(3), Step(4)]);
+    for step in [3, 4].map(Step) {
         checkpoints.verify(step).unwrap();
     }
     drop(pending);
@@ -163,67 +166,67 @@ fn retention_removes_only_what_nothing_refers_to() {
 }
 
 #[test]
-fn lost_entries_are_put_back_from_their_manifests_if_the_blobs_are_intact() {
+fn lost_entries_are_restored_from_manifests_with_intact_blobs() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    for step in 1..=4 {
+    for step in (1..=4).map(Step) {
         write(&checkpoints, step);
     }
-    let torn = checkpoints.at(3).unwrap().shards[&ShardId::Dense { layer: 0 }].digest;
-    forget(&checkpoints, &run, &[2, 3, 4]);
+    let torn = checkpoints.at(Step(3)).unwrap().shards[&ShardId::Dense { layer: LayerId(0) }].digest;
+    lose_entries(&checkpoints, &run, &[Step(2), Step(3), Step(4)]);
     fs::write(run.dir.blobs().join(torn.to_string()), b"torn").unwrap();
-    assert_eq!(checkpoints.steps().unwrap(), [1]);
+    assert_eq!(checkpoints.steps().unwrap(), [Step(1)]);
     drop(checkpoints);
     let checkpoints = run.checkpoints();
-    assert_eq!(checkpoints.steps().unwrap(), [1, 2, 4]);
-    checkpoints.verify(4).unwrap();
+    assert_eq!(checkpoints.steps().unwrap(), [Step(1), Step(2), Step(4)]);
+    checkpoints.verify(Step(4)).unwrap();
     assert!(checkpoints.rebuild_catalogue().unwrap().is_empty());
 }
 
 #[test]
-fn a_reader_sees_what_the_holder_of_the_database_writes() {
+fn a_reader_sees_the_checkpoints_of_the_writer() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
     let reader = CheckpointReader::open(&run.dir).unwrap();
     assert_eq!(reader.latest().unwrap(), None);
-    write(&checkpoints, 41);
-    write(&checkpoints, 42);
-    assert_eq!(reader.latest().unwrap(), Some(checkpoints.at(42).unwrap()));
-    assert_eq!(reader.digest(41).unwrap(), checkpoints.digest(41).unwrap());
-    assert_eq!(reader.read(42, ShardId::Embedding).unwrap(), bytes_of(ShardId::Embedding, 42));
+    write(&checkpoints, Step(41));
+    write(&checkpoints, Step(42));
+    assert_eq!(reader.latest().unwrap(), Some(checkpoints.at(Step(42)).unwrap()));
+    assert_eq!(reader.digest(Step(41)).unwrap(), checkpoints.digest(Step(41)).unwrap());
+    assert_eq!(reader.read(Step(42), ShardId::Embedding).unwrap(), bytes_of(ShardId::Embedding, Step(42)));
 }
 
 #[test]
-fn any_changed_byte_of_a_manifest_is_found_and_the_reader_goes_one_back() {
+fn any_changed_byte_of_a_manifest_is_detected_and_the_reader_falls_back() {
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    write(&checkpoints, 1);
-    write(&checkpoints, 2);
+    write(&checkpoints, Step(1));
+    write(&checkpoints, Step(2));
     let reader = CheckpointReader::open(&run.dir).unwrap();
-    let (path, whole) = (run.dir.manifest(2), checkpoints.at(2).unwrap());
+    let (path, whole) = (run.dir.manifest(Step(2)), checkpoints.at(Step(2)).unwrap());
     let text = fs::read(&path).unwrap();
     for at in (0..text.len()).step_by(13) {
         let mut changed = text.clone();
         changed[at] ^= 1;
         fs::write(&path, &changed).unwrap();
-        // Between two tokens a blank may become something that JSON skips as well; the content is the same then.
-        assert!(reader.at(2).map_or(true, |record| record == whole), "byte {at} of {}", path.display());
+        // A changed blank may still be whitespace in JSON; then the content is the same.
+        assert!(reader.at(Step(2)).map_or(true, |record| record == whole), "byte {at} of {}", path.display());
     }
     fs::write(&path, &text[..text.len() / 2]).unwrap();
-    assert!(reader.at(2).unwrap_err().to_string().contains("step-00000002.json"));
-    assert_eq!(reader.latest().unwrap().unwrap().step, 1);
+    assert!(reader.at(Step(2)).unwrap_err().to_string().contains("step-00000002.json"));
+    assert_eq!(reader.latest().unwrap().unwrap().step, Step(1));
     drop(checkpoints);
-    // The catalogue still knows, and opening writes the manifest anew.
+    // The catalogue has the entry, and opening rewrites the manifest.
     drop(run.checkpoints());
-    assert_eq!(reader.at(2).unwrap(), whole);
+    assert_eq!(reader.at(Step(2)).unwrap(), whole);
 }
 
 #[test]
-fn a_checkpoint_of_more_shards_than_a_record_takes_is_as_good_as_any() {
-    let many = (0..6_100u16).map(|n| ShardId::Expert { layer: n / 256, expert: n % 256 });
+fn a_checkpoint_may_have_more_shards_than_a_record() {
+    let many = (0..6_100u16).map(|n| ShardId::Expert { layer: LayerId(n / 256), expert: ExpertId(n % 256) });
     let run = TestRun::new();
     let checkpoints = run.checkpoints();
-    let pending = checkpoints.begin(4, 1, config(), many.clone());
+    let pending = checkpoints.begin(Step(4), Epoch(1), config(), many.clone());
     many.for_each(|shard| {
         assert_eq!(pending.add(shard, b"the same").unwrap(), crate::Digest::of(b"the same"))
     });
@@ -231,11 +234,11 @@ fn a_checkpoint_of_more_shards_than_a_record_takes_is_as_good_as_any() {
     assert_eq!(written.shards.len(), 6_100);
     drop(checkpoints);
     let checkpoints = run.checkpoints();
-    assert_eq!(checkpoints.at(4).unwrap(), written);
-    forget(&checkpoints, &run, &[4]);
+    assert_eq!(checkpoints.at(Step(4)).unwrap(), written);
+    lose_entries(&checkpoints, &run, &[Step(4)]);
     drop(checkpoints);
     let checkpoints = run.checkpoints();
-    assert_eq!(checkpoints.at(4).unwrap(), written, "put back from its manifest");
-    checkpoints.truncate_after(0).unwrap();
-    assert!(matches!(checkpoints.at(4).unwrap_err(), Error::NoCheckpoint { step: 4 }));
+    assert_eq!(checkpoints.at(Step(4)).unwrap(), written, "restored from its manifest");
+    checkpoints.truncate_after(Step(0)).unwrap();
+    assert!(matches!(checkpoints.at(Step(4)).unwrap_err(), Error::NoCheckpoint { step: Step(4) }));
 }

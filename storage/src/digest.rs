@@ -1,16 +1,16 @@
-//! A BLAKE3 digest: the name of a blob, and the proof of its content.
+//! BLAKE3 digests: the names of blobs, and proofs of their content.
 
 use crate::error::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 use std::str::FromStr;
 
-/// The BLAKE3 of some bytes; hexadecimal where people read it, 32 bytes where they do not.
+/// A BLAKE3 digest: hexadecimal in text formats, 32 bytes in binary ones.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Digest(pub [u8; 32]);
 
 impl Digest {
-    /// The digest of these bytes.
+    /// The digest of some bytes.
     #[must_use]
     pub fn of(bytes: &[u8]) -> Self {
         Self(*blake3::hash(bytes).as_bytes())
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_digest_is_refused_by_name() {
+    fn an_invalid_digest_is_named_in_the_error() {
         let error = "abc".parse::<Digest>().unwrap_err();
         assert!(error.to_string().contains("\"abc\""));
     }

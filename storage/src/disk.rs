@@ -1,21 +1,33 @@
-//! The few things that blobs and manifests ask of a file system, as a seam: a test puts a full or dying disk here.
+//! The file operations of blobs and manifests as a trait, so that tests can inject a full or crashing disk.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
-/// What a disk must do; each step lasts once it has returned, or did not happen, or is torn and reported.
+/// File operations. A successful one is complete; a failed one may be partial.
 pub trait Disk: Send + Sync + 'static {
-    /// Writes a new file, and returns once its content would survive a loss of power.
+    /// Writes a new file durably.
+    ///
+    /// # Errors
+    /// When a write or sync fails; part of the file may exist.
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
 
-    /// Gives a file its final name, in place of one that had it.
+    /// Renames a file, replacing an existing one.
+    ///
+    /// # Errors
+    /// When the operating system fails.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
-    /// Makes the names in a folder survive a loss of power.
+    /// Makes the names in a directory durable.
+    ///
+    /// # Errors
+    /// When the sync fails.
     fn sync_folder(&self, path: &Path) -> io::Result<()>;
 
     /// Removes a file.
+    ///
+    /// # Errors
+    /// When the operating system fails, or the file does not exist.
     fn remove(&self, path: &Path) -> io::Result<()>;
 }
 

@@ -1,62 +1,62 @@
-//! The one error of this crate: each variant says what was tried and where.
+//! The error of this crate: each variant names the operation and the place.
 
 use crate::digest::Digest;
 use std::io;
 use std::path::{Path, PathBuf};
 use volary_core::{ShardId, Step};
 
-/// What every function of this crate returns.
+/// The result of all functions of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong in a run directory.
+/// An error in a run directory.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An operation on a file failed.
     #[error("cannot {what} {}: {source}", path.display())]
     Io {
-        /// What was tried, as a verb: `read`, `rename`.
+        /// The operation, as a verb: `read`, `rename`.
         what: &'static str,
-        /// The file or folder.
+        /// The file or directory.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// The disk is full; what was catalogued before is unhurt.
+    /// The disk is full. Existing checkpoints are not affected.
     #[error("no space left on device while writing {what} to {}: free some space there or keep fewer checkpoints", path.display())]
     NoSpace {
-        /// What was being written: `shard layer.3.dense of step 42`.
+        /// The object: `shard layer.3.dense of step 42`.
         what: String,
-        /// Where it was going.
+        /// The destination.
         path: PathBuf,
     },
-    /// The run directory cannot be written.
-    #[error("the run directory {} cannot be written: {source}", path.display())]
+    /// The run directory is not writable.
+    #[error("the run directory {} is not writable: {source}", path.display())]
     NotWritable {
         /// The directory.
         path: PathBuf,
-        /// What the operating system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// There is no run here.
+    /// The directory is not a run directory.
     #[error("{} is not a run directory: it has no {missing}", path.display())]
     NotARun {
         /// The directory.
         path: PathBuf,
-        /// What a run directory would have.
+        /// The missing part of a run directory.
         missing: &'static str,
     },
-    /// Another supervisor runs here.
+    /// Another supervisor holds the run.
     #[error("{} is held by process {pid} at {address}: this run already has a supervisor", path.display())]
     Held {
-        /// The holder's process.
+        /// The holder's process identifier.
         pid: u32,
-        /// Where the holder listens.
+        /// The holder's listening address.
         address: String,
         /// The lock file.
         path: PathBuf,
     },
-    /// Another process holds the run and has not said who it is.
-    #[error("{} is held by a process that has not written its number there", path.display())]
+    /// Another process holds the run and has not written its identity.
+    #[error("{} is held by an unknown process: it has not written its identity there", path.display())]
     HeldUnnamed {
         /// The lock file.
         path: PathBuf,
@@ -64,137 +64,137 @@ pub enum Error {
     /// The database failed.
     #[error("cannot {what} in the database {}: {source}", path.display())]
     Database {
-        /// What was tried, as a verb.
+        /// The operation, as a verb.
         what: &'static str,
-        /// The database's folder.
+        /// The database's directory.
         path: PathBuf,
-        /// What sled said.
+        /// The error of sled.
         source: sled::Error,
     },
-    /// A record of the database does not carry what was written.
+    /// A record of the database is damaged.
     #[error("the record {key} of {tree} is damaged: {reason}")]
     DamagedRecord {
         /// The tree.
         tree: &'static str,
-        /// The key, readable.
+        /// The key in readable form.
         key: String,
-        /// What does not fit.
+        /// The reason.
         reason: String,
     },
-    /// A value could not be put into bytes, or is too big for the database.
+    /// A value cannot be encoded, or is too large for the database.
     #[error("cannot store {what}: {reason}")]
     Unstorable {
-        /// What was to be stored.
+        /// The value.
         what: String,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
-    /// A format that this version does not know.
-    #[error("{what} has format {found}, and this version reads {known}")]
+    /// A format of another version.
+    #[error("{what} has format {found}, this version reads {known}")]
     Format {
-        /// What carries the format.
+        /// The object with the format.
         what: String,
-        /// The format found.
+        /// Its format.
         found: u16,
-        /// The format that this version writes.
+        /// The format of this version.
         known: u16,
     },
-    /// A step is committed once.
-    #[error("step {step} is already committed with another content")]
+    /// The step is already committed with different content.
+    #[error("step {step} is already committed with different content")]
     AlreadyCommitted {
         /// The step.
         step: Step,
     },
-    /// A commit that would leave a hole, or go back.
+    /// The step does not follow the last committed one.
     #[error("step {step} cannot be committed: the journal ends at step {last}")]
     OutOfOrder {
-        /// The step given.
+        /// The step.
         step: Step,
-        /// The last one in the journal.
+        /// The last committed step.
         last: Step,
     },
-    /// The journal lacks steps between those that it holds.
-    #[error("the journal in {} has a hole: steps {first} to {last} are missing", path.display())]
-    Hole {
+    /// The journal has a gap.
+    #[error("the journal in {} has a gap: steps {first} to {last} are missing", path.display())]
+    Gap {
         /// The first missing step.
         first: Step,
         /// The last missing step.
         last: Step,
-        /// The database's folder.
+        /// The database's directory.
         path: PathBuf,
     },
     /// The run directory belongs to another run.
-    #[error("this run directory holds another run: its {field} is {kept}, not {given}")]
+    #[error("this run directory belongs to another run: its {field} is {stored}, not {given}")]
     OtherRun {
-        /// What differs.
+        /// The field that differs.
         field: &'static str,
-        /// As it was written.
-        kept: String,
-        /// As it is now.
+        /// The stored value.
+        stored: String,
+        /// The given value.
         given: String,
     },
-    /// Not a BLAKE3 in hexadecimal.
-    #[error("{text:?} is not a digest: 64 hexadecimal digits are")]
+    /// The text is not a digest.
+    #[error("{text:?} is not a digest: expected 64 hexadecimal digits")]
     BadDigest {
-        /// What was given.
+        /// The text.
         text: String,
     },
-    /// A blob is not there.
+    /// A blob is missing.
     #[error("the blob {} is missing", path.display())]
     NoBlob {
-        /// Where it should be.
+        /// Its path.
         path: PathBuf,
     },
-    /// A blob does not hold what its name says.
+    /// The content of a blob does not match its digest.
     #[error("the blob {} is damaged: its {bytes} bytes have the digest {found}", path.display())]
     DamagedBlob {
-        /// The file, named by the digest that it should have.
+        /// The file, named by its expected digest.
         path: PathBuf,
-        /// The digest that it has.
+        /// The digest of its content.
         found: Digest,
-        /// Its length.
+        /// Its size in bytes.
         bytes: u64,
     },
-    /// A manifest cannot be read.
+    /// A manifest is damaged.
     #[error("the checkpoint manifest {} is damaged: {reason}", path.display())]
     DamagedManifest {
         /// The manifest.
         path: PathBuf,
-        /// What does not fit.
+        /// The reason.
         reason: String,
     },
-    /// There is no checkpoint at this step.
+    /// There is no checkpoint at the step.
     #[error("there is no checkpoint at step {step}")]
     NoCheckpoint {
         /// The step.
         step: Step,
     },
-    /// A checkpoint does not hold this shard.
-    #[error("the checkpoint at step {step} holds no shard {shard}")]
+    /// The checkpoint does not contain the shard.
+    #[error("the checkpoint at step {step} does not contain shard {shard}")]
     NoShard {
         /// The step.
         step: Step,
         /// The shard.
         shard: ShardId,
     },
-    /// A checkpoint was to be completed without all its shards.
-    #[error("the checkpoint at step {step} lacks {} shards, first {:?}", missing.len(), missing.first())]
+    /// Shards of the checkpoint are missing.
+    #[error("{} shards of the checkpoint at step {step} are missing, first {:?}", missing.len(), missing.first())]
     Incomplete {
         /// The step.
         step: Step,
-        /// Those that were not added.
+        /// The missing shards.
         missing: Vec<ShardId>,
     },
-    /// A shard was added twice with different bytes.
-    #[error("shard {shard} of step {step} was added twice with different bytes: replicas disagree")]
+    /// A shard was added twice with different content.
+    #[error("shard {shard} of step {step} was added twice with different content: its replicas differ")]
     ShardDiffers {
         /// The step.
         step: Step,
         /// The shard.
         shard: ShardId,
     },
-    /// Another checkpoint is catalogued at this step.
-    #[error("another checkpoint is already catalogued at step {step}")]
+    /// There is another checkpoint at the step.
+    #[error("there is already another checkpoint at step {step}")]
     AlreadyCheckpointed {
         /// The step.
         step: Step,
@@ -202,7 +202,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// A file operation's failure; a full disk is told apart.
+    /// A failed file operation. A full disk has a variant of its own.
     pub(crate) fn io(what: &'static str, path: &Path, source: io::Error) -> Self {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
@@ -212,7 +212,7 @@ impl Error {
         }
     }
 
-    /// Says what was being written when the disk was full.
+    /// Names the object for which the disk was full.
     pub(crate) fn while_writing(self, subject: impl FnOnce() -> String) -> Self {
         match self {
             Self::NoSpace { path, .. } => Self::NoSpace { what: subject(), path },
@@ -220,7 +220,7 @@ impl Error {
         }
     }
 
-    /// A database failure; a full disk is told apart.
+    /// A failure of the database. A full disk has a variant of its own.
     pub(crate) fn database(what: &'static str, path: &Path, source: sled::Error) -> Self {
         match source {
             sled::Error::Io(e) if e.kind() == io::ErrorKind::StorageFull => {

@@ -1,7 +1,7 @@
-//! What the journal and the tables promise.
+//! Tests of the journal and the tables.
 
 use crate::journal::FORMAT;
-use crate::record::MAX_BYTES;
+use crate::limits::RECORD_BYTES_MAX;
 use crate::testing::{TestRun, config};
 use crate::{Error, RunIdentity, Store, Table};
 use serde::{Deserialize, Serialize};
@@ -15,18 +15,18 @@ struct Committed {
     applied: bool,
 }
 
-fn value(step: Step) -> Committed {
+fn value(step: u64) -> Committed {
     Committed { lr: 1e-3 / step as f64, tokens: step * 512, applied: step.is_multiple_of(2) }
 }
 
-fn committed_to(store: &Store, last: Step) {
+fn committed_to(store: &Store, last: u64) {
     for step in 1..=last {
-        store.commit(step, &value(step)).unwrap();
+        store.commit(Step(step), &value(step)).unwrap();
     }
 }
 
 #[test]
-fn what_was_committed_is_there_after_reopening() {
+fn committed_steps_survive_reopening() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     assert_eq!(store.last_committed().unwrap(), None);
@@ -34,11 +34,11 @@ fn what_was_committed_is_there_after_reopening() {
     committed_to(&store, 300);
     drop(store);
     let store = Store::open(&run.dir).unwrap();
-    assert_eq!(store.last_committed().unwrap(), Some(300));
-    assert_eq!(store.committed(257).unwrap(), Some(value(257)));
-    assert_eq!(store.committed::<Committed>(301).unwrap(), None);
-    let all: Vec<(Step, Committed)> = store.committed_range(254).map(Result::unwrap).collect();
-    assert_eq!(all, (254..=300).map(|s| (s, value(s))).collect::<Vec<_>>());
+    assert_eq!(store.last_committed().unwrap(), Some(Step(300)));
+    assert_eq!(store.committed(Step(257)).unwrap(), Some(value(257)));
+    assert_eq!(store.committed::<Committed>(Step(301)).unwrap(), None);
+    let all: Vec<(Step, Committed)> = store.committed_range(Step(254)).map(Result::unwrap).collect();
+    assert_eq!(all, (254..=300).map(|s| (Step(s), value(s))).collect::<Vec<_>>());
 }
 
 #[test]
@@ -46,40 +46,40 @@ fn a_step_is_committed_once() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 2);
-    store.commit(2, &value(2)).unwrap();
-    store.commit(1, &value(1)).unwrap();
-    let error = store.commit(2, &value(9)).unwrap_err();
-    assert!(matches!(error, Error::AlreadyCommitted { step: 2 }), "{error}");
-    assert_eq!(store.committed(2).unwrap(), Some(value(2)));
+    store.commit(Step(2), &value(2)).unwrap();
+    store.commit(Step(1), &value(1)).unwrap();
+    let error = store.commit(Step(2), &value(9)).unwrap_err();
+    assert!(matches!(error, Error::AlreadyCommitted { step: Step(2) }), "{error}");
+    assert_eq!(store.committed(Step(2)).unwrap(), Some(value(2)));
 }
 
 #[test]
-fn of_many_who_commit_a_step_differently_one_succeeds() {
+fn of_several_different_commits_of_a_step_one_succeeds() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     let committed = std::thread::scope(|scope| {
         let store = &store;
         let threads: Vec<_> =
-            (1..=8).map(|n| scope.spawn(move || store.commit(1, &value(n)).is_ok())).collect();
+            (1..=8).map(|n| scope.spawn(move || store.commit(Step(1), &value(n)).is_ok())).collect();
         threads.into_iter().map(|t| t.join().unwrap()).filter(|ok| *ok).count()
     });
     assert_eq!(committed, 1);
 }
 
 #[test]
-fn a_commit_that_would_leave_a_hole_is_refused() {
+fn a_commit_that_leaves_a_gap_is_refused() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
-    store.commit(5, &value(5)).unwrap();
+    store.commit(Step(5), &value(5)).unwrap();
     for step in [4, 7] {
-        let error = store.commit(step, &value(step)).unwrap_err();
-        assert!(matches!(error, Error::OutOfOrder { last: 5, .. }), "{error}");
+        let error = store.commit(Step(step), &value(step)).unwrap_err();
+        assert!(matches!(error, Error::OutOfOrder { last: Step(5), .. }), "{error}");
     }
-    store.commit(6, &value(6)).unwrap();
+    store.commit(Step(6), &value(6)).unwrap();
 }
 
 #[test]
-fn a_hole_is_found_at_opening_with_its_steps() {
+fn opening_detects_a_gap_and_names_its_steps() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 9);
@@ -89,12 +89,12 @@ fn a_hole_is_found_at_opening_with_its_steps() {
     store.make_durable().unwrap();
     drop(store);
     let error = Store::open(&run.dir).unwrap_err();
-    assert!(matches!(error, Error::Hole { first: 4, last: 5, .. }), "{error}");
+    assert!(matches!(error, Error::Gap { first: Step(4), last: Step(5), .. }), "{error}");
     assert!(error.to_string().contains("steps 4 to 5"), "{error}");
 }
 
 #[test]
-fn a_damaged_step_is_found_at_opening() {
+fn opening_detects_a_damaged_step() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 3);
@@ -108,22 +108,22 @@ fn a_damaged_step_is_found_at_opening() {
 }
 
 #[test]
-fn a_run_that_goes_back_commits_the_same_steps_again() {
+fn a_run_may_recommit_steps_after_a_rollback() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 9);
-    assert_eq!(store.truncate_after(6).unwrap(), 3);
-    assert_eq!(store.truncate_after(6).unwrap(), 0);
-    store.commit(7, &value(70)).unwrap();
-    assert_eq!(store.prune_before(5).unwrap(), 4);
+    assert_eq!(store.truncate_after(Step(6)).unwrap(), 3);
+    assert_eq!(store.truncate_after(Step(6)).unwrap(), 0);
+    store.commit(Step(7), &value(70)).unwrap();
+    assert_eq!(store.prune_before(Step(5)).unwrap(), 4);
     drop(store);
     let store = Store::open(&run.dir).unwrap();
-    let steps: Vec<Step> = store.committed_range::<Committed>(0).map(|item| item.unwrap().0).collect();
-    assert_eq!(steps, [5, 6, 7]);
+    let steps: Vec<Step> = store.committed_range::<Committed>(Step(0)).map(|item| item.unwrap().0).collect();
+    assert_eq!(steps, [5, 6, 7].map(Step));
 }
 
 #[test]
-fn a_directory_of_another_run_is_refused_with_what_differs() {
+fn a_directory_of_another_run_is_refused_with_the_difference() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     let identity = RunIdentity { name: "a".to_owned(), seed: 7, config_hash: config(), format: FORMAT };
@@ -137,7 +137,7 @@ fn a_directory_of_another_run_is_refused_with_what_differs() {
 }
 
 #[test]
-fn values_are_kept_by_name_and_a_token_is_used_once() {
+fn values_are_stored_by_name_and_a_token_is_used_once() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     store.put(Table::Facts, "placement", &vec![1_u32, 2]).unwrap();
@@ -155,10 +155,10 @@ fn values_are_kept_by_name_and_a_token_is_used_once() {
 }
 
 #[test]
-fn the_largest_records_stay_in_the_file_that_is_synced() {
+fn the_largest_records_stay_in_the_synced_file() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
-    let largest = vec![7_u8; MAX_BYTES - 16];
+    let largest = vec![7_u8; RECORD_BYTES_MAX - 16];
     for n in 0..40 {
         store.put(Table::Facts, &format!("fact {n}"), &largest).unwrap();
     }
@@ -167,10 +167,10 @@ fn the_largest_records_stay_in_the_file_that_is_synced() {
 }
 
 #[test]
-fn a_database_that_is_open_already_is_refused_by_name() {
+fn an_open_database_is_refused_by_name() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     let error = Store::open(&run.dir).unwrap_err();
     assert!(error.to_string().contains(run.dir.state().to_str().unwrap()), "{error}");
-    store.commit(1, &value(1)).unwrap();
+    store.commit(Step(1), &value(1)).unwrap();
 }

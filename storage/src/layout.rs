@@ -1,4 +1,4 @@
-//! The map of a run directory: which file lies where, and nothing about what is in it.
+//! The paths of a run directory.
 
 use crate::error::{Error, Result};
 use std::fs;
@@ -7,70 +7,79 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use volary_core::Step;
 
-const FOLDERS: [&str; 5] = ["state", "blobs", "checkpoints", "data", "identity"];
+const DIRECTORIES: [&str; 5] = ["state", "blobs", "checkpoints", "data", "identity"];
 const PROBE: &str = ".write-probe";
 
-/// A run directory that is there.
+/// An existing run directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RunDir {
     root: PathBuf,
 }
 
 impl RunDir {
-    /// Makes the directory and its folders where they are missing, and makes sure that they can be written.
+    /// Creates the directory and its subdirectories where they are missing, and checks that it is writable.
+    ///
+    /// # Errors
+    /// [`Error::NotWritable`].
     pub fn create(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref().to_owned();
         let unwritable = |source| Error::NotWritable { path: root.clone(), source };
-        for folder in FOLDERS {
+        for folder in DIRECTORIES {
             fs::create_dir_all(root.join(folder)).map_err(unwritable)?;
         }
         let dir = Self { root };
-        dir.keep_private(&dir.identity())?;
+        dir.make_private(&dir.identity())?;
         dir.probe()?;
         Ok(dir)
     }
 
-    /// Opens the directory of a run that was created before, to write in it.
+    /// Opens an existing run directory for writing.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`] or [`Error::NotWritable`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         Self::find(&path)?;
         Self::create(path)
     }
 
-    /// Finds the directory of a run to read from it: nothing is made or written.
+    /// Opens an existing run directory for reading; writes nothing.
+    ///
+    /// # Errors
+    /// [`Error::NotARun`].
     pub fn find(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref().to_owned();
-        // Nothing but a run has this folder, and every run has it from its first moment.
+        // Only runs have this directory, and all runs have it from the start.
         if !root.join("state").is_dir() {
-            return Err(Error::NotARun { path: root, missing: "state folder" });
+            return Err(Error::NotARun { path: root, missing: "state directory" });
         }
         Ok(Self { root })
     }
 
-    /// The directory itself.
+    /// The directory.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
     }
 
-    /// The options that the run was started with.
+    /// The configuration of the run.
     #[must_use]
     pub fn config(&self) -> PathBuf {
         self.root.join("config.toml")
     }
 
-    /// The database's folder.
+    /// The directory of the database.
     #[must_use]
     pub fn state(&self) -> PathBuf {
         self.root.join("state")
     }
 
-    /// The folder of the tensors.
+    /// The directory of the tensors.
     #[must_use]
     pub fn blobs(&self) -> PathBuf {
         self.root.join("blobs")
     }
 
-    /// The folder of the checkpoints' manifests.
+    /// The directory of the checkpoints' manifests.
     #[must_use]
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
@@ -82,67 +91,67 @@ impl RunDir {
         self.checkpoints().join(format!("step-{step:08}.json"))
     }
 
-    /// The folder of the prepared data set.
+    /// The directory of the prepared data set.
     #[must_use]
     pub fn data(&self) -> PathBuf {
         self.root.join("data")
     }
 
-    /// The folder of the run's keys and certificates; only its owner may look into it.
+    /// The directory of the run's keys and certificates, accessible to its owner only.
     #[must_use]
     pub fn identity(&self) -> PathBuf {
         self.root.join("identity")
     }
 
-    /// One line for each committed step.
+    /// A JSON line per committed step.
     #[must_use]
     pub fn metrics(&self) -> PathBuf {
         self.root.join("metrics.jsonl")
     }
 
-    /// One line for each thing that happened to the cluster.
+    /// A JSON line per cluster event.
     #[must_use]
     pub fn events(&self) -> PathBuf {
         self.root.join("events.jsonl")
     }
 
-    /// One line for each validation.
+    /// A JSON line per validation.
     #[must_use]
     pub fn validation(&self) -> PathBuf {
         self.root.join("validation.jsonl")
     }
 
-    /// Where the running supervisor says how it is reached.
+    /// The addresses of the running supervisor.
     #[must_use]
     pub fn supervisor(&self) -> PathBuf {
         self.root.join("supervisor.json")
     }
 
-    /// The folder of the event files for TensorBoard.
+    /// The directory of the event files for TensorBoard.
     #[must_use]
     pub fn tensorboard(&self) -> PathBuf {
         self.root.join("tensorboard")
     }
 
-    /// The folder of the traces that are kept.
+    /// The directory of the stored traces.
     #[must_use]
     pub fn traces(&self) -> PathBuf {
         self.root.join("traces")
     }
 
-    /// The tokenizer that the data was prepared with.
+    /// The tokenizer of the prepared data.
     #[must_use]
     pub fn tokenizer(&self) -> PathBuf {
         self.root.join("tokenizer.json")
     }
 
-    /// The file that one supervisor at a time holds locked.
+    /// The lock file of the supervisor.
     #[must_use]
     pub fn lock(&self) -> PathBuf {
         self.root.join("lock")
     }
 
-    /// Permissions do not tell (read-only mounts, quotas, root): only writing does.
+    /// Permissions are not sufficient (read-only mounts, quotas, root): only a write shows it.
     fn probe(&self) -> Result<()> {
         let file = self.root.join(PROBE);
         let written = fs::File::create(&file).and_then(|mut f| f.write_all(b"probe"));
@@ -150,7 +159,7 @@ impl RunDir {
         written.and(removed).map_err(|source| Error::NotWritable { path: self.root.clone(), source })
     }
 
-    fn keep_private(&self, folder: &Path) -> Result<()> {
+    fn make_private(&self, folder: &Path) -> Result<()> {
         fs::set_permissions(folder, fs::Permissions::from_mode(0o700))
             .map_err(|source| Error::NotWritable { path: self.root.clone(), source })
     }
@@ -161,20 +170,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_created_run_is_found_again_and_nothing_else_is() {
+    fn a_created_run_is_found_and_no_other_directory() {
         let temp = tempfile::tempdir().unwrap();
         let missing = RunDir::open(temp.path()).unwrap_err();
         assert!(missing.to_string().contains(temp.path().to_str().unwrap()));
         let created = RunDir::create(temp.path().join("run")).unwrap();
         assert_eq!(RunDir::open(created.root()).unwrap(), created);
         assert_eq!(RunDir::find(created.root()).unwrap(), created);
-        assert!(created.manifest(42).ends_with("checkpoints/step-00000042.json"));
+        assert!(created.manifest(Step(42)).ends_with("checkpoints/step-00000042.json"));
         assert!(!created.root().join(PROBE).exists());
     }
 
     #[test]
-    fn a_directory_that_cannot_be_written_is_named() {
-        // A file in the way is refused to root as well, unlike a folder without the permission to write.
+    fn a_directory_that_is_not_writable_is_named() {
+        // A file in place of the directory stops root too, unlike missing permissions.
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("file");
         fs::write(&file, b"in the way").unwrap();
@@ -184,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_probe_that_cannot_be_written_is_an_error() {
+    fn a_failed_probe_is_an_error() {
         let temp = tempfile::tempdir().unwrap();
         let dir = RunDir::create(temp.path()).unwrap();
         fs::create_dir(dir.root().join(PROBE)).unwrap();

@@ -1,27 +1,62 @@
-//! The run's truth in sled, and tensors in content-addressed files.
+//! Durable state of a run: a journal in sled, tensors in content-addressed files.
 //!
-//! Everything here blocks: an async caller wraps it in `spawn_blocking`. What lies where, in a run directory:
+//! All functions block; an asynchronous caller wraps them in `spawn_blocking`. The modules and their place in
+//! a run directory:
 //!
-//! | file | what | kept by |
+//! | module | contents | place |
 //! | --- | --- | --- |
-//! | [`layout`] | the map of the run directory | the caller |
+//! | [`layout`] | the paths of a run directory | |
 //! | [`lock`] | one supervisor at a time | `flock` on `lock` |
-//! | [`journal`], [`table`] | committed steps, the run's identity, facts, tokens | sled in `state/` |
-//! | [`blobs`], [`disk`] | tensors, named by their BLAKE3 | files in `blobs/` |
-//! | [`checkpoint`], [`pending`] | which blobs make a checkpoint | sled, and `checkpoints/*.json` beside it |
-//! | [`manifest`], [`reader`] | the same for processes that do not hold sled | `checkpoints/*.json` |
+//! | [`journal`] | committed steps, the run's identity | sled in `state/` |
+//! | [`table`] | small named values: facts, access tokens, certificates | sled in `state/` |
+//! | `database`, `record` | durable writes to sled; the layout of a record, with its checksum | |
+//! | [`blobs`] | tensors, named by their BLAKE3 digests | files in `blobs/` |
+//! | [`checkpoint`], [`pending`] | the run's checkpoints, and a checkpoint in progress | |
+//! | `catalogue` | the entries of checkpoints | sled in `state/` |
+//! | [`manifest`], [`reader`] | the catalogue for processes without access to sled | `checkpoints/*.json` |
+//! | [`digest`] | BLAKE3 digests | |
+//! | [`disk`] | file operations, as a trait for fault injection | |
 //! | [`lines`] | metrics and events | JSONL files |
+//! | [`error`] | [`Error`] | |
+//! | [`limits`] | every bound | |
 //!
-//! The order of writing is the contract: a blob is on the disk before a catalogue entry names it, and the entry is
-//! on the disk before its manifest. Removal goes the other way round.
+//! The order of writes is an invariant: a blob is durable before a catalogue entry names it, and the entry is
+//! durable before its manifest. Removal takes the reverse order.
+//!
+//! ```
+//! use volary_core::ShardId;
+//! use volary_storage::{BlobStore, CheckpointReader, Checkpoints, Digest, RunDir, Store};
+//!
+//! let directory = tempfile::tempdir()?;
+//! let run = RunDir::create(directory.path().join("run"))?;
+//! let store = Store::open(&run)?;
+//! store.commit(1, &"the committed state of step 1")?;
+//!
+//! let checkpoints = Checkpoints::open(&run, store.clone(), BlobStore::open(run.blobs())?)?;
+//! let shards = [ShardId::Embedding, ShardId::Dense { layer: 0 }];
+//! let pending = checkpoints.begin(1, 1, Digest::of(b"configuration"), shards);
+//! pending.add(ShardId::Embedding, &[0; 8])?;
+//! pending.add(ShardId::Dense { layer: 0 }, &[1; 8])?;
+//! pending.complete()?;
+//!
+//! // Another process reads by the manifests, without access to the database.
+//! let reader = CheckpointReader::open(&run)?;
+//! let latest = reader.latest()?.expect("a checkpoint");
+//! assert_eq!((latest.step, latest.bytes()), (1, 16));
+//! assert_eq!(reader.read(latest.step, ShardId::Embedding)?, [0; 8]);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod blobs;
+mod catalogue;
 pub mod checkpoint;
+mod database;
 pub mod digest;
 pub mod disk;
 pub mod error;
 pub mod journal;
 pub mod layout;
+pub mod limits;
 pub mod lines;
 pub mod lock;
 pub mod manifest;

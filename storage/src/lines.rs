@@ -1,15 +1,14 @@
-//! Metrics and events, a line of JSON each: appended to, read by anybody, and cut back when the run goes back.
+//! Metrics and events as JSON lines: append-only, readable by any process, truncated when the run rolls back.
 
 use crate::error::{Error, Result};
+use crate::limits::TAIL_BYTES;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use volary_core::Step;
 
-const TAIL_BYTES: u64 = 64 * 1024;
-
-/// A file of JSON lines, open to append to. One process at a time may hold it.
+/// A file of JSON lines, open for appending by one process at a time.
 #[derive(Debug)]
 pub struct JsonLines {
     path: PathBuf,
@@ -17,14 +16,17 @@ pub struct JsonLines {
     bytes: u64,
 }
 
-/// As much of a line as is needed to cut the file back.
+/// The part of a line that truncation needs.
 #[derive(Deserialize)]
 struct Dated {
     step: Option<Step>,
 }
 
 impl JsonLines {
-    /// Opens the file, makes it if need be, and repairs a last line that a dying process left torn.
+    /// Opens or creates the file, and repairs a partial last line after a crash.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_owned();
         let mut file = append_to(&path)?;
@@ -32,7 +34,10 @@ impl JsonLines {
         Ok(Self { path, file, bytes })
     }
 
-    /// Appends a line with one write; a line that does not fit on the disk leaves nothing behind.
+    /// Appends a line with one write; a failed write leaves no partial line.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`], [`Error::Io`] or [`Error::Unstorable`].
     pub fn append<T: Serialize>(&mut self, value: &T) -> Result<()> {
         let mut line = serde_json::to_vec(value).map_err(|e| Error::Unstorable {
             what: format!("a line of {}", self.path.display()),
@@ -40,7 +45,7 @@ impl JsonLines {
         })?;
         line.push(b'\n');
         if let Err(e) = self.file.write_all(&line) {
-            // Best effort: should this fail too, the next opening repairs the line.
+            // Best effort: if this fails too, the next opening repairs the line.
             let _ = self.file.set_len(self.bytes);
             return Err(Error::io("append to", &self.path, e).while_writing(|| "a line".to_owned()));
         }
@@ -48,21 +53,27 @@ impl JsonLines {
         Ok(())
     }
 
-    /// Makes every line so far outlive a loss of power.
+    /// Makes all lines so far durable.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn sync(&self) -> Result<()> {
         self.file.sync_data().map_err(|e| Error::io("sync", &self.path, e))
     }
 
-    /// Removes the lines whose `step` is greater; how many. Lines without a step stay.
+    /// Removes all lines with a greater `step` and returns their number. Lines without a step stay.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn truncate_after(&mut self, step: Step) -> Result<u64> {
         let temporary = self.path.with_extension("jsonl.tmp");
         let removed = copy_until(&self.path, &temporary, step);
         match removed {
             Ok(0) | Err(_) => {
-                // Nothing to replace: the file that is there stays, and the copy goes.
+                // The file stays as it is; the copy is not needed.
                 let _ = fs::remove_file(&temporary);
             }
-            Ok(_) => self.take(&temporary)?,
+            Ok(_) => self.replace_by(&temporary)?,
         }
         removed.map_err(|e| Error::io("rewrite", &self.path, e))
     }
@@ -73,11 +84,11 @@ impl JsonLines {
         &self.path
     }
 
-    fn take(&mut self, temporary: &Path) -> Result<()> {
+    fn replace_by(&mut self, temporary: &Path) -> Result<()> {
         fs::rename(temporary, &self.path).map_err(|e| Error::io("rename", temporary, e))?;
-        // The old handle leads to a file without a name now.
+        // The old handle refers to the unlinked file.
         self.file = append_to(&self.path)?;
-        self.bytes = self.file.metadata().map_err(|e| Error::io("look at", &self.path, e))?.len();
+        self.bytes = self.file.metadata().map_err(|e| Error::io("inspect", &self.path, e))?.len();
         let folder =
             self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
         File::open(folder).and_then(|f| f.sync_all()).map_err(|e| Error::io("sync", folder, e))
@@ -89,7 +100,7 @@ fn append_to(path: &Path) -> Result<File> {
     opened.map_err(|e| Error::io("open", path, e))
 }
 
-/// The file's length once its last line is whole.
+/// Repairs the last line and returns the file's size.
 fn repair(file: &mut File, path: &Path) -> io::Result<u64> {
     let bytes = file.metadata()?.len();
     let start = last_line_start(file, bytes)?;
@@ -99,17 +110,17 @@ fn repair(file: &mut File, path: &Path) -> io::Result<u64> {
     file.seek(SeekFrom::Start(start))?;
     let mut last = Vec::new();
     file.read_to_end(&mut last)?;
-    // An object is over with its last brace: only the end of the line is missing.
+    // A complete object only lacks its newline.
     if serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&last).is_ok() {
         file.write_all(b"\n")?;
         return Ok(bytes + 1);
     }
-    tracing::warn!(path = %path.display(), bytes = bytes - start, "removing a torn last line");
+    tracing::warn!(path = %path.display(), bytes = bytes - start, "removing a partial last line");
     file.set_len(start)?;
     Ok(start)
 }
 
-/// Just after the last end of a line, looking back from the end, a piece at a time.
+/// The position after the last newline, searched backwards in pieces.
 fn last_line_start(file: &mut File, bytes: u64) -> io::Result<u64> {
     let mut end = bytes;
     while end > 0 {
@@ -130,8 +141,8 @@ fn copy_until(from: &Path, to: &Path, step: Step) -> io::Result<u64> {
     let mut writer = BufWriter::new(File::create(to)?);
     let (mut line, mut removed) = (Vec::new(), 0);
     while reader.read_until(b'\n', &mut line)? > 0 {
-        let later = serde_json::from_slice::<Dated>(&line).is_ok_and(|l| l.step.is_some_and(|s| s > step));
-        if later {
+        let is_later = serde_json::from_slice::<Dated>(&line).is_ok_and(|l| l.step.is_some_and(|s| s > step));
+        if is_later {
             removed += 1;
         } else {
             writer.write_all(&line)?;
@@ -155,9 +166,9 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_last_line_goes_and_what_follows_is_whole() {
-        for torn in ["{\"step\":2,\"lo", "{", "\0\0\0\0", "12"] {
-            let (_temp, path) = file_with(&format!("{{\"step\":1}}\n{torn}"));
+    fn a_partial_last_line_is_removed() {
+        for partial in ["{\"step\":2,\"lo", "{", "\0\0\0\0", "12"] {
+            let (_temp, path) = file_with(&format!("{{\"step\":1}}\n{partial}"));
             let mut lines = JsonLines::open(&path).unwrap();
             lines.append(&json!({"step": 2})).unwrap();
             lines.sync().unwrap();
@@ -166,14 +177,14 @@ mod tests {
     }
 
     #[test]
-    fn a_whole_line_without_its_end_stays() {
+    fn a_complete_line_without_its_newline_stays() {
         let (_temp, path) = file_with("{\"step\":1}");
         JsonLines::open(&path).unwrap().append(&json!({"step": 2})).unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n{\"step\":2}\n");
     }
 
     #[test]
-    fn a_torn_line_longer_than_a_piece_goes_too() {
+    fn a_partial_line_longer_than_a_piece_is_removed() {
         let (_temp, path) = file_with(&format!("{{\"step\":1}}\n{{\"x\":\"{}", "y".repeat(200_000)));
         drop(JsonLines::open(&path).unwrap());
         assert_eq!(fs::read_to_string(&path).unwrap(), "{\"step\":1}\n");
@@ -183,15 +194,15 @@ mod tests {
     }
 
     #[test]
-    fn going_back_removes_later_steps_only() {
+    fn truncation_removes_later_steps_only() {
         let (_temp, path) = file_with("");
         let mut lines = JsonLines::open(&path).unwrap();
         for step in 1..=5 {
             lines.append(&json!({"step": step})).unwrap();
             lines.append(&json!({"event": "joined"})).unwrap();
         }
-        assert_eq!(lines.truncate_after(5).unwrap(), 0);
-        assert_eq!(lines.truncate_after(3).unwrap(), 2);
+        assert_eq!(lines.truncate_after(Step(5)).unwrap(), 0);
+        assert_eq!(lines.truncate_after(Step(3)).unwrap(), 2);
         lines.append(&json!({"step": 4, "again": true})).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         let steps: Vec<_> = text.lines().filter(|l| l.contains("step")).collect();

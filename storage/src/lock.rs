@@ -1,25 +1,22 @@
-//! One supervisor at a time: a lock that the kernel releases with its holder, however that dies.
+//! One supervisor at a time: a lock that the kernel releases at any death of its holder.
 
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
+use crate::limits::{HOLDER_READ_RETRY, HOLDER_READS_MAX};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::thread;
-use std::time::Duration;
 
-const READS: u32 = 20;
-const BETWEEN_READS: Duration = Duration::from_millis(10);
-
-/// Who holds the run, as written into the lock file.
+/// The holder of the run, as written in the lock file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Holder {
     pid: u32,
     address: String,
 }
 
-/// The right to be this run's supervisor, until it is dropped or the process ends.
+/// The exclusive right to supervise a run, until it is dropped or the process ends.
 #[derive(Debug)]
 pub struct RunLock {
     file: File,
@@ -27,10 +24,14 @@ pub struct RunLock {
 }
 
 impl RunLock {
-    /// Takes the run, or says who has it.
+    /// Locks the run.
+    ///
+    /// # Errors
+    /// [`Error::Held`] or [`Error::HeldUnnamed`] when another process holds it, [`Error::Io`] for other
+    /// failures.
     pub fn acquire(dir: &RunDir, pid: u32, address: &str) -> Result<Self> {
         let path = dir.lock();
-        // Not truncated: until the lock is ours the content is another's.
+        // Not truncated: until the lock is acquired, the content belongs to another process.
         let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = opened.map_err(|e| Error::io("open", &path, e))?;
         match file.try_lock() {
@@ -39,7 +40,7 @@ impl RunLock {
             Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
         }
         let mut lock = Self { file, path };
-        lock.sign(&Holder { pid, address: address.to_owned() })?;
+        lock.write_holder(&Holder { pid, address: address.to_owned() })?;
         Ok(lock)
     }
 
@@ -49,7 +50,7 @@ impl RunLock {
         &self.path
     }
 
-    fn sign(&mut self, holder: &Holder) -> Result<()> {
+    fn write_holder(&mut self, holder: &Holder) -> Result<()> {
         let text = serde_json::to_string(holder)
             .map_err(|e| Error::Unstorable { what: "the lock's holder".to_owned(), reason: e.to_string() })?;
         self.file
@@ -61,21 +62,21 @@ impl RunLock {
 
 impl Drop for RunLock {
     fn drop(&mut self) {
-        // The name goes before the lock does; closing the file releases it whether or not this works.
+        // The content is erased before the lock is released. Closing the file releases it in any case.
         if let Err(error) = self.file.set_len(0) {
-            tracing::debug!(path = %self.path.display(), %error, "the lock's holder could not be erased");
+            tracing::debug!(path = %self.path.display(), %error, "cannot erase the lock's holder");
         }
     }
 }
 
-/// The holder writes its name just after it has locked: a reader in between waits a moment.
+/// The error with the holder, who writes its identity just after it has locked.
 fn held(path: &Path) -> Error {
-    for _ in 0..READS {
+    for _ in 0..HOLDER_READS_MAX {
         let text = fs::read_to_string(path).unwrap_or_default();
         if let Ok(Holder { pid, address }) = serde_json::from_str(&text) {
             return Error::Held { pid, address, path: path.to_owned() };
         }
-        thread::sleep(BETWEEN_READS);
+        thread::sleep(HOLDER_READ_RETRY);
     }
     Error::HeldUnnamed { path: path.to_owned() }
 }
@@ -85,7 +86,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_held_run_names_its_holder_and_is_free_after_it() {
+    fn a_held_run_names_its_holder_and_is_free_afterwards() {
         let temp = tempfile::tempdir().unwrap();
         let dir = RunDir::create(temp.path()).unwrap();
         let lock = RunLock::acquire(&dir, 4242, "127.0.0.1:7000").unwrap();
@@ -98,18 +99,17 @@ mod tests {
     }
 
     #[test]
-    fn what_a_dead_holder_left_in_the_file_does_not_hold_the_run() {
+    fn the_file_of_a_dead_holder_does_not_hold_the_run() {
         let temp = tempfile::tempdir().unwrap();
         let dir = RunDir::create(temp.path()).unwrap();
-        fs::write(dir.lock(), r#"{"pid":99999,"address":"a long address of a process that is gone"}"#)
-            .unwrap();
+        fs::write(dir.lock(), r#"{"pid":99999,"address":"a long address of a dead process"}"#).unwrap();
         let _lock = RunLock::acquire(&dir, 7, "b").unwrap();
         let error = RunLock::acquire(&dir, 8, "c").unwrap_err();
         assert!(matches!(error, Error::Held { pid: 7, .. }), "{error}");
     }
 
     #[test]
-    fn a_holder_without_a_name_is_still_a_holder() {
+    fn a_holder_without_an_identity_holds_the_run() {
         let temp = tempfile::tempdir().unwrap();
         let dir = RunDir::create(temp.path()).unwrap();
         let lock = RunLock::acquire(&dir, 7, "b").unwrap();

@@ -1,5 +1,5 @@
-//! What a checkpoint consists of, and its manifest: the same truth as the catalogue's, in a file that people, other
-//! processes and a catalogue that has lost entries can read.
+//! The record of a checkpoint, and its manifest: the same data as in the catalogue, in a file for people, for
+//! other processes, and for the restoration of lost catalogue entries.
 
 use crate::blobs;
 use crate::digest::Digest;
@@ -13,15 +13,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
 
-/// The format of a checkpoint that this version writes.
+/// The format of checkpoints of this version.
 pub const FORMAT: u16 = 1;
 
-/// Where a shard's bytes are: the blob of this digest.
+/// The blob of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlobRef {
-    /// The blob's name.
+    /// The digest, which is the blob's name.
     pub digest: Digest,
-    /// Its length.
+    /// The size in bytes.
     pub bytes: u64,
 }
 
@@ -30,56 +30,57 @@ pub struct BlobRef {
 pub struct CheckpointRecord {
     /// [`FORMAT`].
     pub format: u16,
-    /// The last step that the weights have seen.
+    /// The last step in the weights.
     pub step: Step,
-    /// The placement under which it was written; the content does not depend on it.
+    /// The placement epoch at its time; the content does not depend on it.
     pub epoch: Epoch,
-    /// The digest of those options that decide the weights.
+    /// The digest of the options that determine the weights.
     pub config_hash: Digest,
-    /// When it was completed.
+    /// The time of its completion, in milliseconds since 1970.
     pub created_unix_ms: u64,
-    /// Every shard of the model.
+    /// All shards of the model.
     #[serde(serialize_with = "list_shards", deserialize_with = "collect_shards")]
     pub shards: BTreeMap<ShardId, BlobRef>,
 }
 
 impl CheckpointRecord {
-    /// The bytes of all shards together.
+    /// The total size of all shards in bytes.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.shards.values().map(|blob| blob.bytes).sum()
     }
 
-    /// Whether both hold the same weights of the same step, whenever and under whatever placement they were written.
+    /// Whether both have the same weights of the same step, independent of time and placement.
     #[must_use]
     pub fn same_content(&self, other: &Self) -> bool {
         (self.step, self.config_hash, &self.shards) == (other.step, other.config_hash, &other.shards)
     }
 
-    /// A shard's bytes; `get` reads a blob and checks it.
+    /// A shard's bytes; `get` reads and verifies a blob.
     pub(crate) fn read(&self, get: impl Fn(&Digest) -> Result<Vec<u8>>, shard: ShardId) -> Result<Vec<u8>> {
         let blob = self.shards.get(&shard).ok_or(Error::NoShard { step: self.step, shard })?;
         get(&blob.digest)
     }
 
-    /// Reads every shard's bytes and digests them, whatever the names of the files say.
+    /// Reads all shards and computes their digests from the bytes, not from the file names.
     pub(crate) fn digest(&self, get: impl Fn(&Digest) -> Result<Vec<u8>>) -> Result<CheckpointDigest> {
         let read = |shard: &ShardId| Ok((*shard, Digest::of(&self.read(&get, *shard)?)));
         self.shards.keys().map(read).collect::<Result<Vec<_>>>().map(CheckpointDigest::fold)
     }
 }
 
-/// The digest of a checkpoint's weights: equal for equal weights, wherever and in whatever order they were written.
+/// The digest of a checkpoint's weights: equal for equal weights, independent of place and order of the
+/// writes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CheckpointDigest {
-    /// Each shard's digest, in the order of the shards' names.
+    /// The digests of the shards, sorted by the shards' names.
     pub shards: Vec<(ShardId, Digest)>,
-    /// BLAKE3 over the shards' names and digests in that order.
+    /// BLAKE3 of the shards' names and digests in that order.
     pub whole: Digest,
 }
 
 impl CheckpointDigest {
-    /// Folds the shards' digests, given in any order.
+    /// The digest of a checkpoint from those of its shards in any order.
     #[must_use]
     pub fn fold(mut shards: Vec<(ShardId, Digest)>) -> Self {
         shards.sort_by_cached_key(|(shard, _)| shard.to_string());
@@ -93,7 +94,7 @@ impl CheckpointDigest {
     }
 }
 
-/// A shard in the list: a map's keys must be strings in JSON, and a shard is none.
+/// A shard in JSON, where a map's keys must be strings.
 #[derive(Serialize, Deserialize)]
 struct Listed {
     shard: ShardId,
@@ -119,15 +120,15 @@ fn collect_shards<'de, D: Deserializer<'de>>(
     Ok(listed.into_iter().map(|l| (l.shard, BlobRef { digest: l.digest, bytes: l.bytes })).collect())
 }
 
-/// A manifest file's content.
+/// The content of a manifest file.
 #[derive(Serialize, Deserialize)]
 struct Manifest {
     checkpoint: CheckpointRecord,
-    /// Over the record's postcard bytes, so that a changed byte anywhere in the file is found.
+    /// Of the record's postcard encoding, so that any changed byte in the file is detected.
     checksum: Digest,
 }
 
-/// Only the format, which must be readable in every format.
+/// The format alone, which is readable in all versions.
 #[derive(Deserialize)]
 struct AnyManifest {
     checkpoint: AnyCheckpoint,
@@ -157,7 +158,7 @@ pub(crate) fn remove(disk: &impl Disk, dir: &RunDir, step: Step) -> Result<()> {
     }
 }
 
-/// A checkpoint's record from its manifest, checked; `None` without a manifest.
+/// The verified record in a manifest; `None` without a manifest.
 pub(crate) fn read(dir: &RunDir, step: Step) -> Result<Option<CheckpointRecord>> {
     let path = dir.manifest(step);
     let text = match fs::read(&path) {
@@ -168,7 +169,7 @@ pub(crate) fn read(dir: &RunDir, step: Step) -> Result<Option<CheckpointRecord>>
     parse(&path, step, &text).map(Some)
 }
 
-/// The steps that have a manifest, damaged or not, in order.
+/// The steps with a manifest, damaged or not, ascending.
 pub(crate) fn steps(dir: &RunDir) -> Result<Vec<Step>> {
     let folder = dir.checkpoints();
     let listed = fs::read_dir(&folder).and_then(|entries| {
@@ -190,22 +191,22 @@ fn parse(path: &Path, step: Step, text: &[u8]) -> Result<CheckpointRecord> {
     }
     let manifest: Manifest = serde_json::from_slice(text).map_err(|e| damaged(e.to_string()))?;
     if manifest.checksum != checksum(&manifest.checkpoint)? {
-        return Err(damaged("its checksum does not fit".to_owned()));
+        return Err(damaged("wrong checksum".to_owned()));
     }
     if manifest.checkpoint.step != step {
-        return Err(damaged(format!("it is that of step {}", manifest.checkpoint.step)));
+        return Err(damaged(format!("it belongs to step {}", manifest.checkpoint.step)));
     }
     Ok(manifest.checkpoint)
 }
 
-/// Reads bytes as a manifest, for fuzzing: what is taken is written as it was.
+/// Reads bytes as a manifest, for fuzzing: an accepted one survives a rewrite.
 pub(crate) fn fuzz(bytes: &[u8]) {
     let Ok(record) = parse(Path::new("step-1.json"), Step(1), bytes) else { return };
-    let again = checksum(&record).and_then(|checksum| {
+    let rewritten = checksum(&record).and_then(|checksum| {
         let text = serde_json::to_vec_pretty(&Manifest { checkpoint: record.clone(), checksum });
         parse(Path::new("step-1.json"), Step(1), &text.map_err(|e| unstorable(Step(1), &e))?)
     });
-    assert!(again.is_ok_and(|again| again == record), "a manifest that is taken is written as it was");
+    assert!(rewritten.is_ok_and(|rewritten| rewritten == record), "an accepted manifest survives a rewrite");
 }
 
 /// A manifest, for fuzzing.
@@ -236,4 +237,18 @@ fn sync(disk: &impl Disk, dir: &RunDir) -> Result<()> {
 
 fn unstorable(step: Step, reason: &dyn std::fmt::Display) -> Error {
     Error::Unstorable { what: format!("the manifest of step {step}"), reason: reason.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The layout is fixed: a change needs a new [`FORMAT`].
+    #[test]
+    fn the_layout_of_a_manifest_is_fixed() {
+        assert_eq!(
+            Digest::of(&fuzz_seed()).to_string(),
+            "2ebc68e182c0f20cf1e02a3f5090df7d8ddd4b98c5b016633315965acb241157"
+        );
+    }
 }

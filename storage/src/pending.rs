@@ -1,17 +1,17 @@
-//! A checkpoint that is being written: it leaves nothing in the catalogue until it is complete.
+//! A checkpoint in progress: it is not in the catalogue until it is complete.
 
 use crate::checkpoint::Checkpoints;
 use crate::digest::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::manifest::{self, BlobRef, CheckpointRecord};
+use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 use volary_core::{Epoch, ShardId, Step};
 
-/// A checkpoint on its way. Dropped before it is complete, it never was; its blobs go with the next retention.
+/// A checkpoint in progress. If it is dropped before it is complete, the next retention removes its blobs.
 #[derive(Debug)]
 pub struct Pending<D: Disk = RealDisk> {
     checkpoints: Checkpoints<D>,
@@ -33,20 +33,25 @@ impl<D: Disk> Pending<D> {
         Self { checkpoints, step, epoch, config_hash, expected, added: Mutex::default() }
     }
 
-    /// The step whose weights these are.
+    /// The step of the weights.
     #[must_use]
     pub fn step(&self) -> Step {
         self.step
     }
 
-    /// The shards that are still to be added, in order.
+    /// The missing shards, ascending.
     #[must_use]
     pub fn missing(&self) -> Vec<ShardId> {
-        let added = self.added();
+        let added = self.added.lock();
         self.expected.iter().filter(|shard| !added.contains_key(shard)).copied().collect()
     }
 
-    /// Writes a shard's bytes; from several threads at once if need be. The same bytes again change nothing.
+    /// Writes a shard; several threads may do so concurrently. Repeating it with the same bytes has no
+    /// effect.
+    ///
+    /// # Errors
+    /// [`Error::NoShard`] for an unexpected shard, [`Error::ShardDiffers`] when it was added with other
+    /// bytes, [`Error::NoSpace`] or [`Error::Io`].
     #[tracing::instrument(target = "volary::trace", name = "shard.write", skip_all, fields(%shard, bytes = bytes.len()))]
     pub fn add(&self, shard: ShardId, bytes: &[u8]) -> Result<Digest> {
         let step = self.step;
@@ -60,15 +65,19 @@ impl<D: Disk> Pending<D> {
             .blobs()
             .put_as(&blob.digest, bytes)
             .map_err(|e| e.while_writing(|| format!("shard {shard} of step {step}")))
-            .and_then(|()| self.note(shard, blob));
-        // Noted once, pinned once: what was refused or there already gives its pin back.
+            .and_then(|()| self.record(shard, blob));
+        // One pin per recorded shard: refused and repeated ones are unpinned.
         if !matches!(written, Ok(true)) {
             self.checkpoints.unpin(&blob.digest);
         }
         written.map(|_| blob.digest)
     }
 
-    /// Makes the checkpoint exist. When this returns, it survives whatever happens to the process or the power.
+    /// Publishes the checkpoint. When this returns, it survives a crash and a power failure.
+    ///
+    /// # Errors
+    /// [`Error::Incomplete`] when shards are missing, [`Error::AlreadyCheckpointed`] when there is another
+    /// checkpoint at the step, [`Error::NoSpace`], [`Error::Io`] or [`Error::Database`].
     #[tracing::instrument(target = "volary::trace", name = "catalogue.write", skip_all)]
     pub fn complete(self) -> Result<CheckpointRecord> {
         let missing = self.missing();
@@ -82,36 +91,32 @@ impl<D: Disk> Pending<D> {
             epoch: self.epoch,
             config_hash: self.config_hash,
             created_unix_ms: unix_ms(),
-            shards: self.added().clone(),
+            shards: self.added.lock().clone(),
         };
         self.checkpoints.publish(record)
     }
 
-    /// Whether the shard is new here.
-    fn note(&self, shard: ShardId, blob: BlobRef) -> Result<bool> {
-        let mut added = self.added();
+    /// Records a shard; returns whether it is new.
+    fn record(&self, shard: ShardId, blob: BlobRef) -> Result<bool> {
+        let mut added = self.added.lock();
         match added.get(&shard) {
-            Some(there) if *there == blob => Ok(false),
+            Some(existing) if *existing == blob => Ok(false),
             Some(_) => Err(Error::ShardDiffers { step: self.step, shard }),
             None => Ok(added.insert(shard, blob).is_none()),
         }
-    }
-
-    fn added(&self) -> MutexGuard<'_, BTreeMap<ShardId, BlobRef>> {
-        self.added.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<D: Disk> Drop for Pending<D> {
     fn drop(&mut self) {
-        for blob in mem::take(&mut *self.added()).values() {
+        for blob in mem::take(&mut *self.added.lock()).values() {
             self.checkpoints.unpin(&blob.digest);
         }
     }
 }
 
 fn unix_ms() -> u64 {
-    // A clock before 1970 is wrong, and no reason to lose a checkpoint.
+    // A wrong clock is no reason to lose a checkpoint.
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,21 +1,18 @@
-//! How a value lies in the database: a version byte, sixteen bytes of BLAKE3, postcard.
+//! The layout of a value in the database: a version byte, sixteen bytes of BLAKE3, postcard.
 //!
-//! The checksum covers the tree and the key as well, so that a record under another's key is found out too.
+//! The checksum covers the tree and the key too, so that a record under a wrong key is detected.
 
 use crate::error::{Error, Result};
+use crate::limits::RECORD_BYTES_MAX;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// The version of this layout, not of what the caller stores in it.
+/// The version of this layout, not of the value.
 const VERSION: u8 = 1;
-const SUM: usize = 16;
-const HEADER: usize = 1 + SUM;
+const CHECKSUM_BYTES: usize = 16;
+const HEADER_BYTES: usize = 1 + CHECKSUM_BYTES;
 
-/// sled puts up to sixteen values into a page, and a page bigger than a quarter of a segment into a file of its own,
-/// which it never syncs: sixteen of these do not make such a page.
-pub(crate) const MAX_BYTES: usize = 120 * 1024;
-
-/// Where a record lies, for its checksum and for what is said when it does not fit.
+/// The place of a record, for its checksum and for errors.
 #[derive(Clone, Copy)]
 pub(crate) struct Place<'a> {
     /// The tree's name.
@@ -25,7 +22,7 @@ pub(crate) struct Place<'a> {
 }
 
 impl Place<'_> {
-    /// The key as people read it: a step's eight bytes as its number, a name as itself.
+    /// The key in readable form: a step as its number, a name as text.
     fn readable(self) -> String {
         match (self.tree, <[u8; 8]>::try_from(self.key)) {
             ("journal" | "catalogue", Ok(bytes)) => format!("step {}", u64::from_be_bytes(bytes)),
@@ -37,58 +34,58 @@ impl Place<'_> {
         Error::DamagedRecord { tree: self.tree, key: self.readable(), reason: reason.into() }
     }
 
-    fn sum(self, payload: &[u8]) -> [u8; SUM] {
+    fn checksum(self, payload: &[u8]) -> [u8; CHECKSUM_BYTES] {
         let mut hasher = blake3::Hasher::new();
-        // Lengths first: otherwise a byte could move from the key to the payload unseen.
+        // With lengths, a byte cannot move from the key to the payload undetected.
         for part in [self.tree.as_bytes(), self.key] {
             hasher.update(&(part.len() as u64).to_le_bytes()).update(part);
         }
         hasher.update(&[VERSION]).update(payload);
-        let mut sum = [0; SUM];
-        hasher.finalize_xof().fill(&mut sum);
-        sum
+        let mut checksum = [0; CHECKSUM_BYTES];
+        hasher.finalize_xof().fill(&mut checksum);
+        checksum
     }
 }
 
-/// A value's bytes for this place.
+/// Encodes a value for its place.
 pub(crate) fn seal<T: Serialize>(place: Place<'_>, value: &T) -> Result<Vec<u8>> {
     let unstorable = |reason: String| Error::Unstorable {
         what: format!("{} in {}", place.readable(), place.tree),
         reason,
     };
     let payload = postcard::to_stdvec(value).map_err(|e| unstorable(e.to_string()))?;
-    if payload.len() > MAX_BYTES {
-        return Err(unstorable(format!("it has {} bytes, and a record holds {MAX_BYTES}", payload.len())));
+    if payload.len() > RECORD_BYTES_MAX {
+        return Err(unstorable(format!("it has {} bytes, at most {RECORD_BYTES_MAX}", payload.len())));
     }
-    let mut bytes = Vec::with_capacity(HEADER + payload.len());
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + payload.len());
     bytes.push(VERSION);
-    bytes.extend_from_slice(&place.sum(&payload));
+    bytes.extend_from_slice(&place.checksum(&payload));
     bytes.extend_from_slice(&payload);
     Ok(bytes)
 }
 
-/// Whether the bytes are those that were written here; their payload if so.
+/// Verifies a record; returns its payload.
 pub(crate) fn check<'b>(place: Place<'_>, bytes: &'b [u8]) -> Result<&'b [u8]> {
-    let Some((header, payload)) = bytes.split_at_checked(HEADER) else {
+    let Some((header, payload)) = bytes.split_at_checked(HEADER_BYTES) else {
         return Err(place.damaged(format!("it has only {} bytes", bytes.len())));
     };
     if header[0] != VERSION {
         let what = format!("the record {} of {}", place.readable(), place.tree);
         return Err(Error::Format { what, found: header[0].into(), known: VERSION.into() });
     }
-    if header[1..] != place.sum(payload) {
-        return Err(place.damaged("its checksum does not fit"));
+    if header[1..] != place.checksum(payload) {
+        return Err(place.damaged("wrong checksum"));
     }
     Ok(payload)
 }
 
-/// The value that was sealed.
+/// Decodes a value from its place.
 pub(crate) fn open<T: DeserializeOwned>(place: Place<'_>, bytes: &[u8]) -> Result<T> {
     let payload = check(place, bytes)?;
     let (value, rest) = postcard::take_from_bytes(payload)
-        .map_err(|e| place.damaged(format!("it holds something else than is asked for ({e})")))?;
+        .map_err(|e| place.damaged(format!("it is not of the expected type ({e})")))?;
     if !rest.is_empty() {
-        return Err(place.damaged(format!("it has {} bytes more than what is asked for", rest.len())));
+        return Err(place.damaged(format!("it has {} extra bytes", rest.len())));
     }
     Ok(value)
 }
@@ -102,7 +99,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_sealed_opens_and_any_flipped_byte_is_found(
+        fn a_sealed_value_opens_and_any_flipped_byte_is_detected(
             key in proptest::collection::vec(any::<u8>(), 0..12),
             value in any::<(u64, String, Vec<Option<i32>>, bool)>(),
             at in any::<prop::sample::Index>(),
@@ -120,8 +117,8 @@ mod tests {
             prop_assert!(open::<Value>(place, &bytes[..at]).is_err());
             let mut other = key.clone();
             other.push(0);
-            for elsewhere in [Place { tree: "journal", key: &other }, Place { tree: "facts", key: &key }] {
-                prop_assert!(open::<Value>(elsewhere, &bytes).is_err());
+            for other_place in [Place { tree: "journal", key: &other }, Place { tree: "facts", key: &key }] {
+                prop_assert!(open::<Value>(other_place, &bytes).is_err());
             }
         }
     }
@@ -133,13 +130,22 @@ mod tests {
         let mut bytes = seal(place, &"committed").unwrap();
         bytes[20] ^= 1;
         let error = open::<String>(place, &bytes).unwrap_err().to_string();
-        assert_eq!(error, "the record step 42 of journal is damaged: its checksum does not fit");
+        assert_eq!(error, "the record step 42 of journal is damaged: wrong checksum");
+    }
+
+    /// The layout is fixed: a change needs a new [`VERSION`].
+    #[test]
+    fn the_layout_of_a_record_is_fixed() {
+        let key = 42_u64.to_be_bytes();
+        let bytes = seal(Place { tree: "journal", key: &key }, &(7_u64, "seven")).unwrap();
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, "0103f732671ea05fe97f3f16c35ffc15930705736576656e");
     }
 
     #[test]
-    fn a_record_that_sled_would_not_sync_is_refused() {
-        let big = vec![1_u8; MAX_BYTES + 1];
-        let error = seal(Place { tree: "facts", key: b"big" }, &big).unwrap_err();
+    fn an_oversized_record_is_refused() {
+        let oversized = vec![1_u8; RECORD_BYTES_MAX + 1];
+        let error = seal(Place { tree: "facts", key: b"oversized" }, &oversized).unwrap_err();
         assert!(matches!(error, Error::Unstorable { .. }), "{error}");
     }
 }

@@ -1,19 +1,21 @@
-//! Small named values beside the journal: what the supervisor must still know after it was restarted.
+//! Small named values beside the journal: the state that a restarted supervisor needs.
 
+#[cfg(doc)]
+use crate::error::Error;
 use crate::error::Result;
 use crate::journal::Store;
 use crate::record::{self, Place};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Which values.
+/// A table of named values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Table {
-    /// Named truths about the run: its placement, its members, its state.
+    /// Facts about the run: its placement, its members, its state.
     Facts,
-    /// The tokens that let nodes join.
+    /// Access tokens.
     Tokens,
-    /// The certificates that nodes were given.
+    /// Issued certificates.
     Certificates,
 }
 
@@ -28,20 +30,29 @@ impl Table {
 }
 
 impl Store {
-    /// Writes a value, durably, in place of one that was there.
+    /// Writes a value durably, replacing an existing one.
+    ///
+    /// # Errors
+    /// [`Error::Unstorable`], [`Error::NoSpace`], [`Error::Database`] or [`Error::Io`].
     pub fn put<T: Serialize>(&self, table: Table, name: &str, value: &T) -> Result<()> {
         let bytes = record::seal(place(table, name), value)?;
         self.tree(table).insert(name, bytes).map_err(|e| self.failed("write a value", e))?;
         self.make_durable()
     }
 
-    /// A value, if it is there.
+    /// The value of a name.
+    ///
+    /// # Errors
+    /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn get<T: DeserializeOwned>(&self, table: Table, name: &str) -> Result<Option<T>> {
         self.read(self.tree(table), table.name(), name.as_bytes())
     }
 
-    /// Replaces a value, durably, only if it is `from` (`None`: not there); whether it was. A token that may be used
-    /// once is used by the one caller who gets `true`.
+    /// Compare-and-swap: replaces a value durably if it is `from` (`None`: absent), and returns whether it
+    /// was. Of several callers that use up an access token, exactly one gets `true`.
+    ///
+    /// # Errors
+    /// As [`Store::put`].
     pub fn swap<T: Serialize>(
         &self,
         table: Table,
@@ -60,7 +71,10 @@ impl Store {
         Ok(swapped)
     }
 
-    /// Removes a value, durably; whether it was there.
+    /// Removes a value durably; returns whether it existed.
+    ///
+    /// # Errors
+    /// [`Error::Database`] or [`Error::Io`].
     pub fn remove(&self, table: Table, name: &str) -> Result<bool> {
         let removed = self.tree(table).remove(name).map_err(|e| self.failed("remove a value", e))?;
         self.make_durable()?;
@@ -68,6 +82,9 @@ impl Store {
     }
 
     /// All values of a table, by name.
+    ///
+    /// # Errors
+    /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn list<T: DeserializeOwned>(&self, table: Table) -> Result<Vec<(String, T)>> {
         let mut values = Vec::new();
         for item in self.tree(table) {

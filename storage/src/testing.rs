@@ -1,13 +1,14 @@
-//! A disk that fails where a test wants it to, and a run to try it on.
+//! A disk with injected faults, and a run for tests.
 
 use crate::{BlobStore, Checkpoints, Digest, Disk, RealDisk, RunDir, Store};
+use parking_lot::Mutex;
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
-use volary_core::{ShardId, Step};
+use std::sync::Arc;
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
 
-/// Counts operations; from operation `full_from` on, every write is torn half-way by a full disk.
+/// Logs operations. From operation `full_from` on, the disk is full and writes are partial.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TestDisk {
     pub(crate) log: Arc<Mutex<Vec<String>>>,
@@ -15,29 +16,29 @@ pub(crate) struct TestDisk {
 }
 
 impl TestDisk {
-    fn note(&self, what: &str, path: &Path) -> bool {
-        let mut log = self.log.lock().unwrap();
+    fn log(&self, what: &str, path: &Path) -> bool {
+        let mut log = self.log.lock();
         log.push(format!("{what} {}", path.file_name().unwrap().to_string_lossy()));
-        self.full_from.lock().unwrap().is_some_and(|from| log.len() > from)
+        self.full_from.lock().is_some_and(|from| log.len() > from)
     }
 
     pub(crate) fn fill(&self) {
-        let done = self.log.lock().unwrap().len();
-        *self.full_from.lock().unwrap() = Some(done);
+        let done = self.log.lock().len();
+        *self.full_from.lock() = Some(done);
     }
 
     pub(crate) fn free(&self) {
-        *self.full_from.lock().unwrap() = None;
+        *self.full_from.lock() = None;
     }
 
     pub(crate) fn count(&self, what: &str) -> usize {
-        self.log.lock().unwrap().iter().filter(|line| line.starts_with(what)).count()
+        self.log.lock().iter().filter(|line| line.starts_with(what)).count()
     }
 }
 
 impl Disk for TestDisk {
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        if self.note("write", path) {
+        if self.log("write", path) {
             fs::write(path, &bytes[..bytes.len() / 2])?;
             return Err(io::Error::from(io::ErrorKind::StorageFull));
         }
@@ -45,17 +46,17 @@ impl Disk for TestDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.note("rename", to);
+        self.log("rename", to);
         RealDisk.rename(from, to)
     }
 
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.note("sync", path);
+        self.log("sync", path);
         RealDisk.sync_folder(path)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.note("remove", path);
+        self.log("remove", path);
         RealDisk.remove(path)
     }
 }
@@ -81,14 +82,15 @@ impl TestRun {
 }
 
 pub(crate) fn shards() -> Vec<ShardId> {
-    let mut shards = vec![ShardId::Embedding, ShardId::Dense { layer: 0 }, ShardId::Router { layer: 1 }];
-    shards.extend((0..12).map(|expert| ShardId::Expert { layer: 1, expert }));
+    let mut shards =
+        vec![ShardId::Embedding, ShardId::Dense { layer: LayerId(0) }, ShardId::Router { layer: LayerId(1) }];
+    shards.extend((0..12).map(|expert| ShardId::Expert { layer: LayerId(1), expert: ExpertId(expert) }));
     shards
 }
 
-/// A shard's bytes at a step; those of the embedding never change.
+/// A shard's bytes at a step; the embedding never changes.
 pub(crate) fn bytes_of(shard: ShardId, step: Step) -> Vec<u8> {
-    let step = if shard == ShardId::Embedding { 0 } else { step };
+    let step = if shard == ShardId::Embedding { Step(0) } else { step };
     format!("{shard} at {step}").repeat(100).into_bytes()
 }
 
@@ -96,13 +98,13 @@ pub(crate) fn config() -> Digest {
     Digest::of(b"config")
 }
 
-/// Writes a checkpoint with its shards in this order.
+/// Writes a checkpoint with its shards in the given order.
 pub(crate) fn write_in_order<D: Disk>(
     checkpoints: &Checkpoints<D>,
     step: Step,
     order: impl IntoIterator<Item = ShardId>,
 ) -> crate::Result<()> {
-    let pending = checkpoints.begin(step, 1, config(), shards());
+    let pending = checkpoints.begin(step, Epoch(1), config(), shards());
     for shard in order {
         pending.add(shard, &bytes_of(shard, step))?;
     }

@@ -1,7 +1,7 @@
-//! A process that dies in the middle of its work loses nothing that it had acknowledged, and leaves nothing broken.
+//! A crash at any point loses no acknowledged write and leaves the run consistent.
 //!
-//! The test runs itself as a child, which commits steps and writes checkpoints on a disk that aborts the process at a
-//! random operation, in the middle of a write too, or at a random moment inside sled.
+//! The test executes itself as a child, which commits steps and writes checkpoints on a disk that aborts the
+//! process at a random operation, possibly in the middle of a write, or at a random time inside sled.
 
 #![allow(clippy::unwrap_used, reason = "a failure here is the test's failure")]
 
@@ -12,37 +12,37 @@ use std::process::{Command, abort};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use volary_core::{ShardId, Step};
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
 use volary_storage::{
     BlobStore, CheckpointReader, Checkpoints, Digest, Disk, JsonLines, RealDisk, RunDir, Store,
 };
 
 const DIR: &str = "VOLARY_KILL_DIR";
 const SEED: &str = "VOLARY_KILL_SEED";
-const TRIES: u64 = 20;
-const EVERY: Step = 3;
+const CRASHES: u64 = 20;
+const EVERY: u64 = 3;
 
-/// Aborts at its `dies_at`-th operation.
-struct DyingDisk {
+/// Aborts at its `crash_at`-th operation.
+struct CrashingDisk {
     done: AtomicU64,
-    dies_at: u64,
+    crash_at: u64,
 }
 
-impl DyingDisk {
-    fn is_over(&self) -> bool {
-        self.done.fetch_add(1, Ordering::SeqCst) + 1 == self.dies_at
+impl CrashingDisk {
+    fn is_crash(&self) -> bool {
+        self.done.fetch_add(1, Ordering::SeqCst) + 1 == self.crash_at
     }
 
-    fn live(&self) {
-        if self.is_over() {
+    fn maybe_crash(&self) {
+        if self.is_crash() {
             abort();
         }
     }
 }
 
-impl Disk for DyingDisk {
+impl Disk for CrashingDisk {
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        if self.is_over() {
+        if self.is_crash() {
             File::create(path)?.write_all(&bytes[..bytes.len() / 3])?;
             abort();
         }
@@ -50,17 +50,17 @@ impl Disk for DyingDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.live();
+        self.maybe_crash();
         RealDisk.rename(from, to)
     }
 
     fn sync_folder(&self, path: &Path) -> io::Result<()> {
-        self.live();
+        self.maybe_crash();
         RealDisk.sync_folder(path)
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.live();
+        self.maybe_crash();
         RealDisk.remove(path)
     }
 }
@@ -70,14 +70,17 @@ fn value(step: Step) -> (Step, String) {
 }
 
 fn shards() -> Vec<ShardId> {
-    (0..6).map(|expert| ShardId::Expert { layer: 1, expert }).chain([ShardId::Embedding]).collect()
+    (0..6)
+        .map(|expert| ShardId::Expert { layer: LayerId(1), expert: ExpertId(expert) })
+        .chain([ShardId::Embedding])
+        .collect()
 }
 
 fn bytes_of(shard: ShardId, step: Step) -> Vec<u8> {
     format!("{shard} at {step}").repeat(2000).into_bytes()
 }
 
-/// A small generator, so that a seed that failed can be run again.
+/// A small generator (SplitMix64), so that a failed seed can be repeated.
 fn mix(seed: u64) -> u64 {
     let mut x = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
     x = (x ^ (x >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -85,34 +88,34 @@ fn mix(seed: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// What the parent runs: it works until it dies, and says what it has been promised.
+/// The child: it works until it crashes, and writes down each acknowledged operation.
 #[test]
 fn child() {
     let (Ok(dir), Ok(seed)) = (std::env::var(DIR), std::env::var(SEED)) else { return };
     let random = mix(seed.parse().unwrap());
     let by_operation = random.is_multiple_of(2);
-    let dies_at = if by_operation { random / 2 % 120 + 1 } else { u64::MAX };
+    let crash_at = if by_operation { random / 2 % 120 + 1 } else { u64::MAX };
     if !by_operation {
         thread::spawn(move || {
             thread::sleep(Duration::from_micros(random / 2 % 150_000));
             abort();
         });
     }
-    work(&RunDir::open(&dir).unwrap(), DyingDisk { done: AtomicU64::new(0), dies_at });
+    work(&RunDir::open(&dir).unwrap(), CrashingDisk { done: AtomicU64::new(0), crash_at });
 }
 
-fn work(dir: &RunDir, disk: DyingDisk) {
+fn work(dir: &RunDir, disk: CrashingDisk) {
     let mut acknowledged = File::options().append(true).open(dir.root().join("acknowledged")).unwrap();
     let store = Store::open(dir).unwrap();
     let blobs = BlobStore::open_on(dir.blobs(), disk).unwrap();
     let checkpoints = Checkpoints::open(dir, store.clone(), blobs).unwrap();
     let mut lines = JsonLines::open(dir.metrics()).unwrap();
-    let start = store.last_committed().unwrap().unwrap_or(0) + 1;
-    for step in start..start + 10_000 {
+    let start = store.last_committed().unwrap().unwrap_or_default().next();
+    for step in start.through(start + 10_000) {
         store.commit(step, &value(step)).unwrap();
         writeln!(acknowledged, "commit {step}").unwrap();
         lines.append(&serde_json::json!({"step": step, "loss": 1.0})).unwrap();
-        if step % EVERY == 0 {
+        if step.is_multiple_of(EVERY) {
             checkpoint(&checkpoints, step);
             writeln!(acknowledged, "checkpoint {step}").unwrap();
             checkpoints.retain(2).unwrap();
@@ -121,51 +124,52 @@ fn work(dir: &RunDir, disk: DyingDisk) {
 }
 
 fn checkpoint<D: Disk>(checkpoints: &Checkpoints<D>, step: Step) {
-    let pending = checkpoints.begin(step, 1, Digest::of(b"config"), shards());
+    let pending = checkpoints.begin(step, Epoch(1), Digest::of(b"config"), shards());
     for shard in shards() {
         pending.add(shard, &bytes_of(shard, step)).unwrap();
     }
     pending.complete().unwrap();
 }
 
-/// The last step of its kind that the child was promised.
+/// The last acknowledged step of a kind.
 fn last(acknowledged: &str, kind: &str) -> Step {
-    let steps = acknowledged.lines().filter_map(|line| line.strip_prefix(kind)?.trim().parse().ok());
-    steps.max().unwrap_or(0)
+    let steps =
+        acknowledged.lines().filter_map(|line| line.strip_prefix(kind)?.trim().parse().ok().map(Step));
+    steps.max().unwrap_or_default()
 }
 
 #[test]
-fn a_process_killed_anywhere_loses_nothing_that_it_had_acknowledged() {
+fn a_crash_at_any_point_loses_no_acknowledged_write() {
     let temp = tempfile::tempdir().unwrap();
     let dir = RunDir::create(temp.path()).unwrap();
     File::create(dir.root().join("acknowledged")).unwrap();
     let base = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_nanos() as u64;
-    for seed in base..base + TRIES {
+    for seed in base..base + CRASHES {
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args(["child", "--exact", "--nocapture"]).env(DIR, dir.root()).env(SEED, seed.to_string());
         let output = child.output().unwrap();
-        let said = String::from_utf8_lossy(&output.stderr);
+        let stderr = String::from_utf8_lossy(&output.stderr);
         println!("seed {seed}: {}", output.status);
-        // It must have died by its own hand, not by an error.
-        assert!(!output.status.success() && !said.contains("panicked"), "seed {seed}: {said}");
+        // It must have aborted, not failed.
+        assert!(!output.status.success() && !stderr.contains("panicked"), "seed {seed}: {stderr}");
         check(&dir, seed);
     }
     let acknowledged = fs::read_to_string(dir.root().join("acknowledged")).unwrap();
-    println!("killed {TRIES} times: {} promises kept", acknowledged.lines().count());
-    assert!(last(&acknowledged, "checkpoint") > 0, "no try came as far as a checkpoint");
+    println!("{CRASHES} crashes: {} acknowledged operations intact", acknowledged.lines().count());
+    assert!(last(&acknowledged, "checkpoint") > Step(0), "no child wrote a checkpoint");
 }
 
 fn check(dir: &RunDir, seed: u64) {
     let acknowledged = fs::read_to_string(dir.root().join("acknowledged")).unwrap();
-    // Readers come first: they must find everything in order before the owner has tidied up.
+    // Readers first: they must find a consistent state before the writer reopens the run.
     let reader = CheckpointReader::open(dir).unwrap();
     for step in reader.steps().unwrap() {
         reader.verify(step).unwrap_or_else(|e| panic!("seed {seed}: manifest of step {step}: {e}"));
     }
     let store = Store::open(dir).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
     let commits = last(&acknowledged, "commit");
-    assert!(store.last_committed().unwrap().unwrap_or(0) >= commits, "seed {seed}: a commit is lost");
-    for (at, item) in (1..).zip(store.committed_range::<(Step, String)>(0)) {
+    assert!(store.last_committed().unwrap().unwrap_or_default() >= commits, "seed {seed}: a commit is lost");
+    for (at, item) in (1..).map(Step).zip(store.committed_range::<(Step, String)>(Step(0))) {
         assert_eq!(item.unwrap(), (at, value(at)), "seed {seed}");
     }
     let blobs = BlobStore::open(dir.blobs()).unwrap();
@@ -173,7 +177,7 @@ fn check(dir: &RunDir, seed: u64) {
     for step in checkpoints.steps().unwrap() {
         checkpoints.verify(step).unwrap_or_else(|e| panic!("seed {seed}: checkpoint {step}: {e}"));
     }
-    let newest = checkpoints.latest().unwrap().map_or(0, |record| record.step);
+    let newest = checkpoints.latest().unwrap().map_or(Step(0), |record| record.step);
     assert!(newest >= last(&acknowledged, "checkpoint"), "seed {seed}: a checkpoint is lost");
     drop(JsonLines::open(dir.metrics()).unwrap());
     let metrics = fs::read_to_string(dir.metrics()).unwrap();

@@ -1,4 +1,5 @@
-//! Frames: a small typed header and metadata, then raw little-endian tensors. The layout is in [`codec`].
+//! Frames: a small typed header and metadata, then raw little-endian tensors. The layout is in
+//! `frame/codec.rs`.
 
 mod codec;
 

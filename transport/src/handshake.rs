@@ -1,6 +1,6 @@
 //! The first messages on a connection: the dialer's role and version, and the answer.
 //!
-//! The dialer opens the control stream and sends a [`Hello`]; the other end replies with an [`Answer`]. The
+//! The dialer opens the control stream and sends a `Hello`; the other end replies with an `Answer`. The
 //! rest of the stream is the caller's. Versions must be equal: all processes of a cluster are one program.
 
 use crate::control::{ControlReceiver, ControlSender};

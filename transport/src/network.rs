@@ -1,4 +1,4 @@
-//! The network of a process: where its endpoints come from. QUIC over UDP in production, [`crate::memory`] in
+//! The network of a process, on which its endpoints are bound: QUIC over UDP in production, `memory` in
 //! tests.
 
 use crate::Interference;

@@ -23,8 +23,8 @@ mod device;
 mod tensor;
 
 pub use device::{FakeDevice, Hold, Operation};
-use tensor::{Live, add_rows};
 pub use tensor::{FakeGradient, FakeTensor};
+use tensor::{Live, add_rows};
 use volary_core::compute::{Compute, ComputeError, Computed, Gated, HostDtype, HostTensor, LossAndGradients};
 use volary_core::dispatch::{Capacity, Dispatch, TOP_K};
 use volary_core::messages::Norm;
@@ -190,7 +190,12 @@ impl Compute for FakeCompute {
         Ok((loss.into(), gradients))
     }
 
-    fn embed_backward(&self, gradient: FakeGradient, dx: FakeTensor, tokens: &[u32]) -> Computed<FakeGradient> {
+    fn embed_backward(
+        &self,
+        gradient: FakeGradient,
+        dx: FakeTensor,
+        tokens: &[u32],
+    ) -> Computed<FakeGradient> {
         let mut values = gradient.values.clone();
         for ((id, _), row) in self.positions(tokens).zip(dx.each_row()) {
             values.iter_mut().zip(row).for_each(|(dw, dx)| *dw += dx * embedding(id));
@@ -235,8 +240,9 @@ impl Compute for FakeCompute {
         let experts = self.experts as u64;
         let mut choices: [Vec<i64>; TOP_K] = Default::default();
         for score in &scores {
-            // Any function of the score's bits routes tokens all over the experts.
-            let mut draw = Stream::new(score.to_bits().into(), Purpose::SecondExpert, &[]);
+            // Steps of the score route tokens all over the experts, and are flat almost everywhere.
+            let bucket = (score * 16.0).floor() as i64;
+            let mut draw = Stream::new(bucket as u64, Purpose::SecondExpert, &[]);
             let first = draw.below(experts);
             let other = (experts > 1).then(|| (first + 1 + draw.below(experts - 1)) % experts);
             choices[0].push(first as i64);
@@ -304,7 +310,9 @@ impl Compute for FakeCompute {
         inputs: Vec<FakeTensor>,
     ) -> Computed<(FakeTensor, FakeGradient)> {
         let FakeSaved::Gate(state) = saved else { return Err(wrong("gate_backward")) };
-        let (Some(outputs), Some(dy)) = (&state.outputs, &state.dy) else { return Err(wrong("gate_backward")) };
+        let (Some(outputs), Some(dy)) = (&state.outputs, &state.dy) else {
+            return Err(wrong("gate_backward"));
+        };
         let inputs = self.concatenate(inputs)?;
         let (mut dx, mut dw) = (dy.to_vec(), vec![0.0; self.hidden]);
         for (token, dx) in dx.chunks_exact_mut(self.hidden).enumerate() {

@@ -128,17 +128,20 @@ impl Network {
         self.0.lock().sockets.get(&address).cloned()
     }
 
-    /// Registers a link, if both ends are open; otherwise the reason.
+    /// Registers a link, if both ends are open.
     pub(super) fn link(
         &self,
         dialer: &Shared,
         listener: &Shared,
-    ) -> std::result::Result<(Arc<Channel>, mpsc::Sender<Accepted>), &'static str> {
+        peer: &str,
+    ) -> Result<(Arc<Channel>, mpsc::Sender<Accepted>)> {
         let mut state = self.0.lock();
         if !matches!(*dialer.status.borrow(), Status::Open(_)) {
-            return Err("this endpoint is closed");
+            return Err(Error::connection(peer, "this endpoint is closed"));
         }
-        let Status::Open(accepted) = &*listener.status.borrow() else { return Err(REFUSED) };
+        let Status::Open(accepted) = &*listener.status.borrow() else {
+            return Err(Error::connection(peer, REFUSED));
+        };
         let pair = pair_of(dialer.address, listener.address);
         let faults = state.faults.get(&pair).copied().unwrap_or_default();
         // The shorter timeout counts, as in QUIC.

@@ -122,10 +122,8 @@ struct Listener {
 
 impl MemorySocket {
     async fn connect(&self, dial: Dial) -> Result<Dialed> {
-        let failed = |reason: &dyn std::fmt::Display| Error::connection(dial.peer(), reason);
-        let listener = self.find(&dial).map_err(|reason| failed(&reason))?;
-        let (channel, accepted) =
-            self.hub.link(&self.shared, &listener.shared).map_err(|reason| failed(&reason))?;
+        let listener = self.find(&dial)?;
+        let (channel, accepted) = self.hub.link(&self.shared, &listener.shared, &dial.peer())?;
         let (End { frames, control: (mut sender, mut receiver) }, far) = ends(&channel);
         let peer = Peer {
             name: dial.name.clone(),
@@ -140,24 +138,22 @@ impl MemorySocket {
         Ok(Dialed { wire, answer, control: (sender, receiver) })
     }
 
-    /// The listener at the dialed address, if both ends trust each other; otherwise the reason.
-    fn find(&self, dial: &Dial) -> std::result::Result<Listener, String> {
-        let shared = self.hub.listener(dial.address).ok_or(REFUSED)?;
-        let Some((identity, clients)) = shared.config.read().server.clone() else {
-            return Err(REFUSED.into());
+    /// The listener at the dialed address, if both ends trust each other.
+    fn find(&self, dial: &Dial) -> Result<Listener> {
+        let failed = |reason: &dyn std::fmt::Display| Error::connection(dial.peer(), reason);
+        let shared = self.hub.listener(dial.address).ok_or_else(|| failed(&REFUSED))?;
+        let server = shared.config.read().server.clone();
+        let (identity, clients) = server.ok_or_else(|| failed(&REFUSED))?;
+        verify_listener(&identity, &dial.name, &dial.credential).map_err(|error| failed(&error))?;
+        let refused = |reason: &dyn std::fmt::Display| {
+            shared.refused.fetch_add(1, Ordering::Relaxed);
+            failed(reason)
         };
-        verify_listener(&identity, &dial.name, &dial.credential).map_err(|error| error.to_string())?;
-        let count = || shared.refused.fetch_add(1, Ordering::Relaxed);
         let verified = verify_dialer(&identity, clients, &dial.credential);
-        let dialer_certificate = verified.map_err(|error| {
-            count();
-            error.to_string()
-        })?;
-        let place = shared.places.take().ok_or_else(|| {
-            count();
-            "too many connections wait for admission".to_owned()
-        })?;
-        Ok(Listener { certificate: identity.certificate, shared, dialer_certificate, place })
+        let dialer_certificate = verified.map_err(|error| refused(&error))?;
+        let place =
+            shared.places.take().ok_or_else(|| refused(&"too many connections wait for admission"))?;
+        Ok(Listener { certificate: identity.certificate, dialer_certificate, place, shared })
     }
 }
 
