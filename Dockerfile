@@ -1,5 +1,5 @@
-# Volary in a container: `docker build -t volary .` for CPUs, `docker build -t volary:cuda --build-arg DEVICE=cuda .`
-# for NVIDIA GPUs. libtorch comes from PyTorch's wheels.
+# Volary in a container: `docker build -t volary .` for CPUs,
+# `docker build -t volary:cuda --build-arg DEVICE=cuda .` for NVIDIA GPUs. libtorch comes from PyTorch's wheels.
 ARG DEVICE=cpu
 
 FROM rust:1.91-bookworm AS builder
