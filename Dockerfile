@@ -1,10 +1,10 @@
-# Volary in a container. Two kinds: `docker build -t volary .` for CPUs, and
+# Volary in a container: `docker build -t volary .` for CPUs,
 # `docker build -t volary:cuda --build-arg DEVICE=cuda .` for NVIDIA GPUs. libtorch comes from PyTorch's wheels.
 ARG DEVICE=cpu
 
 FROM rust:1.91-bookworm AS builder
 ARG DEVICE
-# The wheels' index for each kind; a mirror can be named instead.
+# The index of the wheels for each device; a mirror may replace it.
 ARG TORCH_INDEX_CPU=https://download.pytorch.org/whl/cpu
 ARG TORCH_INDEX_CUDA=https://download.pytorch.org/whl/cu128
 RUN apt-get update \
@@ -15,14 +15,14 @@ RUN python3 -m venv /opt/torch \
     && /opt/torch/bin/pip install --no-cache-dir --index-url "$index" torch==2.11.0
 WORKDIR /src
 COPY . .
-# torch-sys asks this Python where libtorch is.
+# torch-sys finds libtorch through this Python.
 ENV LIBTORCH_USE_PYTORCH=1 LIBTORCH_BYPASS_VERSION_CHECK=1 PATH=/opt/torch/bin:$PATH
 RUN cargo build --release --locked --bin volary \
     && mkdir -p /out/lib \
     && strip -o /out/volary target/release/volary \
     && torch=$(python3 -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent)") \
     && cp -a "$torch"/lib/*.so* /out/lib/ \
-    # CUDA's own libraries are wheels beside PyTorch's.
+    # CUDA's libraries are in wheels of their own.
     && if [ -d "$torch/../nvidia" ]; then find "$torch/../nvidia" -name '*.so*' -exec cp -a {} /out/lib/ \; ; fi \
     && rm -f /out/lib/libtorch_python.so
 
@@ -38,7 +38,7 @@ COPY examples /usr/local/share/volary/examples
 ENV LD_LIBRARY_PATH=/usr/local/lib/volary
 USER 10001:10001
 WORKDIR /var/lib/volary
-# QUIC; the page; a node's figures.
+# QUIC; the dashboard; a node's metrics.
 EXPOSE 7100/udp 7680/tcp 9464/tcp
 ENTRYPOINT ["volary"]
 CMD ["--help"]

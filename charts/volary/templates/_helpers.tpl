@@ -1,4 +1,4 @@
-{{/* The release's name, as all objects carry it: short enough for a pod of a pool. */}}
+{{/* The prefix of all object names: the release's name, short enough for the pods of a pool. */}}
 {{- define "volary.name" -}}
 {{- .Release.Name | trunc 30 | trimSuffix "-" -}}
 {{- end -}}
@@ -20,7 +20,7 @@ app.kubernetes.io/instance: {{ .Release.Name }}
 {{- .Values.identity.existingSecret | default (printf "%s-identity" (include "volary.name" .)) -}}
 {{- end -}}
 
-{{/* The supervisor's stable name: its pod's, behind a headless Service. QUIC must not go through a ClusterIP. */}}
+{{/* The DNS name of the supervisor's pod, behind a headless Service: QUIC must not pass a ClusterIP. */}}
 {{- define "volary.supervisorHost" -}}
 {{- $name := include "volary.name" . -}}
 {{- printf "%s-supervisor-0.%s-supervisor.%s.svc" $name $name .Release.Namespace -}}
@@ -74,7 +74,7 @@ readinessProbe:
   periodSeconds: 10
 {{- end -}}
 
-{{/* A pool with the defaults under it. */}}
+{{/* A pool merged over the defaults. */}}
 {{- define "volary.pool" -}}
 {{- toYaml (mergeOverwrite (deepCopy .root.Values.nodeDefaults) (deepCopy (.pool | default dict))) -}}
 {{- end -}}
