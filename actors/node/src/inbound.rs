@@ -17,7 +17,7 @@ use tokio::sync::Semaphore;
 use volary_core::compute::Compute;
 use volary_core::{ExpertId, NodeId};
 use volary_protocol::frames::{self, ExpertReply, ExpertRequest, GradientSum, ShardRequest, StoredShard};
-use volary_transport::{Endpoint, Frame, FrameKind, InboundFrame, Link};
+use volary_transport::{Endpoint, Frame, FrameKind, InboundFrame, Link, Refusal, RefusalCode};
 
 /// Accepts links from other nodes for as long as the endpoint is open.
 pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endpoint) {
@@ -46,7 +46,7 @@ async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
         let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
         if node.peers.is_revoked(&link) {
             node.peers.count_refused();
-            return link.close("certificate revoked");
+            return link.refuse(&Refusal::new(RefusalCode::CertificateRevoked, "the certificate is revoked"));
         }
         let (node, peer) = (Arc::clone(&node), peer.clone());
         tokio::spawn(async move {

@@ -60,11 +60,21 @@ pub enum FakeSaved {
     /// Nothing, where no backward call follows.
     None,
     /// A dense layer's.
-    Dense { x: FakeTensor, weights: Vec<f32> },
+    Dense {
+        /// Its input.
+        x: FakeTensor,
+        /// Its parameters.
+        weights: Vec<f32>,
+    },
     /// A gate's, then a combination's.
     Gate(Box<GateState>),
-    /// An expert's: its input and, after the backward call, the gradient of its output.
-    Expert { x: FakeTensor, dy: Option<FakeTensor> },
+    /// An expert's.
+    Expert {
+        /// Its input.
+        x: FakeTensor,
+        /// The gradient of its output, after the backward call.
+        dy: Option<FakeTensor>,
+    },
 }
 
 /// What a gate saves.

@@ -1,0 +1,211 @@
+//! A whole cluster of real actors in one process, over the memory network and without libtorch.
+//!
+//! Every run is compared with the quiet run on one node: the losses of all steps and the digest of the last checkpoint
+//! must be equal bit for bit, whatever happened on the way.
+#![expect(clippy::expect_used, clippy::panic, reason = "tests")]
+
+mod harness;
+
+use harness::{Cluster, Computed, settings, until};
+use std::sync::OnceLock;
+use std::time::Duration;
+use volary_node::NodeEnd;
+use volary_node::testing::{FakeDevice, Operation};
+use volary_protocol::operator::{OperatorReply, OperatorRequest};
+
+const STEPS: u64 = 12;
+
+/// The run on one node that nothing disturbs.
+fn quiet() -> &'static Computed {
+    static QUIET: OnceLock<Computed> = OnceLock::new();
+    QUIET.get_or_init(|| Cluster::start(settings(STEPS, 1)).finish())
+}
+
+#[test]
+fn any_number_of_nodes_computes_the_same_bits() {
+    assert_eq!(quiet().losses.len() as u64, STEPS);
+    let distinct: std::collections::BTreeSet<u64> = quiet().losses.iter().map(|(_, loss, _)| *loss).collect();
+    assert_eq!(distinct.len() as u64, STEPS, "every step changes the loss");
+    for nodes in [2, 3, 5] {
+        assert_eq!(Cluster::start(settings(STEPS, nodes)).finish(), *quiet(), "{nodes} nodes");
+    }
+}
+
+#[test]
+fn sums_that_pass_several_nodes_compute_the_same_bits() {
+    let mut settings = settings(STEPS, 5);
+    settings.cluster.fan_in = 2;
+    assert_eq!(Cluster::start(settings).finish(), *quiet());
+}
+
+#[test]
+fn one_replica_or_three_compute_the_same_bits() {
+    for replication in [1, 3] {
+        let mut settings = settings(STEPS, 3);
+        settings.cluster.replication = replication;
+        assert_eq!(Cluster::start(settings).finish(), *quiet(), "{replication} replicas");
+    }
+}
+
+#[test]
+fn no_tensor_outlives_the_run_and_a_lane_in_flight_bounds_them() {
+    let mut cluster = Cluster::start(settings(STEPS, 2));
+    let devices = ["node-1", "node-2"].map(|name| cluster.device(name));
+    assert_eq!(cluster.finish(), *quiet());
+    let end = cluster.node_end("node-1");
+    assert!(matches!(end, Ok(NodeEnd::Left(_))), "{end:?}");
+    cluster.node_end("node-2").expect("an end");
+    for device in devices {
+        until("no tensor is alive", || device.live_tensors() == 0);
+        assert!(device.live_tensors_max() > 0);
+    }
+}
+
+/// A node dies while one of its calls is under way: forward, backward, in the reduction, in the update.
+#[test]
+fn a_death_in_any_phase_costs_no_committed_step() {
+    let phases = [
+        Operation::Embed,
+        Operation::Gate,
+        Operation::Expert,
+        Operation::Loss,
+        Operation::DenseBackward,
+        Operation::ExpertGradient,
+        Operation::Add,
+        Operation::Norm,
+        Operation::Apply,
+    ];
+    for phase in phases {
+        let mut cluster = Cluster::start(settings(STEPS, 3));
+        cluster.wait_for_step(2);
+        let hold = cluster.device("node-2").hold(phase);
+        until(&format!("{phase:?} is reached"), || hold.is_reached());
+        cluster.kill("node-2");
+        drop(hold);
+        assert_eq!(cluster.finish(), *quiet(), "{phase:?}");
+        assert_eq!((cluster.count("lost"), cluster.count("went_back")), (1, 0), "{phase:?}");
+    }
+}
+
+#[test]
+fn a_join_copies_shards_to_a_learner_and_aborts_no_step() {
+    let mut cluster = Cluster::start(settings(STEPS, 2));
+    slow_down(&cluster);
+    cluster.wait_for_step(2);
+    let name = cluster.join();
+    until("the newcomer is a member", || state(&cluster, &name) == Some("member".into()));
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!((cluster.count("aborted"), cluster.count("migrated")), (0, 1));
+}
+
+#[test]
+fn a_drained_node_hands_over_and_leaves_and_aborts_no_step() {
+    let mut cluster = Cluster::start(settings(STEPS, 3));
+    slow_down(&cluster);
+    cluster.wait_for_step(2);
+    let reply = cluster.ask(OperatorRequest::Drain { node: "node-2".into() });
+    assert!(matches!(reply, OperatorReply::Done { .. }), "{reply:?}");
+    let end = cluster.node_end("node-2");
+    assert!(matches!(end, Ok(NodeEnd::Left(_))), "{end:?}");
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!((cluster.count("aborted"), cluster.count("left")), (0, 1));
+}
+
+#[test]
+fn a_node_that_is_asked_to_leave_is_drained() {
+    let mut cluster = Cluster::start(settings(STEPS, 3));
+    slow_down(&cluster);
+    cluster.wait_for_step(2);
+    cluster.ask_to_leave("node-3");
+    let end = cluster.node_end("node-3");
+    assert!(matches!(end, Ok(NodeEnd::Left(_))), "{end:?}");
+    assert_eq!(cluster.finish(), *quiet());
+}
+
+#[test]
+fn a_node_whose_device_fails_is_fenced_and_the_others_continue() {
+    let mut cluster = Cluster::start(settings(STEPS, 3));
+    cluster.wait_for_step(2);
+    cluster.device("node-2").fail(Operation::Apply);
+    assert_eq!(cluster.finish(), *quiet());
+    assert!(cluster.count("fenced") >= 1);
+    assert_eq!(cluster.count("went_back"), 0);
+    let events = cluster.lines("events").join("\n");
+    assert!(events.contains("Apply fails"), "the reason is named: {events}");
+}
+
+#[test]
+fn nodes_keep_their_state_while_the_supervisor_restarts() {
+    let mut cluster = Cluster::start(settings(STEPS, 2));
+    slow_down(&cluster);
+    cluster.wait_for_step(3);
+    cluster.kill_supervisor();
+    std::thread::sleep(Duration::from_millis(50));
+    cluster.start_supervisor();
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!((cluster.count("returned"), cluster.count("went_back")), (2, 0));
+}
+
+#[test]
+fn after_a_loss_of_everything_the_run_resumes_from_its_checkpoint() {
+    let mut settings = settings(STEPS, 2);
+    settings.cluster.return_timeout_ms = 200;
+    let mut cluster = Cluster::start(settings);
+    slow_down(&cluster);
+    cluster.wait_for_step(3);
+    let reply = cluster.ask(OperatorRequest::Checkpoint);
+    let OperatorReply::Done { step } = reply else { panic!("no checkpoint: {reply:?}") };
+    cluster.wait_for_step(step.0 + 1);
+    for name in ["node-1", "node-2"] {
+        cluster.kill(name);
+    }
+    cluster.kill_supervisor();
+    cluster.start_supervisor();
+    for _ in 0..3 {
+        cluster.join();
+    }
+    assert_eq!(cluster.finish(), *quiet());
+}
+
+#[test]
+fn the_last_replica_of_a_shard_takes_the_run_back_to_its_checkpoint() {
+    let mut settings = settings(STEPS, 3);
+    settings.cluster.replication = 1;
+    settings.cluster.return_timeout_ms = 200;
+    let mut cluster = Cluster::start(settings);
+    slow_down(&cluster);
+    cluster.wait_for_step(4);
+    cluster.kill("node-2");
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!(cluster.count("went_back"), 1);
+}
+
+#[test]
+fn a_slow_node_changes_no_bit() {
+    let mut cluster = Cluster::start(settings(STEPS, 2));
+    cluster.device("node-2").set_delay(Duration::from_millis(1));
+    assert_eq!(cluster.finish(), *quiet());
+}
+
+#[test]
+fn a_restarted_process_takes_its_name_back_and_another_one_is_refused() {
+    let mut cluster = Cluster::start(settings(200, 2));
+    slow_down(&cluster);
+    cluster.wait_for_step(2);
+    cluster.kill("node-2");
+    cluster.start_node("node-2", FakeDevice::default());
+    until("node-2 is a member", || state(&cluster, "node-2") == Some("member".into()));
+    assert_eq!(cluster.count("went_back"), 0);
+}
+
+/// Makes steps take some milliseconds, so that the run outlasts what a test does to it.
+fn slow_down(cluster: &Cluster) {
+    for node in cluster.nodes.values() {
+        node.device.set_delay(Duration::from_micros(300));
+    }
+}
+
+/// A node's state in the status.
+fn state(cluster: &Cluster, name: &str) -> Option<String> {
+    cluster.status().nodes.into_iter().find(|node| node.name == name).map(|node| node.state)
+}
