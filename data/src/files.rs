@@ -74,11 +74,12 @@ fn listed_files(source: &SourceOptions, manifest: &Path, path: &Path) -> Result<
         let path = folders.iter().map(|folder| folder.join(&relative)).find(|path| path.is_file());
         let Some(path) = path else {
             let matched: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+            let matched = if matched.is_empty() { "no folder matches".into() } else { matched.join(", ") };
             return Err(Error::ListedFileMissing {
                 name: source.name.clone(),
                 file: relative,
                 manifest: manifest.to_path_buf(),
-                searched: format!("{} (folders: {})", source.path, matched.join(", ")),
+                searched: format!("{} ({matched})", source.path),
             });
         };
         let found = hash_file(&path)?;

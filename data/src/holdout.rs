@@ -11,7 +11,7 @@
 
 use std::collections::HashSet;
 
-use crate::limits::{CANDIDATE_SHARES_MAX, HELD_OUT_SHARES_MAX};
+use crate::limits::{MAX_CANDIDATE_SHARES, MAX_HELD_OUT_SHARES};
 
 /// A document that may be held out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -31,7 +31,7 @@ pub(crate) fn rank(text: &str) -> u64 {
 /// The ranks of candidates are below this bound; 0 if nothing is to be held out.
 pub(crate) fn candidate_bound(fraction: f64) -> u64 {
     // 2^64; the conversion saturates.
-    ((fraction * CANDIDATE_SHARES_MAX).min(1.0) * 18_446_744_073_709_551_616.0) as u64
+    ((fraction * MAX_CANDIDATE_SHARES).min(1.0) * 18_446_744_073_709_551_616.0) as u64
 }
 
 /// The number of tokens to hold out of `total` tokens, as a fraction of them.
@@ -41,7 +41,7 @@ pub(crate) fn share(fraction: f64, total: u64) -> f64 {
 
 /// Whether `tokens` held-out tokens are acceptable for a share of `share` tokens.
 pub(crate) fn is_plausible(tokens: u64, share: f64) -> bool {
-    tokens as f64 <= HELD_OUT_SHARES_MAX * share
+    tokens as f64 <= MAX_HELD_OUT_SHARES * share
 }
 
 /// Adds the ranks of the documents that one source holds out to `held_out`.
@@ -104,6 +104,6 @@ mod tests {
         assert_eq!(candidate_bound(0.0), 0);
         assert_eq!(candidate_bound(0.5), u64::MAX);
         let covered = candidate_bound(0.01) as f64 / u64::MAX as f64;
-        assert!((covered - 0.01 * CANDIDATE_SHARES_MAX).abs() < 1e-9, "{covered}");
+        assert!((covered - 0.01 * MAX_CANDIDATE_SHARES).abs() < 1e-9, "{covered}");
     }
 }

@@ -43,10 +43,10 @@ pub const MAX_VALIDATION_FRACTION: f64 = 0.5;
 
 /// Documents are candidates for validation while their ranks are within this many times the requested share
 /// of all ranks.
-pub const CANDIDATE_SHARES_MAX: f64 = 8.0;
+pub const MAX_CANDIDATE_SHARES: f64 = 8.0;
 
 /// A source whose held-out documents exceed the requested share by this factor is split by position instead.
-pub const HELD_OUT_SHARES_MAX: f64 = 4.0;
+pub const MAX_HELD_OUT_SHARES: f64 = 4.0;
 
 /// The longest name of a source, in bytes.
 pub const MAX_SOURCE_NAME_BYTES: usize = 100;
@@ -58,7 +58,7 @@ pub const MAX_JSON_BYTES: u64 = 256 << 20;
 pub const MAX_FILE_MANIFEST_BYTES: u64 = 64 << 20;
 
 /// The number of field or column names that an error lists.
-pub const LISTED_NAMES_MAX: usize = 20;
+pub const MAX_LISTED_NAMES: usize = 20;
 
 /// A partial folder that no process has touched for this long belongs to a process that died.
 pub const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);

@@ -73,7 +73,10 @@ fn a_missing_file_is_one_error_that_names_the_file_the_folders_and_a_remedy() {
     }
     // The same where the glob matches no folder at all.
     let message = error(&listed(&dir.path().join("none-*"), &manifest)).to_string();
-    assert!(message.contains("one.txt") && message.contains("none-*"), "{message}");
+    assert!(
+        message.contains("one.txt") && message.contains("none-*") && message.contains("no folder matches"),
+        "{message}"
+    );
 }
 
 #[test]

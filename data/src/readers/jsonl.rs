@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 use super::lines::Lines;
 use super::raw::RawDocument;
 use crate::error::{Error, Place};
-use crate::limits::{LISTED_NAMES_MAX, MAX_DOCUMENT_BYTES};
+use crate::limits::{MAX_DOCUMENT_BYTES, MAX_LISTED_NAMES};
 
 /// The documents of a JSONL file; blank lines and objects with a null text are skipped.
 pub(crate) struct JsonlDocuments {
@@ -58,7 +58,7 @@ impl JsonlDocuments {
             Some(Value::Null) => Ok(None),
             Some(other) => Err(fail(format!("{:?}: {}", self.column, kind(&other)))),
             None => {
-                let fields: Vec<_> = object.keys().take(LISTED_NAMES_MAX).cloned().collect();
+                let fields: Vec<_> = object.keys().take(MAX_LISTED_NAMES).cloned().collect();
                 Err(fail(format!("the fields {fields:?}")))
             }
         }

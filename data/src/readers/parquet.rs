@@ -13,7 +13,7 @@ use parquet::schema::types::Type;
 
 use super::raw::RawDocument;
 use crate::error::{Error, Place};
-use crate::limits::{LISTED_NAMES_MAX, MAX_DOCUMENT_BYTES};
+use crate::limits::{MAX_DOCUMENT_BYTES, MAX_LISTED_NAMES};
 
 /// The documents of a Parquet file; rows with a null text are skipped.
 pub(crate) struct ParquetDocuments {
@@ -77,7 +77,7 @@ fn projection(reader: &SerializedFileReader<File>, path: &Path, column: &str) ->
     let fail = |reason: String| Error::Parquet { path: path.to_path_buf(), reason };
     let Some(field) = schema.get_fields().iter().find(|field| field.name() == column) else {
         let names: Vec<_> =
-            schema.get_fields().iter().take(LISTED_NAMES_MAX).map(|field| field.name()).collect();
+            schema.get_fields().iter().take(MAX_LISTED_NAMES).map(|field| field.name()).collect();
         return Err(fail(format!("has no column {column:?}; its columns are {names:?}")));
     };
     if !field.is_primitive() || field.get_physical_type() != Physical::BYTE_ARRAY {
