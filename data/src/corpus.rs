@@ -104,8 +104,8 @@ impl<'a> TokenizedSource<'a> {
         let mut sorter = DocumentSorter {
             tokenizer,
             bound: holdout::candidate_bound(options.validation_fraction),
-            train: TokenWriter::create(&train_path)?,
-            held: TokenWriter::create(&validation_path)?,
+            train_file: TokenWriter::create(&train_path)?,
+            candidate_file: TokenWriter::create(&validation_path)?,
             candidates: Vec::new(),
         };
         let (mut documents, mut bytes, mut replaced_utf8) = (0, 0, 0);
@@ -128,8 +128,8 @@ impl<'a> TokenizedSource<'a> {
             let (name, path) = (source.options.name.clone(), source.options.path.clone());
             return Err(Error::Empty { name, path, files: source.files.len() });
         }
-        sorter.held.finish()?;
-        let (train_tokens, candidates) = (sorter.train.finish()?, sorter.candidates);
+        sorter.candidate_file.finish()?;
+        let (train_tokens, candidates) = (sorter.train_file.finish()?, sorter.candidates);
         Ok(Self {
             source,
             train_path,
@@ -195,8 +195,8 @@ struct DocumentSorter<'a> {
     tokenizer: &'a Tokenizer,
     /// Documents with a rank below this bound are candidates.
     bound: u64,
-    train: TokenWriter,
-    held: TokenWriter,
+    train_file: TokenWriter,
+    candidate_file: TokenWriter,
     candidates: Vec<Candidate>,
 }
 
@@ -207,9 +207,9 @@ impl DocumentSorter<'_> {
             let rank = holdout::rank(text);
             if rank < self.bound {
                 self.candidates.push(Candidate { rank, tokens: ids.len() as u64 + 1 });
-                self.held.write(&ids, self.tokenizer.end_of_text())?;
+                self.candidate_file.write(&ids, self.tokenizer.end_of_text())?;
             } else {
-                self.train.write(&ids, self.tokenizer.end_of_text())?;
+                self.train_file.write(&ids, self.tokenizer.end_of_text())?;
             }
         }
         batch.clear();
