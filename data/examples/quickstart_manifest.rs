@@ -28,6 +28,9 @@ struct Selection {
     exclude: Vec<Pattern>,
 }
 
+/// A section's name, which is that of its manifest, and its crates.
+type Section = (String, Vec<Selection>);
+
 fn main() -> Result<(), Box<dyn Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     let folder = root.join("examples/quickstart");
@@ -43,12 +46,12 @@ fn main() -> Result<(), Box<dyn Error>> {
             })?;
             let package = format!("{}-{}", selection.name, version.text);
             let before = files.len();
-            for file in selected_files(&selection, &package)? {
-                let content = std::fs::read(&file.1)?;
+            for (relative, path) in selected_files(&selection, &package)? {
+                let content = std::fs::read(path)?;
                 let blake3 = blake3::hash(&content);
                 if content.len() as u64 >= MIN_FILE_BYTES && seen.insert(blake3) {
                     bytes += content.len();
-                    files.push(ListedFile { blake3, relative: format!("{package}/{}", file.0) });
+                    files.push(ListedFile { blake3, relative: format!("{package}/{relative}") });
                 }
             }
             if files.len() == before {
@@ -63,8 +66,8 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// The sections of the list, in its order.
-fn parse(text: &str) -> Result<Vec<(String, Vec<Selection>)>, Box<dyn Error>> {
-    let mut sections: Vec<(String, Vec<Selection>)> = Vec::new();
+fn parse(text: &str) -> Result<Vec<Section>, Box<dyn Error>> {
+    let mut sections: Vec<Section> = Vec::new();
     for line in text.lines().map(|line| line.split('#').next().unwrap_or_default().trim()) {
         if let Some(name) = line.strip_prefix('[').and_then(|line| line.strip_suffix(']')) {
             sections.push((name.to_string(), Vec::new()));
@@ -128,10 +131,9 @@ fn selected_files(selection: &Selection, package: &str) -> Result<Vec<(String, P
     let options = MatchOptions { require_literal_separator: true, ..MatchOptions::new() };
     let pattern = format!("$CARGO_HOME/registry/src/*/{package}/**/*");
     let found = Source::find(&SourceOptions::new(package, pattern))?;
-    let marker = format!("/{package}/");
     let mut files = Vec::new();
     for file in found.files {
-        let Some((_, relative)) = file.relative.split_once(marker.trim_start_matches('/')) else { continue };
+        let Some((_, relative)) = file.relative.split_once(&format!("{package}/")) else { continue };
         let matches = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches_with(relative, options));
         if matches(&selection.include) && !matches(&selection.exclude) {
             files.push((relative.to_string(), file.path));
