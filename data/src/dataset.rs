@@ -11,8 +11,8 @@ use crate::tokens::TokenFile;
 /// A prepared corpus, cut into sequences that are assigned to the lanes of every step.
 ///
 /// A dataset has no cursor: the tokens of a lane depend on the corpus, the shape, the seed and the step only,
-/// so lanes can be read in any order. Window `w` of a source begins at token `w * sequence_length` and has one
-/// token more than a sequence: inputs and targets overlap by one.
+/// so lanes can be read in any order. Window `w` of a source begins at token `w * sequence_length` and has
+/// one token more than a sequence: inputs and targets overlap by one.
 ///
 /// ```
 /// use volary_data::{DataOptions, Dataset, SourceOptions, prepare};

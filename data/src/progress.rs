@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// A stage of [`prepare`](crate::prepare()), in the order of their execution.
+/// A stage of the preparation of a corpus; the variants are in the order of execution.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PreparationStage {
@@ -14,7 +14,7 @@ pub enum PreparationStage {
     Tokenizing,
 }
 
-/// The progress of [`prepare`](crate::prepare()) within a stage.
+/// The progress of the preparation of a corpus within a stage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// The stage.
@@ -26,7 +26,7 @@ pub struct Progress {
     pub total_bytes: u64,
 }
 
-/// Reports progress to the caller of [`prepare`](crate::prepare()).
+/// Reports progress to the caller of the preparation.
 pub(crate) struct Reporter<'a> {
     report: &'a mut dyn FnMut(Progress),
     now: Progress,
