@@ -1,4 +1,4 @@
-//! The folder of tokenised corpora that runs share: entries appear whole, or not at all.
+//! The cache of tokenized corpora that runs share. Entries are complete or absent.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -6,17 +6,20 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::error::Error;
+use crate::files::SourceFile;
 use crate::manifest::{HeldOut, Manifest, VERSION};
 use crate::options::DataOptions;
 use crate::source::Source;
 
-/// Folders under construction begin with this.
+/// The prefix of folders under construction.
 const PARTIAL: &str = ".partial-";
 
-/// A folder under construction that nobody has touched for this long was left by a process that died.
-pub(crate) const ABANDONED: Duration = Duration::from_secs(24 * 3600);
+/// The version of the rules by which a corpus follows from its text; part of the key. Version 2: documents
+/// are held out until the share of tokens is reached.
+const RULES: u32 = 2;
 
-/// Where corpora are shared: the option, `$XDG_CACHE_HOME/volary` or `~/.cache/volary`; `None` without a home.
+/// The folder of the cache: the option, `$XDG_CACHE_HOME/volary` or `~/.cache/volary`; `None` without a home
+/// folder.
 pub(crate) fn folder(options: &DataOptions) -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let default =
@@ -24,16 +27,22 @@ pub(crate) fn folder(options: &DataOptions) -> Option<PathBuf> {
     Some(options.cache.clone().or_else(default)?.join("data"))
 }
 
-/// The key of a corpus: its options and the paths, sizes and times of change of everything it is read from.
+/// The key of a corpus: its options and its files. A file is identified by its hash if its source has a
+/// manifest, and otherwise by its path, size and modification time.
 pub(crate) fn key(options: &DataOptions, sources: &[Source]) -> Result<String, Error> {
     let mut hasher = blake3::Hasher::new();
-    let options = DataOptions { cache: None, ..options.clone() };
-    // Lengths part the fields from each other: no two lists of fields give the same bytes.
+    let mut options = DataOptions { cache: None, ..options.clone() };
+    for source in &mut options.sources {
+        // The content of the manifest matters, not its path.
+        source.manifest = None;
+    }
+    // The lengths separate the fields: no two lists of fields give the same bytes.
     let mut add = |bytes: &[u8]| {
         hasher.update(&(bytes.len() as u64).to_le_bytes());
         hasher.update(bytes);
     };
     add(&VERSION.to_le_bytes());
+    add(&RULES.to_le_bytes());
     let json = serde_json::to_vec(&options);
     add(&json.map_err(|e| Error::Option { option: "data".into(), reason: e.to_string() })?);
     if let Some(path) = &options.tokenizer {
@@ -41,16 +50,21 @@ pub(crate) fn key(options: &DataOptions, sources: &[Source]) -> Result<String, E
     }
     for source in sources {
         add(&(source.files.len() as u64).to_le_bytes());
-        for file in &source.files {
-            add(file.path.as_os_str().as_encoded_bytes());
-            add(&file.bytes.to_le_bytes());
-            add(&file.modified_ns.to_le_bytes());
+        for SourceFile { path, relative, bytes, modified_ns, blake3 } in &source.files {
+            if let Some(hash) = blake3 {
+                add(relative.as_bytes());
+                add(hash.as_bytes());
+            } else {
+                add(path.as_os_str().as_encoded_bytes());
+                add(&bytes.to_le_bytes());
+                add(&modified_ns.to_le_bytes());
+            }
         }
     }
     Ok(hasher.finalize().to_hex()[..32].to_string())
 }
 
-/// The entry of a corpus. One that was parted by position somewhere fits its sequence length only.
+/// The entry of a corpus. A corpus with a split by position is for one sequence length only.
 fn entry(folder: &Path, key: &str, sequence_length: Option<usize>) -> PathBuf {
     match sequence_length {
         Some(length) => folder.join(format!("{key}-{length}")),
@@ -58,7 +72,7 @@ fn entry(folder: &Path, key: &str, sequence_length: Option<usize>) -> PathBuf {
     }
 }
 
-/// Finds a corpus that suits the sequence length, whole and undamaged.
+/// Finds an undamaged corpus that suits the sequence length.
 pub(crate) fn find(folder: &Path, key: &str, sequence_length: usize) -> Option<(PathBuf, Manifest)> {
     [None, Some(sequence_length)].into_iter().find_map(|length| {
         let path = entry(folder, key, length);
@@ -71,8 +85,8 @@ pub(crate) fn find(folder: &Path, key: &str, sequence_length: usize) -> Option<(
                 suits.then_some((path, manifest))
             }
             Err(error) => {
-                tracing::warn!(%error, "a damaged entry of the data cache is discarded");
-                // Should it stay, storing the new one replaces it.
+                tracing::warn!(%error, "discarding a damaged entry of the data cache");
+                // If this fails, the new entry replaces it later.
                 let _ = fs::remove_dir_all(&path);
                 None
             }
@@ -80,20 +94,20 @@ pub(crate) fn find(folder: &Path, key: &str, sequence_length: usize) -> Option<(
     })
 }
 
-/// A new folder to build a corpus in; it is removed when dropped.
+/// A folder for a corpus under construction; dropping removes it.
 pub(crate) struct Partial {
     pub(crate) path: PathBuf,
 }
 
 impl Partial {
-    /// Makes one in `folder` and clears those there that were left alone for `abandoned` or longer.
+    /// Creates one in `folder`, and removes those there that nobody has touched for `abandoned` or longer.
     pub(crate) fn create(folder: &Path, abandoned: Duration) -> Result<Self, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let path = folder.join(format!("{PARTIAL}{}-{number}", std::process::id()));
         fs::create_dir_all(folder).map_err(Error::write(folder))?;
-        clear_abandoned(folder, abandoned);
-        // A namesake, left by a process that died, is of no use to anyone.
+        remove_abandoned(folder, abandoned);
+        // A process that died may have left a folder of the same name.
         let _ = fs::remove_dir_all(&path);
         fs::create_dir(&path).map_err(Error::write(&path))?;
         Ok(Self { path })
@@ -102,12 +116,12 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // Nothing there after the folder became an entry.
+        // After the folder became an entry, there is nothing to remove.
         let _ = fs::remove_dir_all(&self.path);
     }
 }
 
-fn clear_abandoned(folder: &Path, abandoned: Duration) {
+fn remove_abandoned(folder: &Path, abandoned: Duration) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
         let age = entry.metadata().ok().and_then(|m| m.modified().ok()).and_then(|t| t.elapsed().ok());
@@ -119,7 +133,7 @@ fn clear_abandoned(folder: &Path, abandoned: Duration) {
     }
 }
 
-/// Makes a finished folder an entry and gives its new place.
+/// Turns a finished folder into an entry and returns its path.
 pub(crate) fn store(
     folder: &Path,
     key: &str,
@@ -131,7 +145,7 @@ pub(crate) fn store(
     let path = entry(folder, key, by_position.then_some(sequence_length));
     if fs::rename(&partial.path, &path).is_err() {
         if Manifest::verify(&path).is_ok() {
-            // Another process was quicker; its entry is equal, and may be in use.
+            // Another process was faster; its entry is equal, and may be in use.
             return Ok(path);
         }
         fs::remove_dir_all(&path).map_err(Error::write(&path))?;
@@ -141,8 +155,8 @@ pub(crate) fn store(
     Ok(path)
 }
 
-/// Gives `dir` the corpus in `from`: by hard links where possible, so that the run owns its data at no cost,
-/// whatever becomes of the cache; the manifest last.
+/// Installs the corpus in `from` into `dir`, the manifest last. Hard links, where possible, make the run
+/// independent of the cache at no cost.
 pub(crate) fn install(from: &Path, manifest: &Manifest, dir: &Path) -> Result<(), Error> {
     for name in manifest.file_names() {
         let (source, target) = (from.join(&name), dir.join(&name));
@@ -159,7 +173,7 @@ pub(crate) fn install(from: &Path, manifest: &Manifest, dir: &Path) -> Result<()
             fs::copy(&source, &new).and_then(|_| File::open(&new)?.sync_all()).map_err(Error::write(&new))?;
         }
         if name == crate::manifest::MANIFEST {
-            // What the manifest speaks of is durable before the manifest is.
+            // The files are durable before the manifest that lists them.
             sync_folder(dir)?;
         }
         fs::rename(&new, &target).map_err(Error::write(&target))?;

@@ -3,16 +3,41 @@
 use std::path::Path;
 
 use crate::error::Error;
-use crate::manifest::{Manifest, Part};
+use crate::manifest::{Manifest, Split};
 use crate::mixture::{Mixture, Pick};
 use crate::tokenizer::Tokenizer;
 use crate::tokens::TokenFile;
 
-/// A prepared corpus, cut into sequences and dealt to the lanes of every step.
+/// A prepared corpus, cut into sequences that are assigned to the lanes of every step.
 ///
-/// It has no cursor: what a lane trains on at a step depends on the corpus, the shape and the seed only, so any node can
-/// ask for any lane of any step in any order. Window w of a source is its tokens from `w * sequence_length` on, one more than
-/// the sequence length: inputs and targets overlap by one.
+/// A dataset has no cursor: the tokens of a lane depend on the corpus, the shape, the seed and the step only,
+/// so lanes can be read in any order. Window `w` of a source begins at token `w * sequence_length` and has
+/// one token more than a sequence: inputs and targets overlap by one.
+///
+/// ```
+/// use volary_data::{DataOptions, Dataset, SourceOptions, prepare};
+///
+/// let dir = tempfile::tempdir()?;
+/// let text: String = (0..300).map(|n| format!("Line {n} of a small book.\n")).collect();
+/// let book = dir.path().join("book.txt");
+/// std::fs::write(&book, text)?;
+///
+/// let options = DataOptions {
+///     sources: vec![SourceOptions::new("book", book.to_string_lossy())],
+///     vocabulary: 300,
+///     cache: Some(dir.path().join("cache")),
+///     ..DataOptions::default()
+/// };
+/// let (run, sequence_length, sequences_per_lane, lanes, seed) = (dir.path().join("run"), 16, 2, 4, 7);
+/// prepare(&options, sequence_length, &run, &mut |_progress| {})?;
+///
+/// let data = Dataset::open(&run, sequence_length, sequences_per_lane, lanes, seed)?;
+/// let tokens = data.lane(1, 3)?; // step 1, lane 3
+/// assert_eq!(tokens.len(), sequences_per_lane * (sequence_length + 1));
+/// assert_eq!(tokens, data.lane(1, 3)?);
+/// println!("{}", data.tokenizer().decode(&tokens[..sequence_length + 1])?);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Dataset {
     manifest: Manifest,
@@ -26,10 +51,14 @@ pub struct Dataset {
 }
 
 impl Dataset {
-    /// Opens the corpus that [`prepare`](crate::prepare()) left in `dir`, for sequences of `sequence_length` tokens,
-    /// `sequences_per_lane` in each of `lanes` lanes.
+    /// Opens the corpus that [`prepare`](crate::prepare()) left in `dir`, for sequences of `sequence_length`
+    /// tokens, `sequences_per_lane` in each of `lanes` lanes.
     ///
-    /// Files are checked for their length; [`Manifest::verify`] compares their content too.
+    /// Only the lengths of files are checked; [`Manifest::verify`] compares their content.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] for a shape with a 0, [`Error::TooShort`] for a source without a whole sequence;
+    /// as [`Manifest::open`] and [`Manifest::load_tokenizer`].
     pub fn open(
         dir: &Path,
         sequence_length: usize,
@@ -38,7 +67,7 @@ impl Dataset {
         seed: u64,
     ) -> Result<Self, Error> {
         if sequence_length == 0 || sequences_per_lane == 0 || lanes == 0 {
-            let reason = "the sequence length, the sequences per lane and the lanes must not be 0";
+            let reason = "the sequence length, the sequences per lane and the number of lanes must not be 0";
             return Err(Error::OutOfRange(reason.into()));
         }
         let manifest = Manifest::open(dir)?;
@@ -52,9 +81,10 @@ impl Dataset {
                 });
             }
         }
-        let open = |part| manifest.sources.iter().map(move |s| TokenFile::open(&dir.join(s.file_name(part))));
-        let train = open(Part::Train).collect::<Result<_, _>>()?;
-        let validation = open(Part::Validation).collect::<Result<_, _>>()?;
+        let open =
+            |split| manifest.sources.iter().map(move |s| TokenFile::open(&dir.join(s.file_name(split))));
+        let train = open(Split::Train).collect::<Result<_, _>>()?;
+        let validation = open(Split::Validation).collect::<Result<_, _>>()?;
         let weights: Vec<f64> = manifest.sources.iter().map(|source| source.weight).collect();
         Ok(Self {
             tokenizer: manifest.load_tokenizer(dir)?,
@@ -68,29 +98,39 @@ impl Dataset {
         })
     }
 
-    /// The tokens that `lane` trains on at `step` (counted from 1): `[sequences_per_lane, sequence_length + 1]`,
+    /// The training tokens of `lane` at `step` (from 1): `[sequences_per_lane, sequence_length + 1]`,
     /// row-major.
+    ///
+    /// # Errors
+    /// [`Error::OutOfRange`] for step 0 and for a lane beyond the shape; [`Error::Read`] and
+    /// [`Error::Damaged`] for a token file that cannot be read or holds tokens beyond the vocabulary.
     pub fn lane(&self, step: u64, lane: u32) -> Result<Vec<u32>, Error> {
-        let step = step.checked_sub(1).ok_or_else(|| Error::OutOfRange("steps are counted from 1".into()))?;
+        let step =
+            step.checked_sub(1).ok_or_else(|| Error::OutOfRange("step 0: the first step is 1".into()))?;
         self.sequences(step, lane, &self.train, |mixture, pick, windows| mixture.window(pick, windows))
     }
 
-    /// The tokens that `lane` validates with in `round` (counted from 0), in the shape of [`lane`](Self::lane).
+    /// The validation tokens of `lane` in `round` (from 0), in the shape of [`lane`](Self::lane).
     ///
-    /// Sources take turns as in training; each source's windows come in plain order and start over at the end.
+    /// Sources alternate as in training; the windows of each source are in file order and repeat after the
+    /// last one.
+    ///
+    /// # Errors
+    /// As [`lane`](Self::lane).
     pub fn validation(&self, round: u64, lane: u32) -> Result<Vec<u32>, Error> {
         let in_order = |_: &Mixture, pick: Pick, windows| (pick.occurrence % u128::from(windows)) as u64;
         self.sequences(round, lane, &self.validation, in_order)
     }
 
-    /// How many rounds, over all lanes, hold as many sequences as there are validation windows; at least 1.
+    /// The number of rounds, over all lanes, with as many sequences as there are validation windows; at least
+    /// 1.
     #[must_use]
     pub fn validation_rounds(&self) -> u64 {
         let windows: u64 = self.validation.iter().map(|file| self.windows(file)).sum();
         windows.div_ceil((self.sequences_per_lane as u64).saturating_mul(u64::from(self.lanes))).max(1)
     }
 
-    /// How many steps, over all lanes, hold as many sequences as there are training windows; at least 1.
+    /// The number of steps, over all lanes, with as many sequences as there are training windows; at least 1.
     #[must_use]
     pub fn steps_per_pass(&self) -> u64 {
         let windows: u64 = self.train.iter().map(|file| self.windows(file)).sum();
@@ -139,7 +179,7 @@ impl Dataset {
         window: impl Fn(&Mixture, Pick, u64) -> u64,
     ) -> Result<Vec<u32>, Error> {
         if lane >= self.lanes {
-            return Err(Error::OutOfRange(format!("lane {lane} of {} lanes, counted from 0", self.lanes)));
+            return Err(Error::OutOfRange(format!("lane {lane}: expected a lane below {}", self.lanes)));
         }
         let row = self.sequence_length + 1;
         let mut ids = Vec::with_capacity(self.sequences_per_lane * row);

@@ -1,15 +1,15 @@
-//! What can go wrong between a source of text and a batch of tokens.
+//! The errors between a source of text and a batch of tokens.
 
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Where in a file a document begins.
+/// The position of a document in its file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// A line, counted from 1.
+    /// A line, from 1.
     Line(u64),
-    /// A record, counted from 1.
+    /// A record, from 1.
     Record(u64),
 }
 
@@ -22,19 +22,19 @@ impl fmt::Display for Place {
     }
 }
 
-/// An error of this crate; each names the file or the option to look at.
+/// An error of this crate; each names a file or an option.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// An option's value is not usable.
+    /// The value of an option is invalid.
     #[error("data option {option}: {reason}")]
     Option {
         /// The option's path, such as `sources[0].weight`.
         option: String,
-        /// What is wrong with its value.
+        /// The reason.
         reason: String,
     },
-    /// A path names a variable that is not set.
+    /// A path uses a variable that is not set.
     #[error("source {name:?}: {path:?} uses ${variable}, which is not set")]
     Unset {
         /// The source.
@@ -44,22 +44,75 @@ pub enum Error {
         /// The variable.
         variable: String,
     },
-    /// A source's path leads to nothing that can be read.
+    /// A source has no readable file.
     #[error("source {name:?}: {path:?}: {reason}")]
     NothingFound {
         /// The source.
         name: String,
         /// The path as given.
         path: String,
-        /// What is missing.
+        /// The missing thing.
         reason: String,
+    },
+    /// A line of a source's manifest is not `HASH  PATH`.
+    #[error("{}, line {line}: expected `HASH  RELATIVE/PATH` as `b3sum` prints it: {reason}", path.display())]
+    FileManifestLine {
+        /// The manifest.
+        path: PathBuf,
+        /// The line, from 1.
+        line: usize,
+        /// The reason.
+        reason: &'static str,
+    },
+    /// A manifest without files, or one that is too large.
+    #[error("{}: {reason}", path.display())]
+    FileManifest {
+        /// The manifest.
+        path: PathBuf,
+        /// The reason.
+        reason: &'static str,
+    },
+    /// A file of a source's manifest does not exist.
+    #[error(
+        "source {name:?}: {file:?}, a file of {}, does not exist below {searched}; if these are sources of crates, build \
+         the workspace first, and if the versions in Cargo.lock have changed, regenerate the manifest",
+        manifest.display()
+    )]
+    ListedFileMissing {
+        /// The source.
+        name: String,
+        /// The file, as listed.
+        file: String,
+        /// The manifest.
+        manifest: PathBuf,
+        /// The path of the source, and the folders that it matches.
+        searched: String,
+    },
+    /// A file of a source's manifest has another content.
+    #[error(
+        "source {name:?}: {} has the BLAKE3 hash {found}, but {} lists {expected}; restore the file, or regenerate the \
+         manifest if the change is intended",
+        path.display(),
+        manifest.display()
+    )]
+    ListedFileChanged {
+        /// The source.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// The manifest.
+        manifest: PathBuf,
+        /// The hash in the manifest, in hex.
+        expected: String,
+        /// The hash of the file, in hex.
+        found: String,
     },
     /// A file or folder could not be read.
     #[error("cannot read {}: {error}", path.display())]
     Read {
         /// The file or folder.
         path: PathBuf,
-        /// The system's or the decoder's words.
+        /// The error of the system or the decoder.
         #[source]
         error: io::Error,
     },
@@ -68,77 +121,77 @@ pub enum Error {
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// The system's words.
+        /// The error of the system.
         #[source]
         error: io::Error,
     },
-    /// A record is not what the format asks for.
+    /// A record does not match the format.
     #[error("{}, {place}: expected {expected}, found {found}", path.display())]
     Record {
         /// The file.
         path: PathBuf,
-        /// The record's place in it.
+        /// The position of the record.
         place: Place,
-        /// What was expected.
+        /// The expected content.
         expected: String,
-        /// What was there.
+        /// The actual content.
         found: String,
     },
-    /// A Parquet file is damaged or lacks the text column.
+    /// A Parquet file is damaged or has no text column.
     #[error("{}: {reason}", path.display())]
     Parquet {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The reason.
         reason: String,
     },
     /// Text is not UTF-8, and `strict` is set.
-    #[error("{}, {place}: the text is not UTF-8 (without `strict` such bytes are replaced)", path.display())]
+    #[error("{}, {place}: the text is not UTF-8 (without `strict`, invalid bytes are replaced)", path.display())]
     NotUtf8 {
         /// The file.
         path: PathBuf,
-        /// Where the document begins.
+        /// The position of the document.
         place: Place,
     },
     /// A document is longer than the limit.
-    #[error("{}, {place}: a document of more than {limit} bytes", path.display())]
+    #[error("{}, {place}: the document has more than {limit} bytes", path.display())]
     DocumentTooLong {
         /// The file.
         path: PathBuf,
-        /// Where the document begins.
+        /// The position of the document.
         place: Place,
         /// The limit, in bytes.
         limit: u64,
     },
-    /// A compressed file expands beyond any plausible text.
-    #[error("{}: expands to more than {limit} bytes: this is not plausible for text of its size", path.display())]
+    /// A compressed file expands implausibly.
+    #[error("{}: expands to more than {limit} bytes, which is implausible for a text file of its size", path.display())]
     Expands {
         /// The file.
         path: PathBuf,
         /// The limit, in bytes.
         limit: u64,
     },
-    /// A source holds no text.
-    #[error("source {name:?}: {path:?} holds no text ({files} files, all of them empty)")]
+    /// A source has no text.
+    #[error("source {name:?}: {path:?} holds no text (all of its {files} files are empty)")]
     Empty {
         /// The source.
         name: String,
         /// The path as given.
         path: String,
-        /// How many files it led to.
+        /// The number of its files.
         files: usize,
     },
     /// A source is too short for the sequence length.
     #[error(
         "source {name:?} holds {tokens} tokens, but sequences of {sequence_length} tokens need at least {needed}: \
-         one sequence to train on and one to validate with; give it more text or make sequences shorter"
+         one sequence for training and one for validation; add text or shorten the sequences"
     )]
     TooShort {
         /// The source.
         name: String,
-        /// How many tokens it holds.
+        /// The number of its tokens.
         tokens: u64,
-        /// How many it would need.
+        /// The number of tokens that it needs.
         needed: u64,
         /// The sequence length, in tokens.
         sequence_length: usize,
@@ -146,15 +199,15 @@ pub enum Error {
     /// A tokenizer could not be trained, loaded or used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// Prepared data is not what its manifest says.
-    #[error("{}: {reason}; the prepared data is damaged, delete its folder to prepare it anew", path.display())]
+    /// Prepared data does not match its manifest.
+    #[error("{}: {reason}; the prepared data is damaged: delete its folder to prepare it again", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What does not fit.
+        /// The mismatch.
         reason: String,
     },
-    /// A step, a lane or a shape that a data set does not have.
+    /// A step, a lane or a shape that a dataset does not have.
     #[error("{0}")]
     OutOfRange(String),
 }

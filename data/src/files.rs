@@ -1,63 +1,99 @@
-//! From a source's path (a file, a folder or a glob) to the list of files it stands for.
+//! From a source's path (a file, a folder or a glob) to the list of its files.
 
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use blake3::Hash;
 use walkdir::WalkDir;
 
 use crate::error::Error;
+use crate::file_manifest::{FileManifest, ListedFile, hash_file};
 use crate::options::SourceOptions;
 use crate::readers::is_known_extension;
 
 /// One file of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SourceFile {
-    /// Where the file is.
+    /// The path of the file.
     pub path: PathBuf,
-    /// Its path below the source's folder, with `/` between parts: the same on every machine.
+    /// Its path below the source's folder, with `/` between parts: equal on all machines.
     pub relative: String,
     /// Its size on disk, in bytes.
     pub bytes: u64,
-    /// When it was last changed, in nanoseconds since 1970 (0 when the file system does not say).
+    /// Its modification time, in nanoseconds since 1970 (0 if unknown).
     pub modified_ns: u128,
+    /// Its BLAKE3 hash, if the source has a manifest.
+    pub blake3: Option<Hash>,
 }
 
-/// The files of `source`, ordered by relative path.
+/// The files of `source`, ordered by relative path, or in the order of its manifest.
+///
+/// # Errors
+/// An [`Error`] that names the source, for a path without files, a variable that is not set, a file that
+/// cannot be read, and a file that its manifest lists but that does not exist or has another content.
 pub fn find_files(source: &SourceOptions) -> Result<Vec<SourceFile>, Error> {
     let expanded = expand(source)?;
-    let nothing = |reason: &str| Error::NothingFound {
-        name: source.name.clone(),
-        path: source.path.clone(),
-        reason: reason.into(),
-    };
-    // What a relative path stands for depends on the working folder; the cache's key must not.
-    let path = std::path::absolute(&expanded).map_err(|error| nothing(&error.to_string()))?;
-    let path = path.as_path();
+    // A relative path depends on the working folder; the cache's key must not.
+    let path = std::path::absolute(&expanded).map_err(|error| nothing_found(source, error.to_string()))?;
+    if let Some(manifest) = &source.manifest {
+        return listed_files(source, manifest, &path);
+    }
     let mut files = if path.is_file() {
-        vec![describe(
-            path.to_path_buf(),
-            path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
-        )?]
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        vec![describe(path, name)?]
     } else if path.is_dir() {
-        let files = walk(path)?;
-        if files.is_empty() {
-            return Err(nothing(
-                "the folder holds no file of a kind that is read (text, source code, .jsonl, .parquet)",
-            ));
-        }
-        files
-    } else if expanded.contains(['*', '?', '[']) {
-        let files = matches(source, &path.to_string_lossy())?;
-        if files.is_empty() {
-            return Err(nothing("no file matches"));
-        }
-        files
+        let kinds = "the folder holds no file of a known type (text, source code, .jsonl, .parquet)";
+        some(source, walk(&path)?, kinds)?
+    } else if is_glob(&path) {
+        some(source, matching_files(source, &path)?, "no file matches")?
     } else {
-        return Err(nothing("no such file or folder"));
+        return Err(nothing_found(source, "no such file or folder".into()));
     };
     files.sort_by(|a, b| a.relative.cmp(&b.relative));
+    Ok(files)
+}
+
+fn nothing_found(source: &SourceOptions, reason: String) -> Error {
+    Error::NothingFound { name: source.name.clone(), path: source.path.clone(), reason }
+}
+
+fn some(source: &SourceOptions, files: Vec<SourceFile>, otherwise: &str) -> Result<Vec<SourceFile>, Error> {
+    if files.is_empty() { Err(nothing_found(source, otherwise.into())) } else { Ok(files) }
+}
+
+/// The files of a manifest, each from the first folder that has it, after a comparison with their hashes.
+fn listed_files(source: &SourceOptions, manifest: &Path, path: &Path) -> Result<Vec<SourceFile>, Error> {
+    let mut folders = vec![path.to_path_buf()];
+    if !path.is_dir() && is_glob(path) {
+        folders = matches(source, path)?.into_iter().filter(|path| path.is_dir()).collect();
+    }
+    let mut files = Vec::new();
+    for ListedFile { blake3, relative } in FileManifest::load(manifest)?.files {
+        let path = folders.iter().map(|folder| folder.join(&relative)).find(|path| path.is_file());
+        let Some(path) = path else {
+            let matched: Vec<_> = folders.iter().map(|folder| folder.display().to_string()).collect();
+            let matched = if matched.is_empty() { "no folder matches".into() } else { matched.join(", ") };
+            return Err(Error::ListedFileMissing {
+                name: source.name.clone(),
+                file: relative,
+                manifest: manifest.to_path_buf(),
+                searched: format!("{} ({matched})", source.path),
+            });
+        };
+        let found = hash_file(&path)?;
+        if found != blake3 {
+            return Err(Error::ListedFileChanged {
+                name: source.name.clone(),
+                path,
+                manifest: manifest.to_path_buf(),
+                expected: blake3.to_string(),
+                found: found.to_string(),
+            });
+        }
+        files.push(SourceFile { blake3: Some(found), ..describe(path, relative)? });
+    }
     Ok(files)
 }
 
@@ -65,7 +101,7 @@ fn describe(path: PathBuf, relative: String) -> Result<SourceFile, Error> {
     let metadata = fs::metadata(&path).map_err(Error::read(&path))?;
     let modified = metadata.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
     let modified_ns = modified.map_or(0, |t| t.as_nanos());
-    Ok(SourceFile { path, relative, bytes: metadata.len(), modified_ns })
+    Ok(SourceFile { path, relative, bytes: metadata.len(), modified_ns, blake3: None })
 }
 
 fn relative_to(root: &Path, path: &Path) -> String {
@@ -79,7 +115,7 @@ fn is_hidden(name: &OsStr) -> bool {
 
 fn walk(root: &Path) -> Result<Vec<SourceFile>, Error> {
     let mut files = Vec::new();
-    // Links are followed: model hubs keep their files as links into a store of blobs.
+    // Model hubs keep their files as links into a store of blobs.
     let entries = WalkDir::new(root).follow_links(true).into_iter();
     for entry in entries.filter_entry(|e| e.depth() == 0 || !is_hidden(e.file_name())) {
         let entry = match entry {
@@ -98,33 +134,30 @@ fn walk(root: &Path) -> Result<Vec<SourceFile>, Error> {
     Ok(files)
 }
 
-/// A link to nowhere or to its own parent: nothing to read there, and no reason to fail.
+/// A link to a missing file or to its own parent: nothing to read, and no reason to fail.
 fn is_dangling(error: &walkdir::Error) -> bool {
     error.loop_ancestor().is_some()
         || error.io_error().is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound)
 }
 
-fn matches(source: &SourceOptions, pattern: &str) -> Result<Vec<SourceFile>, Error> {
-    // `*` does not match a leading dot, so hidden files are skipped unless the pattern names them.
+fn is_glob(path: &Path) -> bool {
+    path.to_string_lossy().contains(['*', '?', '['])
+}
+
+fn matching_files(source: &SourceOptions, pattern: &Path) -> Result<Vec<SourceFile>, Error> {
+    let root: PathBuf = pattern.iter().take_while(|part| !is_glob(Path::new(part))).collect();
+    let paths = matches(source, pattern)?.into_iter().filter(|path| path.is_file());
+    paths.map(|path| describe(path.clone(), relative_to(&root, &path))).collect()
+}
+
+/// The paths that match a glob, in alphabetical order.
+fn matches(source: &SourceOptions, pattern: &Path) -> Result<Vec<PathBuf>, Error> {
+    // `*` does not match a leading dot: hidden files are skipped unless the pattern names them.
     let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
-    let found = glob::glob_with(pattern, options).map_err(|error| Error::NothingFound {
-        name: source.name.clone(),
-        path: source.path.clone(),
-        reason: format!("not a valid glob: {error}"),
-    })?;
-    let root: PathBuf = Path::new(pattern)
-        .iter()
-        .take_while(|part| !part.to_string_lossy().contains(['*', '?', '[']))
-        .collect();
-    let mut files = Vec::new();
-    for path in found {
-        let path = path.map_err(|error| Error::Read { path: error.path().into(), error: error.into() })?;
-        if path.is_file() {
-            let relative = relative_to(&root, &path);
-            files.push(describe(path, relative)?);
-        }
-    }
-    Ok(files)
+    let found = glob::glob_with(&pattern.to_string_lossy(), options)
+        .map_err(|error| nothing_found(source, format!("not a valid glob: {error}")))?;
+    let unreadable = |error: glob::GlobError| Error::Read { path: error.path().into(), error: error.into() };
+    found.map(|path| path.map_err(unreadable)).collect()
 }
 
 /// Expands a leading `~` and every `$NAME` and `${NAME}` of the source's path.
@@ -156,7 +189,7 @@ fn expand(source: &SourceOptions) -> Result<String, Error> {
     Ok(expanded)
 }
 
-/// Splits text after a `$` into the variable's name (empty if there is none) and what follows.
+/// Splits text after a `$` into the variable's name (empty if there is none) and the rest.
 fn variable_name(text: &str) -> (&str, &str) {
     if let Some(inner) = text.strip_prefix('{')
         && let Some(end) = inner.find('}')

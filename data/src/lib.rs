@@ -1,33 +1,42 @@
 //! Text sources, the tokenizer, the mixture, and the function (step, lane) -> tokens.
 //!
-//! [`prepare`](prepare()) turns [`DataOptions`] into a folder of token files that the run owns; [`Dataset`] reads it. Where
-//! things are, in the order in which text passes through them:
+//! [`prepare`](prepare()) turns [`DataOptions`] into a folder of token files that belongs to the run;
+//! [`Dataset`] reads it. The modules, in the order in which text passes through them:
 //!
-//! | file | what |
+//! | module | content |
 //! | --- | --- |
-//! | [`options`] | the sources and what is done with them |
-//! | [`files`] | a path, folder or glob to a list of files |
-//! | `readers` | plain text, JSONL, Parquet, gzip and zstd |
+//! | [`options`] | the options: sources, tokenizer, validation, cache |
+//! | [`file_manifest`] | a source's list of files with their hashes |
+//! | [`files`] | from a path, folder or glob to a list of files |
+//! | `readers` | plain text, JSONL and Parquet, with gzip and zstd |
 //! | [`source`] | a source as a stream of documents |
 //! | [`tokenizer`] | training, loading, encoding, decoding |
-//! | `corpus` | documents to token files; what is held out for validation |
-//! | [`manifest`], `tokens` | the folder that results, and its checks |
-//! | [`mod@prepare`], `cache` | the whole way, once for all runs that ask for the same |
-//! | [`mixture`], [`permutation`] | the number of a sequence to its source and window |
-//! | [`dataset`] | (step, lane) to token ids |
-//! | [`limits`], [`error`] | every bound; every error |
+//! | `holdout` | the choice of the validation documents |
+//! | `corpus` | from documents to token files |
+//! | `tokens` | writing, splitting and reading token files |
+//! | [`manifest`] | the description and verification of the resulting folder |
+//! | `cache` | the corpora that runs share |
+//! | [`progress`] | the progress of the preparation |
+//! | [`mod@prepare`] | the preparation as a whole |
+//! | [`mixture`], [`permutation`] | from the number of a sequence to its source and window |
+//! | [`dataset`] | from (step, lane) to token ids |
+//! | [`limits`] | every bound |
+//! | [`error`] | every error |
 
 mod cache;
 mod corpus;
 pub mod dataset;
 pub mod error;
+pub mod file_manifest;
 pub mod files;
+mod holdout;
 pub mod limits;
 pub mod manifest;
 pub mod mixture;
 pub mod options;
 pub mod permutation;
 pub mod prepare;
+pub mod progress;
 mod readers;
 pub mod source;
 pub mod tokenizer;
@@ -35,13 +44,15 @@ mod tokens;
 
 pub use dataset::Dataset;
 pub use error::Error;
+pub use file_manifest::{FileManifest, ListedFile};
 pub use manifest::{HeldOut, Manifest, SourceManifest};
 pub use options::{DataOptions, SourceOptions};
-pub use prepare::{Prepared, Progress, Stage, prepare};
+pub use prepare::{Prepared, prepare};
+pub use progress::{PreparationStage, Progress};
 pub use source::{Document, Source};
 pub use tokenizer::Tokenizer;
 
-/// Reads all documents of a file, for fuzzing.
+/// Reads all documents of a file; for fuzzing.
 #[doc(hidden)]
 pub fn fuzz_records(path: &std::path::Path) {
     if let Ok(documents) = readers::open(path, "text") {

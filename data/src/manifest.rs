@@ -1,4 +1,4 @@
-//! The manifest of a prepared corpus: what was read, into which token files, with which hashes.
+//! The manifest of a prepared corpus: its sources, its token files and their hashes.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -7,19 +7,20 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::file_manifest::hash_file;
 use crate::limits::MAX_JSON_BYTES;
 use crate::tokenizer::Tokenizer;
 
-/// The version of the folder's layout; readers refuse any other.
+/// The version of the folder's layout; readers reject any other.
 pub const VERSION: u32 = 1;
 
-/// The manifest's file name; it is written last, so that a folder with a manifest is whole.
+/// The manifest's file name; it is written last, so a folder with a manifest is complete.
 pub const MANIFEST: &str = "manifest.json";
 
 /// The tokenizer's file name.
 pub const TOKENIZER: &str = "tokenizer.json";
 
-/// What a prepared corpus holds.
+/// The content of a prepared corpus.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// [`VERSION`].
@@ -34,43 +35,43 @@ pub struct Manifest {
     pub sources: Vec<SourceManifest>,
 }
 
-/// What one source holds.
+/// The content of one source.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SourceManifest {
     /// The source's name.
     pub name: String,
-    /// How often sequences come from it, relative to the others.
+    /// The relative frequency of sequences from this source.
     pub weight: f64,
-    /// How many files were found.
+    /// The number of files.
     pub files: u64,
-    /// How many documents were read.
+    /// The number of documents.
     pub documents: u64,
-    /// How much text was read, in bytes of UTF-8.
+    /// The length of the text, in bytes of UTF-8.
     pub bytes: u64,
-    /// How many runs of bytes that are not UTF-8 were replaced.
+    /// The number of byte sequences that are not UTF-8 and were replaced.
     pub replaced_utf8: u64,
-    /// How validation was held out.
+    /// The kind of the split.
     pub held_out: HeldOut,
-    /// The tokens to train on.
-    pub train: Split,
-    /// The tokens to validate with.
-    pub validation: Split,
+    /// The training tokens.
+    pub train: TokenFileRecord,
+    /// The held-out tokens.
+    pub validation: TokenFileRecord,
 }
 
-/// How a source's validation tokens were chosen.
+/// The split of a source into training and validation tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum HeldOut {
-    /// Whole documents, by the hash of their text.
+    /// Whole documents are held out, in the order of their texts' hashes.
     Documents,
-    /// The source's last tokens: too few documents for a split by hash.
+    /// The last tokens are held out: the source has too few documents for a split by document.
     Tail,
 }
 
-/// One token file: ids as little-endian `u32`, each document followed by the end of text.
+/// The record of a token file: ids as little-endian `u32`, each document followed by the end of text.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Split {
-    /// How many tokens the file holds, ends of text included.
+pub struct TokenFileRecord {
+    /// The number of tokens in the file, ends of text included.
     pub tokens: u64,
     /// The BLAKE3 hash of the file, in hex.
     pub blake3: String,
@@ -78,45 +79,49 @@ pub struct Split {
 
 /// One of a source's two token files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// To train on.
+pub enum Split {
+    /// Training tokens.
     Train,
-    /// To validate with.
+    /// Held-out tokens.
     Validation,
 }
 
 impl SourceManifest {
-    /// The file name of a part.
+    /// The name of a token file.
     #[must_use]
-    pub fn file_name(&self, part: Part) -> String {
-        file_name(&self.name, part)
+    pub fn file_name(&self, split: Split) -> String {
+        file_name(&self.name, split)
     }
 
-    /// The token file's record.
+    /// The record of a token file.
     #[must_use]
-    pub fn split(&self, part: Part) -> &Split {
-        match part {
-            Part::Train => &self.train,
-            Part::Validation => &self.validation,
+    pub fn record(&self, split: Split) -> &TokenFileRecord {
+        match split {
+            Split::Train => &self.train,
+            Split::Validation => &self.validation,
         }
     }
 
-    /// Whether both parts hold at least one sequence of `sequence_length` tokens and its last target.
+    /// Whether both token files hold at least one sequence of `sequence_length` tokens and its last target.
     #[must_use]
     pub fn suits(&self, sequence_length: usize) -> bool {
         self.train.tokens.min(self.validation.tokens) > sequence_length as u64
     }
 }
 
-pub(crate) fn file_name(source: &str, part: Part) -> String {
-    match part {
-        Part::Train => format!("{source}.train.tokens"),
-        Part::Validation => format!("{source}.validation.tokens"),
+pub(crate) fn file_name(source: &str, split: Split) -> String {
+    match split {
+        Split::Train => format!("{source}.train.tokens"),
+        Split::Validation => format!("{source}.validation.tokens"),
     }
 }
 
 impl Manifest {
-    /// Reads the manifest in `dir` and checks that its files are there and as long as it says.
+    /// Reads the manifest in `dir` and checks the lengths of its token files.
+    ///
+    /// # Errors
+    /// [`Error::Read`] for a missing file, [`Error::Damaged`] for a manifest of another version and for a
+    /// file of another length.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let path = dir.join(MANIFEST);
         let mut json = Vec::new();
@@ -129,59 +134,67 @@ impl Manifest {
         let damaged = |e: serde_json::Error| Error::damaged(&path, e.to_string());
         let Version { version } = serde_json::from_slice(&json).map_err(damaged)?;
         if version != VERSION {
-            let reason = format!("is of version {version}, but this program reads version {VERSION}");
+            let reason = format!("has version {version}, but this program reads version {VERSION}");
             return Err(Error::damaged(&path, reason));
         }
         let manifest: Self = serde_json::from_slice(&json).map_err(damaged)?;
         if manifest.sources.is_empty()
             || manifest.sources.iter().any(|s| !(s.weight.is_finite() && s.weight > 0.0))
         {
-            return Err(Error::damaged(&path, "has no sources, or weights that are not positive"));
+            return Err(Error::damaged(&path, "has no sources, or a weight that is not positive"));
         }
-        for (path, split) in manifest.token_files(dir) {
+        for (path, record) in manifest.token_files(dir) {
             let bytes = fs::metadata(&path).map_err(Error::read(&path))?.len();
-            if bytes != 4 * split.tokens {
+            if bytes != 4 * record.tokens {
                 let reason =
-                    format!("holds {bytes} bytes, but the manifest says {} tokens of 4 bytes", split.tokens);
+                    format!("has {bytes} bytes, but the manifest lists {} tokens of 4 bytes", record.tokens);
                 return Err(Error::damaged(&path, reason));
             }
         }
         Ok(manifest)
     }
 
-    /// Opens the manifest in `dir` and compares every file with its hash: about a second per gigabyte.
+    /// Reads the manifest in `dir` and compares every file with its hash: about a second per gigabyte.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), and [`Error::Damaged`] for a file of another content.
     pub fn verify(dir: &Path) -> Result<Self, Error> {
         let manifest = Self::open(dir)?;
         manifest.load_tokenizer(dir)?;
-        for (path, split) in manifest.token_files(dir) {
-            if hash_file(&path)? != split.blake3 {
-                return Err(Error::damaged(&path, "its content does not match the manifest's hash"));
+        for (path, record) in manifest.token_files(dir) {
+            if hash_file(&path)?.to_hex().as_str() != record.blake3 {
+                return Err(Error::damaged(&path, "its content does not match the hash in the manifest"));
             }
         }
         Ok(manifest)
     }
 
-    /// The tokenizer in `dir`, if it is the one that the manifest names.
+    /// Loads the tokenizer in `dir`.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if it is not the tokenizer of this manifest; as [`Tokenizer::load`].
     pub fn load_tokenizer(&self, dir: &Path) -> Result<Tokenizer, Error> {
         let path = dir.join(TOKENIZER);
         let tokenizer = Tokenizer::load(&path)?;
         if tokenizer.fingerprint() != self.tokenizer {
-            return Err(Error::damaged(&path, "is not the tokenizer that the manifest names"));
+            return Err(Error::damaged(&path, "is not the tokenizer of the manifest"));
         }
         Ok(tokenizer)
     }
 
     /// The token files of a corpus in `dir`, each with its record.
-    fn token_files(&self, dir: &Path) -> impl Iterator<Item = (PathBuf, &Split)> {
-        let parts = [Part::Train, Part::Validation];
-        self.sources.iter().flat_map(move |s| parts.map(|part| (dir.join(s.file_name(part)), s.split(part))))
+    fn token_files(&self, dir: &Path) -> impl Iterator<Item = (PathBuf, &TokenFileRecord)> {
+        let splits = [Split::Train, Split::Validation];
+        self.sources
+            .iter()
+            .flat_map(move |s| splits.map(|split| (dir.join(s.file_name(split)), s.record(split))))
     }
 
-    /// The names of all files of a corpus, the manifest last.
+    /// The names of a corpus's files, the manifest last.
     pub(crate) fn file_names(&self) -> Vec<String> {
         let mut names = vec![TOKENIZER.to_string()];
         for source in &self.sources {
-            names.extend([Part::Train, Part::Validation].map(|part| source.file_name(part)));
+            names.extend([Split::Train, Split::Validation].map(|split| source.file_name(split)));
         }
         names.push(MANIFEST.to_string());
         names
@@ -193,11 +206,4 @@ impl Manifest {
         let mut file = File::create(&path).map_err(Error::write(&path))?;
         file.write_all(&json).and_then(|()| file.sync_all()).map_err(Error::write(&path))
     }
-}
-
-pub(crate) fn hash_file(path: &Path) -> Result<String, Error> {
-    let file = File::open(path).map_err(Error::read(path))?;
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(Error::read(path))?;
-    Ok(hasher.finalize().to_hex().to_string())
 }

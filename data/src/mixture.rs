@@ -1,35 +1,35 @@
-//! Which source, and which of its windows, the sequence of a given number comes from: pure arithmetic, no cursor.
+//! The source and the window of each sequence: pure arithmetic without a cursor.
 //!
-//! Sequences are numbered through the whole run. A fixed pattern of [`MIXTURE_PERIOD`] slots names the source of
-//! each; it is apportioned by the weights and shuffled by the seed. The n-th sequence of a source is the window at
-//! place n of that source's order, which is a fresh permutation of all its windows for every pass.
+//! Sequences are numbered through the whole run. A fixed pattern of [`MIXTURE_PERIOD`] slots assigns them to
+//! sources; it is apportioned by the weights and shuffled by the seed. The n-th sequence of a source is the
+//! n-th window in the order of that source, which is a new permutation of all its windows in every pass.
 
 use volary_core::random::{Purpose, Stream};
 
 use crate::limits::MIXTURE_PERIOD;
 use crate::permutation::Permutation;
 
-/// The pattern by which sequences come from the sources.
+/// The assignment of sequences to sources.
 #[derive(Clone, Debug)]
 pub struct Mixture {
-    /// For each slot its source and how many earlier slots are of the same source.
+    /// For each slot, its source and the number of earlier slots of the same source.
     slots: Vec<(u32, u64)>,
-    /// For each source the number of its slots.
+    /// For each source, the number of its slots.
     per_period: Vec<u64>,
     seed: u64,
 }
 
-/// Where a sequence comes from.
+/// The origin of a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pick {
     /// The source's index.
     pub source: usize,
-    /// How many earlier sequences came from the same source.
+    /// The number of earlier sequences from the same source.
     pub occurrence: u128,
 }
 
 impl Mixture {
-    /// The mixture of sources of the given weights (positive and finite) under a seed.
+    /// The mixture of sources with these weights (positive and finite) for a seed.
     ///
     /// Every source gets at least one slot in a thousand, however small its weight.
     #[must_use]
@@ -58,7 +58,7 @@ impl Mixture {
         self.slots.len()
     }
 
-    /// The source of the sequence of number `sequence`, counted from 0.
+    /// The source of sequence number `sequence` (from 0).
     #[must_use]
     pub fn pick(&self, sequence: u128) -> Pick {
         let period = self.slots.len() as u128;
@@ -67,17 +67,17 @@ impl Mixture {
         Pick { source: source as usize, occurrence: sequence / period * per_period + u128::from(rank) }
     }
 
-    /// The window that a source's `occurrence`-th sequence is, of `windows`: each pass over the source visits every
-    /// window once, in an order of its own.
+    /// The window, of `windows`, of a source's `occurrence`-th sequence: each pass over the source visits
+    /// every window once, each time in a different order.
     #[must_use]
     pub fn window(&self, pick: Pick, windows: u64) -> u64 {
         let pass = (pick.occurrence / u128::from(windows)) as u64;
-        let place = (pick.occurrence % u128::from(windows)) as u64;
-        Permutation::new(windows, self.seed, &[pick.source as u64, pass]).at(place)
+        let index = (pick.occurrence % u128::from(windows)) as u64;
+        Permutation::new(windows, self.seed, &[pick.source as u64, pass]).at(index)
     }
 }
 
-/// Shares out the slots by largest remainder, ties to the earlier source, at least one for each.
+/// Apportions the slots by largest remainder: ties to the earlier source, at least one slot for each.
 fn apportion(weights: &[f64]) -> Vec<u64> {
     let period = MIXTURE_PERIOD.max(weights.len()) as u64;
     let total: f64 = weights.iter().sum();
@@ -92,7 +92,7 @@ fn apportion(weights: &[f64]) -> Vec<u64> {
         }
     }
     while counts.iter().sum::<u64>() > period {
-        // The slots given to tiny sources are taken from the largest.
+        // The largest sources give up the slots of the tiny ones.
         if let Some(largest) = counts.iter_mut().rev().max_by_key(|count| **count) {
             *largest -= 1;
         }
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn passes_have_orders_of_their_own() {
+    fn passes_have_different_orders() {
         let mixture = Mixture::new(&[1.0], 7);
         let pass = |pass: u128| -> Vec<u64> {
             (0..100).map(|n| mixture.window(Pick { source: 0, occurrence: pass * 100 + n }, 100)).collect()

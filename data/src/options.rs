@@ -1,35 +1,36 @@
-//! What a run is told about its data: the sources, their weights and the tokenizer.
+//! The options of a run's data: the sources, their weights and the tokenizer.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::limits::{MAX_VOCABULARY, MIN_VOCABULARY};
+use crate::limits::{MAX_SOURCE_NAME_BYTES, MAX_VALIDATION_FRACTION, MAX_VOCABULARY, MIN_VOCABULARY};
 
 /// The data of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataOptions {
-    /// Where the text comes from; at least one.
+    /// The sources of text; at least one.
     pub sources: Vec<SourceOptions>,
-    /// A tokenizer to use, in the `tokenizer.json` format; without one, a byte-level BPE is trained.
+    /// A tokenizer in the `tokenizer.json` format; if absent, a byte-level BPE is trained.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<PathBuf>,
-    /// The size of a trained tokenizer's vocabulary, in tokens (the end of text is one).
+    /// The size of a trained tokenizer's vocabulary, in tokens (including the end of text).
     #[serde(default = "default_vocabulary")]
     pub vocabulary: usize,
-    /// How much text a tokenizer is trained on, in bytes; taken from the sources in proportion to their weights.
+    /// The training text of a tokenizer, in bytes; sampled from the sources in proportion to their weights.
     #[serde(default = "default_tokenizer_sample_bytes")]
     pub tokenizer_sample_bytes: u64,
-    /// The share of documents held out for validation, from 0 to 0.5.
+    /// The share of each source's tokens that is held out for validation, by whole documents; from 0 to 0.5.
     #[serde(default = "default_validation_fraction")]
     pub validation_fraction: f64,
-    /// Whether text that is not UTF-8 is an error; otherwise it is replaced and counted.
+    /// Whether text that is not UTF-8 is an error; otherwise invalid bytes are replaced and counted.
     #[serde(default)]
     pub strict: bool,
-    /// The folder of tokenised corpora that runs share; default `$XDG_CACHE_HOME/volary`, else `~/.cache/volary`.
+    /// The cache of tokenized corpora that runs share; default `$XDG_CACHE_HOME/volary`, else
+    /// `~/.cache/volary`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
 }
@@ -42,13 +43,19 @@ pub struct SourceOptions {
     pub name: String,
     /// A file, a folder (read recursively) or a glob; `~`, `$NAME` and `${NAME}` are expanded.
     pub path: String,
-    /// How often sequences come from this source, relative to the others.
+    /// The only files to read, with their BLAKE3 hashes: lines `HASH  RELATIVE/PATH` as `b3sum` prints them.
+    /// Paths are relative to `path`, which is a folder or a glob of folders: the first folder with the file
+    /// counts. A relative path of the manifest itself is relative to the working folder; see
+    /// [`DataOptions::resolve_manifests`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<PathBuf>,
+    /// The relative frequency of sequences from this source.
     #[serde(default = "default_weight")]
     pub weight: f64,
-    /// The field or column that holds the text of JSONL and Parquet records; default `text`.
+    /// The field or column with the text of JSONL and Parquet records; default `text`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub column: Option<String>,
-    /// Read no more than this many bytes of text, from files picked all over the source.
+    /// The most text to read, in bytes; the files are a pseudo-random sample of the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_bytes: Option<u64>,
 }
@@ -84,13 +91,20 @@ impl Default for DataOptions {
 }
 
 impl SourceOptions {
-    /// A source of weight 1 that is read whole.
+    /// A source of weight 1 that is read completely.
     #[must_use]
     pub fn new(name: impl Into<String>, path: impl Into<String>) -> Self {
-        Self { name: name.into(), path: path.into(), weight: default_weight(), column: None, max_bytes: None }
+        Self {
+            name: name.into(),
+            path: path.into(),
+            manifest: None,
+            weight: default_weight(),
+            column: None,
+            max_bytes: None,
+        }
     }
 
-    /// The field or column that holds the text.
+    /// The field or column with the text.
     #[must_use]
     pub fn column(&self) -> &str {
         self.column.as_deref().unwrap_or("text")
@@ -100,12 +114,12 @@ impl SourceOptions {
         let option = |field: &str| format!("sources[{at}].{field}");
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         if self.name.is_empty()
-            || self.name.len() > 100
+            || self.name.len() > MAX_SOURCE_NAME_BYTES
             || self.name.starts_with('.')
             || !self.name.chars().all(plain)
         {
             let reason = format!(
-                "{:?} is not a name: use 1 to 100 letters, digits, '-', '_' and '.', the first not a '.'",
+                "{:?}: expected 1 to {MAX_SOURCE_NAME_BYTES} letters, digits, '-', '_' and '.', the first not a '.'",
                 self.name
             );
             return Err(Error::Option { option: option("name"), reason });
@@ -114,13 +128,13 @@ impl SourceOptions {
             return Err(Error::Option { option: option("path"), reason: "is empty".into() });
         }
         if !(self.weight.is_finite() && self.weight > 0.0) {
-            let reason = format!("{} (source {:?}) is not a positive number", self.weight, self.name);
+            let reason = format!("{} (source {:?}): expected a positive number", self.weight, self.name);
             return Err(Error::Option { option: option("weight"), reason });
         }
         if self.max_bytes == Some(0) {
             return Err(Error::Option {
                 option: option("max_bytes"),
-                reason: "0 leaves nothing to read".into(),
+                reason: "0: expected at least 1".into(),
             });
         }
         Ok(())
@@ -128,25 +142,42 @@ impl SourceOptions {
 }
 
 impl DataOptions {
-    /// Checks everything that can be checked without looking at a file.
+    /// Makes the paths of manifests absolute; relative ones are relative to `folder`, the folder of the
+    /// configuration file.
+    ///
+    /// # Errors
+    /// [`Error::Read`] if `folder` is relative and the working folder is unknown.
+    pub fn resolve_manifests(&mut self, folder: &Path) -> Result<(), Error> {
+        for manifest in self.sources.iter_mut().filter_map(|source| source.manifest.as_mut()) {
+            let path = folder.join(&manifest);
+            *manifest = std::path::absolute(&path).map_err(Error::read(&path))?;
+        }
+        Ok(())
+    }
+
+    /// Checks everything that does not need a file.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for the first invalid option.
     pub fn validate(&self) -> Result<(), Error> {
         let fail = |option: &str, reason: String| Err(Error::Option { option: option.into(), reason });
         if self.sources.is_empty() {
-            return fail("sources", "is empty: name at least one source of text".into());
+            return fail("sources", "is empty: expected at least one source of text".into());
         }
         let mut names = BTreeSet::new();
         for (at, source) in self.sources.iter().enumerate() {
             source.validate(at)?;
-            // Names become file names, and some file systems do not tell case apart.
+            // Names become file names, and some file systems ignore case.
             if !names.insert(source.name.to_ascii_lowercase()) {
-                return fail("sources", format!("two sources are called {:?} (case aside)", source.name));
+                return fail("sources", format!("two sources are named {:?} (ignoring case)", source.name));
             }
         }
         if !self.sources.iter().map(|s| s.weight).sum::<f64>().is_finite() {
-            return fail("sources", "the weights' sum is not finite".into());
+            return fail("sources", "the sum of the weights is not finite".into());
         }
-        if !(0.0..=0.5).contains(&self.validation_fraction) {
-            return fail("validation_fraction", format!("{} is not in 0 to 0.5", self.validation_fraction));
+        if !(0.0..=MAX_VALIDATION_FRACTION).contains(&self.validation_fraction) {
+            let reason = format!("{}: expected 0 to {MAX_VALIDATION_FRACTION}", self.validation_fraction);
+            return fail("validation_fraction", reason);
         }
         if self.tokenizer.is_some() {
             return Ok(());
@@ -154,11 +185,11 @@ impl DataOptions {
         if !(MIN_VOCABULARY..=MAX_VOCABULARY).contains(&self.vocabulary) {
             return fail(
                 "vocabulary",
-                format!("{} is not in {MIN_VOCABULARY} to {MAX_VOCABULARY}", self.vocabulary),
+                format!("{}: expected {MIN_VOCABULARY} to {MAX_VOCABULARY}", self.vocabulary),
             );
         }
         if self.tokenizer_sample_bytes == 0 {
-            return fail("tokenizer_sample_bytes", "0 leaves nothing to train a tokenizer on".into());
+            return fail("tokenizer_sample_bytes", "0: expected at least 1".into());
         }
         Ok(())
     }
@@ -169,7 +200,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_name_and_a_path_must_be_given_and_unknown_options_are_refused() {
+    fn only_a_name_and_a_path_are_required_and_unknown_options_are_rejected() {
         let json = r#"{"sources": [{"name": "a", "path": "a.txt"}]}"#;
         let options: DataOptions = serde_json::from_str(json).unwrap();
         let expected =
@@ -182,7 +213,23 @@ mod tests {
     }
 
     #[test]
-    fn numbers_out_of_range_are_refused_by_name() {
+    fn manifests_are_relative_to_the_configuration() {
+        let manifest = Some(PathBuf::from("quickstart/code.manifest"));
+        let absolute = Some(PathBuf::from("/lists/prose.manifest"));
+        let source = SourceOptions { manifest, ..SourceOptions::new("code", "$HOME/code") };
+        let other = SourceOptions { manifest: absolute.clone(), ..SourceOptions::new("prose", "prose") };
+        let sources = vec![source, other, SourceOptions::new("plain", "plain")];
+        let mut options = DataOptions { sources, ..DataOptions::default() };
+        options.resolve_manifests(Path::new("/etc/volary")).unwrap();
+        let resolved: Vec<_> = options.sources.iter().map(|source| source.manifest.clone()).collect();
+        assert_eq!(resolved, [Some("/etc/volary/quickstart/code.manifest".into()), absolute, None]);
+        let before = options.clone();
+        options.resolve_manifests(Path::new("elsewhere")).unwrap();
+        assert_eq!(options, before);
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_rejected_by_name() {
         let sources = vec![SourceOptions::new("a", "a.txt")];
         let good = DataOptions { sources, ..DataOptions::default() };
         for (bad, name) in [

@@ -1,57 +1,40 @@
-//! From options to a folder of token files that the run owns.
+//! From options to a folder of token files that belongs to the run.
 
 use std::path::Path;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use crate::cache::{self, ABANDONED, Partial};
-use crate::corpus::{self, Report};
+use crate::cache::{self, Partial};
+use crate::corpus;
 use crate::error::Error;
+use crate::limits::ABANDONED_AFTER;
 use crate::manifest::{MANIFEST, Manifest};
 use crate::options::DataOptions;
+use crate::progress::{Progress, Reporter};
 use crate::source::Source;
 
-/// What [`prepare`] is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Stage {
-    /// Finding the sources' files.
-    Reading,
-    /// Reading the sample that the tokenizer is trained on, then training it.
-    TrainingTokenizer,
-    /// Turning the text into tokens.
-    Tokenizing,
-}
-
-/// How far [`prepare`] is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Progress {
-    /// The stage.
-    pub stage: Stage,
-    /// How much text has passed through the stage, in bytes.
-    pub done_bytes: u64,
-    /// About how much there is, in bytes; it grows where compressed files hold more than foreseen.
-    pub total_bytes: u64,
-}
-
-/// What [`prepare`] has found or made.
+/// The result of [`prepare`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prepared {
     /// The corpus in the run's folder.
     pub manifest: Manifest,
     /// Whether the run's folder already held it.
     pub resumed: bool,
-    /// Whether it was taken from the cache.
+    /// Whether it came from the cache.
     pub from_cache: bool,
 }
 
-/// Puts a tokenised corpus into `dir`, the run's own folder.
+/// Puts a tokenized corpus into `dir`, the run's own folder.
 ///
-/// A corpus that is there already is verified and used, whatever became of the sources. Otherwise it is taken from the cache,
-/// or built and left there for the next run. It depends on the options and the files only: not on a seed, the machine, the
-/// number of threads or what the cache held. `sequence_length` (in tokens) matters to sources that are too small for
-/// a split by documents: they hold out at least one sequence for validation.
+/// A corpus in `dir` is verified and used, even if its sources have changed. Otherwise it comes from the
+/// cache, or it is built and added to the cache. It depends on the options and the files only: not on a seed,
+/// the machine, the number of threads or the content of the cache. `sequence_length` (in tokens) matters only
+/// to sources that are too small for a split by documents: they hold out at least one sequence for
+/// validation.
+///
+/// # Errors
+/// An [`Error`] that names the option or the file: options out of range, files that are missing, unreadable
+/// or different from their manifest, records that do not match their format, sources without enough text, a
+/// folder that cannot be written, a corpus in `dir` that is damaged.
 pub fn prepare(
     options: &DataOptions,
     sequence_length: usize,
@@ -66,10 +49,9 @@ pub fn prepare(
         return Ok(Prepared { manifest, resumed: true, from_cache: false });
     }
     options.validate()?;
-    let mut report = Report { progress, stage: Stage::Reading, done_bytes: 0, total_bytes: 0 };
-    report.begin(Stage::Reading, 0);
-    // Work in the run's folder first: that it cannot be written must not come out after an hour of tokenising.
-    // The folder is this run's alone, so what an earlier try left there is of no use.
+    let mut reporter = Reporter::new(progress);
+    // A folder that cannot be written must fail now, not after an hour of tokenizing. Leftovers of an earlier
+    // attempt are of no use, because no other run uses this folder.
     let fallback = Partial::create(dir, Duration::ZERO)?;
     let sources = options.sources.iter().map(Source::find).collect::<Result<Vec<_>, _>>()?;
     let key = cache::key(options, &sources)?;
@@ -82,7 +64,7 @@ pub fn prepare(
     }
     let shared = folder.as_deref().and_then(shared_partial);
     let partial = shared.as_ref().map_or(&fallback, |(_, partial)| partial);
-    let manifest = corpus::build(options, &sources, sequence_length, &partial.path, &mut report)?;
+    let manifest = corpus::build(options, &sources, sequence_length, &partial.path, &mut reporter)?;
     match &shared {
         Some((folder, partial)) => {
             let entry = cache::store(folder, &key, sequence_length, partial, &manifest)?;
@@ -95,10 +77,10 @@ pub fn prepare(
 
 /// A new folder in the cache; `None`, with a warning, if the cache cannot be written.
 fn shared_partial(folder: &Path) -> Option<(&Path, Partial)> {
-    match Partial::create(folder, ABANDONED) {
+    match Partial::create(folder, ABANDONED_AFTER) {
         Ok(partial) => Some((folder, partial)),
         Err(error) => {
-            tracing::warn!(%error, "the data cache cannot be used; the corpus is prepared for this run only");
+            tracing::warn!(%error, "the data cache cannot be written; the corpus is not shared with other runs");
             None
         }
     }

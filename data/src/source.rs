@@ -1,4 +1,4 @@
-//! A source as a stream of documents, each with its origin.
+//! A source as a stream of documents with their origins.
 
 use std::path::{Path, PathBuf};
 use std::vec;
@@ -6,24 +6,24 @@ use std::vec;
 use crate::error::{Error, Place};
 use crate::files::{SourceFile, find_files};
 use crate::options::SourceOptions;
-use crate::readers::{self, Raw, RawDocuments};
+use crate::readers::{self, RawDocument, RawDocuments};
 use crate::tokenizer::floor_boundary;
 
-/// A source whose files have been found.
+/// A source and its files.
 #[derive(Clone, Debug)]
 pub struct Source {
-    /// What was asked for.
+    /// The options of the source.
     pub options: SourceOptions,
-    /// The files, ordered by relative path.
+    /// The files, ordered by relative path, or in the order of the source's manifest.
     pub files: Vec<SourceFile>,
 }
 
-/// Where a document came from.
+/// The origin of a document.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
     /// The file.
     pub path: PathBuf,
-    /// Where in the file the document begins.
+    /// The position of the document in the file.
     pub place: Place,
 }
 
@@ -32,36 +32,39 @@ pub struct Origin {
 pub struct Document {
     /// Its text.
     pub text: String,
-    /// How many runs of bytes that are not UTF-8 were replaced by U+FFFD.
+    /// The number of byte sequences that are not UTF-8 and were replaced by U+FFFD.
     pub replaced: u64,
-    /// Where it came from.
+    /// Its origin.
     pub origin: Origin,
 }
 
 impl Source {
     /// Finds the files of a source.
+    ///
+    /// # Errors
+    /// As [`find_files`].
     pub fn find(options: &SourceOptions) -> Result<Self, Error> {
         Ok(Self { options: options.clone(), files: find_files(options)? })
     }
 
-    /// The size of the files, or `max_bytes` where that is less, in bytes: about what there is to read.
+    /// The size of the files, at most `max_bytes` (the option), in bytes: an estimate of the text.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         let size = self.files.iter().map(|file| file.bytes).sum();
         self.options.max_bytes.map_or(size, |most| most.min(size))
     }
 
-    /// The source's documents, at most `max_bytes` (the option) of them.
+    /// The documents of the source, at most `max_bytes` (the option) of text.
     ///
-    /// A limited source is read in the order of the BLAKE3 hashes of its files' relative paths, so that what is read
-    /// comes from all over it and is the same on every machine; the last document is cut to fit. An unlimited one
-    /// is read in the order of the paths.
+    /// A limited source is read in the order of the BLAKE3 hashes of its files' relative paths: a sample of
+    /// the whole source that is equal on all machines. The last document is cut to fit. An unlimited source
+    /// is read in the order of [`files`](Self::files).
     #[must_use]
     pub fn documents(&self, strict: bool) -> Documents {
         self.limited(self.options.max_bytes, strict)
     }
 
-    /// A sample of about `bytes` bytes, in the order of a limited source.
+    /// A sample of about `bytes` bytes of text, in the order of a limited source.
     #[must_use]
     pub fn sample(&self, bytes: u64, strict: bool) -> Documents {
         self.limited(Some(self.options.max_bytes.map_or(bytes, |most| most.min(bytes))), strict)
@@ -82,7 +85,7 @@ impl Source {
     }
 }
 
-/// A stream of documents; it ends after the first error. Documents of nothing but white space are passed over.
+/// A stream of documents; it ends after the first error. Documents of white space only are skipped.
 pub struct Documents {
     files: vec::IntoIter<SourceFile>,
     current: Option<(PathBuf, RawDocuments)>,
@@ -108,7 +111,7 @@ impl Documents {
             if document.text.trim().is_empty() {
                 continue;
             }
-            cut(&mut document.text, self.remaining);
+            truncate(&mut document.text, self.remaining);
             self.remaining -= (document.text.len() as u64).clamp(1, self.remaining);
             if !document.text.is_empty() {
                 return Ok(Some(document));
@@ -130,14 +133,14 @@ impl Iterator for Documents {
     }
 }
 
-/// Cuts `text` to at most `most` bytes, between characters.
-fn cut(text: &mut String, most: u64) {
+/// Truncates `text` to at most `most` bytes, between characters.
+fn truncate(text: &mut String, most: u64) {
     if text.len() as u64 > most {
         text.truncate(floor_boundary(text, most as usize));
     }
 }
 
-fn decode(raw: Raw, path: &Path, strict: bool) -> Result<Document, Error> {
+fn decode(raw: RawDocument, path: &Path, strict: bool) -> Result<Document, Error> {
     let origin = Origin { path: path.to_path_buf(), place: raw.place };
     let bytes = match String::from_utf8(raw.bytes) {
         Ok(text) => return Ok(Document { text, replaced: 0, origin }),

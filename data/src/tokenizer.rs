@@ -17,15 +17,15 @@ use crate::limits::{ENCODE_CHUNK_BYTES, MAX_JSON_BYTES, MAX_THREADS};
 /// The token that ends every document; id 0 in a trained tokenizer.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
 
-/// What the end of text is called in given tokenizers, the likeliest first.
+/// The names of the end of text in given tokenizers, the most likely first.
 const ENDS_OF_TEXT: &[&str] =
     &[END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|eos|>", "[EOS]", "<|im_end|>", "[SEP]"];
 
-/// Text to token ids and back. Cheap to clone; shared between threads.
+/// Converts text to token ids and back. Clones are cheap; threads may share it.
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: Arc<Inner>,
-    /// The file as it was trained or loaded, byte for byte: the fingerprint is over these bytes.
+    /// The file, byte for byte; the fingerprint is the hash of these bytes.
     json: Arc<[u8]>,
     vocabulary: usize,
     end_of_text: u32,
@@ -42,10 +42,14 @@ fn failed(error: impl std::fmt::Display) -> Error {
 }
 
 impl Tokenizer {
-    /// Trains a byte-level BPE of at most `vocabulary` tokens: the end of text (id 0), the 256 bytes, then merges.
+    /// Trains a byte-level BPE of at most `vocabulary` tokens: the end of text (id 0), the 256 bytes, then
+    /// merges.
     ///
-    /// The same texts in the same order give the same tokenizer, bit for bit. A small sample may give fewer tokens than
-    /// asked for. Every text can be encoded and decodes to itself.
+    /// The same texts in the same order give the same tokenizer, bit for bit. A small sample may give a
+    /// smaller vocabulary. Every text can be encoded and decodes to itself.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the training fails.
     pub fn train(texts: impl Iterator<Item = String> + Send, vocabulary: usize) -> Result<Self, Error> {
         let trainer = BpeTrainer::builder()
             .show_progress(false)
@@ -63,11 +67,15 @@ impl Tokenizer {
     }
 
     /// Loads a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Read`], and [`Error::Tokenizer`] for a file that is too large, malformed or without a token
+    /// for the end of text.
     pub fn load(path: &Path) -> Result<Self, Error> {
         let size = fs::metadata(path).map_err(Error::read(path))?.len();
         if size > MAX_JSON_BYTES {
             return Err(failed(format_args!(
-                "{}: {size} bytes are too many for a tokenizer",
+                "{}: {size} bytes: expected at most {MAX_JSON_BYTES}",
                 path.display()
             )));
         }
@@ -79,28 +87,31 @@ impl Tokenizer {
     }
 
     fn from_json(json: Vec<u8>) -> Result<Self, Error> {
-        // The library takes apart what is no JSON with a panic in places, and so some of what is JSON and no tokenizer.
+        // The library panics on some malformed JSON, and on some JSON that is not a tokenizer.
         let _: serde_json::Value = serde_json::from_slice(&json).map_err(failed)?;
         let read = std::panic::catch_unwind(|| Inner::from_bytes(&json));
-        let mut inner = read.map_err(|_| failed("it is no tokenizer"))?.map_err(failed)?;
+        let mut inner = read.map_err(|_| failed("not a tokenizer"))?.map_err(failed)?;
         inner.with_truncation(None).map_err(failed)?;
         inner.with_padding(None);
-        // Text that spells out a special token is text: it must not end a document.
+        // A special token spelled out in the text is text: it must not end a document.
         inner.set_encode_special_tokens(true);
         let end_of_text = ENDS_OF_TEXT.iter().find_map(|token| inner.token_to_id(token));
         let end_of_text = end_of_text.ok_or_else(|| {
-            failed(format_args!("has no token for the end of text: none of {ENDS_OF_TEXT:?}"))
+            failed(format_args!("no token for the end of text: expected one of {ENDS_OF_TEXT:?}"))
         })?;
         let last = inner.get_vocab(true).into_values().max().unwrap_or(0);
         Ok(Self { inner: Arc::new(inner), json: json.into(), vocabulary: last as usize + 1, end_of_text })
     }
 
-    /// Writes the `tokenizer.json` that [`load`](Self::load) reads, byte for byte what was trained or loaded.
+    /// Writes the `tokenizer.json` for [`load`](Self::load); a loaded file is reproduced byte for byte.
+    ///
+    /// # Errors
+    /// [`Error::Write`].
     pub fn save(&self, path: &Path) -> Result<(), Error> {
         fs::write(path, &self.json).map_err(Error::write(path))
     }
 
-    /// The number of rows that an embedding needs: one more than the largest id.
+    /// The number of rows of an embedding: one more than the largest id.
     #[must_use]
     pub fn vocabulary(&self) -> usize {
         self.vocabulary
@@ -118,10 +129,15 @@ impl Tokenizer {
         blake3::hash(&self.json).to_hex().to_string()
     }
 
-    /// The tokens of a text; no special token is added, and special tokens spelt out in the text are plain text.
+    /// The tokens of a text; no special token is added, and special tokens spelled out in the text are plain
+    /// text.
     ///
-    /// Long texts are encoded in chunks that end before a single space or line end, which is where byte-level BPE
-    /// ends a word anyway.
+    /// Long texts are encoded in chunks that end before a single space or line end, where byte-level BPE ends
+    /// a word in any case.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the tokenizer cannot represent the text; a byte-level tokenizer represents
+    /// every text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         let mut ids = Vec::new();
         for chunk in chunks(text) {
@@ -134,7 +150,10 @@ impl Tokenizer {
         Ok(self.inner.encode_fast(chunk, false).map_err(failed)?.get_ids().to_vec())
     }
 
-    /// The tokens of several texts, worked out by a few threads; equal to [`encode`](Self::encode) of each.
+    /// The tokens of several texts, computed by a few threads; equal to [`encode`](Self::encode) of each.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
         let mut work = Vec::new();
         for (at, text) in texts.iter().enumerate() {
@@ -158,7 +177,7 @@ impl Tokenizer {
         });
         let mut encoded = vec![Vec::new(); work.len()];
         for result in results {
-            for (at, ids) in result.map_err(|_| failed("a thread that encoded text has panicked"))?? {
+            for (at, ids) in result.map_err(|_| failed("an encoding thread panicked"))?? {
                 encoded[at] = ids;
             }
         }
@@ -170,11 +189,14 @@ impl Tokenizer {
     }
 
     /// The text of some tokens, without special tokens; bytes that are not UTF-8 become U+FFFD.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if the decoder of the tokenizer fails.
     pub fn decode(&self, ids: &[u32]) -> Result<String, Error> {
         self.inner.decode(ids, true).map_err(failed)
     }
 
-    /// One token for a reader's eye: its text, or its raw name where it is part of a character or special.
+    /// One token for display: its text, or its raw name if it is special or a part of a character.
     #[must_use]
     pub fn token(&self, id: u32) -> String {
         match self.inner.decode(&[id], false) {
@@ -184,7 +206,7 @@ impl Tokenizer {
     }
 }
 
-/// Parts a text into chunks of about `ENCODE_CHUNK_BYTES`.
+/// Splits a text into chunks of about `ENCODE_CHUNK_BYTES`.
 fn chunks(mut text: &str) -> impl Iterator<Item = &str> {
     std::iter::from_fn(move || {
         if text.is_empty() {
@@ -201,7 +223,7 @@ fn chunk_end(text: &str) -> usize {
         return text.len();
     }
     let bytes = text.as_bytes();
-    // White space beyond ASCII starts with bytes that are not letters of ASCII: asking for ASCII on both sides is safe.
+    // White space beyond ASCII has no graphic ASCII bytes, so it cannot be next to such a break.
     let is_break = |&at: &usize| {
         matches!(bytes[at], b' ' | b'\n')
             && bytes[at - 1].is_ascii_graphic()
@@ -212,7 +234,7 @@ fn chunk_end(text: &str) -> usize {
         .unwrap_or_else(|| floor_boundary(text, ENCODE_CHUNK_BYTES))
 }
 
-/// The last place between two characters at or before byte `at`, which must be within the text.
+/// The last character boundary at or before byte `at`, which must be within the text.
 pub(crate) fn floor_boundary(text: &str, at: usize) -> usize {
     (0..=at).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)
 }

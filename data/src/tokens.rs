@@ -1,23 +1,28 @@
 //! Token files: ids as little-endian `u32`, one after the other.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
+use crate::limits::{READ_BUFFER_BYTES, WRITE_BUFFER_BYTES};
 
 /// A token file that is being written.
 pub(crate) struct TokenWriter {
     path: PathBuf,
     file: BufWriter<File>,
-    pub(crate) tokens: u64,
+    tokens: u64,
 }
 
 impl TokenWriter {
     pub(crate) fn create(path: &Path) -> Result<Self, Error> {
         let file = File::create(path).map_err(Error::write(path))?;
-        Ok(Self { path: path.to_path_buf(), file: BufWriter::with_capacity(1 << 20, file), tokens: 0 })
+        Ok(Self {
+            path: path.to_path_buf(),
+            file: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
+            tokens: 0,
+        })
     }
 
     /// Appends a document and the end of text.
@@ -29,7 +34,7 @@ impl TokenWriter {
         Ok(())
     }
 
-    /// Makes the file durable and gives the number of its tokens.
+    /// Makes the file durable and returns the number of its tokens.
     pub(crate) fn finish(self) -> Result<u64, Error> {
         let fail = Error::write(&self.path);
         let done = self.file.into_inner().map_err(|e| e.into_error()).and_then(|file| file.sync_all());
@@ -38,16 +43,41 @@ impl TokenWriter {
     }
 }
 
-/// Takes the two files for one, the second after the first, and parts it anew after `tokens` tokens.
-pub(crate) fn repart(first: &Path, second: &Path, tokens: u64) -> Result<(), Error> {
-    let moved = second.with_extension("moved");
-    move_cut(first, second, &moved, 4 * tokens).map_err(Error::write(second))
+/// Sifts the documents of `second`: those marked `true` stay, the others move to the end of `first`.
+///
+/// `documents` gives the length of each document, in tokens, in the order of the file.
+pub(crate) fn sift(
+    first: &Path,
+    second: &Path,
+    documents: impl Iterator<Item = (u64, bool)>,
+) -> Result<(), Error> {
+    let rewritten = second.with_extension("new");
+    let work = || {
+        let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, File::open(second)?);
+        let moved = OpenOptions::new().append(true).open(first)?;
+        let mut moved = BufWriter::with_capacity(WRITE_BUFFER_BYTES, moved);
+        let mut kept = BufWriter::with_capacity(WRITE_BUFFER_BYTES, File::create(&rewritten)?);
+        for (tokens, keep) in documents {
+            let target = if keep { &mut kept } else { &mut moved };
+            io::copy(&mut input.by_ref().take(4 * tokens), target)?;
+        }
+        moved.into_inner()?.sync_all()?;
+        kept.into_inner()?.sync_all()?;
+        fs::rename(&rewritten, second)
+    };
+    work().map_err(Error::write(second))
 }
 
-fn move_cut(first: &Path, second: &Path, moved: &Path, cut: u64) -> io::Result<()> {
+/// Moves the boundary between two consecutive files: `first` then holds `tokens` tokens, `second` the rest.
+pub(crate) fn cut_at(first: &Path, second: &Path, tokens: u64) -> Result<(), Error> {
+    let rewritten = second.with_extension("new");
+    move_boundary(first, second, &rewritten, 4 * tokens).map_err(Error::write(second))
+}
+
+fn move_boundary(first: &Path, second: &Path, rewritten: &Path, cut: u64) -> io::Result<()> {
     let mut head = OpenOptions::new().read(true).write(true).open(first)?;
     let mut tail = File::open(second)?;
-    let mut out = File::create(moved)?;
+    let mut out = File::create(rewritten)?;
     let length = head.metadata()?.len();
     if cut <= length {
         head.seek(SeekFrom::Start(cut))?;
@@ -60,15 +90,15 @@ fn move_cut(first: &Path, second: &Path, moved: &Path, cut: u64) -> io::Result<(
     io::copy(&mut tail, &mut out)?;
     head.sync_all()?;
     out.sync_all()?;
-    std::fs::rename(moved, second)
+    fs::rename(rewritten, second)
 }
 
-/// A token file that is read at any place, by any number of threads.
+/// A token file with random access; threads may share it.
 #[derive(Debug)]
 pub(crate) struct TokenFile {
     path: PathBuf,
     file: File,
-    /// How many tokens the file holds.
+    /// The number of tokens in the file.
     pub(crate) tokens: u64,
 }
 

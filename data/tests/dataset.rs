@@ -49,7 +49,7 @@ fn the_shape_does_not_change_the_order_of_sequences() {
 }
 
 #[test]
-fn one_pass_shows_every_window_once_and_lanes_never_share_one() {
+fn one_pass_has_every_window_once_and_lanes_never_share_one() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..200));
     prepare_16(&options(dir.path(), vec![source("a", &file)]), &dir.path().join("run")).unwrap();
@@ -69,7 +69,7 @@ fn one_pass_shows_every_window_once_and_lanes_never_share_one() {
 }
 
 #[test]
-fn sources_are_met_in_proportion_to_their_weights() {
+fn sequences_come_from_sources_in_proportion_to_their_weights() {
     let dir = prepared();
     let data = open(dir.path(), 1, 1, 3);
     let of_a: HashSet<Vec<u32>> = {
@@ -84,7 +84,7 @@ fn sources_are_met_in_proportion_to_their_weights() {
 }
 
 #[test]
-fn validation_comes_in_plain_order_and_wraps_around() {
+fn validation_is_in_file_order_and_wraps_around() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..2000));
     prepare_16(&options(dir.path(), vec![source("a", &file)]), &dir.path().join("run")).unwrap();
@@ -107,7 +107,7 @@ fn validation_comes_in_plain_order_and_wraps_around() {
 }
 
 #[test]
-fn requests_beyond_the_shape_are_refused_and_far_steps_are_not() {
+fn requests_beyond_the_shape_are_rejected_and_far_steps_are_not() {
     let dir = prepared();
     let data = open(dir.path(), 3, 4, 7);
     assert!(data.lane(0, 0).is_err());

@@ -1,4 +1,4 @@
-//! Every format is read as written, and what is broken is named.
+//! Every format is read as written, and errors name the broken file.
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod common;
@@ -16,7 +16,7 @@ fn error(options: &SourceOptions) -> String {
 }
 
 #[test]
-fn text_files_are_documents_and_lines_of_end_of_text_part_them() {
+fn text_files_are_documents_and_lines_of_end_of_text_separate_more() {
     let dir = tempdir().unwrap();
     let plain = write(dir.path(), "plain.txt", "one\ntwo\n");
     assert_eq!(texts(&source("s", &plain)).unwrap(), ["one\ntwo\n"]);
@@ -25,7 +25,7 @@ fn text_files_are_documents_and_lines_of_end_of_text_part_them() {
 }
 
 #[test]
-fn long_text_is_cut_into_pieces_that_make_it_up_again() {
+fn long_text_is_cut_into_pieces_without_loss() {
     let dir = tempdir().unwrap();
     for (name, text) in
         [("lines.txt", "ein schöner Tag\n".repeat(200_000)), ("flat.txt", "x€".repeat(900_000))]
@@ -162,7 +162,7 @@ fn truncated_archives_and_bombs_are_errors() {
 }
 
 #[test]
-fn a_line_beyond_the_limit_is_refused() {
+fn a_line_beyond_the_limit_is_rejected() {
     let dir = tempdir().unwrap();
     let path = write(dir.path(), "long.jsonl", vec![b' '; (64 << 20) + 10]);
     assert!(error(&source("s", &path)).contains("more than 67108864 bytes"));
@@ -183,7 +183,7 @@ fn a_limited_source_is_spread_over_its_files_and_keeps_its_budget() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn a_missing_path_is_named() {
     let dir = tempdir().unwrap();
     for (path, reason) in
         [("no-such.txt", "no such file"), ("*.jsonl", "no file matches"), ("", "holds no file")]

@@ -1,4 +1,4 @@
-//! A prepared corpus is whole, cached, owned by its run and checked.
+//! A prepared corpus is complete, cached, independent of the cache and verified.
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 
 mod common;
@@ -9,7 +9,7 @@ use std::path::Path;
 
 use common::{document, jsonl, options, prepare_16, source, write};
 use tempfile::tempdir;
-use volary_data::{Dataset, Error, HeldOut, Manifest, SourceOptions, Stage, prepare};
+use volary_data::{Dataset, Error, HeldOut, Manifest, PreparationStage, SourceOptions, prepare};
 
 fn read_tokens(path: &Path) -> Vec<u32> {
     fs::read(path).unwrap().chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().unwrap())).collect()
@@ -47,6 +47,31 @@ fn training_never_sees_a_validation_document() {
 }
 
 #[test]
+fn the_share_of_tokens_is_held_out_even_if_few_documents_hold_most_tokens() {
+    let dir = tempdir().unwrap();
+    // Nine documents of ten are short, and a few long ones have most of the tokens, as in a folder of source
+    // files.
+    let lengths = |n: usize| if n.is_multiple_of(10) { 1 + n / 100 } else { 1 };
+    let lines = (0..3000).map(|n| {
+        let text: String = (0..lengths(n)).map(|part| document(100 * n + part)).collect();
+        serde_json::json!({ "text": text }).to_string() + "\n"
+    });
+    let file = write(dir.path(), "a.jsonl", lines.collect::<String>());
+    for fraction in [0.01, 0.02, 0.05] {
+        let mut options = options(dir.path(), vec![source("a", &file)]);
+        options.validation_fraction = fraction;
+        let run = dir.path().join(format!("run-{fraction}"));
+        let manifest = prepare_16(&options, &run).unwrap().manifest;
+        let source = &manifest.sources[0];
+        assert_eq!(source.held_out, HeldOut::Documents);
+        let total = (source.train.tokens + source.validation.tokens) as f64;
+        let longest = total / 3000.0 * 30.0;
+        let excess = source.validation.tokens as f64 - fraction * total;
+        assert!((0.0..longest).contains(&excess), "{fraction}: {excess} tokens of {total} too many");
+    }
+}
+
+#[test]
 fn a_single_document_holds_out_its_tail() {
     let dir = tempdir().unwrap();
     let text: String = (0..40).map(document).collect();
@@ -70,7 +95,7 @@ fn a_single_document_holds_out_its_tail() {
 }
 
 #[test]
-fn the_second_run_takes_the_corpus_from_the_cache_and_owns_it() {
+fn the_second_run_takes_its_own_copy_of_the_corpus_from_the_cache() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..400));
     let options = options(dir.path(), vec![source("a", &file)]);
@@ -78,10 +103,10 @@ fn the_second_run_takes_the_corpus_from_the_cache_and_owns_it() {
     let mut stages = Vec::new();
     let first = prepare(&options, 16, &runs[0], &mut |p| stages.push(p.stage)).unwrap();
     assert!(!first.from_cache && !first.resumed);
-    assert!(stages.is_sorted_by_key(|s| *s as u8) && stages.contains(&Stage::Tokenizing));
+    assert!(stages.is_sorted_by_key(|s| *s as u8) && stages.contains(&PreparationStage::Tokenizing));
     let mut stages = Vec::new();
     let second = prepare(&options, 16, &runs[1], &mut |p| stages.push(p.stage)).unwrap();
-    assert!(second.from_cache && !stages.contains(&Stage::Tokenizing));
+    assert!(second.from_cache && !stages.contains(&PreparationStage::Tokenizing));
     assert_eq!(first.manifest, second.manifest);
     fs::remove_dir_all(dir.path().join("cache")).unwrap();
     fs::remove_file(&file).unwrap();
@@ -94,7 +119,7 @@ fn the_second_run_takes_the_corpus_from_the_cache_and_owns_it() {
 }
 
 #[test]
-fn a_changed_file_or_option_is_tokenised_anew() {
+fn a_changed_file_or_option_causes_a_new_tokenization() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..400));
     let mut options = options(dir.path(), vec![source("a", &file)]);
@@ -106,13 +131,13 @@ fn a_changed_file_or_option_is_tokenised_anew() {
 }
 
 #[test]
-fn a_damaged_cache_is_replaced_and_a_damaged_run_is_refused() {
+fn a_damaged_cache_is_replaced_and_a_damaged_run_is_rejected() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..400));
     let options = options(dir.path(), vec![source("a", &file)]);
     let run = dir.path().join("run");
     let whole = prepare_16(&options, &run).unwrap().manifest;
-    // The run's files are the cache's files, so that one cut damages both.
+    // The files of the run and of the cache are the same, so one truncation damages both.
     let tokens = OpenOptions::new().write(true).open(run.join("a.train.tokens")).unwrap();
     tokens.set_len(1000).unwrap();
     let error = prepare_16(&options, &run).unwrap_err();
@@ -145,7 +170,7 @@ fn a_given_tokenizer_is_used_as_it_is() {
 }
 
 #[test]
-fn an_unwritable_cache_costs_only_the_cache() {
+fn an_unwritable_cache_does_not_prevent_preparation() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..100));
     let mut options = options(dir.path(), vec![source("a", &file)]);
@@ -155,7 +180,7 @@ fn an_unwritable_cache_costs_only_the_cache() {
 }
 
 #[test]
-fn hopeless_requests_are_refused_in_words() {
+fn hopeless_requests_are_rejected_with_a_reason() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.txt", "too short");
     let blank = write(dir.path(), "blank.txt", " \n\n");
@@ -193,7 +218,7 @@ fn a_handful_of_documents_never_leaves_training_short() {
 }
 
 #[test]
-fn what_a_killed_process_left_behind_is_cleared_and_not_taken_for_a_corpus() {
+fn leftovers_of_a_killed_process_are_removed_and_not_mistaken_for_a_corpus() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..100));
     let options = options(dir.path(), vec![source("a", &file)]);

@@ -31,7 +31,7 @@ fn a_saved_tokenizer_loads_as_the_same() {
 }
 
 #[test]
-fn end_of_text_is_token_zero_and_cannot_be_spelt() {
+fn end_of_text_is_token_zero_and_cannot_be_spelled() {
     let tokenizer = train(50, 350);
     assert_eq!(tokenizer.end_of_text(), 0);
     assert_eq!(tokenizer.token(0), "<|endoftext|>");
@@ -58,7 +58,7 @@ fn a_batch_equals_its_texts_one_by_one_and_long_texts_equal_their_parts() {
 }
 
 #[test]
-fn a_file_that_is_no_tokenizer_is_named() {
+fn a_file_that_is_not_a_tokenizer_is_named() {
     let dir = tempdir().unwrap();
     for body in ["", "{}", "{\"model\": 3}"] {
         let path = write(dir.path(), "bad.json", body);

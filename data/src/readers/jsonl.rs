@@ -1,13 +1,13 @@
-//! JSONL: one JSON object a line, its text in one field.
+//! JSONL: one JSON object per line, with its text in one field.
 
 use serde_json::{Map, Value};
 
-use super::Raw;
 use super::lines::Lines;
+use super::raw::RawDocument;
 use crate::error::{Error, Place};
-use crate::limits::MAX_DOCUMENT_BYTES;
+use crate::limits::{MAX_DOCUMENT_BYTES, MAX_LISTED_NAMES};
 
-/// The documents of a JSONL file; blank lines and objects whose text is null are passed over.
+/// The documents of a JSONL file; blank lines and objects with a null text are skipped.
 pub(crate) struct JsonlDocuments {
     lines: Lines,
     column: String,
@@ -19,7 +19,7 @@ impl JsonlDocuments {
         Self { lines, column: column.into(), done: false }
     }
 
-    fn read(&mut self) -> Result<Option<Raw>, Error> {
+    fn read(&mut self) -> Result<Option<RawDocument>, Error> {
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -36,18 +36,18 @@ impl JsonlDocuments {
                 continue;
             }
             if let Some(bytes) = self.text(line, place)? {
-                return Ok(Some(Raw { bytes, place }));
+                return Ok(Some(RawDocument { bytes, place }));
             }
         }
     }
 
-    /// The text of the object on a line; `None` where it is null.
+    /// The text of the object on a line; `None` if it is null.
     fn text(&self, line: &[u8], place: Place) -> Result<Option<Vec<u8>>, Error> {
         let fail = |found: String| {
             let expected = format!("a JSON object with a string field {:?}", self.column);
             Error::Record { path: self.lines.path.clone(), place, expected, found }
         };
-        // JSON is UTF-8; where the line is not, its object may still be whole, and what is wrong is counted later.
+        // JSON is UTF-8, but the object of a line that is not may still be complete.
         let parsed = match std::str::from_utf8(line) {
             Ok(text) => serde_json::from_str::<Map<String, Value>>(text),
             Err(_) => return self.broken_text(line, place),
@@ -58,14 +58,14 @@ impl JsonlDocuments {
             Some(Value::Null) => Ok(None),
             Some(other) => Err(fail(format!("{:?}: {}", self.column, kind(&other)))),
             None => {
-                let fields: Vec<_> = object.keys().take(20).cloned().collect();
+                let fields: Vec<_> = object.keys().take(MAX_LISTED_NAMES).cloned().collect();
                 Err(fail(format!("the fields {fields:?}")))
             }
         }
     }
 
-    /// The text of a line that is not UTF-8: its bad bytes stand in the text as lone continuation bytes, so that the
-    /// source's one place for such text replaces and counts them, or refuses them.
+    /// The text of a line that is not UTF-8. Invalid bytes become lone continuation bytes: the source then
+    /// replaces and counts them, or rejects them, as in every other format.
     fn broken_text(&self, line: &[u8], place: Place) -> Result<Option<Vec<u8>>, Error> {
         const MARK: char = '\u{10fffe}';
         let mut marked = String::with_capacity(line.len());
@@ -100,7 +100,7 @@ fn kind(value: &Value) -> &'static str {
 }
 
 impl Iterator for JsonlDocuments {
-    type Item = Result<Raw, Error>;
+    type Item = Result<RawDocument, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.done {

@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use flate2::bufread::MultiGzDecoder;
 
-use super::Compression;
+use super::format::Compression;
 use crate::error::Error;
-use crate::limits::{EXPANSION_FLOOR_BYTES, MAX_EXPANSION};
+use crate::limits::{EXPANSION_FLOOR_BYTES, MAX_EXPANSION, READ_BUFFER_BYTES};
 
 /// Reads a file line by line, counting lines and bytes.
 pub(crate) struct Lines {
@@ -17,7 +17,7 @@ pub(crate) struct Lines {
     /// The number of line ends read so far.
     pub(crate) ended: u64,
     read: u64,
-    /// How many bytes the file may expand to.
+    /// The limit of the expanded size, in bytes.
     most: u64,
 }
 
@@ -25,7 +25,7 @@ impl Lines {
     pub(crate) fn open(path: &Path, compression: Compression) -> Result<Self, Error> {
         let file = File::open(path).map_err(Error::read(path))?;
         let size = file.metadata().map_err(Error::read(path))?.len();
-        let raw = BufReader::with_capacity(64 << 10, file);
+        let raw = BufReader::with_capacity(READ_BUFFER_BYTES, file);
         let input: Box<dyn BufRead> = match compression {
             Compression::None => Box::new(raw),
             Compression::Gzip => Box::new(buffered(MultiGzDecoder::new(raw))),
@@ -40,7 +40,7 @@ impl Lines {
         Ok(Self { path: path.to_path_buf(), input, ended: 0, read: 0, most })
     }
 
-    /// Appends the next line, with its end, to `buffer`, but no more than `limit` bytes of it; 0 at the end.
+    /// Appends at most `limit` bytes of the next line, with its end, to `buffer`; 0 at the end of the file.
     pub(crate) fn next_into(&mut self, buffer: &mut Vec<u8>, limit: u64) -> Result<usize, Error> {
         let before = buffer.len();
         let count = self.input.by_ref().take(limit).read_until(b'\n', buffer).map_err(|e| self.failed(e))?;
@@ -60,5 +60,5 @@ impl Lines {
 }
 
 fn buffered(decoder: impl Read + 'static) -> impl BufRead {
-    BufReader::with_capacity(64 << 10, decoder)
+    BufReader::with_capacity(READ_BUFFER_BYTES, decoder)
 }

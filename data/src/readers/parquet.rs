@@ -11,11 +11,11 @@ use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 
-use super::Raw;
+use super::raw::RawDocument;
 use crate::error::{Error, Place};
-use crate::limits::MAX_DOCUMENT_BYTES;
+use crate::limits::{MAX_DOCUMENT_BYTES, MAX_LISTED_NAMES};
 
-/// The documents of a Parquet file; rows whose text is null are passed over.
+/// The documents of a Parquet file; rows with a null text are skipped.
 pub(crate) struct ParquetDocuments {
     path: PathBuf,
     column: String,
@@ -35,7 +35,7 @@ impl ParquetDocuments {
         Ok(Self { path: path.to_path_buf(), column: column.into(), rows, record: 0, done: false })
     }
 
-    fn read(&mut self) -> Result<Option<Raw>, Error> {
+    fn read(&mut self) -> Result<Option<RawDocument>, Error> {
         loop {
             let rows = &mut self.rows;
             let Some(row) = guarded(&self.path, || Ok(rows.next()))? else { return Ok(None) };
@@ -47,7 +47,7 @@ impl ParquetDocuments {
                 found: e.to_string(),
             })?;
             if let Some(bytes) = self.text(row)? {
-                return Ok(Some(Raw { bytes, place: Place::Record(self.record) }));
+                return Ok(Some(RawDocument { bytes, place: Place::Record(self.record) }));
             }
         }
     }
@@ -71,16 +71,17 @@ impl ParquetDocuments {
     }
 }
 
-/// The schema with the text column only, so that no other column is decoded.
+/// The schema of the text column only: no other column is decoded.
 fn projection(reader: &SerializedFileReader<File>, path: &Path, column: &str) -> Result<Type, Error> {
     let schema = reader.metadata().file_metadata().schema();
     let fail = |reason: String| Error::Parquet { path: path.to_path_buf(), reason };
     let Some(field) = schema.get_fields().iter().find(|field| field.name() == column) else {
-        let names: Vec<_> = schema.get_fields().iter().take(50).map(|field| field.name()).collect();
+        let names: Vec<_> =
+            schema.get_fields().iter().take(MAX_LISTED_NAMES).map(|field| field.name()).collect();
         return Err(fail(format!("has no column {column:?}; its columns are {names:?}")));
     };
     if !field.is_primitive() || field.get_physical_type() != Physical::BYTE_ARRAY {
-        return Err(fail(format!("column {column:?} is not a column of text")));
+        return Err(fail(format!("column {column:?} does not hold text")));
     }
     Type::group_type_builder(schema.name())
         .with_fields(vec![Arc::clone(field)])
@@ -92,18 +93,18 @@ fn damaged(path: &Path, error: &parquet::errors::ParquetError) -> Error {
     Error::Parquet { path: path.to_path_buf(), reason: format!("not a readable Parquet file: {error}") }
 }
 
-/// Runs a piece of the parquet crate, whose row reader panics on some damaged files.
+/// Runs code of the parquet crate, whose row reader panics on some damaged files.
 fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
         Err(Error::Parquet {
             path: path.to_path_buf(),
-            reason: "the file is damaged: its pages do not decode".into(),
+            reason: "the file is damaged: its pages cannot be decoded".into(),
         })
     })
 }
 
 impl Iterator for ParquetDocuments {
-    type Item = Result<Raw, Error>;
+    type Item = Result<RawDocument, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.done {

@@ -1,7 +1,8 @@
-//! Plain text: a file is one document, unless lines of `<|endoftext|>` part it or it is longer than a piece.
+//! Plain text: a file is one document, unless lines of `<|endoftext|>` separate documents or it is longer
+//! than a piece.
 
-use super::Raw;
 use super::lines::Lines;
+use super::raw::RawDocument;
 use crate::error::{Error, Place};
 use crate::limits::TEXT_PIECE_BYTES;
 use crate::tokenizer::END_OF_TEXT;
@@ -9,7 +10,7 @@ use crate::tokenizer::END_OF_TEXT;
 /// The documents of a text file.
 pub(crate) struct TextDocuments {
     lines: Lines,
-    /// What was read but belongs to the next document.
+    /// Bytes of the next document.
     carried: Vec<u8>,
     started: bool,
     done: bool,
@@ -20,7 +21,7 @@ impl TextDocuments {
         Self { lines, carried: Vec::new(), started: false, done: false }
     }
 
-    fn read(&mut self) -> Result<Option<Raw>, Error> {
+    fn read(&mut self) -> Result<Option<RawDocument>, Error> {
         let place = Place::Line(self.lines.ended + u64::from(self.carried.is_empty()));
         let mut bytes = std::mem::take(&mut self.carried);
         loop {
@@ -34,21 +35,21 @@ impl TextDocuments {
             }
             if count == 0 {
                 self.done = true;
-                return Ok((!bytes.is_empty()).then_some(Raw { bytes, place }));
+                return Ok((!bytes.is_empty()).then_some(RawDocument { bytes, place }));
             }
             let start = start.min(bytes.len());
             if bytes[start..].trim_ascii() == END_OF_TEXT.as_bytes() {
                 bytes.truncate(start);
-                return Ok(Some(Raw { bytes, place }));
+                return Ok(Some(RawDocument { bytes, place }));
             }
             if bytes.len() > TEXT_PIECE_BYTES && start > 0 {
                 self.carried = bytes.split_off(start);
-                return Ok(Some(Raw { bytes, place }));
+                return Ok(Some(RawDocument { bytes, place }));
             }
             if bytes.len() >= TEXT_PIECE_BYTES {
-                // A line without an end: cut, but not within a character.
+                // A line without an end is cut, but not within a character.
                 self.carried = bytes.split_off(bytes.len() - incomplete(&bytes));
-                return Ok(Some(Raw { bytes, place }));
+                return Ok(Some(RawDocument { bytes, place }));
             }
         }
     }
@@ -69,7 +70,7 @@ fn incomplete(bytes: &[u8]) -> usize {
 }
 
 impl Iterator for TextDocuments {
-    type Item = Result<Raw, Error>;
+    type Item = Result<RawDocument, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.done {
@@ -86,7 +87,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_unfinished_character_is_measured() {
+    fn the_length_of_an_unfinished_character_is_known() {
         assert_eq!(incomplete(b"abc"), 0);
         assert_eq!(incomplete("é".as_bytes()), 0);
         assert_eq!(incomplete(&"aé".as_bytes()[..2]), 1);

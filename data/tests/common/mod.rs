@@ -1,4 +1,4 @@
-//! Sources to test with: words that differ from document to document.
+//! Test sources with different text in every document.
 #![allow(clippy::unwrap_used, reason = "a helper that fails is a test that fails")]
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
@@ -14,7 +14,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
 use volary_data::{DataOptions, Error, Prepared, SourceOptions, prepare};
 
-/// Document `n`: about 300 bytes that no other document holds.
+/// Document `n`: about 300 bytes, different from every other document.
 pub(crate) fn document(n: usize) -> String {
     let words =
         ["river", "mountain", "lantern", "quietly", "sings", "beneath", "copper", "the", "a", "wanders"];
@@ -28,12 +28,12 @@ pub(crate) fn document(n: usize) -> String {
     text
 }
 
-/// A JSONL body of documents `range`, with a field that is not text.
+/// JSONL lines of the documents in `range`, with a second field without text.
 pub(crate) fn jsonl(range: std::ops::Range<usize>) -> String {
     range.map(|n| serde_json::json!({"id": n, "text": document(n)}).to_string() + "\n").collect()
 }
 
-/// Writes a file below `dir`, with its folders, and gives its path.
+/// Writes a file below `dir`, with its folders, and returns its path.
 pub(crate) fn write(dir: &Path, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
     let path = dir.join(name);
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -47,7 +47,7 @@ pub(crate) fn gzip(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// A Parquet file with a text column called `column`, nulls included, and nothing else.
+/// A Parquet file with a text column named `column`, with nulls, and a column of ids.
 pub(crate) fn parquet(path: &Path, column: &str, texts: &[Option<&str>]) {
     let field = Type::primitive_type_builder(column, Physical::BYTE_ARRAY)
         .with_repetition(Repetition::OPTIONAL)
@@ -86,7 +86,7 @@ pub(crate) fn source(name: &str, path: &Path) -> SourceOptions {
     SourceOptions::new(name, path.to_str().unwrap())
 }
 
-/// Prepares for sequences of 16 tokens, without looking at progress.
+/// Prepares for sequences of 16 tokens, without a progress report.
 pub(crate) fn prepare_16(options: &DataOptions, run: &Path) -> Result<Prepared, Error> {
     prepare(options, 16, run, &mut |_| {})
 }
