@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use volary_core::{Lane, Step};
+
 use crate::error::Error;
 use crate::manifest::{Manifest, Split};
 use crate::mixture::{Mixture, Pick};
@@ -15,6 +17,7 @@ use crate::tokens::TokenFile;
 /// one token more than a sequence: inputs and targets overlap by one.
 ///
 /// ```
+/// use volary_core::{Lane, Step};
 /// use volary_data::{DataOptions, Dataset, SourceOptions, prepare};
 ///
 /// let dir = tempfile::tempdir()?;
@@ -32,9 +35,9 @@ use crate::tokens::TokenFile;
 /// prepare(&options, sequence_length, &run, &mut |_progress| {})?;
 ///
 /// let data = Dataset::open(&run, sequence_length, sequences_per_lane, lanes, seed)?;
-/// let tokens = data.lane(1, 3)?; // step 1, lane 3
+/// let tokens = data.lane(Step(1), Lane(3))?;
 /// assert_eq!(tokens.len(), sequences_per_lane * (sequence_length + 1));
-/// assert_eq!(tokens, data.lane(1, 3)?);
+/// assert_eq!(tokens, data.lane(Step(1), Lane(3))?);
 /// println!("{}", data.tokenizer().decode(&tokens[..sequence_length + 1])?);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -104,10 +107,10 @@ impl Dataset {
     /// # Errors
     /// [`Error::OutOfRange`] for step 0 and for a lane beyond the shape; [`Error::Read`] and
     /// [`Error::Damaged`] for a token file that cannot be read or holds tokens beyond the vocabulary.
-    pub fn lane(&self, step: u64, lane: u32) -> Result<Vec<u32>, Error> {
+    pub fn lane(&self, step: Step, lane: Lane) -> Result<Vec<u32>, Error> {
         let step =
-            step.checked_sub(1).ok_or_else(|| Error::OutOfRange("step 0: the first step is 1".into()))?;
-        self.sequences(step, lane, &self.train, |mixture, pick, windows| mixture.window(pick, windows))
+            step.0.checked_sub(1).ok_or_else(|| Error::OutOfRange("step 0: the first step is 1".into()))?;
+        self.sequences(step, lane.0, &self.train, |mixture, pick, windows| mixture.window(pick, windows))
     }
 
     /// The validation tokens of `lane` in `round` (from 0), in the shape of [`lane`](Self::lane).
@@ -117,9 +120,9 @@ impl Dataset {
     ///
     /// # Errors
     /// As [`lane`](Self::lane).
-    pub fn validation(&self, round: u64, lane: u32) -> Result<Vec<u32>, Error> {
+    pub fn validation(&self, round: u64, lane: Lane) -> Result<Vec<u32>, Error> {
         let in_order = |_: &Mixture, pick: Pick, windows| (pick.occurrence % u128::from(windows)) as u64;
-        self.sequences(round, lane, &self.validation, in_order)
+        self.sequences(round, lane.0, &self.validation, in_order)
     }
 
     /// The number of rounds, over all lanes, with as many sequences as there are validation windows; at least

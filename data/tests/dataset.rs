@@ -8,6 +8,7 @@ use std::path::Path;
 
 use common::{jsonl, options, prepare_16, source, write};
 use tempfile::{TempDir, tempdir};
+use volary_core::{Lane, Step};
 use volary_data::{Dataset, SourceOptions};
 
 /// Two sources, the second three times as heavy, prepared in `run`.
@@ -29,11 +30,13 @@ fn a_lane_depends_on_seed_step_and_lane_only() {
     let dir = prepared();
     let [one, other] = [open(dir.path(), 3, 4, 7), open(dir.path(), 3, 4, 7)];
     let keys: Vec<_> = (1..50).flat_map(|step| (0..4).map(move |lane| (step, lane))).collect();
-    let forward: Vec<_> = keys.iter().map(|&(step, lane)| one.lane(step, lane).unwrap()).collect();
-    let backward: Vec<_> = keys.iter().rev().map(|&(step, lane)| other.lane(step, lane).unwrap()).collect();
+    let forward: Vec<_> =
+        keys.iter().map(|&(step, lane)| one.lane(Step(step), Lane(lane)).unwrap()).collect();
+    let backward: Vec<_> =
+        keys.iter().rev().map(|&(step, lane)| other.lane(Step(step), Lane(lane)).unwrap()).collect();
     assert!(forward.iter().eq(backward.iter().rev()));
     assert!(forward.iter().all(|tokens| tokens.len() == 3 * 17));
-    assert_ne!(open(dir.path(), 3, 4, 8).lane(1, 0).unwrap(), forward[0]);
+    assert_ne!(open(dir.path(), 3, 4, 8).lane(Step(1), Lane(0)).unwrap(), forward[0]);
 }
 
 #[test]
@@ -42,7 +45,9 @@ fn the_shape_does_not_change_the_order_of_sequences() {
     let (wide, narrow) = (open(dir.path(), 4, 2, 7), open(dir.path(), 1, 8, 7));
     let all = |data: &Dataset| -> Vec<u32> {
         (1..20)
-            .flat_map(|step| (0..data.lanes()).flat_map(move |lane| data.lane(step, lane).unwrap()))
+            .flat_map(|step| {
+                (0..data.lanes()).flat_map(move |lane| data.lane(Step(step), Lane(lane)).unwrap())
+            })
             .collect()
     };
     assert_eq!(all(&wide), all(&narrow));
@@ -62,7 +67,8 @@ fn one_pass_has_every_window_once_and_lanes_never_share_one() {
         (0..windows as usize).map(|w| tokens[w * 16..w * 16 + 17].to_vec()).collect();
     expected.sort();
     for pass in 0..3 {
-        let mut seen: Vec<_> = (1..=windows).map(|n| data.lane(pass * windows + n, 0).unwrap()).collect();
+        let mut seen: Vec<_> =
+            (1..=windows).map(|n| data.lane(Step(pass * windows + n), Lane(0)).unwrap()).collect();
         seen.sort();
         assert!(seen == expected, "pass {pass}");
     }
@@ -78,7 +84,7 @@ fn sequences_come_from_sources_in_proportion_to_their_weights() {
             bytes.chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().unwrap())).collect();
         tokens.windows(17).step_by(16).map(<[u32]>::to_vec).collect()
     };
-    let count = (1..=2000).filter(|&step| of_a.contains(&data.lane(step, 0).unwrap())).count();
+    let count = (1..=2000).filter(|&step| of_a.contains(&data.lane(Step(step), Lane(0)).unwrap())).count();
     // Two whole periods; a window of one source might equal one of the other by chance.
     assert!((500..=505).contains(&count), "{count}");
 }
@@ -93,7 +99,7 @@ fn validation_is_in_file_order_and_wraps_around() {
     let rounds = data.validation_rounds();
     assert_eq!(rounds, windows.div_ceil(4));
     let all: Vec<u32> = (0..rounds + 1)
-        .flat_map(|r| [data.validation(r, 0).unwrap(), data.validation(r, 1).unwrap()].concat())
+        .flat_map(|r| [data.validation(r, Lane(0)).unwrap(), data.validation(r, Lane(1)).unwrap()].concat())
         .collect();
     let rows: Vec<_> = all.chunks(17).collect();
     let first = rows[..windows as usize].iter().map(|row| &row[..16]).collect::<Vec<_>>().concat();
@@ -102,17 +108,23 @@ fn validation_is_in_file_order_and_wraps_around() {
         bytes.chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().unwrap())).collect();
     assert_eq!(first, tokens[..16 * windows as usize]);
     assert_eq!(rows[windows as usize], rows[0]);
-    assert_ne!(open(dir.path(), 2, 2, 4).lane(1, 0).unwrap(), data.lane(1, 0).unwrap());
-    assert_eq!(open(dir.path(), 2, 2, 4).validation(0, 0).unwrap(), data.validation(0, 0).unwrap());
+    assert_ne!(
+        open(dir.path(), 2, 2, 4).lane(Step(1), Lane(0)).unwrap(),
+        data.lane(Step(1), Lane(0)).unwrap()
+    );
+    assert_eq!(
+        open(dir.path(), 2, 2, 4).validation(0, Lane(0)).unwrap(),
+        data.validation(0, Lane(0)).unwrap()
+    );
 }
 
 #[test]
 fn requests_beyond_the_shape_are_rejected_and_far_steps_are_not() {
     let dir = prepared();
     let data = open(dir.path(), 3, 4, 7);
-    assert!(data.lane(0, 0).is_err());
-    assert!(data.lane(1, 4).is_err());
-    assert!(data.validation(0, 4).is_err());
+    assert!(data.lane(Step(0), Lane(0)).is_err());
+    assert!(data.lane(Step(1), Lane(4)).is_err());
+    assert!(data.validation(0, Lane(4)).is_err());
     assert_eq!(data.lane(u64::MAX, 3).unwrap().len(), 51);
     assert!(Dataset::open(&dir.path().join("run"), 0, 1, 1, 0).is_err());
     let message = Dataset::open(&dir.path().join("run"), 1 << 20, 1, 1, 0).unwrap_err().to_string();

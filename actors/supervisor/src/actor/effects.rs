@@ -70,8 +70,8 @@ impl SupervisorState {
         if let NodeCommand::Begin { step, pass, lanes, .. } = &mut command {
             for (lane, tokens) in lanes {
                 let read = match pass {
-                    Pass::Train => self.dataset.lane(step.0, lane.0),
-                    Pass::Validate { round } => self.dataset.validation(*round, lane.0),
+                    Pass::Train => self.dataset.lane(*step, *lane),
+                    Pass::Validate { round } => self.dataset.validation(*round, *lane),
                 };
                 *tokens = read.map_err(|source| Error::Tokens { step: *step, lane: *lane, source })?;
             }

@@ -14,7 +14,9 @@ use tokio::sync::{mpsc, oneshot};
 use volary_core::Step;
 use volary_core::architecture::{Architecture, presets};
 use volary_core::machine::Settings;
-use volary_core::options::{CheckpointOptions, ClusterOptions, TelemetryOptions, TrainingOptions, ValidationOptions};
+use volary_core::options::{
+    CheckpointOptions, ClusterOptions, TelemetryOptions, TrainingOptions, ValidationOptions,
+};
 use volary_data::{DataOptions, Dataset, SourceOptions};
 use volary_node::testing::{FakeCompute, FakeDevice};
 use volary_node::{NodeEnd, NodeOptions, run_node};
@@ -64,7 +66,8 @@ fn corpus() -> &'static Path {
         let texts = folder.path().join("texts");
         std::fs::create_dir(&texts).expect("a folder");
         for number in 0..40 {
-            let text = format!("lane {number} sends {} tokens to expert {} and back. ", number * 7, number % 5);
+            let text =
+                format!("lane {number} sends {} tokens to expert {} and back. ", number * 7, number % 5);
             std::fs::write(texts.join(format!("{number}.txt")), text.repeat(8)).expect("a file");
         }
         let options = DataOptions {
@@ -160,7 +163,8 @@ impl Cluster {
         };
         let lanes = training.lanes;
         let data = corpus().join("data");
-        let dataset = Dataset::open(&data, training.sequence_length, training.sequences_per_lane, lanes, SEED);
+        let dataset =
+            Dataset::open(&data, training.sequence_length, training.sequences_per_lane, lanes, SEED);
         let runtime = runtime();
         let started = runtime.block_on(Supervisor::start(options, dataset.expect("tokens")));
         let supervisor = started.expect("a supervisor");
@@ -233,7 +237,8 @@ impl Cluster {
 
     /// Ends the supervisor's process at once.
     pub(crate) fn kill_supervisor(&mut self) {
-        let SupervisorProcess { runtime, handle, end, address } = self.supervisor.take().expect("a supervisor");
+        let SupervisorProcess { runtime, handle, end, address } =
+            self.supervisor.take().expect("a supervisor");
         self.network.crash(address);
         drop((handle, end));
         // The database's lock goes with the last of its tasks.
