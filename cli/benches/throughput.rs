@@ -81,7 +81,7 @@ fn reference_seconds(config: &Config, data: &Path, whole: bool) -> f64 {
             lanes = vec![lanes.concat()];
         }
         let start = Instant::now();
-        model.step(&lanes, step).expect("a step");
+        model.step(&lanes, volary_core::Step(step)).expect("a step");
         seconds.push(start.elapsed().as_secs_f64());
     }
     median(seconds.split_off(2))

@@ -176,7 +176,7 @@ fn bad_input_is_one_clear_line() {
     assert!(strict.contains("latin.txt") && strict.contains("UTF-8"), "{strict}");
     assert!(world.fails(&["train", "tiny.toml", "--quiet", "--dir", "/proc/none"]).contains("/proc/none"));
     assert!(world.fails(&["train", "tiny.toml", "--quiet", "--device", "cuda:7"]).contains("cuda:7"));
-    assert!(world.fails(&["node", "--join", "127.0.0.1:1"]).contains("no token"));
+    assert!(world.fails(&["node", "--join", "127.0.0.1:1"]).contains("no access token"));
     assert!(world.fails(&["status"]).contains("no supervisor is running"));
     assert!(world.fails(&["digest", "runs/none"]).contains("runs/none"));
     assert!(world.fails(&["generate", "--run", "runs/none", "--prompt", "x"]).contains("runs/none"));
@@ -209,7 +209,7 @@ fn a_held_directory_a_port_in_use_and_a_wrong_token_are_refused() {
         world.fails(&["supervisor", "runs/r/config.toml", "--listen", "127.0.0.1:0", "--dir", "runs/r"]);
     assert!(held.contains("held") && held.contains("process"), "{held}");
     let resumed = world.fails(&["train", "tiny.toml", "--dir", "runs/r", "--resume"]);
-    assert!(resumed.contains("held by a living supervisor"), "{resumed}");
+    assert!(resumed.contains("in use by a live supervisor"), "{resumed}");
     let port = world.fails(&["supervisor", "tiny.toml", "--listen", &address, "--dir", "runs/other"]);
     assert!(port.contains(&address) && port.contains("in use"), "{port}");
     let token = std::fs::read_to_string(world.path("runs/r/identity/node.token")).unwrap();

@@ -5,6 +5,7 @@ mod common;
 
 use common::{Guard, World, alive, lines, signal, text, until, volary};
 use std::time::Duration;
+use volary_core::{LayerId, LayerRange};
 
 const LONG: Duration = Duration::from_secs(120);
 
@@ -99,11 +100,13 @@ fn a_model_that_fits_no_node_is_spread_over_stages_and_gives_the_same_bits() {
     let world = World::new();
     let costs = tiny_costs(&world);
     // Half the layers, and two copies of all experts on four nodes; not all layers.
-    let half = costs.layers() / 2;
+    let half = LayerId(costs.layers() / 2);
+    let all = costs.all_layers();
+    let [front, back] = [LayerRange { end: half, ..all }, LayerRange { start: half, ..all }];
     let experts = costs.moe_layers.len() * costs.experts;
-    let room = costs.stage_bytes(0..half, 2).max(costs.stage_bytes(half..costs.layers(), 2))
+    let room = costs.stage_bytes(front, 2).max(costs.stage_bytes(back, 2))
         + (experts as u64 * 2).div_ceil(3) * costs.expert_bytes;
-    assert!(room < costs.stage_bytes(0..costs.layers(), 2), "{costs:?}");
+    assert!(room < costs.stage_bytes(all, 2), "{costs:?}");
     let steps = ["--set", "training.steps=30", "--set", "checkpoint.every=100", "--threads", "1", "--quiet"];
     world.run_train(&[&["--nodes", "1", "--dir", "runs/whole"], steps.as_slice()].concat());
     let memory = room.to_string();

@@ -108,7 +108,7 @@ fn figures_are_served_by_supervisor_and_nodes() {
         .sum();
     assert_eq!(assignments, 2.0 * value(&figures, "volary_tokens_total"));
     assert!(
-        figures.contains("volary_step_journal_seconds_count")
+        figures.contains("volary_journal_write_seconds_count")
             && figures.contains("volary_events_total{event=\"joined\"} 2")
     );
     let status = json(&watched, "/api/status");
@@ -117,7 +117,7 @@ fn figures_are_served_by_supervisor_and_nodes() {
         assert_eq!(ask(address, "GET", "/health", None), (200, "ok\n".to_owned()));
         let figures = ask(address, "GET", "/metrics", None).1;
         for phase in ["forward", "backward", "reduce", "apply", "commit"] {
-            assert!(value(&figures, &format!("volary_node_phase_seconds_count{{part=\"{phase}\"}}")) > 0.0);
+            assert!(value(&figures, &format!("volary_node_phase_seconds_count{{phase=\"{phase}\"}}")) > 0.0);
         }
         assert!(value(&figures, "volary_executor_busy_seconds_total") > 0.0);
         assert!(figures.contains("volary_link_bytes_total{"), "{figures}");
@@ -141,7 +141,7 @@ fn buttons_need_the_operators_token_and_do_what_they_say() {
     let (code, body) = post("/api/checkpoint", Some(&operator));
     assert_eq!(code, 200, "{body}");
     let (code, body) = post("/api/drain/nobody", Some(&operator));
-    assert!(code == 409 && body.contains("there is no node nobody"), "{code} {body}");
+    assert!(code == 409 && body.contains("no node nobody"), "{code} {body}");
     assert_eq!(post("/api/drain/node-2", Some(&operator)).0, 200);
     assert_eq!(json(&watched, "/api/status")["nodes"].as_array().map(Vec::len), Some(1));
     // Nothing is shown to those who have no token, but that the process lives and its figures.

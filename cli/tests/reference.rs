@@ -7,7 +7,7 @@ use common::World;
 use safetensors::SafeTensors;
 use std::collections::BTreeMap;
 use volary_cli::config::Config;
-use volary_core::ShardId;
+use volary_core::{ShardId, Step};
 use volary_data::Dataset;
 use volary_model::device::{self, Device};
 use volary_model::reference::Reference;
@@ -59,7 +59,7 @@ fn three_processes_compute_the_loss_and_every_gradient_of_the_whole_model() {
 
     let reader = CheckpointReader::open(&dir).unwrap();
     for (shard, gradients) in expected {
-        let bytes = reader.read(1, shard).unwrap();
+        let bytes = reader.read(Step(1), shard).unwrap();
         let stored = SafeTensors::deserialize(&bytes).unwrap();
         for (name, expected) in parameter_names(&config, shard).into_iter().zip(gradients) {
             let moment = floats(stored.tensor(&format!("{name}.first")).unwrap().data());
@@ -80,7 +80,7 @@ fn parameter_names(config: &Config, shard: ShardId) -> Vec<&'static str> {
     let feed_forward = ["feed_forward.norm", "feed_forward.gate", "feed_forward.up", "feed_forward.down"];
     match shard {
         ShardId::Embedding => vec!["tokens", "norm"],
-        ShardId::Dense { layer } if config.model.is_moe(layer.into()) => attention.to_vec(),
+        ShardId::Dense { layer } if config.model.is_moe(layer) => attention.to_vec(),
         ShardId::Dense { .. } => [attention, feed_forward].concat(),
         ShardId::Router { .. } => vec!["norm", "gate"],
         ShardId::Expert { .. } => vec!["up", "down"],

@@ -53,7 +53,7 @@ do = "kill-supervisor"
         "step 6: kill node-2",
         "node-2 ended (signal: 9 (SIGKILL))",
         "step 10: stop node-1 for 0.3 s",
-        "never came: step 31: kill the supervisor",
+        "not reached: step 31: kill the supervisor",
     ];
     for line in expected {
         assert!(said.contains(line), "{line} was not said:\n{said}");
@@ -70,7 +70,7 @@ fn with_respawn_a_killed_node_comes_back_under_its_name() {
     write(&world, "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-2\"\n");
     let output = world.run_train(&args("runs/r", &["--events", "events.toml", "--respawn"]));
     let said = text(&output.stderr);
-    assert!(said.contains("node-2 ended (signal: 9 (SIGKILL)): it starts again"), "{said}");
+    assert!(said.contains("node-2 ended (signal: 9 (SIGKILL)): restarting"), "{said}");
     let events = events(&world, "r", "node-2");
     assert!(events.contains("lost"), "{events}");
     assert_eq!(events.matches("\"event\":\"joined\"").count(), 2, "{events}\n{said}\n{}", world.logs());
@@ -83,7 +83,7 @@ fn a_bad_script_is_refused_before_anything_starts() {
     let args = ["train", "tiny.toml", "--nodes", "2", "--dir", "runs/r", "--events", "events.toml"];
     assert_eq!(
         world.fails(&args),
-        "volary: events.toml, event 1: \"node-3\": expected node-1 to node-2, the nodes there are at step 3"
+        "volary: events.toml, event 1: \"node-3\": expected node-1 to node-2, the nodes at step 3"
     );
     assert!(!world.path("runs/r").exists());
 }

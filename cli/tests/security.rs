@@ -75,7 +75,7 @@ impl Running {
         stream.write_all(request.as_bytes()).expect("a request");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).expect("figures");
-        let line = answer.lines().find(|line| line.starts_with("volary_refused_total "));
+        let line = answer.lines().find(|line| line.starts_with("volary_refusals_total "));
         line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).expect("a count")
     }
 
@@ -96,7 +96,7 @@ fn tokens_let_in_as_many_as_they_say_for_as_long_as_they_say() {
     let _first = Guard::start(&mut running.node("first", &once));
     until("it has joined", LONG, || running.nodes().contains(&("first".into(), "rack-9".into())));
     let second = running.node("second", &once).output().expect("the binary");
-    assert!(!second.status.success() && text(&second.stderr).contains("as often as it may be"), "{second:?}");
+    assert!(!second.status.success() && text(&second.stderr).contains("has no uses left"), "{second:?}");
     let (_, list) = running.token_command(&["list"]);
     let id = once.split('.').nth(2).expect("an id");
     let line = list.lines().find(|line| line.contains(id)).expect("the token");
@@ -132,7 +132,7 @@ fn certificates_are_renewed_and_outlive_a_supervisor_without_showing() {
     world.run_train(&[&args[..], &short].concat());
     assert_eq!((world.curve("r"), world.digest("r")), (world.curve("quiet"), world.digest("quiet")));
     let logs = world.logs();
-    assert!(logs.matches("this node's certificate was renewed").count() >= 2, "{logs}");
+    assert!(logs.matches("certificate renewed").count() >= 2, "{logs}");
 }
 
 #[test]
@@ -222,7 +222,7 @@ fn an_identity_that_was_made_elsewhere_is_made_once_and_refused_when_damaged() {
     let output = volary().current_dir(world.dir.path()).args(["identity", "create", "--out", "id"]).output();
     assert!(output.expect("the binary").status.success());
     let again = world.fails(&["identity", "create", "--out", "id"]);
-    assert!(again.contains("holds an identity already"), "{again}");
+    assert!(again.contains("already holds an identity"), "{again}");
     std::fs::write(world.path("id/ca.key"), "rubbish").expect("a file");
     let args = ["supervisor", "tiny.toml", "--listen", "127.0.0.1:0", "--dir", "runs/i", "--identity", "id"];
     let error = world.fails(&args);

@@ -10,10 +10,10 @@ use bytes::Bytes;
 use std::path::Path;
 use std::sync::{LazyLock, Mutex, PoisonError};
 use tempfile::TempDir;
-use volary_core::ShardId;
 use volary_core::architecture::Architecture;
 use volary_core::compute::Compute;
 use volary_core::options::TrainingOptions;
+use volary_core::{LayerId, ShardId, Step};
 use volary_model::{Glam, device};
 use volary_transport::{AccessToken, Authority, Frame};
 
@@ -120,12 +120,17 @@ pub(crate) static GLAM: LazyLock<Option<Glam>> = LazyLock::new(|| {
     Glam::new(&model, &training, 1, device::parse("cpu").ok()?).ok()
 });
 
+/// A router and a dense layer.
+pub(crate) const SHARDS: [ShardId; 2] =
+    [ShardId::Router { layer: LayerId(0) }, ShardId::Dense { layer: LayerId(1) }];
+
 /// A shard from a checkpoint or another node: safetensors with the shard's own names, shapes and version.
 pub fn shard(bytes: &[u8]) {
     let Some(glam) = GLAM.as_ref() else { return };
-    for shard in [ShardId::Router { layer: 0 }, ShardId::Dense { layer: 1 }] {
+    for shard in SHARDS {
         if let Ok(state) = glam.load(shard, bytes) {
-            let again = glam.store(shard, 1, &state).and_then(|stored| glam.load(shard, &stored).map(drop));
+            let again =
+                glam.store(shard, Step(1), &state).and_then(|stored| glam.load(shard, &stored).map(drop));
             assert!(again.is_ok(), "what is taken can be stored and read: {again:?}");
         }
     }

@@ -1,10 +1,11 @@
 //! Good inputs, from which mutations start.
 
 use bytes::Bytes;
-use volary_core::ShardId;
 use volary_core::compute::Compute;
+use volary_core::{Epoch, Step};
 use volary_transport::{
-    AccessRole, AccessToken, AccessTokenTerms, Authority, Dtype, Frame, KeyRequest, Kind, Part, TraceHeader,
+    AccessRole, AccessToken, AccessTokenTerms, Authority, Dtype, Frame, FrameKind, KeyRequest, Part,
+    TraceHeader,
 };
 
 /// A configuration with every section.
@@ -60,9 +61,9 @@ fn a_frame() -> Frame {
     let part = Part { dtype: Dtype::F32, shape: vec![2, 3], data: Bytes::from(vec![7u8; 24]) };
     let trace = TraceHeader::default();
     Frame {
-        kind: Kind::Forward,
-        epoch: 3,
-        step: 4,
+        kind: FrameKind::Forward,
+        epoch: Epoch(3),
+        step: Step(4),
         trace,
         meta: Bytes::from_static(b"words"),
         parts: vec![part],
@@ -97,11 +98,11 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
             ]
         }
         "inventory" => text(INVENTORY),
-        "shard" => [ShardId::Router { layer: 0 }, ShardId::Dense { layer: 1 }]
+        "shard" => crate::SHARDS
             .into_iter()
             .filter_map(|shard| {
                 let glam = crate::GLAM.as_ref()?;
-                glam.store(shard, 1, &glam.initial(shard).ok()?).ok()
+                glam.store(shard, Step(1), &glam.initial(shard).ok()?).ok()
             })
             .collect(),
         "tokenizer" => {

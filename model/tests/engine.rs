@@ -3,16 +3,20 @@
 
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
-use volary_core::ShardId;
 use volary_core::architecture::{Activation, Architecture, SecondExpert};
 use volary_core::compute::Compute;
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Update;
+use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
 use volary_model::Glam;
 use volary_model::engine::{Gradient, Shard};
 use volary_model::reference::Reference;
+
+/// Step 1, lane 0.
+const FIRST: (Step, Lane) = (Step(1), Lane(0));
+const ROUTER: ShardId = ShardId::Router { layer: LayerId(0) };
 
 fn architecture() -> Architecture {
     Architecture {
@@ -73,17 +77,17 @@ impl Hand {
         let mut x = g.embed(self.params(ShardId::Embedding), tokens).unwrap();
         let mut segments = Vec::new();
         let mut dropped = 0;
-        for layer in 0..self.a.layers as u16 {
+        for layer in self.a.layer_range().iter() {
             let (y, saved) = g.dense(layer, self.params(ShardId::Dense { layer }), x, true).unwrap();
             x = y;
             let mut moe = None;
-            if self.a.is_moe(layer.into()) {
-                let gated = g.gate(layer, self.params(ShardId::Router { layer }), x, (1, 0), true).unwrap();
+            if self.a.is_moe(layer) {
+                let gated = g.gate(layer, self.params(ShardId::Router { layer }), x, FIRST, true).unwrap();
                 dropped += gated.dispatch.dropped;
                 let (mut outs, mut kept) = (Vec::new(), Vec::new());
                 for (e, offset) in gated.dispatch.offsets().into_iter().enumerate() {
                     let rows = g.rows(&gated.rows, offset, gated.dispatch.counts[e]).unwrap();
-                    let id = ShardId::Expert { layer, expert: e as u16 };
+                    let id = ShardId::Expert { layer, expert: ExpertId(e as u16) };
                     let (y, saved) = g.expert(self.params(id), rows, true).unwrap();
                     outs.push(y);
                     kept.push((id, saved));
@@ -102,7 +106,7 @@ impl Hand {
                 let mut inputs = Vec::new();
                 for ((id, saved), offset) in kept.into_iter().zip(dispatch.offsets()) {
                     let ShardId::Expert { expert, .. } = id else { unreachable!() };
-                    let dy = g.rows(&rows, offset, dispatch.counts[expert as usize]).unwrap();
+                    let dy = g.rows(&rows, offset, dispatch.counts[expert.index()]).unwrap();
                     let (dx, saved) = g.expert_backward(self.params(id), saved, dy).unwrap();
                     inputs.push(dx);
                     if let Some(gradient) = g.expert_gradient(vec![saved]).unwrap() {
@@ -223,8 +227,7 @@ fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     // With no room for anybody the layer is the identity.
     let g = &hand.glam;
     let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, test_device()));
-    let gated =
-        g.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
+    let gated = g.gate(LayerId(0), hand.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let none = [-1i64; 6];
     let empty = Dispatch::new([&none, &none], a.experts, Capacity::Dropless);
     let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
@@ -238,10 +241,7 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
     let (a, t) = (architecture(), training());
     let hand = Hand::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, test_device()));
-    let gated = hand
-        .glam
-        .gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true)
-        .unwrap();
+    let gated = hand.glam.gate(LayerId(0), hand.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let outputs = vec![gated.rows.shallow_clone()];
     let dispatch = gated.dispatch.clone();
     let (y, _) = hand.glam.combine(&dispatch, gated.saved, outputs).unwrap();
@@ -270,8 +270,8 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
 fn what_a_gate_says_of_itself_is_what_it_did() {
     let (a, t) = (architecture(), training());
     let hand = Hand::new(a.clone(), &t, Kind::Float);
-    let id = ShardId::Router { layer: 2 };
-    let stored = hand.glam.store(id, 0, &hand.shards[&id]).expect("bytes");
+    let id = ShardId::Router { layer: LayerId(2) };
+    let stored = hand.glam.store(id, Step(0), &hand.shards[&id]).expect("bytes");
     let stored = safetensors::SafeTensors::deserialize(&stored).expect("safetensors");
     let find = |shape: &[usize]| {
         // The optimizer's state may have the same shape; its name is the parameter's with something behind it.
@@ -283,7 +283,7 @@ fn what_a_gate_says_of_itself_is_what_it_did() {
     let mut stream = Stream::new(11, Purpose::Faults, &[]);
     let x: Vec<f32> = (0..40 * a.hidden).map(|_| (stream.next_f64() * 4.0 - 2.0) as f32).collect();
     let input = Tensor::from_slice(&x).reshape([40, a.hidden as i64]).to_device(test_device());
-    let gated = hand.glam.gate(2, hand.params(id), input, (1, 0), true).expect("a gate");
+    let gated = hand.glam.gate(LayerId(2), hand.params(id), input, FIRST, true).expect("a gate");
     let weights = hand.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
     let mut entropy = 0.0;
     for (token, row) in x.chunks(a.hidden).enumerate() {
@@ -317,8 +317,10 @@ fn the_random_policy_drops_second_choices_alike_on_every_node() {
     let hand = Hand::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([200, a.hidden as i64], (Kind::Float, test_device()));
     let gate = |lane| {
-        let params = hand.params(ShardId::Router { layer: 0 });
-        hand.glam.gate(0, params, x.shallow_clone(), (3, lane), false).unwrap().dispatch
+        hand.glam
+            .gate(LayerId(0), hand.params(ROUTER), x.shallow_clone(), (Step(3), Lane(lane)), false)
+            .unwrap()
+            .dispatch
     };
     assert_eq!(gate(1), gate(1));
     assert_ne!(gate(1), gate(2));
@@ -329,7 +331,7 @@ fn the_random_policy_drops_second_choices_alike_on_every_node() {
 fn an_expert_that_meets_no_token_answers_and_has_no_gradient() {
     let (a, t) = (architecture(), training());
     let hand = Hand::new(a.clone(), &t, Kind::Float);
-    let id = ShardId::Expert { layer: 0, expert: 0 };
+    let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
     let empty = || Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
     let (y, saved) = hand.glam.expert(hand.params(id), empty(), true).unwrap();
     assert_eq!(y.size(), [0, a.hidden as i64]);
@@ -346,21 +348,21 @@ fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
     let update = Update { apply: true, rate: 0.01, scale: 1.0 };
     for (id, gradient) in grads {
         let shard = hand.shards.get_mut(&id).unwrap();
-        hand.glam.apply(id, shard, Some(gradient), 1, update).unwrap();
+        hand.glam.apply(id, shard, Some(gradient), Step(1), update).unwrap();
     }
     for (&id, shard) in &hand.shards {
-        let bytes = hand.glam.store(id, 1, shard).unwrap();
+        let bytes = hand.glam.store(id, Step(1), shard).unwrap();
         let back = hand.glam.load(id, &bytes).unwrap();
-        assert_eq!(bytes, hand.glam.store(id, 1, &back).unwrap(), "{id}");
-        let other = ShardId::Dense { layer: 99 };
+        assert_eq!(bytes, hand.glam.store(id, Step(1), &back).unwrap(), "{id}");
+        let other = ShardId::Dense { layer: LayerId(99) };
         assert!(hand.glam.load(other, &bytes).unwrap_err().to_string().contains("does not fit"));
         assert!(hand.glam.load(id, &bytes[..bytes.len() / 2]).is_err());
     }
     let mut wider = a;
     wider.hidden = 32;
     let other = Glam::new(&wider, &t, 7, test_device()).unwrap();
-    let id = ShardId::Expert { layer: 0, expert: 1 };
-    let error = other.load(id, &hand.glam.store(id, 1, &hand.shards[&id]).unwrap()).unwrap_err();
+    let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
+    let error = other.load(id, &hand.glam.store(id, Step(1), &hand.shards[&id]).unwrap()).unwrap_err();
     assert!(error.to_string().contains("this model expects"), "{error}");
 }
 
