@@ -1,5 +1,5 @@
-//! Training throughput, memory and start of the quickstart model, all in one run, as ratios:
-//! `cargo bench -p volary-cli`. Rounds are interleaved, so that a noisy neighbour disturbs everybody.
+//! Training throughput, memory and start time of the quickstart model: `cargo bench -p volary-cli --bench throughput`.
+//! Rounds are interleaved, so that other load on the machine affects all arms.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use volary_model::reference::Reference;
 
 const ROUNDS: usize = 3;
 const STEPS: u64 = 16;
-/// Steps that are not counted: caches are cold.
+/// Steps that are not counted, with cold caches.
 const WARM: usize = 3;
 
 fn main() {
@@ -54,7 +54,7 @@ fn main() {
         );
     }
     println!(
-        "replication 2 against 1 on 2 nodes: {:.1} % of a step more",
+        "replication 2 instead of 1 on 2 nodes: steps {:.1} % longer",
         (speeds[1] / speeds[2] - 1.0) * 100.0
     );
     println!("start to first committed step on prepared data: {:.2} s (median)", median(starts));
@@ -138,7 +138,7 @@ fn peak_memory(parent: &Child) -> (u64, u64) {
             .lines()
             .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
         let peak: u64 = peak.unwrap_or(0);
-        if command.split('\0').any(|word| word == "supervisor") {
+        if command.split('\0').any(|arg| arg == "supervisor") {
             supervisor = supervisor.max(peak);
         } else {
             node = node.max(peak);

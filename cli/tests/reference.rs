@@ -1,4 +1,4 @@
-//! The actor system, as processes over QUIC, against the whole model in one process and one autograd graph.
+//! The actors in processes over QUIC, compared with the whole model in one process and one autograd graph.
 #![expect(clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -13,15 +13,15 @@ use volary_model::device::{self, Device};
 use volary_model::reference::Reference;
 use volary_storage::{CheckpointReader, RunDir};
 
-/// AdamW's first moment after one step is 0.1 times the mean gradient, so the checkpoint of step 1 shows every
-/// gradient that the actors computed, sent and summed.
+/// AdamW's first moment after one step is 0.1 times the mean gradient, so the checkpoint of step 1 has every gradient that
+/// the actors computed, sent and summed.
 const FIRST_MOMENT: f32 = 0.1;
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
     bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
 }
 
-/// The mean loss and gradients of step 1 by the reference model, lane after lane.
+/// The mean loss and gradients of step 1 from the reference model, lane by lane.
 fn by_reference(config: &Config, dir: &RunDir) -> (f64, BTreeMap<ShardId, Vec<Vec<f32>>>) {
     let t = &config.training;
     let dataset =
@@ -43,7 +43,7 @@ fn by_reference(config: &Config, dir: &RunDir) -> (f64, BTreeMap<ShardId, Vec<Ve
     (loss, sums)
 }
 
-/// Loss and every gradient of three node processes. The tolerance is 5e-5 of a gradient's norm: the same f32 sums in
+/// The loss and all gradients of three node processes. The tolerance is 5e-5 of a gradient's norm: the same f32 sums in
 /// another order, through four layers and six lanes.
 #[test]
 fn three_processes_compute_the_loss_and_every_gradient_of_the_whole_model() {
@@ -54,8 +54,8 @@ fn three_processes_compute_the_loss_and_every_gradient_of_the_whole_model() {
     let dir = RunDir::find(world.path("runs/r")).unwrap();
     let config = Config::load(&dir.config(), &[]).unwrap();
     let (loss, expected) = by_reference(&config, &dir);
-    let ours = world.metrics("r")[0]["loss"].as_f64().unwrap();
-    assert!((ours - loss).abs() < 1e-5, "{ours} against {loss}");
+    let actors = world.metrics("r")[0]["loss"].as_f64().unwrap();
+    assert!((actors - loss).abs() < 1e-5, "{actors} and {loss}");
 
     let reader = CheckpointReader::open(&dir).unwrap();
     for (shard, gradients) in expected {
@@ -74,7 +74,7 @@ fn three_processes_compute_the_loss_and_every_gradient_of_the_whole_model() {
     }
 }
 
-/// The parameters of a shard in the order in which the model lists them.
+/// The parameters of a shard in the order of the model.
 fn parameter_names(config: &Config, shard: ShardId) -> Vec<&'static str> {
     let attention = ["attention.norm", "attention.qkv", "attention.output", "attention.position"];
     let feed_forward = ["feed_forward.norm", "feed_forward.gate", "feed_forward.up", "feed_forward.down"];

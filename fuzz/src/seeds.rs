@@ -1,4 +1,4 @@
-//! Good inputs, from which mutations start.
+//! Valid inputs, from which mutations start.
 
 use bytes::Bytes;
 use volary_core::compute::Compute;
@@ -57,7 +57,7 @@ tflops = 100.0
 bandwidth = "10GB"
 "#;
 
-fn a_frame() -> Frame {
+fn frame() -> Frame {
     let part = Part { dtype: Dtype::F32, shape: vec![2, 3], data: Bytes::from(vec![7u8; 24]) };
     let trace = TraceHeader::default();
     Frame {
@@ -65,24 +65,24 @@ fn a_frame() -> Frame {
         epoch: Epoch(3),
         step: Step(4),
         trace,
-        meta: Bytes::from_static(b"words"),
+        meta: Bytes::from_static(b"header"),
         parts: vec![part],
     }
 }
 
-fn a_token() -> Option<AccessToken> {
+fn access_token() -> Option<AccessToken> {
     AccessToken::issue([9; 32], AccessRole::Node, 0, AccessTokenTerms::default()).ok().map(|(token, _)| token)
 }
 
-/// Good inputs of a target.
+/// The valid inputs of a target.
 #[must_use]
 pub fn of(target: &str) -> Vec<Vec<u8>> {
     let text = |text: &str| vec![text.as_bytes().to_vec()];
     match target {
-        "frame" => vec![a_frame().encode().unwrap_or_default().concat()],
+        "frame" => vec![frame().encode().unwrap_or_default().concat()],
         "handshake" => volary_transport::fuzz_handshake_seeds(),
-        "words" => volary_protocol::fuzz_message_seeds(),
-        "token" => a_token().map(|token| token.reveal().into_bytes()).into_iter().collect(),
+        "messages" => volary_protocol::fuzz_message_seeds(),
+        "access_token" => access_token().map(|token| token.reveal().into_bytes()).into_iter().collect(),
         "certificate_request" => KeyRequest::new().map(|r| r.der().to_vec()).into_iter().collect(),
         "authority" => Authority::create()
             .map(|authority| {

@@ -1,4 +1,4 @@
-//! The actors' engine against the whole-model reference, and against itself to the bit.
+//! The actors' engine compared with the reference model, and bitwise with itself.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
@@ -52,14 +52,14 @@ fn training() -> TrainingOptions {
     }
 }
 
-/// Runs the engine over one lane by hand, as the actors do.
-struct Hand {
+/// Runs the engine over one lane, as the actors do.
+struct Driver {
     glam: Glam,
     a: Architecture,
     shards: BTreeMap<ShardId, Shard>,
 }
 
-impl Hand {
+impl Driver {
     fn new(a: Architecture, t: &TrainingOptions, kind: Kind) -> Self {
         let device = test_device();
         let glam = Glam::with_kind(&a, t, 7, device, kind).expect("an engine");
@@ -126,11 +126,11 @@ impl Hand {
     }
 }
 
-/// The first GPU where `VOLARY_TEST_DEVICE` asks for it, otherwise the CPU.
+/// The device of `VOLARY_TEST_DEVICE`, or the CPU.
 fn test_device() -> Device {
     let name = std::env::var("VOLARY_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
     volary_model::device::single_thread();
-    volary_model::device::parse(&name).expect("the device that VOLARY_TEST_DEVICE names")
+    volary_model::device::parse(&name).expect("the device of VOLARY_TEST_DEVICE")
 }
 
 fn tokens(seed: u64, a: &Architecture, t: &TrainingOptions) -> Vec<u32> {
@@ -154,15 +154,15 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
     difference / norm(&mut theirs.iter().map(|&v| f64::from(v))).max(1e-12)
 }
 
-/// Loss and every gradient of every layer, against autograd over the whole model. The tolerance is 2e-5 relative:
-/// the same f32 sums in another order, through four layers.
+/// The loss and all gradients, compared with autograd over the whole model. The relative tolerance is 2e-5: the same f32
+/// sums in another order, through four layers.
 #[test]
 fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
     for (seed, activation, moe_first) in [(1, Activation::Gelu, true), (2, Activation::Relu, false)] {
         let (mut a, t) = (architecture(), training());
         (a.activation, a.moe_first) = (activation, moe_first);
         let tokens = tokens(seed, &a, &t);
-        let (loss, grads, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+        let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
         let reference = Reference::initial(&a, &t, 7, test_device()).unwrap().lane(&tokens, true).unwrap();
         assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
         for (id, theirs) in &reference.gradients {
@@ -182,30 +182,30 @@ fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
     }
 }
 
-/// bf16 has 8 bits of mantissa: a product of some dozens of terms is within a few per cent, and so are gradients.
+/// bf16 has 8 bits of mantissa: a product of dozens of terms is accurate to a few percent.
 #[test]
 fn bf16_activations_stay_near_f32() {
     let (a, t) = (architecture(), training());
     let tokens = tokens(3, &a, &t);
-    let (wide, _, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
-    let (narrow, _, _) = Hand::new(a, &t, Kind::BFloat16).lane(&tokens);
+    let (wide, _, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
+    let (narrow, _, _) = Driver::new(a, &t, Kind::BFloat16).lane(&tokens);
     assert!((wide - narrow).abs() < 0.05, "{wide} against {narrow}");
 }
 
 #[test]
-fn a_lane_repeats_to_the_bit_whatever_runs_beside_it() {
+fn concurrent_lanes_give_the_same_bits() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let tokens = tokens(4, &a, &t);
     let bytes = |grads: &BTreeMap<ShardId, Gradient>| -> Vec<_> {
         grads.values().map(|g| Glam::gradient_bytes(g).unwrap()).collect()
     };
-    let (loss, quiet, _) = hand.lane(&tokens);
+    let (loss, quiet, _) = driver.lane(&tokens);
     let results: Vec<_> = std::thread::scope(|scope| {
         let run = || {
             volary_model::device::single_thread();
-            // Another engine with the same seed: what a second node holds.
-            let (loss, grads, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+            // Another engine with the same seed, as on a second node.
+            let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
             (loss, bytes(&grads))
         };
         let handles: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
@@ -221,13 +221,13 @@ fn a_lane_repeats_to_the_bit_whatever_runs_beside_it() {
 fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     let (mut a, t) = (architecture(), training());
     a.capacity = Capacity::Factor(0.5);
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
-    let (loss, _, dropped) = hand.lane(&tokens(5, &a, &t));
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
+    let (loss, _, dropped) = driver.lane(&tokens(5, &a, &t));
     assert!(dropped > 0 && loss.is_finite());
-    // With no room for anybody the layer is the identity.
-    let g = &hand.glam;
+    // Without any capacity the layer is the identity.
+    let g = &driver.glam;
     let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, test_device()));
-    let gated = g.gate(LayerId(0), hand.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
+    let gated = g.gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let none = [-1i64; 6];
     let empty = Dispatch::new([&none, &none], a.experts, Capacity::Dropless);
     let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
@@ -235,16 +235,16 @@ fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     assert_eq!(tensor_floats(&y), tensor_floats(&x));
 }
 
-/// Identity experts give the input's weighted sum back: gate weights sum to 1, so the layer adds the normed input.
+/// With identity experts the layer adds the normalized input, since gate weights sum to 1.
 #[test]
 fn gate_weights_of_kept_tokens_sum_to_one() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, test_device()));
-    let gated = hand.glam.gate(LayerId(0), hand.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
+    let gated = driver.glam.gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let outputs = vec![gated.rows.shallow_clone()];
     let dispatch = gated.dispatch.clone();
-    let (y, _) = hand.glam.combine(&dispatch, gated.saved, outputs).unwrap();
+    let (y, _) = driver.glam.combine(&dispatch, gated.saved, outputs).unwrap();
     let added = tensor_floats(&(y - &x));
     let mut normed = vec![0f32; added.len()];
     let rows = tensor_floats(&gated.rows);
@@ -264,17 +264,17 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
     }
 }
 
-/// What the gate says of itself, against the same in scalars of double precision: entropy, choices and weights. The tolerance is
-/// that of f32 sums over 24 numbers.
+/// Entropy, choices and weights of the gate, compared with scalars in double precision. The tolerance is that of f32 sums over
+/// 24 numbers.
 #[test]
-fn what_a_gate_says_of_itself_is_what_it_did() {
+fn a_gate_reports_its_entropy_choices_and_weights() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let id = ShardId::Router { layer: LayerId(2) };
-    let stored = hand.glam.store(id, Step(0), &hand.shards[&id]).expect("bytes");
+    let stored = driver.glam.store(id, Step(0), &driver.shards[&id]).expect("bytes");
     let stored = safetensors::SafeTensors::deserialize(&stored).expect("safetensors");
     let find = |shape: &[usize]| {
-        // The optimizer's state may have the same shape; its name is the parameter's with something behind it.
+        // The optimizer's state may have the same shape; its name is that of the parameter with a suffix.
         let same = stored.tensors().into_iter().filter(|(_, tensor)| tensor.shape() == shape);
         let found = same.min_by_key(|(name, _)| (name.matches('.').count(), name.clone()));
         floats(found.expect("a parameter of this shape").1.data())
@@ -283,8 +283,8 @@ fn what_a_gate_says_of_itself_is_what_it_did() {
     let mut stream = Stream::new(11, Purpose::Faults, &[]);
     let x: Vec<f32> = (0..40 * a.hidden).map(|_| (stream.next_f64() * 4.0 - 2.0) as f32).collect();
     let input = Tensor::from_slice(&x).reshape([40, a.hidden as i64]).to_device(test_device());
-    let gated = hand.glam.gate(LayerId(2), hand.params(id), input, FIRST, true).expect("a gate");
-    let weights = hand.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
+    let gated = driver.glam.gate(LayerId(2), driver.params(id), input, FIRST, true).expect("a gate");
+    let weights = driver.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
     let mut entropy = 0.0;
     for (token, row) in x.chunks(a.hidden).enumerate() {
         let square = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / a.hidden as f64;
@@ -311,14 +311,15 @@ fn what_a_gate_says_of_itself_is_what_it_did() {
 }
 
 #[test]
-fn the_random_policy_drops_second_choices_alike_on_every_node() {
+fn the_random_policy_drops_the_same_second_choices_on_every_node() {
     let (mut a, t) = (architecture(), training());
     a.second_expert = SecondExpert::Random;
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([200, a.hidden as i64], (Kind::Float, test_device()));
     let gate = |lane| {
-        hand.glam
-            .gate(LayerId(0), hand.params(ROUTER), x.shallow_clone(), (Step(3), Lane(lane)), false)
+        driver
+            .glam
+            .gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), (Step(3), Lane(lane)), false)
             .unwrap()
             .dispatch
     };
@@ -328,51 +329,51 @@ fn the_random_policy_drops_second_choices_alike_on_every_node() {
 }
 
 #[test]
-fn an_expert_that_meets_no_token_answers_and_has_no_gradient() {
+fn an_expert_without_tokens_has_an_empty_output_and_no_gradient() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
     let empty = || Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
-    let (y, saved) = hand.glam.expert(hand.params(id), empty(), true).unwrap();
+    let (y, saved) = driver.glam.expert(driver.params(id), empty(), true).unwrap();
     assert_eq!(y.size(), [0, a.hidden as i64]);
-    let (dx, saved) = hand.glam.expert_backward(hand.params(id), saved, empty()).unwrap();
+    let (dx, saved) = driver.glam.expert_backward(driver.params(id), saved, empty()).unwrap();
     assert_eq!(dx.size(), [0, a.hidden as i64]);
-    assert!(hand.glam.expert_gradient(vec![saved]).unwrap().is_none());
+    assert!(driver.glam.expert_gradient(vec![saved]).unwrap().is_none());
 }
 
 #[test]
 fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
     let (a, t) = (architecture(), training());
-    let mut hand = Hand::new(a.clone(), &t, Kind::Float);
-    let (_, grads, _) = hand.lane(&tokens(6, &a, &t));
+    let mut driver = Driver::new(a.clone(), &t, Kind::Float);
+    let (_, grads, _) = driver.lane(&tokens(6, &a, &t));
     let update = Update { apply: true, rate: 0.01, scale: 1.0 };
     for (id, gradient) in grads {
-        let shard = hand.shards.get_mut(&id).unwrap();
-        hand.glam.apply(id, shard, Some(gradient), Step(1), update).unwrap();
+        let shard = driver.shards.get_mut(&id).unwrap();
+        driver.glam.apply(id, shard, Some(gradient), Step(1), update).unwrap();
     }
-    for (&id, shard) in &hand.shards {
-        let bytes = hand.glam.store(id, Step(1), shard).unwrap();
-        let back = hand.glam.load(id, &bytes).unwrap();
-        assert_eq!(bytes, hand.glam.store(id, Step(1), &back).unwrap(), "{id}");
+    for (&id, shard) in &driver.shards {
+        let bytes = driver.glam.store(id, Step(1), shard).unwrap();
+        let back = driver.glam.load(id, &bytes).unwrap();
+        assert_eq!(bytes, driver.glam.store(id, Step(1), &back).unwrap(), "{id}");
         let other = ShardId::Dense { layer: LayerId(99) };
-        assert!(hand.glam.load(other, &bytes).unwrap_err().to_string().contains("does not fit"));
-        assert!(hand.glam.load(id, &bytes[..bytes.len() / 2]).is_err());
+        assert!(driver.glam.load(other, &bytes).unwrap_err().to_string().contains("does not fit"));
+        assert!(driver.glam.load(id, &bytes[..bytes.len() / 2]).is_err());
     }
     let mut wider = a;
     wider.hidden = 32;
     let other = Glam::new(&wider, &t, 7, test_device()).unwrap();
     let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
-    let error = other.load(id, &hand.glam.store(id, Step(1), &hand.shards[&id]).unwrap()).unwrap_err();
+    let error = other.load(id, &driver.glam.store(id, Step(1), &driver.shards[&id]).unwrap()).unwrap_err();
     assert!(error.to_string().contains("this model expects"), "{error}");
 }
 
 #[test]
 fn a_token_outside_the_vocabulary_is_one_clear_error() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let mut tokens = tokens(8, &a, &t);
     tokens[3] = 97;
-    let error = hand.glam.embed(hand.params(ShardId::Embedding), &tokens).unwrap_err();
+    let error = driver.glam.embed(driver.params(ShardId::Embedding), &tokens).unwrap_err();
     assert_eq!(error.to_string(), "token 97 is outside the model's vocabulary of 97");
 }
 

@@ -92,7 +92,6 @@ fn is_token(path: &render::TokenPath, text: &str) -> bool {
 }
 
 /// Keeps the traces with a sampled token of this text.
-
 fn retain_token(traces: &mut Vec<Trace>, text: &str) -> anyhow::Result<()> {
     let mut known: Vec<String> = traces.iter().flat_map(render::token_paths).map(|path| path.text).collect();
     traces.retain(|trace| render::token_paths(trace).iter().any(|path| is_token(path, text)));
