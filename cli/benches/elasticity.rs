@@ -1,5 +1,5 @@
-//! The cost of a death, a join, a drain and a supervisor restart on the quickstart model with three nodes, measured by its
-//! commits: `cargo bench -p volary-cli --bench elasticity`.
+//! The cost of a death, a join, a drain and a supervisor restart on the quickstart model with three nodes,
+//! measured by its commits: `cargo bench -p volary-cli --bench elasticity`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::path::Path;

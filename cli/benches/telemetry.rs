@@ -1,5 +1,5 @@
-//! The cost of tracing on the quickstart with three nodes, without traces, with the default and with every step traced, all
-//! exported to a receiver on this machine: `cargo bench -p volary-cli --bench telemetry`.
+//! The cost of tracing on the quickstart with three nodes, without traces, with the default and with every
+//! step traced, all exported to a receiver on this machine: `cargo bench -p volary-cli --bench telemetry`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 #[path = "../tests/common/mod.rs"]

@@ -1,5 +1,5 @@
-//! Training throughput, memory and start time of the quickstart model: `cargo bench -p volary-cli --bench throughput`.
-//! Rounds are interleaved, so that other load on the machine affects all arms.
+//! Training throughput, memory and start time of the quickstart model. Rounds are interleaved, so that other
+//! load on the machine affects all arms. `cargo bench -p volary-cli --bench throughput`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::path::{Path, PathBuf};

@@ -19,7 +19,7 @@ const PANICKED: i32 = 101;
 
 /// The settings of a cluster on this machine.
 #[derive(Clone, Debug)]
-pub struct ClusterOptions {
+pub struct LaunchOptions {
     /// Nodes at the start.
     pub nodes: usize,
     /// The device of each node.
@@ -45,7 +45,7 @@ pub struct ClusterOptions {
 /// The supervisor and the nodes.
 #[derive(Debug)]
 pub struct Cluster {
-    options: ClusterOptions,
+    options: LaunchOptions,
     dir: RunDir,
     logs: PathBuf,
     /// The supervisor's address, which a restart keeps.
@@ -65,7 +65,7 @@ impl Cluster {
     ///
     /// # Errors
     /// When one of them does not start.
-    pub fn start(options: ClusterOptions, dir: &RunDir) -> anyhow::Result<Self> {
+    pub fn start(options: LaunchOptions, dir: &RunDir) -> anyhow::Result<Self> {
         let logs = dir.root().join("logs");
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let dashboard = Dashboard { address: options.http.clone(), served: options.serves_http };
@@ -291,13 +291,14 @@ fn wait_for_contact(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<Co
     )
 }
 
-/// Drains a node in the background, which takes as long as the copies to other nodes. A failure becomes a note.
+/// Drains a node in the background, which takes as long as the copies to other nodes. A failure becomes a
+/// note.
 fn drain(dir: &Path, node: &str, notes: Sender<String>) {
     let (dir, node) = (dir.to_path_buf(), node.to_owned());
     std::thread::spawn(move || {
         rundir::wait_until_listening(&dir);
         if let Err(error) = run_drain(&dir, &node) {
-            // Nobody reads notes when the run has ended meanwhile.
+            // The receiver is gone when the run has ended meanwhile.
             let _ = notes.send(format!("drain {node}: {error:#}"));
         }
     });

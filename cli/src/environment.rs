@@ -8,8 +8,8 @@ use volary_model::device::ENVIRONMENT;
 /// Set in a process that was restarted with the right environment, so that it restarts once.
 const MARK: &str = "VOLARY_ENVIRONMENT_SET";
 
-/// Restarts this process, once, when a variable that libtorch reads at load time is missing: the threads of OpenMP and
-/// MKL, MKL's reproducibility, and the folder of libtorch (`VOLARY_LIBTORCH`).
+/// Restarts this process, once, when a variable that libtorch reads at load time is missing: the threads of
+/// OpenMP and MKL, MKL's reproducibility, and the folder of libtorch (`VOLARY_LIBTORCH`).
 ///
 /// # Errors
 /// When the program cannot be restarted.

@@ -1,5 +1,5 @@
-//! Follows a run on this machine from its first step to its end: shows its progress, plays its script, and restarts its
-//! processes.
+//! Follows a run on this machine from its first step to its end: shows its progress, plays its script, and
+//! restarts its processes.
 
 use crate::cluster::Cluster;
 use crate::commands::operate;
@@ -14,7 +14,7 @@ use volary_storage::RunDir;
 
 /// The end of a run on this machine.
 #[derive(Clone, Copy, Debug)]
-pub struct Outcome {
+pub struct RunOutcome {
     /// Whether it reached its last step, instead of being interrupted.
     pub finished: bool,
     /// The last committed step of this process.
@@ -30,7 +30,7 @@ pub fn follow(
     dir: &RunDir,
     display: ProgressDisplay,
     script: Script,
-) -> anyhow::Result<Outcome> {
+) -> anyhow::Result<RunOutcome> {
     display.phase("waiting for nodes");
     let mut follower = Follower {
         cluster,
@@ -46,7 +46,7 @@ pub fn follow(
     let result = follower.run();
     follower.display.finish();
     result?;
-    Ok(Outcome { finished: !follower.stop_requested, last: follower.display.last() })
+    Ok(RunOutcome { finished: !follower.stop_requested, last: follower.display.last() })
 }
 
 struct Follower<'a> {

@@ -1,4 +1,5 @@
-//! An inventory: the machines of a cluster that exists or is planned, as a TOML file. See `examples/cluster.toml`.
+//! An inventory: the machines of a cluster that exists or is planned, as a TOML file. See
+//! `examples/cluster.toml`.
 
 use crate::document;
 use crate::limits::INVENTORY_NODES_MAX;
@@ -10,8 +11,8 @@ use volary_core::planner::Member;
 use volary_core::profile::{Profile, Rate, ZONE_MAX};
 use volary_core::{InvalidValue, NodeId};
 
-/// Bytes of gradients and parameters that a device updates in a second, where the file gives none: the memory bandwidth
-/// of a CPU.
+/// Bytes of gradients and parameters that a device updates in a second, where the file gives none: the memory
+/// bandwidth of a CPU.
 const UPDATE_BYTES_PER_S: f64 = 2e9;
 
 /// Machines.
@@ -40,7 +41,8 @@ pub struct MachineType {
     pub zones: Vec<String>,
     /// Memory for the run.
     pub memory: Size,
-    /// 10^12 floating-point operations per second that the device reaches in training, which is less than its peak.
+    /// 10^12 floating-point operations per second that the device reaches in training, which is less than its
+    /// peak.
     pub tflops: f64,
     /// The same for products in experts, where it differs.
     pub expert_tflops: Option<f64>,

@@ -6,7 +6,8 @@
 //! | [`config`], `document` | the configuration file; TOML documents and their errors |
 //! | [`inventory`] | the machines of a planned cluster |
 //! | [`rundir`] | the run that a command addresses, and the contact of its supervisor |
-//! | [`cluster`], `node_process`, [`process`] | the processes of a run on this machine; one node with its restarts; one process |
+//! | [`cluster`] | the processes of a run on this machine |
+//! | `node_process`, [`process`] | one node with its restarts; one process |
 //! | [`follow`], [`progress`] | a run on this machine from its first step to its end; its progress bar |
 //! | [`script`] | faults and membership changes at chosen steps |
 //! | [`http`] | the dashboard of the supervisor, and metrics for Prometheus |

@@ -29,8 +29,8 @@ pub const LAST_CHECKPOINT_MAX: Duration = Duration::from_secs(240);
 pub const NODE_RESTARTS_MAX: u32 = 100;
 /// The shortest time between two starts of one node.
 pub const NODE_START_INTERVAL: Duration = Duration::from_secs(1);
-/// The time after the end of a node until it counts as gone: at the end of a run all nodes end shortly before the
-/// supervisor.
+/// The time after the end of a node until it counts as gone: at the end of a run all nodes end shortly before
+/// the supervisor.
 pub const NODE_GONE_AFTER: Duration = Duration::from_secs(1);
 /// The time without any node until a run is given up, for the same reason.
 pub const DESERTED_AFTER: Duration = Duration::from_secs(1);
@@ -43,7 +43,7 @@ pub const RUN_POLL_SCRIPTED: Duration = Duration::from_millis(5);
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
 /// The interval between two looks at a node that drains.
 pub const DRAIN_POLL: Duration = Duration::from_millis(500);
-/// The interval between two looks at a process that was told to leave.
+/// The interval between two looks at a process that is leaving.
 pub const LEAVE_POLL: Duration = Duration::from_millis(100);
 
 /// Events of a script. The fault commands to one node fit into its pipe, whether or not it reads them.

@@ -49,8 +49,8 @@ impl NodeProcess {
         matches!(self.state, State::Ended(_) | State::Gone)
     }
 
-    /// Looks for a change, and returns a note about it: that the node died, or left. With `respawn` it restarts when it
-    /// died.
+    /// Looks for a change, and returns a note about it: that the node died, or left. With `respawn` it
+    /// restarts when it died.
     pub(crate) fn poll(&mut self, respawn: bool) -> Option<String> {
         match self.state {
             State::Running => {

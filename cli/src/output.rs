@@ -1,7 +1,7 @@
 //! Results on standard output, notes on standard error.
 //!
-//! Commands return a failed write as an error, so that `main` decides: a reader that closed the pipe, as `head` does, ends
-//! the command quietly.
+//! Commands return a failed write as an error, so that `main` decides: a reader that closed the pipe, as
+//! `head` does, ends the command quietly.
 
 use std::fmt::{self, Display};
 use std::io::{self, Write};

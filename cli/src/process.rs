@@ -1,5 +1,6 @@
-//! A process of a run on this machine: the supervisor or a node. It runs in a process group of its own, so that Ctrl-C
-//! reaches only the parent. It holds one end of a pipe and ends when the parent does, however the parent ended.
+//! A process of a run on this machine: the supervisor or a node. It runs in a process group of its own, so
+//! that Ctrl-C reaches only the parent. It holds one end of a pipe and ends when the parent does, however the
+//! parent ended.
 
 use crate::limits::{END_POLL, LINE_BYTES_MAX};
 use anyhow::Context;
@@ -71,7 +72,8 @@ impl Process {
         pipe.write_all(format!("{line}\n").as_bytes())
     }
 
-    /// Sends it a signal. Returns whether it was alive: the number of an ended process may belong to another one.
+    /// Sends it a signal. Returns whether it was alive: the number of an ended process may belong to another
+    /// one.
     pub fn signal(&mut self, signal: Signal) -> bool {
         self.exit_status().is_none() && kill_process(Pid::from_child(&self.child), signal).is_ok()
     }
@@ -118,8 +120,8 @@ impl Drop for Process {
     }
 }
 
-/// Ends this process when its parent does, which holds the other end of standard input. Until then each line of standard
-/// input goes to `on_line`.
+/// Ends this process when its parent does, which holds the other end of standard input. Until then each line
+/// of standard input goes to `on_line`.
 pub fn end_with_parent(on_line: impl Fn(&str) + Send + 'static) {
     let watch = move || {
         read_lines(std::io::stdin().lock(), on_line);
@@ -139,7 +141,7 @@ fn read_lines(mut input: impl BufRead, on_line: impl Fn(&str)) {
     loop {
         line.clear();
         match (&mut input).take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
-            // An end or an error means that nobody holds the other end.
+            // An end or an error means that the other end is closed.
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }

@@ -47,8 +47,8 @@ impl Tail {
         Self { path, offset: 0, partial: String::new() }
     }
 
-    /// The complete lines since the last call. A file that shrank, of a run that rolled back, is followed from its new
-    /// end.
+    /// The complete lines since the last call. A file that shrank, of a run that rolled back, is followed
+    /// from its new end.
     pub fn lines(&mut self) -> Vec<String> {
         let Ok(mut file) = File::open(&self.path) else { return Vec::new() };
         let length = file.metadata().map_or(0, |m| m.len());

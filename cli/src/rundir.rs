@@ -111,8 +111,8 @@ pub struct Target {
     pub token: AccessToken,
 }
 
-/// Finds the supervisor that a command addresses: by run directory, by address, or the only live one under `runs/`. The
-/// access token is `token`, or the one for `role` in the run's directory.
+/// Finds the supervisor that a command addresses: by run directory, by address, or the only live one under
+/// `runs/`. The access token is `token`, or the one for `role` in the run's directory.
 ///
 /// # Errors
 /// When there is no supervisor, more than one, or no access token for it.

@@ -140,7 +140,7 @@ impl fmt::Display for Action {
 
 /// An action and its step.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Event {
+pub struct ScriptEvent {
     /// The action happens as soon as this step is committed.
     pub at_step: u64,
     /// The action.
@@ -150,7 +150,7 @@ pub struct Event {
 /// The pending events, in order.
 #[derive(Debug, Default)]
 pub struct Script {
-    events: VecDeque<Event>,
+    events: VecDeque<ScriptEvent>,
 }
 
 impl Script {
@@ -196,18 +196,18 @@ impl Script {
     }
 
     /// The next event that is due after `step`, the last committed one. Call it until it returns `None`.
-    pub fn due(&mut self, step: u64) -> Option<Event> {
+    pub fn due(&mut self, step: u64) -> Option<ScriptEvent> {
         let due = self.events.front().is_some_and(|event| event.at_step <= step);
         if due { self.events.pop_front() } else { None }
     }
 
     /// The pending events.
-    pub fn pending(&self) -> impl ExactSizeIterator<Item = &Event> {
+    pub fn pending(&self) -> impl ExactSizeIterator<Item = &ScriptEvent> {
         self.events.iter()
     }
 }
 
-fn event(table: toml::Value) -> anyhow::Result<Event> {
+fn event(table: toml::Value) -> anyhow::Result<ScriptEvent> {
     let toml::Value::Table(mut table) = table else { bail!("expected a table: [[event]]") };
     let at_step =
         table.remove("at_step").context("missing field `at_step`: expected a step, 0 for the start")?;
@@ -219,14 +219,14 @@ fn event(table: toml::Value) -> anyhow::Result<Event> {
     let action: Action = document::convert(table.into())
         .map_err(|error| anyhow::anyhow!("{}{error}", action.unwrap_or_default()))?;
     action.check()?;
-    Ok(Event { at_step, action })
+    Ok(ScriptEvent { at_step, action })
 }
 
-/// Checks that every named node exists at its event: one of the first nodes, or one that joined before. Nodes that join
-/// continue the numbering.
-fn check_names(events: &[(usize, Event)], nodes: usize, file: &str) -> anyhow::Result<()> {
+/// Checks that every named node exists at its event: one of the first nodes, or one that joined before. Nodes
+/// that join continue the numbering.
+fn check_names(events: &[(usize, ScriptEvent)], nodes: usize, file: &str) -> anyhow::Result<()> {
     let mut existing = nodes;
-    for (number, Event { at_step, action }) in events {
+    for (number, ScriptEvent { at_step, action }) in events {
         existing += usize::from(*action == Action::Join {});
         for name in action.nodes() {
             if !(1..=existing).any(|number| name == node_name(number)) {

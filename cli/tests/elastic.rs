@@ -1,4 +1,5 @@
-//! Elasticity does not change the mathematics: the same bits on any number of nodes, with kills and resumptions.
+//! Elasticity does not change the mathematics: the same bits on any number of nodes, with kills and
+//! resumptions.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 mod common;

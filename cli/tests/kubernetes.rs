@@ -1,5 +1,6 @@
-//! The chart, rendered by Helm 3 and 4: manifests are checked with the types of the API, invalid values are refused, and the
-//! binary runs the rendered arguments. Skipped with a message without Helm (`make setup-tools`).
+//! The chart, rendered by Helm 3 and 4: manifests are checked with the types of the API, invalid values are
+//! refused, and the binary runs the rendered arguments. Skipped with a message without Helm (`make
+//! setup-tools`).
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;
@@ -242,8 +243,8 @@ fn quic_never_goes_through_a_cluster_ip_and_nodes_never_see_the_authoritys_key()
     }
 }
 
-/// The rendered configuration, identity and arguments, with ports and folders of this machine instead of the cluster's. The
-/// supervisor restarts in the middle, as when Kubernetes moves a pod, and the run continues.
+/// The rendered configuration, identity and arguments, with ports and folders of this machine instead of the
+/// cluster's. The supervisor restarts in the middle, as when Kubernetes moves a pod, and the run continues.
 #[test]
 fn the_binary_runs_the_rendered_arguments() {
     let Some(path) = helms().pop() else { return };

@@ -13,8 +13,8 @@ use volary_model::device::{self, Device};
 use volary_model::reference::Reference;
 use volary_storage::{CheckpointReader, RunDir};
 
-/// AdamW's first moment after one step is 0.1 times the mean gradient, so the checkpoint of step 1 has every gradient that
-/// the actors computed, sent and summed.
+/// AdamW's first moment after one step is 0.1 times the mean gradient, so the checkpoint of step 1 has every
+/// gradient that the actors computed, sent and summed.
 const FIRST_MOMENT: f32 = 0.1;
 
 fn floats(bytes: &[u8]) -> Vec<f32> {
@@ -43,8 +43,8 @@ fn by_reference(config: &Config, dir: &RunDir) -> (f64, BTreeMap<ShardId, Vec<Ve
     (loss, sums)
 }
 
-/// The loss and all gradients of three node processes. The tolerance is 5e-5 of a gradient's norm: the same f32 sums in
-/// another order, through four layers and six lanes.
+/// The loss and all gradients of three node processes. The tolerance is 5e-5 of a gradient's norm: the same
+/// f32 sums in another order, through four layers and six lanes.
 #[test]
 fn three_processes_compute_the_loss_and_every_gradient_of_the_whole_model() {
     device::single_thread();

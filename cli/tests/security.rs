@@ -1,4 +1,5 @@
-//! Authentication and authorization on real processes, and a run that continues whatever unauthenticated peers send.
+//! Authentication and authorization on real processes, and a run that continues whatever unauthenticated
+//! peers send.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;

@@ -1,5 +1,6 @@
-//! Faults and membership changes on real processes: the losses and the weights equal those of an undisturbed run on one
-//! node, bit for bit. `VOLARY_CHAOS=n` plays n random scripts instead of one; `VOLARY_CHAOS_SEED` is the first seed.
+//! Faults and membership changes on real processes: the losses and the weights equal those of an undisturbed
+//! run on one node, bit for bit. `VOLARY_CHAOS=n` plays n random scripts instead of one; `VOLARY_CHAOS_SEED`
+//! is the first seed.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;

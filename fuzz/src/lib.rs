@@ -1,8 +1,8 @@
 //! Fuzz targets: all decoders of input from peers, files and people, as functions of arbitrary bytes.
 //!
-//! A target must return for any input: no panic, bounded memory, bounded time. A decoded value must encode to a form that
-//! decodes to the same value. `make test` runs each target with its seeds and random mutations of them; `make fuzz
-//! TARGET=NAME` searches with coverage (`cargo fuzz`, libFuzzer).
+//! A target must return for any input: no panic, bounded memory, bounded time. A decoded value must encode to
+//! a form that decodes to the same value. `make test` runs each target with its seeds and random mutations of
+//! them; `make fuzz TARGET=NAME` searches with coverage (`cargo fuzz`, libFuzzer).
 //!
 //! | file | content |
 //! | --- | --- |

@@ -1,5 +1,6 @@
-//! A bounded run of every target on the stable toolchain, with the seeds, the files of `corpus/`, and random mutations of
-//! both. `VOLARY_FUZZ_SECONDS` sets the duration per target, `VOLARY_FUZZ_SEED` the seed of the mutations.
+//! A bounded run of every target on the stable toolchain, with the seeds, the files of `corpus/`, and random
+//! mutations of both. `VOLARY_FUZZ_SECONDS` sets the duration per target, `VOLARY_FUZZ_SEED` the seed of the
+//! mutations.
 #![expect(clippy::expect_used, reason = "tests")]
 
 use std::panic::{AssertUnwindSafe, catch_unwind};

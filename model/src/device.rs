@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use tch::Cuda;
 pub use tch::Device;
 
-/// Variables that make the results of libtorch independent of the alignment of buffers and of the number of threads. They
-/// must be in the environment before the process starts, since OpenMP reads them at load time.
+/// Variables that make the results of libtorch independent of the alignment of buffers and of the number of
+/// threads. They must be in the environment before the process starts, since OpenMP reads them at load time.
 pub const ENVIRONMENT: [(&str, &str); 3] =
     [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("MKL_CBWR", "AVX2,STRICT")];
 
@@ -100,7 +100,8 @@ pub fn cuda_devices() -> usize {
     usize::try_from(Cuda::device_count()).unwrap_or(0)
 }
 
-/// The speed of one thread in products of f32 matrices, `[512, 512]`: 10^9 floating-point operations per second.
+/// The speed of one thread in products of f32 matrices, `[512, 512]`: 10^9 floating-point operations per
+/// second.
 ///
 /// # Errors
 /// [`Error::Torch`] when libtorch fails.

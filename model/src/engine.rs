@@ -1,8 +1,8 @@
 //! [`Glam`]: the computations of a GLaM model (arXiv 2112.06905) on one device, for the actors.
 //!
-//! Dense layers and gates keep a segment of autograd graph between their forward and backward calls, from a detached
-//! input to the output. Experts are differentiated by hand: the gradient of the input is returned at once; that of the
-//! weights is one product over a group of lanes, as soon as all of them are complete.
+//! Dense layers and gates keep a segment of autograd graph between their forward and backward calls, from a
+//! detached input to the output. Experts are differentiated by hand: the gradient of the input is returned at
+//! once; that of the weights is one product over a group of lanes, as soon as all of them are complete.
 //!
 //! Shapes use the names of [`volary_core::compute`]: `tokens`, `hidden`, `rows`.
 
@@ -21,7 +21,8 @@ use volary_core::options::TrainingOptions;
 use volary_core::schedule::Update;
 use volary_core::{LayerId, Step};
 
-/// The computations of a GLaM model on one device; see [`Compute`](volary_core::compute::Compute) for the methods.
+/// The computations of a GLaM model on one device; see [`Compute`](volary_core::compute::Compute) for the
+/// methods.
 ///
 /// ```no_run
 /// use volary_core::architecture::presets;
@@ -124,8 +125,8 @@ fn gradients(scalar: &Tensor, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
 }
 
 impl Glam {
-    /// The computations of a model on `device`: activations are f32 on a CPU and bf16 on a GPU (GLaM, section 5.1).
-    /// `seed` is that of the run.
+    /// The computations of a model on `device`: activations are f32 on a CPU and bf16 on a GPU (GLaM, section
+    /// 5.1). `seed` is that of the run.
     ///
     /// # Errors
     /// [`Error::Torch`] when the device has no memory for the position tables.
@@ -165,7 +166,8 @@ impl Glam {
         self.positions.lock().shallow_clone()
     }
 
-    /// A lane's input ids (`shift` 0) or target ids (`shift` 1): `[tokens]`, i64, from rows of `sequence_length + 1`.
+    /// A lane's input ids (`shift` 0) or target ids (`shift` 1): `[tokens]`, i64, from rows of
+    /// `sequence_length + 1`.
     pub(super) fn ids(&self, tokens: &[u32], shift: usize) -> Result<Tensor> {
         let length = self.training.sequence_length;
         if !tokens.len().is_multiple_of(length + 1) || tokens.is_empty() {

@@ -1,7 +1,8 @@
 //! Copies of tensors between the device and the wire.
 //!
-//! A GPU copies through a pinned buffer, which its copy engine accesses directly. Imported tensors are in memory that
-//! libtorch allocates, aligned to 64 bytes, so that a product never depends on the alignment of a frame.
+//! A GPU copies through a pinned buffer, which its copy engine accesses directly. Imported tensors are in
+//! memory that libtorch allocates, aligned to 64 bytes, so that a product never depends on the alignment of a
+//! frame.
 
 use crate::error::{Error, Result};
 use crate::weights::host_bytes;

@@ -1,7 +1,7 @@
 //! The layers of a GLaM model as functions on tensors, for the engine and the reference model.
 //!
-//! Shapes: `[tokens, hidden]` is a lane's residual stream, sequence after sequence. Activations are f32 or bf16.
-//! Parameters are f32 and are cast to the kind of the activations.
+//! Shapes: `[tokens, hidden]` is a lane's residual stream, sequence after sequence. Activations are f32 or
+//! bf16. Parameters are f32 and are cast to the kind of the activations.
 
 use crate::error::Result;
 use tch::{Device, Kind, Reduction, Tensor};
@@ -10,8 +10,8 @@ use volary_core::architecture::{Activation, Architecture};
 /// The epsilon of a norm.
 const NORM_EPSILON: f64 = 1e-6;
 
-/// RMSNorm (Zhang and Sennrich, arXiv 1910.07467), computed in f32: `x / sqrt(mean(x^2) + epsilon) * gain`, with `x` as
-/// `[tokens, hidden]` and `gain` as `[hidden]`.
+/// RMSNorm (Zhang and Sennrich, arXiv 1910.07467), computed in f32: `x / sqrt(mean(x^2) + epsilon) * gain`,
+/// with `x` as `[tokens, hidden]` and `gain` as `[hidden]`.
 pub(crate) fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
     let wide = x.f_to_kind(Kind::Float)?;
@@ -25,8 +25,8 @@ pub(crate) fn project(x: &Tensor, matrix: &Tensor) -> Result<Tensor> {
     Ok(x.f_matmul(&matrix.f_to_kind(x.f_kind()?)?)?)
 }
 
-/// The T5 bucket of a causal distance (Raffel et al., arXiv 1910.10683, section 2.1): the first half of the buckets
-/// are single distances, the rest grow logarithmically up to `longest`.
+/// The T5 bucket of a causal distance (Raffel et al., arXiv 1910.10683, section 2.1): the first half of the
+/// buckets are single distances, the rest grow logarithmically up to `longest`.
 pub(crate) fn position_bucket(distance: usize, buckets: usize, longest: usize) -> usize {
     let exact = buckets / 2;
     if distance < exact {
@@ -65,7 +65,8 @@ impl Positions {
 
     /// The relative position bias with the causal mask: `[heads, length, length]`, f32.
     ///
-    /// Row `i`, column `j` depends on `i - j` only, so the matrix is a sliding window over one vector of distances.
+    /// Row `i`, column `j` depends on `i - j` only, so the matrix is a sliding window over one vector of
+    /// distances.
     fn bias(&self, table: &Tensor) -> Result<Tensor> {
         let past = table.f_index_select(0, &self.buckets)?;
         let line = Tensor::f_cat(&[&past, &self.future], 0)?.f_transpose(0, 1)?;
@@ -82,8 +83,8 @@ pub(crate) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    /// Causal self-attention with a relative position bias (T5, section 2.1), and the residual: `[tokens, hidden]` to
-    /// `[tokens, hidden]`.
+    /// Causal self-attention with a relative position bias (T5, section 2.1), and the residual: `[tokens,
+    /// hidden]` to `[tokens, hidden]`.
     pub(crate) fn forward(&self, a: &Architecture, positions: &Positions, x: &Tensor) -> Result<Tensor> {
         let (length, heads, dim) = (positions.length, a.heads as i64, a.head_dim as i64);
         let sequences = x.size()[0] / length;
@@ -154,8 +155,8 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// Norm, logits and softmax in f32, and the top two (GLaM, section 4). `x` is `[tokens, hidden]`, `norm` `[hidden]` and
-    /// `gate` `[hidden, experts]`.
+    /// Norm, logits and softmax in f32, and the top two (GLaM, section 4). `x` is `[tokens, hidden]`, `norm`
+    /// `[hidden]` and `gate` `[hidden, experts]`.
     pub(crate) fn forward(x: &Tensor, norm: &Tensor, gate: &Tensor) -> Result<Self> {
         let experts_count = gate.size()[1];
         let normed = rms_norm(x, norm)?;
@@ -181,20 +182,22 @@ impl Gate {
     }
 }
 
-/// The residual stream, `[tokens, hidden]`, of token ids, `[tokens]`. It is scaled by sqrt(hidden), since the table is
-/// shared with the output.
+/// The residual stream, `[tokens, hidden]`, of token ids, `[tokens]`. It is scaled by sqrt(hidden), since the
+/// table is shared with the output.
 pub(crate) fn embed(table: &Tensor, ids: &Tensor, kind: Kind) -> Result<Tensor> {
     let scale = (table.size()[1] as f64).sqrt();
     Ok(table.f_index_select(0, ids)?.f_mul_scalar(scale)?.f_to_kind(kind)?)
 }
 
-/// The logits of the next token, `[tokens, vocabulary]`, f32, from the residual stream `x`, `[tokens, hidden]`.
+/// The logits of the next token, `[tokens, vocabulary]`, f32, from the residual stream `x`, `[tokens,
+/// hidden]`.
 pub(crate) fn logits(x: &Tensor, table: &Tensor, norm: &Tensor) -> Result<Tensor> {
     let transposed = table.f_to_kind(x.f_kind()?)?.f_transpose(0, 1)?;
     Ok(rms_norm(x, norm)?.f_matmul(&transposed)?.f_to_kind(Kind::Float)?)
 }
 
-/// Mean cross-entropy in nats per token, a scalar, of `logits`, `[tokens, vocabulary]`, and `targets`, `[tokens]`, i64.
+/// Mean cross-entropy in nats per token, a scalar, of `logits`, `[tokens, vocabulary]`, and `targets`,
+/// `[tokens]`, i64.
 pub(crate) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     Ok(logits.f_cross_entropy_loss::<Tensor>(targets, None, Reduction::Mean, -100, 0.0)?)
 }

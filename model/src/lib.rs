@@ -1,7 +1,8 @@
 //! The GLaM model (Du et al., arXiv 2112.06905) on libtorch.
 //!
-//! The only crate that depends on `tch`. The actors use it through [`volary_core::compute::Compute`], which [`Glam`]
-//! implements. [`reference::Reference`] is the whole model in one process, for tests and for generation.
+//! The only crate that depends on `tch`. The actors use it through [`volary_core::compute::Compute`], which
+//! [`Glam`] implements. [`reference::Reference`] is the whole model in one process, for tests and for
+//! generation.
 //!
 //! | file | content |
 //! | --- | --- |

@@ -1,7 +1,7 @@
 //! The whole model in one process and one autograd graph, which the actors must equal.
 //!
-//! It shares only the functions of the layers with the actors' engine: experts are selected with masks and added back
-//! by index, gradients come from autograd, and there are no messages.
+//! It shares only the functions of the layers with the actors' engine: experts are selected with masks and
+//! added back by index, gradients come from autograd, and there are no messages.
 
 use crate::error::{Error, Result};
 use crate::layers::{self, Attention, FeedForward, Gate, Positions};
@@ -62,7 +62,8 @@ pub struct Outcome {
     pub loss: f64,
     /// Mean over MoE layers of the load-balancing loss (GShard, section 2.2).
     pub aux_loss: f64,
-    /// The gradients of every shard: a tensor per parameter, f32, in the order of the parameters. Empty without `train`.
+    /// The gradients of every shard: a tensor per parameter, f32, in the order of the parameters. Empty
+    /// without `train`.
     pub gradients: BTreeMap<ShardId, Vec<Tensor>>,
 }
 
@@ -103,8 +104,8 @@ impl Reference {
     /// The model from the stored form of its shards, which `fetch` reads.
     ///
     /// # Errors
-    /// [`Error::Fetch`] with an error of `fetch`; [`Error::Stored`] or [`Error::SafeTensors`] when a shard does not fit the
-    /// model.
+    /// [`Error::Fetch`] with an error of `fetch`; [`Error::Stored`] or [`Error::SafeTensors`] when a shard
+    /// does not fit the model.
     pub fn load<E: Into<Box<dyn StdError + Send + Sync>>>(
         architecture: &Architecture,
         training: &TrainingOptions,
@@ -126,8 +127,8 @@ impl Reference {
         self.shards.iter().map(|(&id, shard)| Ok((id, of(shard)?))).collect()
     }
 
-    /// The residual stream after the last layer, `[tokens, hidden]`, and the gates. `ids` are `[tokens]`, i64, in sequences
-    /// of `length`.
+    /// The residual stream after the last layer, `[tokens, hidden]`, and the gates. `ids` are `[tokens]`,
+    /// i64, in sequences of `length`.
     fn forward(&self, leaves: &Leaves, ids: &Tensor, length: usize) -> Result<(Tensor, Vec<Gate>)> {
         let a = &self.architecture;
         let positions = Positions::new(a, length, self.device)?;
@@ -174,7 +175,8 @@ impl Reference {
         Ok((y, gate))
     }
 
-    /// The loss and, with `train`, the gradients of one lane. `tokens` are `[sequences, sequence_length + 1]`, row by row.
+    /// The loss and, with `train`, the gradients of one lane. `tokens` are `[sequences, sequence_length +
+    /// 1]`, row by row.
     ///
     /// # Errors
     /// [`Error::ReferenceGating`] when the model drops tokens, or [`Error::Torch`] when libtorch fails.
@@ -213,8 +215,8 @@ impl Reference {
         leaves.iter().map(|(&id, list)| Ok((id, list.iter().map(of).collect::<Result<_>>()?))).collect()
     }
 
-    /// A plain training step: the lanes in sequence, their mean gradient, one update. Returns the mean loss, in nats per
-    /// token.
+    /// A plain training step: the lanes in sequence, their mean gradient, one update. Returns the mean loss,
+    /// in nats per token.
     ///
     /// # Errors
     /// As [`Reference::lane`].

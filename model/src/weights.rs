@@ -1,7 +1,7 @@
 //! The parameters and optimizer state of a shard: names, initial values and stored form.
 //!
-//! The stored form is safetensors, with a weight under its name and optimizer state as `NAME.STATE`. Equal bits give
-//! equal bytes on every node, so that a hash of the bytes is a hash of the shard.
+//! The stored form is safetensors, with a weight under its name and optimizer state as `NAME.STATE`. Equal
+//! bits give equal bytes on every node, so that a hash of the bytes is a hash of the shard.
 
 use crate::error::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -18,8 +18,8 @@ use volary_core::{ExpertId, LayerId, ShardId, Step};
 enum Initial {
     /// One value.
     Constant(f64),
-    /// Uniform with this standard deviation. Uniform draws need only exact arithmetic, so that all machines start from the
-    /// same bits.
+    /// Uniform with this standard deviation. Uniform draws need only exact arithmetic, so that all machines
+    /// start from the same bits.
     Uniform(f64),
 }
 

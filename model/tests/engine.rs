@@ -154,8 +154,8 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
     difference / norm(&mut theirs.iter().map(|&v| f64::from(v))).max(1e-12)
 }
 
-/// The loss and all gradients, compared with autograd over the whole model. The relative tolerance is 2e-5: the same f32
-/// sums in another order, through four layers.
+/// The loss and all gradients, compared with autograd over the whole model. The relative tolerance is 2e-5:
+/// the same f32 sums in another order, through four layers.
 #[test]
 fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
     for (seed, activation, moe_first) in [(1, Activation::Gelu, true), (2, Activation::Relu, false)] {
@@ -264,8 +264,8 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
     }
 }
 
-/// Entropy, choices and weights of the gate, compared with scalars in double precision. The tolerance is that of f32 sums over
-/// 24 numbers.
+/// Entropy, choices and weights of the gate, compared with scalars in double precision. The tolerance is that
+/// of f32 sums over 24 numbers.
 #[test]
 fn a_gate_reports_its_entropy_choices_and_weights() {
     let (a, t) = (architecture(), training());

@@ -1,7 +1,7 @@
 //! A network namespace at the other end of a slow link, with a bandwidth and a delay.
 //!
-//! `tc netem` does the same if the kernel has it; this needs only /dev/net/tun. The ends of the link are TUN devices, one
-//! of them in the namespace, and two threads forward packets between them.
+//! `tc netem` does the same if the kernel has it; this needs only /dev/net/tun. The ends of the link are TUN
+//! devices, one of them in the namespace, and two threads forward packets between them.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;

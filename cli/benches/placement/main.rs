@@ -1,6 +1,6 @@
-//! Predicted and measured steps of the quickstart model on nodes with one, half and a quarter of a CPU, and over slow links;
-//! and the same nodes with even shares of lanes and experts. `cargo bench -p volary-cli --bench placement`, as root, on
-//! Linux with the cpu cgroup and /dev/net/tun.
+//! Predicted and measured steps of the quickstart model on nodes with one, half and a quarter of a CPU, and
+//! over slow links; and the same nodes with even shares of lanes and experts.
+//! `cargo bench -p volary-cli --bench placement`, as root, on Linux with the cpu cgroup and /dev/net/tun.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 mod link;
@@ -112,8 +112,8 @@ fn print(name: &str, Outcome { predicted_ms, measured_ms, lanes }: &Outcome) {
     println!("{name:<40}{predicted_ms:>9.0} ms{measured_ms:>9.0} ms{ratio:>8.2}   {lanes}");
 }
 
-/// One run. With a shape, the last node is at the other end of a slow link. `None` if this machine cannot create the link
-/// or the control groups.
+/// One run. With a shape, the last node is at the other end of a slow link. `None` if this machine cannot
+/// create the link or the control groups.
 fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&str]) -> Option<Outcome> {
     let link = match shape {
         Some(shape) => Some(SlowLink::new(shape)?),
@@ -174,7 +174,8 @@ fn start_supervisor(folder: &Path, dir: &Path, address: &str, nodes: usize, set:
     start(folder, &mut supervisor)
 }
 
-/// Waits for the end of a run. Returns the times of its commits, and the predicted duration of a step in milliseconds.
+/// Waits for the end of a run. Returns the times of its commits, and the predicted duration of a step in
+/// milliseconds.
 fn follow(supervisor: &mut Guard, dir: &Path) -> (Vec<Instant>, f64) {
     let (metrics, mut commits) = (dir.join("metrics.jsonl"), Vec::new());
     let mut predicted_ms = 0.0;

@@ -36,7 +36,7 @@ pub struct Args {
     /// The step of the checkpoint; the newest one when left out.
     #[arg(long)]
     step: Option<u64>,
-    /// auto, cpu or cuda:N.
+    /// Device: auto, cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
 }

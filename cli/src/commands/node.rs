@@ -35,7 +35,7 @@ pub struct Args {
     /// The supervisor's address.
     #[arg(long, value_name = "ADDR")]
     join: String,
-    /// auto, cpu or cuda:N.
+    /// Device: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
     /// Compute threads; all cores when left out, one on a GPU.
@@ -44,13 +44,15 @@ pub struct Args {
     /// The node's name; the supervisor assigns one when left out.
     #[arg(long)]
     name: Option<String>,
-    /// Memory limit, e.g. 8GiB; when left out, nine tenths of the free memory of the GPU, or of the machine and its control group.
+    /// Memory limit, e.g. 8GiB; when left out, nine tenths of the free memory of the GPU, or of the machine
+    /// and its control group.
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// Failure domain of this node: a rack, a data center, a spot pool. Replicas are spread over zones.
     #[arg(long, default_value = "", env = "VOLARY_ZONE", value_parser = zone)]
     zone: String,
-    /// The address for peers; when left out, the local address that reaches the supervisor, and any free port.
+    /// The address for peers; when left out, the local address that reaches the supervisor, and any free
+    /// port.
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
     /// A file with a node's access token (or VOLARY_TOKEN).
@@ -155,7 +157,8 @@ fn threads(threads: Option<u16>, device: Device) -> usize {
     }
 }
 
-/// SIGTERM and SIGINT make the node leave: the first one after it has handed everything over, the second one at once.
+/// SIGTERM and SIGINT make the node leave: the first one after it has handed everything over, the second one
+/// at once.
 fn leave_requests() -> std::io::Result<mpsc::Receiver<()>> {
     let (requests, leave) = mpsc::channel(COMMANDS_AHEAD);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
@@ -173,7 +176,8 @@ fn leave_requests() -> std::io::Result<mpsc::Receiver<()>> {
     Ok(leave)
 }
 
-/// Queues the network fault on a line of standard input. An invalid line is only logged, since nothing depends on it.
+/// Queues the network fault on a line of standard input. An invalid line is only logged, since nothing
+/// depends on it.
 fn queue_fault(line: &str, commands: &mpsc::Sender<NetworkFault>) {
     match line.parse::<NetworkFault>() {
         Ok(fault) => {

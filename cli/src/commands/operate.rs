@@ -123,7 +123,8 @@ pub fn stop(args: Args) -> anyhow::Result<()> {
     command(&args, &OperatorRequest::Stop, "stopped, durable at")
 }
 
-/// Asks the supervisor of a run directory to stop as soon as it listens. A failure shows in the supervisor's end.
+/// Asks the supervisor of a run directory to stop as soon as it listens. A failure shows in the supervisor's
+/// end.
 pub(crate) fn request_stop(dir: &Path) {
     rundir::wait_until_listening(dir);
     let args = Args { dir: Some(dir.to_path_buf()), supervisor: None, token_file: None };

@@ -30,8 +30,8 @@ pub struct Args {
     /// A model of table 4 of the GLaM paper, or `list`.
     #[arg(long, conflicts_with = "config")]
     preset: Option<String>,
-    /// Machines, as a TOML file (examples/cluster.toml): predicts the placement, the duration of a step, and the effect of more or fewer
-    /// nodes.
+    /// Machines, as a TOML file (examples/cluster.toml): predicts the placement, the duration of a step, and
+    /// the effect of more or fewer nodes.
     #[arg(long, value_name = "FILE")]
     inventory: Option<PathBuf>,
     /// Lanes (micro-batches) of a preset, with one sequence of 1,024 tokens each.

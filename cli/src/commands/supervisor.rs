@@ -56,8 +56,9 @@ pub struct Args {
     /// End when standard input does: for a parent process that starts the supervisor.
     #[arg(long, hide = true)]
     tethered: bool,
-    /// For process managers that restart the supervisor, such as Kubernetes: SIGTERM writes a checkpoint and ends the process, not the
-    /// run, and nodes wait for the restart; when the run is over, the dashboard stays.
+    /// For process managers that restart the supervisor, such as Kubernetes: SIGTERM writes a checkpoint and
+    /// ends the process, not the run, and nodes wait for the restart; when the run is over, the dashboard
+    /// stays.
     #[arg(long)]
     stay: bool,
     /// No node of an earlier start is alive: wait for none to return.
@@ -216,8 +217,8 @@ fn interrupt() -> std::io::Result<impl Future<Output = ()>> {
     })
 }
 
-/// With `--stay`: an interrupt ends the process with a checkpoint, and the run continues when it restarts. When the run
-/// is over, the dashboard stays until an interrupt.
+/// With `--stay`: an interrupt ends the process with a checkpoint, and the run continues when it restarts.
+/// When the run is over, the dashboard stays until an interrupt.
 async fn stay(
     supervisor: Supervisor,
     mut interrupted: Pin<&mut impl Future<Output = ()>>,
@@ -226,7 +227,7 @@ async fn stay(
     tokio::select! {
         end = supervisor.ended(std::future::pending()) => {
             if let RunEnd::Done { step } = &end {
-                tracing::info!(%step, "the run has ended; the dashboard stays until this process is told to end");
+                tracing::info!(%step, "the run has ended; the dashboard stays until this process is interrupted");
                 interrupted.await;
             }
             Ok(Some(end))

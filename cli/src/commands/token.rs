@@ -46,7 +46,7 @@ enum Command {
 struct CreateArgs {
     /// The permission.
     #[arg(long, value_enum, default_value = "node")]
-    role: Role,
+    role: RoleArg,
     /// Lifetime, e.g. 90s, 15m, 1h or 7d; unlimited when left out.
     #[arg(long, value_name = "TIME", value_parser = lifetime)]
     ttl: Option<Duration>,
@@ -79,7 +79,7 @@ struct RevokeArgs {
 
 /// [`AccessRole`] as an argument.
 #[derive(Clone, Copy, ValueEnum)]
-enum Role {
+enum RoleArg {
     /// Join as a node.
     Node,
     /// Query and control the run.
@@ -88,12 +88,12 @@ enum Role {
     Viewer,
 }
 
-impl From<Role> for AccessRole {
-    fn from(role: Role) -> Self {
+impl From<RoleArg> for AccessRole {
+    fn from(role: RoleArg) -> Self {
         match role {
-            Role::Node => Self::Node,
-            Role::Operator => Self::Operator,
-            Role::Viewer => Self::Viewer,
+            RoleArg::Node => Self::Node,
+            RoleArg::Operator => Self::Operator,
+            RoleArg::Viewer => Self::Viewer,
         }
     }
 }

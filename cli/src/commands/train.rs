@@ -1,9 +1,9 @@
 //! `volary train`: a complete run on this machine, from the text to a sample.
 
-use crate::cluster::{Cluster, ClusterOptions};
+use crate::cluster::{Cluster, LaunchOptions};
 use crate::commands::generate;
 use crate::config::Config;
-use crate::follow::{Outcome, follow};
+use crate::follow::{RunOutcome, follow};
 use crate::output;
 use crate::progress::{ProgressDisplay, Validation, validations};
 use crate::rundir;
@@ -85,11 +85,11 @@ pub struct Args {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (config, dir, script) = prepare(&args)?;
     let display = ProgressDisplay::new(config.training.steps, args.quiet);
-    // Here and not in the supervisor, whose progress nobody would see.
+    // Here and not in the supervisor, which shows no progress.
     prepare_data(&config, &dir, &display)?;
     display.note(&format!("run {} in {}", config.run.name, dir.root().display()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let options = ClusterOptions {
+    let options = LaunchOptions {
         nodes: config.cluster.nodes,
         device: args.device.clone(),
         threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
@@ -172,7 +172,7 @@ fn prepare_data(config: &Config, dir: &RunDir, display: &ProgressDisplay) -> any
 }
 
 /// Prints the result of the run, then a sample, which takes a moment.
-fn print_summary(config: &Config, dir: &RunDir, outcome: Outcome) -> anyhow::Result<()> {
+fn print_summary(config: &Config, dir: &RunDir, outcome: RunOutcome) -> anyhow::Result<()> {
     let record = volary_storage::CheckpointReader::open(dir)?.latest()?;
     let checkpoint = record.map(|record| record.step);
     output::text(Summary { dir, outcome, validations: validations(&dir.validation()), checkpoint })?;
@@ -187,14 +187,14 @@ fn print_summary(config: &Config, dir: &RunDir, outcome: Outcome) -> anyhow::Res
 /// The result of a run: its losses and its checkpoint.
 struct Summary<'a> {
     dir: &'a RunDir,
-    outcome: Outcome,
+    outcome: RunOutcome,
     validations: Vec<Validation>,
     checkpoint: Option<Step>,
 }
 
 impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Outcome { finished, last } = self.outcome;
+        let RunOutcome { finished, last } = self.outcome;
         match last {
             Some(last) if finished => writeln!(f, "done: step {}, loss {:.4}", last.step, last.loss)?,
             Some(last) => writeln!(f, "stopped: step {}, loss {:.4}", last.step, last.loss)?,

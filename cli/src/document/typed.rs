@@ -1,8 +1,8 @@
 //! The reason why serde rejects a value, as a type.
 //!
-//! `toml::de::Error` has only a text. A second pass over the parsed value, with an error type that keeps serde's own
-//! arguments, has the unknown key and the known ones. Both passes visit keys in the same order, so they stop at the
-//! same one.
+//! `toml::de::Error` has only a text. A second pass over the parsed value, with an error type that keeps
+//! serde's own arguments, has the unknown key and the known ones. Both passes visit keys in the same order,
+//! so they stop at the same one.
 
 use serde::Deserializer;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer, SeqDeserializer};

@@ -1,5 +1,5 @@
-//! A listener with a bounded number of connections, in total and per address. Each connection ends when its peer is idle
-//! for too long.
+//! A listener with a bounded number of connections, in total and per address. Each connection ends when its
+//! peer is idle for too long.
 
 use crate::limits::{HTTP_ACCEPT_RETRY, HTTP_CONNECTIONS_MAX, HTTP_CONNECTIONS_PER_ADDRESS, HTTP_IDLE_MAX};
 use parking_lot::Mutex;
@@ -104,7 +104,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Turns a pending operation into an error when the peer was idle for too long, and restarts the timer when it was not.
+    /// Turns a pending operation into an error when the peer was idle for too long, and restarts the timer
+    /// when it was not.
     fn unless_idle<T>(
         &mut self,
         context: &mut Context<'_>,

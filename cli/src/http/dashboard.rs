@@ -1,4 +1,5 @@
-//! The supervisor's dashboard: the page, its data and live stream, and commands with the operator's access token.
+//! The supervisor's dashboard: the page, its data and live stream, and commands with the operator's access
+//! token.
 
 use super::guard::{self, Guard, GuardArgs, Unauthorized};
 use super::history::history;
@@ -81,9 +82,9 @@ async fn status(State(dashboard): State<Dashboard>) -> Response {
 }
 
 /// One live stream; dropping it uncounts it.
-struct Stream(Arc<AtomicUsize>);
+struct LiveStream(Arc<AtomicUsize>);
 
-impl Drop for Stream {
+impl Drop for LiveStream {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -100,7 +101,7 @@ async fn stream(State(dashboard): State<Dashboard>) -> Response {
 
 /// Steps, validations and events as they happen, and the status at an interval.
 fn live(dashboard: Dashboard) -> impl futures::Stream<Item = Result<SseEvent, Infallible>> {
-    let stream = Stream(Arc::clone(&dashboard.streams));
+    let stream = LiveStream(Arc::clone(&dashboard.streams));
     let events = dashboard.handle.events().subscribe();
     let ticks = tokio::time::interval(DASHBOARD_STATUS_INTERVAL);
     futures::stream::unfold(

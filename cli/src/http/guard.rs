@@ -1,7 +1,9 @@
-//! Authorization: the dashboard and the API need a viewer's or operator's access token, unless `--http-open` is given.
+//! Authorization: the dashboard and the API need a viewer's or operator's access token, unless `--http-open`
+//! is given.
 //!
-//! A browser shows the access token once, as `?token=`, and gets a cookie; other clients send it as a bearer. Commands
-//! need the operator's access token as a bearer, which a page of another site cannot make a browser send.
+//! A browser shows the access token once, as `?token=`, and gets a cookie; other clients send it as a bearer.
+//! Commands need the operator's access token as a bearer, which a page of another site cannot make a browser
+//! send.
 
 use super::HttpListener;
 use anyhow::bail;

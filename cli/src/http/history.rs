@@ -24,7 +24,8 @@ fn parsed<'a>(lines: impl Iterator<Item = &'a String>) -> Vec<Value> {
     lines.filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Every n-th line and the last one, with the smallest power of two n that leaves at most [`DASHBOARD_POINTS_MAX`].
+/// Every n-th line and the last one, with the smallest power of two n that leaves at most
+/// [`DASHBOARD_POINTS_MAX`].
 fn thinned(path: &Path) -> Vec<Value> {
     let (mut kept, mut every, mut newest) = (Vec::new(), 1, None);
     for (index, line) in lines(path).enumerate() {

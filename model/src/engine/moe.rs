@@ -11,8 +11,8 @@ use volary_core::random::{Purpose, Stream};
 use volary_core::{Lane, LayerId, Step};
 
 impl Glam {
-    /// For each choice, the rows of `stacked`, `[assignments, hidden]` in expert order, in the order of the tokens:
-    /// `[tokens, hidden]`, zero for dropped tokens.
+    /// For each choice, the rows of `stacked`, `[assignments, hidden]` in expert order, in the order of the
+    /// tokens: `[tokens, hidden]`, zero for dropped tokens.
     pub(super) fn by_token(&self, dispatch: &Dispatch, stacked: Tensor) -> Result<Vec<Tensor>> {
         let kept = stacked.size()[0];
         let complete = dispatch.rows.iter().flatten().all(|&row| row >= 0);

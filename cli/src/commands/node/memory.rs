@@ -7,7 +7,8 @@ use volary_model::device::Device;
 /// The fraction of free memory that is left to the process itself and to what the plan does not count.
 const RESERVED: f64 = 0.1;
 
-/// Free memory of the GPU, or what the machine has available and its control group allows, less [`RESERVED`]; in bytes.
+/// Free memory of the GPU, or what the machine has available and its control group allows, less [`RESERVED`];
+/// in bytes.
 pub(super) fn usable_bytes(device: Device) -> anyhow::Result<u64> {
     let free = match device {
         Device::Cuda(index) => gpu_bytes(index).context("unknown free memory of the GPU: give --memory")?,

@@ -137,7 +137,8 @@ fn stages(placement: &Placement, nodes: &[PlacedNode]) -> Vec<StageSummary> {
     placement.stages.iter().enumerate().map(summary).collect()
 }
 
-/// For each machine type, the maximum of every part over its nodes. `types` are the type indices of `members`.
+/// For each machine type, the maximum of every part over its nodes. `types` are the type indices of
+/// `members`.
 fn load_by_type(
     inventory: &Inventory,
     members: &[Member],
@@ -201,8 +202,8 @@ fn moved_bytes(before: &Placement, after: &Placement, costs: &Costs) -> u64 {
     bytes
 }
 
-/// Of the machines that could be added, the one with the most additional tokens for its price; if the model does not
-/// fit, the cheapest one with which it fits.
+/// Of the machines that could be added, the one with the most additional tokens for its price; if the model
+/// does not fit, the cheapest one with which it fits.
 fn best_offer(inventory: &Inventory, plan: &Plan, what_if: &[WhatIf]) -> Option<BestOffer> {
     let priced = |change: &WhatIf| {
         let price_per_hour = inventory.machine(&change.kind)?.price_per_hour?;
