@@ -1,4 +1,4 @@
-//! Lets what is linked here find libtorch where it was at build time, with no `LD_LIBRARY_PATH`.
+//! Binaries of this crate find libtorch at its path at build time, without `LD_LIBRARY_PATH`.
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     println!("cargo:rerun-if-changed=build.rs");

@@ -1,5 +1,5 @@
-//! What a death, a join, a drain and a new supervisor cost on the quickstart model with three nodes, watched from
-//! outside: `cargo bench -p volary-cli --bench elasticity`.
+//! The cost of a death, a join, a drain and a supervisor restart on the quickstart model with three nodes,
+//! measured by its commits: `cargo bench -p volary-cli --bench elasticity`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::path::Path;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 3;
 const STEPS: usize = 30;
-/// The step after which the script strikes.
+/// The step of the script's event.
 const AT: usize = 12;
 
-/// One run: the times of its commits, and its last events of what a change cost.
+/// One run: the times of its commits, and its events with the cost of a change.
 struct Run {
     commits: Vec<Instant>,
     costs: Vec<serde_json::Value>,
@@ -37,12 +37,12 @@ fn main() {
 
 fn print(kind: &str, run: &Run) {
     let gaps: Vec<f64> = run.commits.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect();
-    let mut ordinary = gaps[3..AT - 1].to_vec();
-    ordinary.sort_by(f64::total_cmp);
-    let step = ordinary[ordinary.len() / 2];
+    let mut undisturbed = gaps[3..AT - 1].to_vec();
+    undisturbed.sort_by(f64::total_cmp);
+    let step = undisturbed[undisturbed.len() / 2];
     let longest = gaps[AT - 1..].iter().copied().fold(0.0, f64::max);
     println!(
-        "{kind}: longest time between two commits {longest:.2} s, of an ordinary step {:.2} ({step:.2} s)",
+        "{kind}: longest time between two commits {longest:.2} s, {:.2} times an undisturbed step ({step:.2} s)",
         longest / step
     );
     for cost in &run.costs {

@@ -1,5 +1,5 @@
-//! What tracing costs on the quickstart with three nodes: nothing traced, the default, and every step, all exported to a
-//! receiver on this machine: `cargo bench -p volary-cli --bench telemetry`.
+//! The cost of tracing on the quickstart with three nodes, without traces, with the default and with every
+//! step traced, all exported to a receiver on this machine: `cargo bench -p volary-cli --bench telemetry`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 #[path = "../tests/common/mod.rs"]
@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 
 const ROUNDS: usize = 3;
 const STEPS: usize = 60;
-/// The first steps fetch and warm up.
+/// The first steps, which fetch shards and warm up caches.
 const SKIPPED: usize = 5;
 const ARMS: [u64; 3] = [0, 50, 1];
 
@@ -35,7 +35,7 @@ fn main() {
             "sample_every = {every}: median {median:.3} s ({more_median:+.1} %), mean {mean:.3} s ({more_mean:+.1} %)"
         );
     }
-    println!("{} spans were received", collector.spans().len());
+    println!("{} spans received", collector.spans().len());
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

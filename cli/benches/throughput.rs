@@ -1,18 +1,19 @@
-//! Training throughput, memory and start of the quickstart model, all in one run, as ratios:
-//! `cargo bench -p volary-cli`. Rounds are interleaved, so that a noisy neighbour disturbs everybody.
+//! Training throughput, memory and start time of the quickstart model. Rounds are interleaved, so that other
+//! load on the machine affects all arms. `cargo bench -p volary-cli --bench throughput`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use volary_cli::config::Config;
+use volary_core::{Lane, Step};
 use volary_data::Dataset;
 use volary_model::device::{self, Device};
 use volary_model::reference::Reference;
 
 const ROUNDS: usize = 3;
 const STEPS: u64 = 16;
-/// Steps that are not counted: caches are cold.
+/// Steps that are not counted, with cold caches.
 const WARM: usize = 3;
 
 fn main() {
@@ -54,7 +55,7 @@ fn main() {
         );
     }
     println!(
-        "replication 2 against 1 on 2 nodes: {:.1} % of a step more",
+        "replication 2 instead of 1 on 2 nodes: steps {:.1} % longer",
         (speeds[1] / speeds[2] - 1.0) * 100.0
     );
     println!("start to first committed step on prepared data: {:.2} s (median)", median(starts));
@@ -76,12 +77,12 @@ fn reference_seconds(config: &Config, data: &Path, whole: bool) -> f64 {
     let mut seconds = Vec::new();
     for step in 1..=6 {
         let mut lanes: Vec<Vec<u32>> =
-            (0..t.lanes).map(|lane| dataset.lane(step, lane).expect("tokens")).collect();
+            Lane::first(t.lanes).map(|lane| dataset.lane(Step(step), lane).expect("tokens")).collect();
         if whole {
             lanes = vec![lanes.concat()];
         }
         let start = Instant::now();
-        model.step(&lanes, step).expect("a step");
+        model.step(&lanes, volary_core::Step(step)).expect("a step");
         seconds.push(start.elapsed().as_secs_f64());
     }
     median(seconds.split_off(2))
@@ -138,7 +139,7 @@ fn peak_memory(parent: &Child) -> (u64, u64) {
             .lines()
             .find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next()?.parse().ok());
         let peak: u64 = peak.unwrap_or(0);
-        if command.split('\0').any(|word| word == "supervisor") {
+        if command.split('\0').any(|arg| arg == "supervisor") {
             supervisor = supervisor.max(peak);
         } else {
             node = node.max(peak);

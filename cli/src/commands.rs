@@ -1,4 +1,19 @@
-//! One file per command.
+//! The commands, one file each.
+//!
+//! | file | command |
+//! | --- | --- |
+//! | [`digest`] | `volary digest`: the exact bits of a checkpoint |
+//! | [`doctor`] | `volary doctor`: this machine |
+//! | [`generate`] | `volary generate`: text by a trained model |
+//! | [`identity`] | `volary identity`: an authority before there is a supervisor |
+//! | [`node`] | `volary node`: a node process |
+//! | [`operate`] | `volary status`, `drain`, `checkpoint`, `stop`: query and control a run |
+//! | [`plan`] | `volary plan`: costs, and a planned cluster |
+//! | [`supervisor`] | `volary supervisor`: a supervisor process |
+//! | [`token`] | `volary token`: access tokens |
+//! | [`top`] | `volary top`: a live view |
+//! | [`trace`] | `volary trace`: stored traces |
+//! | [`train`] | `volary train`: a complete run on this machine |
 
 pub mod digest;
 pub mod doctor;

@@ -1,8 +1,10 @@
 //! The configuration file: one TOML document, checked as a whole before anything starts.
 
+use crate::document;
+use crate::limits::{CERTIFICATE_LIFETIME_MS, NODE_TIMEOUT_MS, RUN_NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
-use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use volary_core::InvalidValue;
 use volary_core::architecture::Architecture;
 use volary_core::machine::Settings;
 use volary_core::options::{
@@ -10,28 +12,28 @@ use volary_core::options::{
 };
 use volary_data::DataOptions;
 
-/// A run, as its file describes it.
+/// The configuration of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Name and seed.
+    /// Its name and seed.
     pub run: RunOptions,
-    /// What it trains on.
+    /// The text.
     pub data: DataOptions,
-    /// The model's shape.
+    /// The shape of the model.
     pub model: Architecture,
-    /// How it trains.
+    /// The training.
     pub training: TrainingOptions,
-    /// How it uses its cluster.
+    /// The cluster.
     #[serde(default)]
     pub cluster: ClusterOptions,
-    /// When it writes checkpoints.
+    /// The schedule of checkpoints.
     #[serde(default)]
     pub checkpoint: CheckpointOptions,
-    /// When it measures the held-out loss.
+    /// The schedule of the held-out loss.
     #[serde(default)]
     pub validation: ValidationOptions,
-    /// What it tells.
+    /// Traces.
     #[serde(default)]
     pub telemetry: TelemetryOptions,
 }
@@ -40,12 +42,12 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunOptions {
-    /// The run's name: letters, digits, `-`, `_` and `.`.
+    /// The name: letters, digits, `-`, `_` and `.`.
     pub name: String,
-    /// The seed of everything random.
+    /// The seed of all random draws.
     #[serde(default)]
     pub seed: u64,
-    /// What the finished run shows a sample for.
+    /// The prompt of the sample that `volary train` prints at the end.
     #[serde(default = "default_prompt")]
     pub sample_prompt: String,
 }
@@ -58,77 +60,75 @@ impl Config {
     /// Reads a file and applies `--set key.path=value` to it.
     ///
     /// # Errors
-    /// One line that names the file, the line, the key and what was expected.
+    /// One line that names the file, the line, the key and the expected value.
     pub fn load(path: &Path, set: &[String]) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path)
             .map_err(|error| anyhow::anyhow!("config {}: {error}", path.display()))?;
-        Self::parse(&text, &path.display().to_string(), set)
+        let mut config = Self::parse(&text, &path.display().to_string(), set)?;
+        // Manifests lie beside the configuration that names them.
+        config.data.resolve_manifests(path.parent().unwrap_or(Path::new("")))?;
+        Ok(config)
     }
 
-    /// As [`Config::load`], from text; `name` is what errors call it.
+    /// As [`Config::load`], from text; errors call it `name`.
     ///
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, name: &str, set: &[String]) -> anyhow::Result<Self> {
-        let mut table: toml::Table =
-            toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", explain(name, text, &error)))?;
-        let alone = toml::from_str::<Self>(text);
-        match &alone {
-            // A key that the file leaves out may be given by --set.
-            Err(error) if set.is_empty() || !error.message().starts_with("missing field") => {
-                anyhow::bail!("{}", explain(name, text, error));
-            }
-            _ => {}
-        }
-        for assignment in set {
-            assign(&mut table, assignment)?;
-        }
-        let config: Self = match alone {
+        let mut table: toml::Table = document::parse(text, name)?;
+        let config = match document::parse::<Self>(text, name) {
             Ok(config) if set.is_empty() => config,
-            _ => table.try_into().map_err(|error: toml::de::Error| {
-                anyhow::anyhow!("--set {}: {}", set.join(" --set "), nearest(error.message()))
-            })?,
+            Err(error) if set.is_empty() || !error.is_missing_key() => return Err(error.into()),
+            // A key that the file leaves out may come from --set.
+            Ok(_) | Err(_) => {
+                for assignment in set {
+                    assign(&mut table, assignment)?;
+                }
+                document::convert(table.into())
+                    .map_err(|error| anyhow::anyhow!("--set {}: {error}", set.join(" --set ")))?
+            }
         };
-        config.check().map_err(|reason| anyhow::anyhow!("{name}: {reason}"))?;
+        config.check().map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
         Ok(config)
     }
 
-    /// What no single key shows.
-    fn check(&self) -> Result<(), String> {
+    /// Checks values that depend on one another, and those with bounds.
+    fn check(&self) -> Result<(), InvalidValue> {
         let name = &self.run.name;
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-        if name.is_empty() || name.starts_with('.') || name.len() > 100 || !name.chars().all(plain) {
-            return Err(format!("run.name = {name:?}: expected up to 100 letters, digits, '-', '_' and '.'"));
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        let is_name = !name.is_empty() && !name.starts_with('.') && name.len() <= RUN_NAME_BYTES_MAX;
+        if !is_name || !name.chars().all(is_plain) {
+            let expected = format!("up to {RUN_NAME_BYTES_MAX} letters, digits, '-', '_' and '.'");
+            return Err(InvalidValue::new("run.name", format!("{name:?}"), expected));
         }
-        self.model.check().map_err(|error| error.to_string())?;
-        self.training.check().map_err(|error| error.to_string())?;
-        self.telemetry.check().map_err(|error| error.to_string())?;
-        if self.model.vocabulary < self.data.vocabulary && self.data.tokenizer.is_none() {
-            return Err(format!(
-                "data.vocabulary = {}: expected at most model.vocabulary = {}",
-                self.data.vocabulary, self.model.vocabulary
-            ));
+        self.model.check()?;
+        self.training.check()?;
+        self.telemetry.check()?;
+        let (vocabulary, most) = (self.data.vocabulary, self.model.vocabulary);
+        if most < vocabulary && self.data.tokenizer.is_none() {
+            let expected = format!("at most model.vocabulary = {most}");
+            return Err(InvalidValue::new("data.vocabulary", vocabulary, expected));
         }
-        if self.cluster.replication == 0 {
-            return Err("cluster.replication = 0: expected at least 1".into());
+        let cluster = &self.cluster;
+        if cluster.replication == 0 {
+            return Err(InvalidValue::new("cluster.replication", 0, "at least 1"));
         }
-        if self.cluster.fan_in < 2 {
-            return Err(format!("cluster.fan_in = {}: expected at least 2", self.cluster.fan_in));
+        if cluster.fan_in < 2 {
+            return Err(InvalidValue::new("cluster.fan_in", cluster.fan_in, "at least 2"));
         }
-        let lifetime = self.cluster.certificate_lifetime_ms;
-        if !(1_000..=315_360_000_000).contains(&lifetime) {
-            return Err(format!(
-                "cluster.certificate_lifetime_ms = {lifetime}: expected 1000 to 315360000000 (ten years)"
-            ));
+        let lifetime = cluster.certificate_lifetime_ms;
+        if !CERTIFICATE_LIFETIME_MS.contains(&lifetime) {
+            let expected = "1000 to 315360000000 (ten years)";
+            return Err(InvalidValue::new("cluster.certificate_lifetime_ms", lifetime, expected));
         }
-        let timeout = self.cluster.node_timeout_ms;
-        if !(100..=10_000).contains(&timeout) {
-            return Err(format!("cluster.node_timeout_ms = {timeout}: expected 100 to 10000"));
+        let timeout = cluster.node_timeout_ms;
+        if !NODE_TIMEOUT_MS.contains(&timeout) {
+            return Err(InvalidValue::new("cluster.node_timeout_ms", timeout, "100 to 10000"));
         }
         Ok(())
     }
 
-    /// What the supervisor's state machine is told.
+    /// The settings of the supervisor's state machine.
     #[must_use]
     pub fn settings(&self) -> Settings {
         Settings {
@@ -140,20 +140,25 @@ impl Config {
         }
     }
 
-    /// What must be the same when a run goes on: everything that the mathematics depends on.
+    /// The part that must not change when a run resumes: everything that the mathematics depends on, as JSON.
     #[must_use]
     pub fn identity(&self) -> String {
         let mut training = self.training.clone();
-        // A run may be prolonged under a schedule that does not look at its end.
+        // A run may be prolonged under a schedule that does not depend on its end.
         if matches!(training.schedule, volary_core::schedule::Schedule::InverseSquareRoot { .. }) {
             training.steps = 0;
         }
-        let parts = (self.run.seed, &self.model, &training, &self.data.sources, self.data.vocabulary);
+        let mut sources = self.data.sources.clone();
+        for source in &mut sources {
+            // A manifest's folder may move with the checkout; its files are known by their hashes.
+            source.manifest = source.manifest.take().and_then(|path| path.file_name().map(PathBuf::from));
+        }
+        let parts = (self.run.seed, &self.model, &training, &sources, self.data.vocabulary);
         serde_json::to_string(&parts).unwrap_or_default()
     }
 }
 
-/// Applies `key.path=value`, where the value is TOML or, failing that, a string.
+/// Applies `key.path=value`. A value that is not TOML is a string.
 fn assign(table: &mut toml::Table, assignment: &str) -> anyhow::Result<()> {
     let Some((path, value)) = assignment.split_once('=') else {
         anyhow::bail!("--set {assignment}: expected key.path=value");
@@ -167,48 +172,12 @@ fn assign(table: &mut toml::Table, assignment: &str) -> anyhow::Result<()> {
     let mut at = table;
     for key in keys {
         let next = at.entry(key).or_insert_with(|| toml::Table::new().into());
-        at = next.as_table_mut().ok_or_else(|| anyhow::anyhow!("--set {assignment}: {key} is no section"))?;
+        at = next
+            .as_table_mut()
+            .ok_or_else(|| anyhow::anyhow!("--set {assignment}: {key} is not a section"))?;
     }
     at.insert(last.into(), value);
     Ok(())
-}
-
-/// One line for an error of the TOML parser: file, line, key, what was expected.
-pub(crate) fn explain(name: &str, text: &str, error: &toml::de::Error) -> String {
-    let mut line = name.to_owned();
-    if let Some(span) = error.span() {
-        let before = &text[..span.start.min(text.len())];
-        let number = before.matches('\n').count() + 1;
-        // Writing to a string cannot fail.
-        let _ = write!(line, ", line {number}");
-        let section =
-            before.lines().rev().find_map(|l| l.trim().strip_prefix('[').map(|s| s.trim_matches(['[', ']'])));
-        let key = text.lines().nth(number - 1).and_then(|l| l.split_once('=')).map(|(key, _)| key.trim());
-        match (section, key) {
-            (Some(section), Some(key)) => drop(write!(line, ", key {section}.{key}")),
-            (None, Some(key)) => drop(write!(line, ", key {key}")),
-            (Some(section), None) => drop(write!(line, ", section {section}")),
-            (None, None) => {}
-        }
-    }
-    format!("{line}: {}", nearest(error.message()))
-}
-
-/// Adds the nearest known key to an error about an unknown one.
-pub(crate) fn nearest(message: &str) -> String {
-    let message = message.lines().collect::<Vec<_>>().join(" ");
-    let mut quoted = message.split('`').skip(1).step_by(2);
-    let Some(unknown) = message.starts_with("unknown").then(|| quoted.next()).flatten() else {
-        return message;
-    };
-    let best =
-        quoted.max_by(|a, b| strsim::jaro_winkler(a, unknown).total_cmp(&strsim::jaro_winkler(b, unknown)));
-    match best {
-        Some(best) if strsim::jaro_winkler(best, unknown) > 0.6 => {
-            format!("{message}; did you mean `{best}`?")
-        }
-        _ => message,
-    }
 }
 
 #[cfg(test)]

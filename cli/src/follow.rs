@@ -1,35 +1,37 @@
-//! A run on this machine, from its first step to its end: what it measures is shown, what a script says is done, and
-//! processes that end are seen to.
+//! Follows a run on this machine from its first step to its end: shows its progress, plays its script, and
+//! restarts its processes.
 
 use crate::cluster::Cluster;
 use crate::commands::operate;
-use crate::progress::{Display, Seen, Tail};
+use crate::limits::{DESERTED_AFTER, RUN_POLL, RUN_POLL_SCRIPTED};
+use crate::progress::{ProgressDisplay, StepMetrics, Tail};
 use crate::script::Script;
 use anyhow::{Context, bail};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use volary_storage::RunDir;
 
-/// How often the run is looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(50);
-/// How often while something is to happen at a step or a time.
-const LOOK_CLOSELY_EVERY: Duration = Duration::from_millis(5);
-/// How long all nodes must have been gone before the run is given up: at its end they go before the supervisor.
-const DESERTED_SETTLES: Duration = Duration::from_secs(1);
+/// The end of a run on this machine.
+#[derive(Clone, Copy, Debug)]
+pub struct RunOutcome {
+    /// Whether it reached its last step, instead of being interrupted.
+    pub finished: bool,
+    /// The last committed step of this process.
+    pub last: Option<StepMetrics>,
+}
 
-/// Follows the run until its supervisor ends. Returns whether it reached its last step or was interrupted, and the last
-/// step that was seen.
+/// Follows the run until its supervisor ends.
 ///
 /// # Errors
-/// When the supervisor failed, all nodes are gone, or it was interrupted twice.
+/// When the supervisor failed, all nodes are gone, or the run was interrupted twice.
 pub fn follow(
     cluster: &mut Cluster,
     dir: &RunDir,
-    display: Display,
+    display: ProgressDisplay,
     script: Script,
-) -> anyhow::Result<(bool, Option<Seen>)> {
-    display.waiting("waiting for nodes");
+) -> anyhow::Result<RunOutcome> {
+    display.phase("waiting for nodes");
     let mut follower = Follower {
         cluster,
         dir,
@@ -37,112 +39,113 @@ pub fn follow(
         display,
         script,
         interrupts: count_interrupts()?,
-        asked: false,
+        stop_requested: false,
         step: 0,
         deserted: None,
     };
-    let outcome = follower.run();
+    let result = follower.run();
     follower.display.finish();
-    outcome?;
-    Ok((!follower.asked, follower.display.last()))
+    result?;
+    Ok(RunOutcome { finished: !follower.stop_requested, last: follower.display.last() })
 }
 
 struct Follower<'a> {
     cluster: &'a mut Cluster,
     dir: &'a RunDir,
     metrics: Tail,
-    display: Display,
+    display: ProgressDisplay,
     script: Script,
     interrupts: Arc<AtomicU32>,
-    /// The supervisor was asked to stop.
-    asked: bool,
-    /// The furthest step that was committed.
+    stop_requested: bool,
+    /// The furthest committed step.
     step: u64,
-    /// Since when there is no node.
+    /// The time since which there is no node.
     deserted: Option<Instant>,
 }
 
 impl Follower<'_> {
     fn run(&mut self) -> anyhow::Result<()> {
         loop {
-            // Before the metrics, so that the last of them are seen.
-            let ended = self.cluster.supervisor_ended();
-            self.look_at_metrics();
-            if let Some(status) = ended {
+            // Before the metrics, so that none of them is missed.
+            let exit_status = self.cluster.supervisor_exit_status();
+            self.read_metrics();
+            if let Some(status) = exit_status {
                 if status.success() {
-                    self.say_what_never_came();
+                    self.note_pending_events();
                     return Ok(());
                 }
-                self.display.say(&self.cluster.restart_supervisor(status)?);
-                // What the old one was asked, the new one does not know.
-                self.asked = false;
+                self.display.note(&self.cluster.restart_supervisor(status)?);
+                // The new supervisor does not know the request to the old one.
+                self.stop_requested = false;
             }
-            self.look_at_interrupts()?;
-            self.play()?;
-            self.look_at_nodes()?;
-            let closely = self.script.pending().len() > 0 || self.cluster.is_timed();
-            std::thread::sleep(if closely { LOOK_CLOSELY_EVERY } else { LOOK_EVERY });
+            self.handle_interrupts()?;
+            self.play_script()?;
+            self.poll_nodes()?;
+            let is_scripted = self.script.pending().len() > 0 || self.cluster.has_suspended_nodes();
+            std::thread::sleep(if is_scripted { RUN_POLL_SCRIPTED } else { RUN_POLL });
         }
     }
 
-    fn look_at_metrics(&mut self) {
-        for seen in self.metrics.lines().iter().filter_map(|line| serde_json::from_str::<Seen>(line).ok()) {
-            self.step = self.step.max(seen.step);
-            self.display.step(seen);
+    fn read_metrics(&mut self) {
+        let lines = self.metrics.lines();
+        for metrics in lines.iter().filter_map(|line| serde_json::from_str::<StepMetrics>(line).ok()) {
+            self.step = self.step.max(metrics.step);
+            self.display.step(metrics);
         }
     }
 
-    fn look_at_interrupts(&mut self) -> anyhow::Result<()> {
+    fn handle_interrupts(&mut self) -> anyhow::Result<()> {
         match self.interrupts.load(Ordering::Relaxed) {
             0 => {}
-            1 if self.asked => {}
+            1 if self.stop_requested => {}
             1 => {
-                self.asked = true;
-                self.display.say("interrupted: writing a checkpoint (Ctrl-C again ends at once)");
+                self.stop_requested = true;
+                self.display.note("interrupted: writing a checkpoint (a second Ctrl-C ends at once)");
                 let dir = self.dir.root().to_path_buf();
-                // It waits for the checkpoint; the bar goes on meanwhile.
-                std::thread::spawn(move || operate::stop_quietly(&dir));
+                // The request waits for the checkpoint; the bar continues meanwhile.
+                std::thread::spawn(move || operate::request_stop(&dir));
             }
             _ => bail!("interrupted twice: ended without a checkpoint"),
         }
         Ok(())
     }
 
-    fn play(&mut self) -> anyhow::Result<()> {
+    fn play_script(&mut self) -> anyhow::Result<()> {
         while let Some(event) = self.script.due(self.step) {
-            self.display.say(&format!("step {}: {}", event.at_step, event.action));
-            if let Some(failure) = self.cluster.act(&event.action)? {
-                self.display.say(&failure);
+            self.display.note(&format!("step {}: {}", event.at_step, event.action));
+            if let Some(failure) = self.cluster.perform(&event.action)? {
+                self.display.note(&failure);
             }
         }
         Ok(())
     }
 
-    /// A script that was too long for its run has shown less than it promised.
-    fn say_what_never_came(&self) {
+    /// Notes the events of a script that is longer than its run.
+    fn note_pending_events(&self) {
         for event in self.script.pending() {
-            self.display.say(&format!("never came: step {}: {}", event.at_step, event.action));
+            self.display.note(&format!("not reached: step {}: {}", event.at_step, event.action));
         }
     }
 
-    fn look_at_nodes(&mut self) -> anyhow::Result<()> {
-        for line in self.cluster.look()? {
-            self.display.say(&line);
+    fn poll_nodes(&mut self) -> anyhow::Result<()> {
+        for note in self.cluster.poll()? {
+            self.display.note(&note);
         }
         if !self.cluster.is_deserted() {
             self.deserted = None;
-        } else if self.deserted.get_or_insert_with(Instant::now).elapsed() >= DESERTED_SETTLES
-            && self.cluster.supervisor_ended().is_none()
+        } else if self.deserted.get_or_insert_with(Instant::now).elapsed() >= DESERTED_AFTER
+            && self.cluster.supervisor_exit_status().is_none()
         {
             bail!(
-                "all nodes are gone; the run can go on with --resume. The last words: {}",
-                self.cluster.last_words()
+                "all nodes are gone; continue the run with --resume. Last error of a node: {}",
+                self.cluster.last_error()
             );
         }
         Ok(())
     }
 }
 
+/// Counts SIGINT and SIGTERM from now on.
 fn count_interrupts() -> anyhow::Result<Arc<AtomicU32>> {
     let count = Arc::new(AtomicU32::new(0));
     let counter = Arc::clone(&count);
@@ -166,6 +169,6 @@ fn count_interrupts() -> anyhow::Result<Arc<AtomicU32>> {
             }
         });
     })?;
-    listening.recv().context("signals cannot be caught")?;
+    listening.recv().context("cannot handle signals")?;
     Ok(count)
 }

@@ -1,16 +1,24 @@
-//! What a process shows over HTTP: figures for Prometheus on every process, and on the supervisor the page.
+//! HTTP: metrics for Prometheus on every process, and the dashboard on the supervisor.
 //!
-//! It runs on a thread and runtime of its own, so that nobody who looks takes time from the run.
+//! The server has a thread and a runtime of its own, so that requests take no time from the run.
+//!
+//! | file | content |
+//! | --- | --- |
+//! | `bounded` | a listener with bounded connections |
+//! | `dashboard`, `dashboard.html` | the routes of the supervisor, and the page |
+//! | `fuzz` | the fuzz target |
+//! | `guard` | access tokens |
+//! | `history` | the curves and events of a run so far |
 
 mod bounded;
+mod dashboard;
 mod fuzz;
 mod guard;
 mod history;
-mod page;
 
+pub use dashboard::supervisor_routes;
 pub use fuzz::{fuzz_http, fuzz_http_seeds};
-pub use guard::{GuardArgs, page_url};
-pub use page::supervisor_routes;
+pub use guard::{GuardArgs, dashboard_url};
 
 use anyhow::Context;
 use axum::Router;
@@ -21,55 +29,55 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 use volary_telemetry::metrics::{CONTENT_TYPE, NodeMetrics, Scrape};
 
-/// Where the page of a supervisor is unless `--http` says otherwise; another port when this one is taken.
-pub const PAGE_PORT: u16 = 7680;
+/// The port of the dashboard unless `--http` is given; another one if it is in use.
+pub const DASHBOARD_PORT: u16 = 7680;
 
 /// A socket that listens and is not served yet.
 #[derive(Debug)]
-pub struct Door {
+pub struct HttpListener {
     listener: TcpListener,
-    /// Where it listens.
+    /// Its address.
     pub address: SocketAddr,
 }
 
-/// Listens at an address, or, when none is wanted in particular, on this machine: at `port`, or at any other when that is taken.
-///
-/// # Errors
-/// When the address is in use or is not this machine's.
-pub fn listen(address: Option<SocketAddr>, port: u16) -> anyhow::Result<Door> {
-    let own = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
-    let listener = match address {
-        Some(address) => TcpListener::bind(address).with_context(|| format!("--http {address}"))?,
-        None => {
-            TcpListener::bind(own(port)).or_else(|_| TcpListener::bind(own(0))).context("a port for HTTP")?
-        }
-    };
-    listener.set_nonblocking(true)?;
-    let address = listener.local_addr()?;
-    Ok(Door { listener, address })
-}
-
-impl Door {
-    /// Answers until the process ends.
+impl HttpListener {
+    /// Listens on an address; without one on localhost, on `port` or, if that is in use, any free port.
     ///
     /// # Errors
-    /// When its thread does not start.
+    /// When the address is in use or not one of this machine.
+    pub fn bind(address: Option<SocketAddr>, port: u16) -> anyhow::Result<Self> {
+        let local = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+        let listener = match address {
+            Some(address) => TcpListener::bind(address).with_context(|| format!("--http {address}"))?,
+            None => TcpListener::bind(local(port))
+                .or_else(|_| TcpListener::bind(local(0)))
+                .context("no free port for HTTP")?,
+        };
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        Ok(Self { listener, address })
+    }
+
+    /// Serves routes on a thread of its own until the process ends.
+    ///
+    /// # Errors
+    /// When the thread does not start.
     pub fn serve(self, routes: Router) -> anyhow::Result<()> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         std::thread::Builder::new().name("http".into()).spawn(move || {
             let served = runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(self.listener)?;
-                axum::serve(bounded::Bounded::new(listener), routes).await
+                axum::serve(bounded::BoundedListener::new(listener), routes).await
             });
             if let Err(error) = served {
-                tracing::warn!(%error, "HTTP is not served any more");
+                tracing::warn!(%error, "the HTTP server ended");
             }
         })?;
         Ok(())
     }
 }
 
-/// What a node answers.
+/// The routes of a node.
 pub fn node_routes(metrics: Arc<NodeMetrics>) -> Router {
     common_routes(move || encode(metrics.scrape()))
 }

@@ -1,59 +1,62 @@
-//! An inventory: the machines that a cluster has, or could have, as a TOML file. See `examples/cluster.toml`.
+//! An inventory: the machines of a cluster that exists or is planned, as a TOML file. See
+//! `examples/cluster.toml`.
 
-use crate::config::explain;
+use crate::document;
+use crate::limits::INVENTORY_NODES_MAX;
 use crate::units::Size;
 use serde::Deserialize;
+use std::collections::BTreeSet;
 use std::path::Path;
-use volary_core::NodeId;
 use volary_core::planner::Member;
 use volary_core::profile::{Profile, Rate, ZONE_MAX};
+use volary_core::{InvalidValue, NodeId};
 
-/// The most nodes of an inventory.
-const NODES_MAX: usize = 100_000;
-/// Bytes per second of gradients and parameters that a device gets through, where none are given: a CPU's memory.
+/// Bytes of gradients and parameters that a device updates in a second, where the file gives none: the memory
+/// bandwidth of a CPU.
 const UPDATE_BYTES_PER_S: f64 = 2e9;
 
 /// Machines.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Inventory {
-    /// What is there.
+    /// The machines of the cluster.
     #[serde(rename = "node")]
-    pub nodes: Vec<Kind>,
-    /// What could be added.
+    pub nodes: Vec<MachineType>,
+    /// Machines that could be added.
     #[serde(rename = "offer", default)]
-    pub offers: Vec<Kind>,
+    pub offers: Vec<MachineType>,
 }
 
-/// One machine, or several of one kind.
+/// One or more equal machines.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Kind {
-    /// Its name; `NAME-1`, `NAME-2` and so on where there are several.
+pub struct MachineType {
+    /// The name; nodes are `NAME-1`, `NAME-2` and so on if there are several.
     pub name: String,
-    /// How many.
+    /// The number of machines.
     #[serde(default = "one")]
     pub count: usize,
-    /// What fails together; several zones are taken by turns.
+    /// Failure domains, assigned round-robin.
     #[serde(default)]
     pub zones: Vec<String>,
-    /// Memory that the run may use.
+    /// Memory for the run.
     pub memory: Size,
-    /// 10^12 operations per second that its device reaches in training, which is less than its maker's figure.
+    /// 10^12 floating-point operations per second that the device reaches in training, which is less than its
+    /// peak.
     pub tflops: f64,
-    /// The same in experts' products, where it differs.
+    /// The same for products in experts, where it differs.
     pub expert_tflops: Option<f64>,
-    /// Bytes per second through the optimizer.
+    /// Bytes per second of the optimizer.
     pub update: Option<Size>,
-    /// Calls at the same time: the threads of a CPU, 1 of a GPU.
+    /// Concurrent computations: the threads of a CPU, 1 on a GPU.
     #[serde(default = "one")]
     pub threads: usize,
-    /// Bytes per second in one direction of its network.
+    /// Network bandwidth in one direction, in bytes per second.
     pub bandwidth: Size,
-    /// Milliseconds to another node and back.
+    /// Network round trip to another node, in milliseconds.
     #[serde(default)]
     pub round_trip_ms: f64,
-    /// Its price, in any currency.
+    /// The price, in any currency.
     pub price_per_hour: Option<f64>,
 }
 
@@ -65,66 +68,71 @@ impl Inventory {
     /// Reads a file.
     ///
     /// # Errors
-    /// One line that names the file, the line, the key and what was expected.
+    /// One line that names the file, the line, the key and the expected value.
     pub fn load(path: &Path) -> anyhow::Result<Self> {
         let name = path.display().to_string();
         let text =
             std::fs::read_to_string(path).map_err(|error| anyhow::anyhow!("inventory {name}: {error}"))?;
-        let read: Self =
-            toml::from_str(&text).map_err(|error| anyhow::anyhow!("{}", explain(&name, &text, &error)))?;
-        read.check().map_err(|reason| anyhow::anyhow!("{name}: {reason}"))?;
-        Ok(read)
+        let inventory: Self = document::parse(&text, &name)?;
+        inventory.check().map_err(|error| anyhow::anyhow!("{name}: {error:#}"))?;
+        Ok(inventory)
     }
 
-    fn check(&self) -> Result<(), String> {
+    fn check(&self) -> anyhow::Result<()> {
         if self.nodes.is_empty() {
-            return Err("no [[node]]: expected at least one".into());
+            anyhow::bail!("no [[node]]: expected at least one");
         }
-        let mut names = std::collections::BTreeSet::new();
-        for kind in self.nodes.iter().chain(&self.offers) {
-            kind.check()?;
-            if !names.insert(&kind.name) {
-                return Err(format!("name = {:?}: expected every name once", kind.name));
+        let mut names = BTreeSet::new();
+        for machine in self.nodes.iter().chain(&self.offers) {
+            volary_transport::check_name(&machine.name)?;
+            machine.check().map_err(|error| anyhow::anyhow!("{}: {error}", machine.name))?;
+            if !names.insert(&machine.name) {
+                anyhow::bail!("name = {:?}: expected every name once", machine.name);
             }
         }
-        let count = self.nodes.iter().map(|kind| kind.count).fold(0usize, usize::saturating_add);
-        if count > NODES_MAX {
-            return Err(format!("{count} nodes: expected at most {NODES_MAX}"));
+        let count = self.nodes.iter().map(|machine| machine.count).fold(0usize, usize::saturating_add);
+        if count > INVENTORY_NODES_MAX {
+            anyhow::bail!("{count} nodes: expected at most {INVENTORY_NODES_MAX}");
         }
         Ok(())
     }
 
-    /// All nodes that are there, each with the place of its kind.
+    /// All nodes of the cluster, each with the index of its machine type.
     #[must_use]
     pub fn members(&self) -> Vec<(usize, Member)> {
-        let of_kind = |(place, kind): (usize, &Kind)| {
-            (0..kind.count).map(|number| (place, kind.member(number))).collect::<Vec<_>>()
+        let of_type = |(index, machine): (usize, &MachineType)| {
+            (0..machine.count).map(|number| (index, machine.member(number))).collect::<Vec<_>>()
         };
-        self.nodes.iter().enumerate().flat_map(of_kind).collect()
+        self.nodes.iter().enumerate().flat_map(of_type).collect()
     }
 
-    /// What all nodes cost in an hour, if every kind has a price.
+    /// A machine type by its name, among nodes and offers.
+    pub(crate) fn machine(&self, name: &str) -> Option<&MachineType> {
+        self.nodes.iter().chain(&self.offers).find(|machine| machine.name == name)
+    }
+
+    /// The price of the cluster for one hour, if every machine has one.
     #[must_use]
-    pub fn price(&self) -> Option<f64> {
-        self.nodes.iter().map(|kind| Some(kind.price_per_hour? * kind.count as f64)).sum()
+    pub fn price_per_hour(&self) -> Option<f64> {
+        self.nodes.iter().map(|machine| Some(machine.price_per_hour? * machine.count as f64)).sum()
     }
 }
 
-impl Kind {
-    fn check(&self) -> Result<(), String> {
-        let name = &self.name;
-        volary_transport::check_name(name).map_err(|error| error.to_string())?;
-        if self.count == 0 || self.count > NODES_MAX {
-            return Err(format!("{name}: count = {}: expected 1 to {NODES_MAX}", self.count));
+impl MachineType {
+    fn check(&self) -> Result<(), InvalidValue> {
+        if self.count == 0 || self.count > INVENTORY_NODES_MAX {
+            return Err(InvalidValue::new("count", self.count, format!("1 to {INVENTORY_NODES_MAX}")));
         }
-        if self.zones.iter().any(|zone| zone.len() > ZONE_MAX) {
-            return Err(format!("{name}: zones: expected names of at most {ZONE_MAX} bytes"));
+        if let Some(zone) = self.zones.iter().find(|zone| zone.len() > ZONE_MAX) {
+            let (found, expected) =
+                (format!("a name of {} bytes", zone.len()), format!("at most {ZONE_MAX} bytes"));
+            return Err(InvalidValue::new("zones", found, expected));
         }
         let price = self.price_per_hour.unwrap_or(1.0);
         if !(price.is_finite() && price >= 0.0) {
-            return Err(format!("{name}: price_per_hour = {price}: expected a number that is not negative"));
+            return Err(InvalidValue::new("price_per_hour", price, "a number that is not negative"));
         }
-        self.profile(0).check().map_err(|reason| format!("{name}: {reason}"))
+        self.profile(0).check()
     }
 
     fn profile(&self, number: usize) -> Profile {
@@ -142,7 +150,7 @@ impl Kind {
         }
     }
 
-    /// One of its nodes, from 0.
+    /// The node with a number, from 0.
     #[must_use]
     pub fn member(&self, number: usize) -> Member {
         let name = if self.count == 1 { self.name.clone() } else { format!("{}-{}", self.name, number + 1) };

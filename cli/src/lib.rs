@@ -1,28 +1,62 @@
-//! The commands of `volary`, as a library so that tests and benchmarks can use them.
+//! The commands of `volary`, as a library for tests and benchmarks.
 //!
-//! | file | what |
+//! | file | content |
 //! | --- | --- |
-//! | [`config`] | the configuration file |
 //! | [`commands`] | one file per command |
-//! | [`rundir`] | which run a command means, and how to reach its supervisor |
-//! | [`cluster`], `member`, [`local`] | the processes of a run on this machine; one node; one process |
-//! | [`follow`] | a run on this machine, from its first step to its end |
-//! | [`script`] | what happens to a scripted run |
-//! | [`progress`] | the progress bar |
-//! | [`http`] | the page of the supervisor, figures for Prometheus |
-//! | [`units`] | sizes and times as people write them |
-//! | [`environment`], [`log`] | what must be set before libtorch runs; the log |
+//! | [`config`], `document` | the configuration file; TOML documents and their errors |
+//! | [`inventory`] | the machines of a planned cluster |
+//! | [`rundir`] | the run that a command addresses, and the contact of its supervisor |
+//! | [`cluster`] | the processes of a run on this machine |
+//! | `node_process`, [`process`] | one node with its restarts; one process |
+//! | [`follow`], [`progress`] | a run on this machine from its first step to its end; its progress bar |
+//! | [`script`] | faults and membership changes at chosen steps |
+//! | [`http`] | the dashboard of the supervisor, and metrics for Prometheus |
+//! | [`output`] | standard output and standard error |
+//! | [`arguments`], [`units`] | invalid arguments; sizes and durations with units |
+//! | [`environment`], [`log`] | variables that must be set before libtorch loads; the log |
+//! | [`limits`] | all bounds |
+//!
+//! ```no_run
+//! use volary_cli::config::Config;
+//!
+//! let text = r#"
+//!     [run]
+//!     name = "small"
+//!     [data]
+//!     sources = [{ name = "notes", path = "notes/*.txt" }]
+//!     vocabulary = 300
+//!     [model]
+//!     vocabulary = 300
+//!     hidden = 8
+//!     layers = 2
+//!     heads = 2
+//!     head_dim = 4
+//!     feed_forward = 16
+//!     experts = 4
+//!     [training]
+//!     steps = 5
+//! "#;
+//! let set = ["training.steps=9".to_owned()];
+//! assert_eq!(Config::parse(text, "small.toml", &set)?.training.steps, 9);
+//! let error = Config::parse(text, "small.toml", &["training.stepz=9".to_owned()]).unwrap_err();
+//! assert!(error.to_string().ends_with("did you mean `steps`?"));
+//! # anyhow::Ok(())
+//! ```
 
+pub mod arguments;
 pub mod cluster;
 pub mod commands;
 pub mod config;
+mod document;
 pub mod environment;
 pub mod follow;
 pub mod http;
 pub mod inventory;
-pub mod local;
+pub mod limits;
 pub mod log;
-mod member;
+mod node_process;
+pub mod output;
+pub mod process;
 pub mod progress;
 pub mod rundir;
 pub mod script;

@@ -1,8 +1,8 @@
-//! The binary `volary`: reads the command line and hands over to one file per command.
+//! The binary `volary`: parses the command line and runs a command.
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use volary_cli::{commands, environment, log};
+use volary_cli::{commands, environment, log, output};
 
 /// Elastic training of mixture-of-experts language models.
 #[derive(Parser)]
@@ -13,17 +13,17 @@ use volary_cli::{commands, environment, log};
     max_term_width = 110,
     after_help = "\
 Examples:
-  volary train examples/quickstart.toml --nodes 3      a whole run on this machine
-  volary plan --preset 64b-64e                         what a model costs, before anything starts
-  volary doctor                                        what this machine has, and what to mend"
+  volary train examples/quickstart.toml --nodes 3      a complete run on this machine
+  volary plan --preset 64b-64e                         the costs of a model, before anything starts
+  volary doctor                                        check this machine and suggest fixes"
 )]
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// More of the log on standard error: -v for info, -vv for debug (or RUST_LOG).
+    /// Verbosity of the log on standard error: -v for info, -vv for debug (or RUST_LOG).
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
-    /// How the log is written.
+    /// The format of the log.
     #[arg(long, global = true, value_enum, default_value_t = log::Format::Text)]
     log: log::Format,
 }
@@ -32,25 +32,25 @@ struct Cli {
 enum Command {
     /// Train on this machine: a supervisor and N node processes.
     Train(commands::train::Args),
-    /// Run the supervisor of a run by hand.
+    /// Run the supervisor of a run.
     Supervisor(commands::supervisor::Args),
     /// Join a run as a node.
     Node(commands::node::Args),
-    /// Show how a run is going.
+    /// Show the status of a run.
     Status(commands::operate::StatusArgs),
-    /// Show a run on the terminal, live.
+    /// Show a live view of a run on the terminal.
     Top(commands::top::Args),
-    /// Show the traces that are kept with a run.
+    /// Show the stored traces of a run.
     Trace(commands::trace::Args),
-    /// Let a node hand over what it has and leave.
+    /// Drain a node: it hands its shards over and leaves.
     Drain(commands::operate::DrainArgs),
     /// Write a checkpoint now.
     Checkpoint(commands::operate::Args),
     /// Write a checkpoint and end the run.
     Stop(commands::operate::Args),
-    /// Make, list and revoke the tokens that let nodes and people in.
+    /// Manage access tokens.
     Token(commands::token::Args),
-    /// Make a cluster's authority and tokens before there is a supervisor.
+    /// Create a cluster's authority and access tokens before there is a supervisor.
     Identity(commands::identity::Args),
     /// Continue a prompt with a trained model.
     Generate(commands::generate::Args),
@@ -58,30 +58,24 @@ enum Command {
     Digest(commands::digest::Args),
     /// Count parameters, operations and bytes of a model.
     Plan(commands::plan::Args),
-    /// Say what this machine has and what to mend.
+    /// Check this machine and suggest fixes.
     Doctor(commands::doctor::Args),
 }
 
-/// A reader that has seen enough, as `head` has, is no error: the rest is not printed, without a word.
-fn end_quietly_on_broken_pipes() {
-    let before = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        if info.payload_as_str().is_some_and(|text| text.contains("Broken pipe")) {
-            std::process::exit(0);
-        }
-        before(info);
-    }));
-}
-
 fn main() -> ExitCode {
-    end_quietly_on_broken_pipes();
     let cli = Cli::parse();
     if let Err(error) = environment::prepare() {
-        eprintln!("volary: {error:#}");
-        return ExitCode::FAILURE;
+        return exit_code(&error);
     }
     log::start(cli.verbose, cli.log);
-    let done = match cli.command {
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => exit_code(&error),
+    }
+}
+
+fn run(command: Command) -> anyhow::Result<()> {
+    match command {
         Command::Train(args) => commands::train::run(args),
         Command::Supervisor(args) => commands::supervisor::run(args),
         Command::Node(args) => commands::node::run(args),
@@ -97,12 +91,14 @@ fn main() -> ExitCode {
         Command::Digest(args) => commands::digest::run(args),
         Command::Plan(args) => commands::plan::run(args),
         Command::Doctor(args) => commands::doctor::run(args),
-    };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("volary: {error:#}");
-            ExitCode::FAILURE
-        }
     }
+}
+
+/// Prints an error as one line. A reader that closed standard output early, as `head` does, is not an error.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if output::is_closed_by_reader(error) {
+        return ExitCode::SUCCESS;
+    }
+    output::note(format_args!("volary: {error:#}"));
+    ExitCode::FAILURE
 }

@@ -1,5 +1,7 @@
-//! What a person sees of a run: a bar on a terminal, plain lines elsewhere, nothing with `--quiet`.
+//! The progress of a run: a bar on a terminal, plain lines elsewhere, nothing with `--quiet`.
 
+use crate::limits::PROGRESS_INTERVAL;
+use crate::output;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
 use std::fs::File;
@@ -7,17 +9,17 @@ use std::io::{IsTerminal, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-/// What the bar needs of a line of `metrics.jsonl`.
+/// The part of a line of `metrics.jsonl` that the progress shows.
 #[derive(Clone, Copy, Debug, Deserialize)]
-pub struct Seen {
+pub struct StepMetrics {
     /// The step.
     pub step: u64,
-    /// Mean cross-entropy.
+    /// Mean cross-entropy, in nats per token.
     pub loss: f64,
     /// Tokens per second.
     #[serde(default)]
     pub tokens_per_second: Option<f64>,
-    /// Nodes that took part.
+    /// Nodes of the placement.
     pub nodes: u32,
 }
 
@@ -26,7 +28,7 @@ pub struct Seen {
 pub struct Validation {
     /// The step after which it was measured.
     pub step: u64,
-    /// Mean cross-entropy on held-out text.
+    /// Mean cross-entropy on held-out text, in nats per token.
     pub loss: f64,
 }
 
@@ -39,14 +41,14 @@ pub struct Tail {
 }
 
 impl Tail {
-    /// From the file's beginning.
+    /// From the beginning of the file.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
         Self { path, offset: 0, partial: String::new() }
     }
 
-    /// The complete lines that came since the last call. A file that shrank (a run that went back) is followed from
-    /// its new end.
+    /// The complete lines since the last call. A file that shrank, of a run that rolled back, is followed
+    /// from its new end.
     pub fn lines(&mut self) -> Vec<String> {
         let Ok(mut file) = File::open(&self.path) else { return Vec::new() };
         let length = file.metadata().map_or(0, |m| m.len());
@@ -66,30 +68,27 @@ impl Tail {
     }
 }
 
-/// The last validation figures of a run, first and last.
+/// The held-out losses of a run.
 #[must_use]
 pub fn validations(path: &Path) -> Vec<Validation> {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Seconds between two plain lines.
-const PLAIN_EVERY: Duration = Duration::from_secs(10);
-
-/// The display of a run.
+/// The progress display of a run, on standard error.
 #[derive(Debug)]
-pub struct Display {
+pub struct ProgressDisplay {
     bar: Option<ProgressBar>,
     steps: u64,
     quiet: bool,
-    last_plain: Instant,
-    /// The first step that was seen, and when.
+    last_line: Instant,
+    /// The first step of this process, and its time.
     first: Option<(u64, Instant)>,
-    last: Option<Seen>,
+    last: Option<StepMetrics>,
 }
 
-impl Display {
-    /// A display of a run of `steps`.
+impl ProgressDisplay {
+    /// A display of a run of `steps` steps.
     #[must_use]
     pub fn new(steps: u64, quiet: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
@@ -100,51 +99,54 @@ impl Display {
             );
             bar
         });
-        Self { bar, steps, quiet, last_plain: Instant::now(), first: None, last: None }
+        Self { bar, steps, quiet, last_line: Instant::now(), first: None, last: None }
     }
 
-    /// A line that stays.
-    pub fn say(&self, line: &str) {
+    /// Shows a line above the bar.
+    pub fn note(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None if !self.quiet => eprintln!("{line}"),
+            None if !self.quiet => output::note(line),
             None => {}
         }
     }
 
-    /// What the run waits for before its first step.
-    pub fn waiting(&self, what: &str) {
+    /// Shows what the run does before its first step.
+    pub fn phase(&self, phase: &str) {
         if let Some(bar) = &self.bar {
-            bar.set_message(what.to_owned());
+            bar.set_message(phase.to_owned());
             bar.tick();
         } else if !self.quiet {
-            eprintln!("{what}");
+            output::note(phase);
         }
     }
 
-    /// A step was committed.
-    pub fn step(&mut self, seen: Seen) {
-        let first = self.last.is_none();
-        self.last = Some(seen);
-        let Seen { step, loss, tokens_per_second, nodes } = seen;
+    /// Shows a committed step.
+    pub fn step(&mut self, metrics: StepMetrics) {
+        let is_first = self.last.is_none();
+        self.last = Some(metrics);
+        let StepMetrics { step, loss, tokens_per_second, nodes } = metrics;
         self.first.get_or_insert_with(|| (step, Instant::now()));
         let speed = tokens_per_second.unwrap_or_default();
         let message = format!("loss {loss:.4}  {speed:.0} tokens/s  {nodes} nodes");
         if let Some(bar) = &self.bar {
-            if first {
-                // Time left is guessed from the steps of this process only.
+            if is_first {
+                // The remaining time is estimated from the steps of this process only.
                 bar.set_position(step);
                 bar.reset_eta();
             }
             bar.set_position(step);
             bar.set_message(message);
-        } else if !self.quiet && (first || step == self.steps || self.last_plain.elapsed() >= PLAIN_EVERY) {
-            self.last_plain = Instant::now();
-            eprintln!("step {step}/{}  {message}{}", self.steps, self.time_left(step));
+            return;
+        }
+        let is_due = is_first || step == self.steps || self.last_line.elapsed() >= PROGRESS_INTERVAL;
+        if !self.quiet && is_due {
+            self.last_line = Instant::now();
+            output::note(format_args!("step {step}/{}  {message}{}", self.steps, self.time_left(step)));
         }
     }
 
-    /// Guessed from the steps that this process has seen.
+    /// The remaining time, estimated from the steps of this process.
     fn time_left(&self, step: u64) -> String {
         let Some((first, since)) = self.first.filter(|(first, _)| step > *first && step < self.steps) else {
             return String::new();
@@ -153,13 +155,13 @@ impl Display {
         format!("  {} left", indicatif::HumanDuration(Duration::from_secs_f64(seconds)))
     }
 
-    /// The last step that was seen.
+    /// The last committed step.
     #[must_use]
-    pub fn last(&self) -> Option<Seen> {
+    pub fn last(&self) -> Option<StepMetrics> {
         self.last
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

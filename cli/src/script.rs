@@ -1,7 +1,8 @@
-//! A scripted run: what happens to its processes, and at which step. The file holds `[[event]]` tables; see
+//! A script: faults and membership changes of a run at chosen steps. The file holds `[[event]]` tables; see
 //! `examples/events.toml`.
 
-use crate::config::{explain, nearest};
+use crate::document;
+use crate::limits::SCRIPT_EVENTS_MAX;
 use anyhow::{Context, bail};
 use serde::Deserialize;
 use std::collections::VecDeque;
@@ -10,63 +11,60 @@ use std::path::Path;
 use std::time::Duration;
 use volary_node::{FAULT_SECONDS_MAX, NetworkFault, is_fraction};
 
-/// How many events a script may have. What they write to one node fits its pipe, whether or not it is read.
-const EVENTS_MAX: usize = 1000;
-
-/// What happens.
+/// A change to the processes of a run or to their network.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(tag = "do", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Action {
-    /// The node's process is killed.
+    /// Kills a node's process.
     Kill {
-        /// Which one.
+        /// The node.
         node: String,
     },
-    /// The node's process stands still for a while.
+    /// Suspends a node's process for a time.
     Stop {
-        /// Which one.
+        /// The node.
         node: String,
-        /// For how long.
+        /// The duration.
         for_seconds: f64,
     },
-    /// The node gives away what it holds and leaves.
+    /// Drains a node: it hands its shards over and leaves.
     Drain {
-        /// Which one.
+        /// The node.
         node: String,
     },
-    /// One more node starts. (With braces, so that serde refuses keys that belong to others.)
+    /// Starts one more node. (With braces, so that serde refuses the keys of other actions.)
     Join {},
-    /// The supervisor's process is killed.
+    /// Kills the supervisor's process.
     KillSupervisor {},
-    /// Nothing passes between the node and anybody for a while.
+    /// Drops all packets to and from a node for a time.
     Partition {
-        /// Which one.
+        /// The node.
         node: String,
-        /// For how long.
+        /// The duration.
         for_seconds: f64,
     },
-    /// Nothing passes between two nodes for a while.
+    /// Drops all packets between two nodes for a time.
     Cut {
-        /// The one that is told.
+        /// The node that drops them.
         node: String,
-        /// The other.
+        /// The other node.
         peer: String,
-        /// For how long.
+        /// The duration.
         for_seconds: f64,
     },
-    /// The node loses a part of its packets for a while.
+    /// Drops a fraction of a node's packets for a time.
     Lose {
-        /// Which one.
+        /// The node.
         node: String,
-        /// Which part.
+        /// The fraction: more than 0, at most 1.
         fraction: f64,
-        /// For how long.
+        /// The duration.
         for_seconds: f64,
     },
 }
 
 impl Action {
-    /// The nodes that it names.
+    /// The names of its nodes.
     fn nodes(&self) -> Vec<&str> {
         match self {
             Self::Join {} | Self::KillSupervisor {} => vec![],
@@ -89,7 +87,7 @@ impl Action {
         }
     }
 
-    /// What no single key's type shows.
+    /// Checks bounds that the types do not express.
     fn check(&self) -> anyhow::Result<()> {
         if let Some(seconds) = self.seconds().filter(|s| !(*s >= 0.001 && *s <= FAULT_SECONDS_MAX)) {
             bail!("for_seconds = {seconds}: expected 0.001 to {FAULT_SECONDS_MAX}");
@@ -105,10 +103,10 @@ impl Action {
         }
     }
 
-    /// The node that a disturbance is told to, and the disturbance.
+    /// The network fault of this action, with the node that must inject it.
     #[must_use]
-    pub fn disturbance(&self) -> Option<(&str, NetworkFault)> {
-        // In bounds: check() has seen it.
+    pub fn network_fault(&self) -> Option<(&str, NetworkFault)> {
+        // In bounds: checked by check().
         let during = Duration::try_from_secs_f64(self.seconds()?).ok()?;
         match self {
             Self::Partition { node, .. } => Some((node, NetworkFault::Partition { during })),
@@ -140,78 +138,76 @@ impl fmt::Display for Action {
     }
 }
 
-/// An action and its time.
+/// An action and its step.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Event {
-    /// It happens as soon as this step is committed.
+pub struct ScriptEvent {
+    /// The action happens as soon as this step is committed.
     pub at_step: u64,
-    /// What happens.
+    /// The action.
     pub action: Action,
 }
 
-/// The events that are still to come, in order.
+/// The pending events, in order.
 #[derive(Debug, Default)]
 pub struct Script {
-    events: VecDeque<Event>,
+    events: VecDeque<ScriptEvent>,
 }
 
 impl Script {
-    /// Whether an event disturbs the network.
+    /// Whether an event injects a network fault.
     #[must_use]
-    pub fn disturbs(&self) -> bool {
-        self.events.iter().any(|event| event.action.disturbance().is_some())
+    pub fn has_network_faults(&self) -> bool {
+        self.events.iter().any(|event| event.action.network_fault().is_some())
     }
 
-    /// Reads the script of a run that starts with so many nodes.
+    /// Reads the script of a run that starts with `nodes` nodes.
     ///
     /// # Errors
-    /// One line that names the file, the event and what was expected.
+    /// One line that names the file, the event and the expected value.
     pub fn load(path: &Path, nodes: usize) -> anyhow::Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("events {}", path.display()))?;
         Self::parse(&text, &path.display().to_string(), nodes)
     }
 
-    /// As [`Script::load`], from text; `name` is what errors call it.
+    /// As [`Script::load`], from text; errors call it `name`.
     ///
     /// # Errors
     /// As [`Script::load`].
     pub fn parse(text: &str, name: &str, nodes: usize) -> anyhow::Result<Self> {
-        let mut table: toml::Table =
-            toml::from_str(text).map_err(|error| anyhow::anyhow!("{}", explain(name, text, &error)))?;
+        let mut table: toml::Table = document::parse(text, name)?;
         let Some(toml::Value::Array(tables)) = table.remove("event") else {
             bail!("{name}: expected [[event]] tables");
         };
         if let Some(key) = table.keys().next() {
             bail!("{name}: unknown key `{key}`: expected only [[event]] tables");
         }
-        if tables.len() > EVENTS_MAX {
-            bail!("{name}: {} events: expected at most {EVENTS_MAX}", tables.len());
+        if tables.len() > SCRIPT_EVENTS_MAX {
+            bail!("{name}: {} events: expected at most {SCRIPT_EVENTS_MAX}", tables.len());
         }
         let mut events = Vec::with_capacity(tables.len());
         for (number, table) in (1..).zip(tables) {
             let event = event(table).with_context(|| format!("{name}, event {number}"))?;
             events.push((number, event));
         }
-        // A stable sort: events of one step happen as they are written.
+        // A stable sort: events of one step happen in the order of the file.
         events.sort_by_key(|(_, event)| event.at_step);
-        check_names(&events, nodes)
-            .map_err(|(number, reason)| anyhow::anyhow!("{name}, event {number}: {reason}"))?;
+        check_names(&events, nodes, name)?;
         Ok(Self { events: events.into_iter().map(|(_, event)| event).collect() })
     }
 
-    /// The next event that is due when `step` is the last committed one. Call it until there is none.
-    pub fn due(&mut self, step: u64) -> Option<Event> {
+    /// The next event that is due after `step`, the last committed one. Call it until it returns `None`.
+    pub fn due(&mut self, step: u64) -> Option<ScriptEvent> {
         let due = self.events.front().is_some_and(|event| event.at_step <= step);
         if due { self.events.pop_front() } else { None }
     }
 
-    /// What is still to come.
-    pub fn pending(&self) -> impl ExactSizeIterator<Item = &Event> {
+    /// The pending events.
+    pub fn pending(&self) -> impl ExactSizeIterator<Item = &ScriptEvent> {
         self.events.iter()
     }
 }
 
-fn event(table: toml::Value) -> anyhow::Result<Event> {
+fn event(table: toml::Value) -> anyhow::Result<ScriptEvent> {
     let toml::Value::Table(mut table) = table else { bail!("expected a table: [[event]]") };
     let at_step =
         table.remove("at_step").context("missing field `at_step`: expected a step, 0 for the start")?;
@@ -219,27 +215,24 @@ fn event(table: toml::Value) -> anyhow::Result<Event> {
         .as_integer()
         .and_then(|step| u64::try_from(step).ok())
         .with_context(|| format!("at_step = {at_step}: expected a step, 0 for the start"))?;
-    let what = table.get("do").and_then(toml::Value::as_str).map(|what| format!("do = {what:?}: "));
-    let action: Action = toml::Value::Table(table).try_into().map_err(|error: toml::de::Error| {
-        anyhow::anyhow!("{}{}", what.unwrap_or_default(), nearest(error.message()))
-    })?;
+    let action = table.get("do").and_then(toml::Value::as_str).map(|name| format!("do = {name:?}: "));
+    let action: Action = document::convert(table.into())
+        .map_err(|error| anyhow::anyhow!("{}{error}", action.unwrap_or_default()))?;
     action.check()?;
-    Ok(Event { at_step, action })
+    Ok(ScriptEvent { at_step, action })
 }
 
-/// Every node that is named must be there by then: one of the first, or a joiner, which are counted on in their order.
-fn check_names(events: &[(usize, Event)], nodes: usize) -> Result<(), (usize, String)> {
-    let mut there = nodes;
-    for (number, Event { at_step, action }) in events {
-        there += usize::from(*action == Action::Join {});
+/// Checks that every named node exists at its event: one of the first nodes, or one that joined before. Nodes
+/// that join continue the numbering.
+fn check_names(events: &[(usize, ScriptEvent)], nodes: usize, file: &str) -> anyhow::Result<()> {
+    let mut existing = nodes;
+    for (number, ScriptEvent { at_step, action }) in events {
+        existing += usize::from(*action == Action::Join {});
         for name in action.nodes() {
-            if !(1..=there).any(|number| name == node_name(number)) {
-                return Err((
-                    *number,
-                    format!(
-                        "{name:?}: expected node-1 to node-{there}, the nodes there are at step {at_step}"
-                    ),
-                ));
+            if !(1..=existing).any(|number| name == node_name(number)) {
+                bail!(
+                    "{file}, event {number}: {name:?}: expected node-1 to node-{existing}, the nodes at step {at_step}"
+                );
             }
         }
     }

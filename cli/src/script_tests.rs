@@ -1,4 +1,4 @@
-//! Scripts, good and bad.
+//! Valid and invalid scripts.
 
 use super::*;
 
@@ -53,11 +53,11 @@ fn error(text: &str) -> String {
 }
 
 #[test]
-fn events_come_in_the_order_of_their_steps_and_within_a_step_as_written() {
+fn events_are_due_in_the_order_of_steps_and_within_a_step_in_the_order_of_the_file() {
     let mut script = Script::parse(ALL, "e.toml", 3).expect("a script");
     assert_eq!(due(&mut script, 0), ["lose 0.3 of the packets of node-3 for 1.5 s"]);
     assert!(due(&mut script, 1).is_empty());
-    // Steps that went by unseen lose no event.
+    // Skipped steps lose no event.
     assert_eq!(due(&mut script, 4), ["kill node-2", "join", "stop node-4 for 3 s", "drain node-1"]);
     assert_eq!(script.pending().len(), 3);
     assert_eq!(
@@ -68,18 +68,18 @@ fn events_come_in_the_order_of_their_steps_and_within_a_step_as_written() {
 }
 
 #[test]
-fn what_disturbs_links_becomes_a_line_for_one_node() {
+fn a_network_fault_is_a_line_for_one_node() {
     let script = Script::parse(ALL, "e.toml", 3).expect("a script");
     let lines: Vec<String> = script
         .pending()
-        .filter_map(|event| event.action.disturbance())
-        .map(|(node, disturbance)| format!("{node}: {disturbance}"))
+        .filter_map(|event| event.action.network_fault())
+        .map(|(node, fault)| format!("{node}: {fault}"))
         .collect();
     assert_eq!(lines, ["node-3: lose 0.3 1500", "node-3: partition 250", "node-3: cut node-4 1500"]);
 }
 
 #[test]
-fn a_bad_event_names_file_event_and_what_was_expected() {
+fn an_invalid_event_names_file_event_and_the_expected_value() {
     let good = "[[event]]\nat_step = 1\ndo = \"join\"\n";
     let cases = [
         ("do = \"kill\"\nnode = \"node-1\"", "missing field `at_step`"),
@@ -134,20 +134,20 @@ fn a_bad_event_names_file_event_and_what_was_expected() {
 }
 
 #[test]
-fn a_file_that_is_no_script_names_itself() {
+fn a_file_that_is_not_a_script_is_named() {
     assert_eq!(error(""), "e.toml: expected [[event]] tables");
     assert_eq!(error("event = 3"), "e.toml: expected [[event]] tables");
     assert_eq!(error("event = [3]"), "e.toml, event 1: expected a table: [[event]]");
     assert!(error("[[event]]\nat_step = 1\ndo = \"join\"\n[run]\n").contains("unknown key `run`"));
     assert!(error("[[event]]\nat_step = = 1").starts_with("e.toml, line 2"));
-    let many = "[[event]]\nat_step = 1\ndo = \"join\"\n".repeat(EVENTS_MAX + 1);
+    let many = "[[event]]\nat_step = 1\ndo = \"join\"\n".repeat(SCRIPT_EVENTS_MAX + 1);
     assert_eq!(error(&many), "e.toml: 1001 events: expected at most 1000");
     let missing = Script::load(Path::new("no/such.toml"), 3).expect_err("an error");
     assert!(format!("{missing:#}").starts_with("events no/such.toml: "));
 }
 
 #[test]
-fn the_example_is_a_script_for_the_quickstart() {
+fn the_example_is_a_valid_script_for_the_quickstart() {
     let example = include_str!("../../examples/events.toml");
     assert!(Script::parse(example, "events.toml", 3).expect("a script").pending().len() >= 5);
 }

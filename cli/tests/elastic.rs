@@ -1,10 +1,12 @@
-//! Elasticity is invisible to the mathematics: the same bits from any number of nodes, through kills and resumptions.
+//! Elasticity does not change the mathematics: the same bits on any number of nodes, with kills and
+//! resumptions.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 mod common;
 
 use common::{Guard, World, alive, lines, signal, text, until, volary};
 use std::time::Duration;
+use volary_core::{LayerId, LayerRange};
 
 const LONG: Duration = Duration::from_secs(120);
 
@@ -21,12 +23,12 @@ fn one_two_three_and_five_nodes_give_the_same_losses_and_weights_to_the_bit() {
         assert_eq!(world.digest(&format!("n{nodes}")), digest, "{nodes} nodes");
         assert_eq!(world.metrics(&format!("n{nodes}"))[0]["nodes"].to_string(), nodes);
     }
-    // Sums that go over several nodes do not show.
+    // Nor do sums over several nodes change them,
     let tree =
         ["--nodes", "5", "--dir", "runs/tree", "--quiet", "--threads", "1", "--set", "cluster.fan_in=2"];
     world.run_train(&tree);
     assert_eq!((world.curve("tree"), world.digest("tree")), (curve.clone(), digest.clone()));
-    // Replication and threads do not show either.
+    // nor replication and threads.
     world.run_train(&[
         "--nodes",
         "3",
@@ -42,7 +44,7 @@ fn one_two_three_and_five_nodes_give_the_same_losses_and_weights_to_the_bit() {
 }
 
 #[test]
-fn adamw_and_dropped_tokens_are_as_invisible_as_the_default() {
+fn adamw_and_dropped_tokens_give_the_same_bits_on_any_number_of_nodes() {
     let world = World::new();
     let set = [
         "--set",
@@ -67,7 +69,7 @@ fn adamw_and_dropped_tokens_are_as_invisible_as_the_default() {
 }
 
 #[test]
-fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed() {
+fn after_sigkill_of_all_processes_a_resumed_run_equals_an_undisturbed_one() {
     let world = World::new();
     let long = ["--set", "training.steps=60", "--set", "checkpoint.every=8", "--quiet"];
     let args = |dir| [&["--nodes", "2", "--dir", dir], long.as_slice()].concat();
@@ -76,34 +78,36 @@ fn after_kill_9_of_everything_a_resumed_run_equals_the_one_that_was_never_killed
     let metrics = world.path("runs/killed/metrics.jsonl");
     until("a step", LONG, || lines(&metrics) >= 1);
     let pids = status_pids(&world, "runs/killed");
-    until("a checkpoint and some steps more", LONG, || lines(&metrics) >= 11);
-    // First the one that would start a supervisor again.
+    until("a checkpoint and some more steps", LONG, || lines(&metrics) >= 11);
+    // First the process that would restart the supervisor.
     let all = [vec![u64::from(train.0.id())], pids].concat();
     all.iter().for_each(|&pid| signal(pid as u32, "-9"));
     let _ = train.wait(LONG);
     until("all are dead", LONG, || !all.iter().any(|&pid| alive(pid)));
-    assert!(lines(&metrics) < 60, "it was killed in the middle");
+    assert!(lines(&metrics) < 60, "killed before its end");
     world.run_train(&[args("runs/killed"), vec!["--resume"]].concat());
     assert_eq!(world.curve("killed"), world.curve("quiet"));
     assert_eq!(world.digest("killed"), world.digest("quiet"));
 }
 
-/// Costs of the tiny model, as the planner counts them: what each node may have of it is chosen by them.
+/// The planner's costs of the tiny model, from which the memory limits of the nodes follow.
 fn tiny_costs(world: &World) -> volary_core::costs::Costs {
     let config = volary_cli::config::Config::load(&world.path("tiny.toml"), &[]).expect("a configuration");
     volary_core::costs::Costs::new(&config.model, &config.training)
 }
 
 #[test]
-fn a_model_that_fits_no_node_is_spread_over_stages_and_gives_the_same_bits() {
+fn a_model_that_fits_no_node_runs_in_stages_with_the_same_bits() {
     let world = World::new();
     let costs = tiny_costs(&world);
-    // Half the layers, and two copies of all experts on four nodes; not all layers.
-    let half = costs.layers() / 2;
+    // Room for half of the layers, and for two replicas of all experts on four nodes; not for all layers.
+    let half = LayerId(costs.layers() / 2);
+    let all = costs.all_layers();
+    let [front, back] = [LayerRange { end: half, ..all }, LayerRange { start: half, ..all }];
     let experts = costs.moe_layers.len() * costs.experts;
-    let room = costs.stage_bytes(0..half, 2).max(costs.stage_bytes(half..costs.layers(), 2))
+    let room = costs.stage_bytes(front, 2).max(costs.stage_bytes(back, 2))
         + (experts as u64 * 2).div_ceil(3) * costs.expert_bytes;
-    assert!(room < costs.stage_bytes(0..costs.layers(), 2), "{costs:?}");
+    assert!(room < costs.stage_bytes(all, 2), "{costs:?}");
     let steps = ["--set", "training.steps=30", "--set", "checkpoint.every=100", "--threads", "1", "--quiet"];
     world.run_train(&[&["--nodes", "1", "--dir", "runs/whole"], steps.as_slice()].concat());
     let memory = room.to_string();
@@ -122,13 +126,13 @@ fn a_model_that_fits_no_node_is_spread_over_stages_and_gives_the_same_bits() {
 }
 
 #[test]
-fn a_node_without_room_for_layers_hosts_experts_and_does_not_show() {
+fn a_node_without_room_for_layers_hosts_experts_with_the_same_bits() {
     let world = World::new();
     let costs = tiny_costs(&world);
     let few = costs.expert_bytes * 3;
     let steps = ["--threads", "1", "--quiet"];
     world.run_train(&[&["--nodes", "1", "--dir", "runs/whole"], steps.as_slice()].concat());
-    // The second one has no room for anything: it is a member that holds nothing.
+    // In the second run a node has no room for anything: it is a member without shards.
     for (run, memory) in [("host", format!("1GiB,{few}")), ("spare", "1GiB,1".to_owned())] {
         let dir = format!("runs/{run}");
         world.run_train(&[&["--nodes", "2", "--dir", &dir, "--memory", &memory], steps.as_slice()].concat());
@@ -139,7 +143,7 @@ fn a_node_without_room_for_layers_hosts_experts_and_does_not_show() {
     }
 }
 
-/// The supervisor's and the nodes' processes.
+/// The process numbers of the supervisor and the nodes.
 fn status_pids(world: &World, dir: &str) -> Vec<u64> {
     let output = volary()
         .current_dir(world.dir.path())
@@ -153,7 +157,7 @@ fn status_pids(world: &World, dir: &str) -> Vec<u64> {
 }
 
 #[test]
-fn a_node_killed_in_the_middle_costs_no_committed_step_and_does_not_show() {
+fn a_killed_node_loses_no_committed_step_and_gives_the_same_bits() {
     let world = World::new();
     let long = ["--set", "training.steps=60", "--set", "checkpoint.every=100", "--quiet"];
     let args = |dir| [&["--nodes", "3", "--dir", dir], long.as_slice()].concat();
@@ -171,7 +175,7 @@ fn a_node_killed_in_the_middle_costs_no_committed_step_and_does_not_show() {
 }
 
 #[test]
-fn an_interrupt_writes_a_checkpoint_and_leaves_no_process_behind() {
+fn an_interrupt_writes_a_checkpoint_and_ends_all_processes() {
     let world = World::new();
     let mut train =
         Guard::start(&mut world.train(&["--set", "training.steps=100000", "--dir", "runs/r", "--quiet"]));

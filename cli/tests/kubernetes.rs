@@ -1,5 +1,6 @@
-//! The chart, rendered by the real Helm, 3 and 4: every manifest against the API's own types, bad values refused, and what it
-//! renders run by the real binary. Skipped with a message where there is no Helm (`make setup-tools`).
+//! The chart, rendered by Helm 3 and 4: manifests are checked with the types of the API, invalid values are
+//! refused, and the binary runs the rendered arguments. Skipped with a message without Helm (`make
+//! setup-tools`).
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;
@@ -20,7 +21,7 @@ use std::time::Duration;
 
 const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
-/// The Helms of this machine.
+/// The installed versions of Helm.
 fn helms() -> Vec<PathBuf> {
     let all = ["3", "4"].map(|version| Path::new(ROOT).join(format!(".tools/helm{version}/helm")));
     let there: Vec<PathBuf> = all.into_iter().filter(|path| path.exists()).collect();
@@ -35,7 +36,7 @@ fn helm(path: &Path, args: &[&str]) -> (bool, String) {
     (output.status.success(), text(&output.stdout) + &text(&output.stderr))
 }
 
-/// What is rendered: the defaults, all of the examples, and everything that is off by default.
+/// The values to render: the defaults, all examples, and all options that are off by default.
 fn cases() -> Vec<Vec<String>> {
     let mut cases = vec![vec![]];
     for entry in std::fs::read_dir(Path::new(ROOT).join("examples")).expect("examples") {
@@ -62,7 +63,7 @@ fn render(path: &Path, case: &[String]) -> Vec<Value> {
     documents.map(|one| Value::deserialize(one).expect("YAML")).filter(|one| !one.is_null()).collect()
 }
 
-/// A ServiceMonitor, as far as the chart uses it: the API's own types do not have it.
+/// The part of a ServiceMonitor that the chart uses; the types of the API do not have it.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 struct ServiceMonitor {
@@ -93,7 +94,7 @@ struct Scraped {
     _interval: String,
 }
 
-/// A manifest as its type reads it; a field that the type does not know is an error.
+/// A manifest as its type; a field that the type does not have is an error.
 fn strict<T: DeserializeOwned>(manifest: &Value) -> Result<T, String> {
     let mut unknown = Vec::new();
     let read = serde_ignored::deserialize(manifest.clone(), |path| unknown.push(path.to_string()));
@@ -101,7 +102,7 @@ fn strict<T: DeserializeOwned>(manifest: &Value) -> Result<T, String> {
     if unknown.is_empty() { Ok(read) } else { Err(format!("unknown fields: {}", unknown.join(", "))) }
 }
 
-/// Checks a manifest by its kind, and returns the pod that it makes, if it makes one.
+/// Checks a manifest by its kind, and returns the pod that it creates, if any.
 fn check(manifest: &Value) -> Result<Option<PodSpec>, String> {
     let pod = |template: Option<PodSpec>| template.ok_or_else(|| "no pod".to_owned()).map(Some);
     match manifest["kind"].as_str().unwrap_or_default() {
@@ -123,7 +124,7 @@ fn check(manifest: &Value) -> Result<Option<PodSpec>, String> {
 }
 
 #[test]
-fn every_case_passes_a_strict_lint_and_every_manifest_its_type() {
+fn all_values_pass_a_strict_lint_and_all_manifests_match_their_types() {
     for helm_path in helms() {
         for case in cases() {
             let mut args = vec!["lint", "--strict", "charts/volary"];
@@ -144,18 +145,18 @@ fn every_case_passes_a_strict_lint_and_every_manifest_its_type() {
     }
 }
 
-/// No root, no writing to the root file system, no capabilities, no token of the API, bounded memory.
+/// No root, a read-only root file system, no capabilities, no token of the API, bounded memory.
 fn is_confined(pod: &PodSpec) {
     assert_eq!(pod.automount_service_account_token, Some(false));
     let security = pod.security_context.as_ref().expect("a security context");
     assert_eq!(security.run_as_non_root, Some(true));
     for container in &pod.containers {
-        let own = container.security_context.as_ref().expect("a security context");
+        let security = container.security_context.as_ref().expect("a security context");
         assert_eq!(
-            (own.read_only_root_filesystem, own.allow_privilege_escalation),
+            (security.read_only_root_filesystem, security.allow_privilege_escalation),
             (Some(true), Some(false))
         );
-        let dropped = own.capabilities.as_ref().and_then(|all| all.drop.clone());
+        let dropped = security.capabilities.as_ref().and_then(|all| all.drop.clone());
         assert_eq!(dropped, Some(vec!["ALL".to_owned()]), "{}", container.name);
         let limits = container.resources.as_ref().and_then(|all| all.limits.clone()).expect("limits");
         assert!(limits.contains_key("memory"), "{}", container.name);
@@ -163,7 +164,7 @@ fn is_confined(pod: &PodSpec) {
 }
 
 #[test]
-fn the_check_itself_finds_a_misspelt_field() {
+fn the_check_finds_a_misspelled_field() {
     let good = "apiVersion: v1\nkind: Service\nmetadata: { name: a }\nspec: { clusterIP: None }\n";
     let bad = good.replace("clusterIP", "clusterIp");
     assert!(check(&serde_yaml_ng::from_str(good).expect("YAML")).is_ok());
@@ -173,7 +174,7 @@ fn the_check_itself_finds_a_misspelt_field() {
 }
 
 #[test]
-fn bad_values_are_refused() {
+fn invalid_values_are_refused() {
     let bad = [
         "nodePools.cpu.replcas=3",
         "nodePools.cpu.replicas=three",
@@ -194,7 +195,7 @@ fn bad_values_are_refused() {
     for path in helms() {
         for set in bad {
             let (good, output) = helm(&path, &["template", "demo", "charts/volary", "--set", set]);
-            assert!(!good && output.contains("Error"), "{set} was taken: {output}");
+            assert!(!good && output.contains("Error"), "{set} was accepted: {output}");
         }
     }
 }
@@ -242,10 +243,10 @@ fn quic_never_goes_through_a_cluster_ip_and_nodes_never_see_the_authoritys_key()
     }
 }
 
-/// The rendered configuration, identity and arguments, with ports and folders of this machine in the places of the cluster's. The
-/// supervisor is stopped in the middle and started again, as Kubernetes does when it moves a pod: the run goes on.
+/// The rendered configuration, identity and arguments, with ports and folders of this machine instead of the
+/// cluster's. The supervisor restarts in the middle, as when Kubernetes moves a pod, and the run continues.
 #[test]
-fn the_real_binary_runs_what_is_rendered() {
+fn the_binary_runs_the_rendered_arguments() {
     let Some(path) = helms().pop() else { return };
     let manifests = render(&path, &[]);
     let folder = tempfile::tempdir().expect("a folder");
@@ -258,7 +259,7 @@ fn the_real_binary_runs_what_is_rendered() {
         std::fs::write(place("identity").join(key), value).expect("a file");
     }
     let data = find(&manifests, "ConfigMap", "demo-data")["data"]["demo.txt"].as_str().expect("text");
-    // One file is no more than a handful of sequences.
+    // One file is only a few sequences.
     (0..40).for_each(|n| {
         std::fs::write(place("inline").join(format!("{n}.txt")), format!("{n}\n{data}\n{n}"))
             .expect("a file");
@@ -266,7 +267,7 @@ fn the_real_binary_runs_what_is_rendered() {
     let config = find(&manifests, "ConfigMap", "demo-run")["data"]["run.toml"].as_str().expect("text");
     let config = config.replace("/data/inline", &place("inline").display().to_string());
     std::fs::write(place("run.toml"), &config).expect("a file");
-    let parsed = volary_cli::config::Config::load(&place("run.toml"), &[]).expect("the real loader takes it");
+    let parsed = volary_cli::config::Config::load(&place("run.toml"), &[]).expect("a valid configuration");
     assert_eq!(parsed.run.name, "demo");
 
     let (quic, http) = (free_port(), free_port());
@@ -302,11 +303,11 @@ fn the_real_binary_runs_what_is_rendered() {
     assert!(status.status.success(), "as NOTES.txt says: {}", text(&status.stderr));
     common::signal(supervisor.0.id(), "-TERM");
     assert!(supervisor.wait(Duration::from_secs(60)).success());
-    assert!(steps() < 60, "it ended in the middle");
+    assert!(steps() < 60, "it ended before the last step");
     let mut supervisor = start_supervisor();
     until("all steps", Duration::from_secs(120), || steps() == 60);
     std::thread::sleep(Duration::from_secs(2));
-    assert!(supervisor.0.try_wait().expect("a status").is_none(), "its page stays");
+    assert!(supervisor.0.try_wait().expect("a status").is_none(), "its dashboard stays");
     common::signal(supervisor.0.id(), "-TERM");
     assert!(supervisor.wait(Duration::from_secs(60)).success());
     let events = std::fs::read_to_string(place("run/events.jsonl")).expect("events");
@@ -315,7 +316,7 @@ fn the_real_binary_runs_what_is_rendered() {
 }
 
 #[test]
-fn the_charts_readme_is_what_its_values_say() {
+fn the_charts_readme_matches_its_values() {
     let output = Command::new("python3").current_dir(ROOT).args(["scripts/chart-readme", "--check"]).output();
     let Ok(output) = output else { return eprintln!("skipped: no Python on this machine") };
     assert!(output.status.success(), "{}", text(&output.stderr));

@@ -1,4 +1,4 @@
-//! Scripted runs: trouble at chosen steps, which the mathematics does not see.
+//! Scripted runs: faults at chosen steps, which do not change the mathematics.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;
@@ -23,7 +23,7 @@ fn args<'a>(dir: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[test]
-fn a_script_that_kills_joins_and_stops_does_not_show_in_the_weights() {
+fn a_script_that_kills_joins_and_stops_gives_the_same_weights() {
     let world = World::new();
     world.run_train(&args("runs/quiet", &["--quiet"]));
     write(
@@ -47,16 +47,16 @@ do = "kill-supervisor"
 "#,
     );
     let output = world.run_train(&args("runs/scripted", &["--events", "events.toml"]));
-    let said = text(&output.stderr);
+    let stderr = text(&output.stderr);
     let expected = [
         "step 3: join",
         "step 6: kill node-2",
         "node-2 ended (signal: 9 (SIGKILL))",
         "step 10: stop node-1 for 0.3 s",
-        "never came: step 31: kill the supervisor",
+        "not reached: step 31: kill the supervisor",
     ];
     for line in expected {
-        assert!(said.contains(line), "{line} was not said:\n{said}");
+        assert!(stderr.contains(line), "{line} is missing in\n{stderr}");
     }
     assert_eq!(world.curve("scripted"), world.curve("quiet"));
     assert_eq!(world.digest("scripted"), world.digest("quiet"));
@@ -65,25 +65,25 @@ do = "kill-supervisor"
 }
 
 #[test]
-fn with_respawn_a_killed_node_comes_back_under_its_name() {
+fn with_respawn_a_killed_node_restarts_under_its_name() {
     let world = World::new();
     write(&world, "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-2\"\n");
     let output = world.run_train(&args("runs/r", &["--events", "events.toml", "--respawn"]));
-    let said = text(&output.stderr);
-    assert!(said.contains("node-2 ended (signal: 9 (SIGKILL)): it starts again"), "{said}");
+    let stderr = text(&output.stderr);
+    assert!(stderr.contains("node-2 ended (signal: 9 (SIGKILL)): restarting"), "{stderr}");
     let events = events(&world, "r", "node-2");
     assert!(events.contains("lost"), "{events}");
-    assert_eq!(events.matches("\"event\":\"joined\"").count(), 2, "{events}\n{said}\n{}", world.logs());
+    assert_eq!(events.matches("\"event\":\"joined\"").count(), 2, "{events}\n{stderr}\n{}", world.logs());
 }
 
 #[test]
-fn a_bad_script_is_refused_before_anything_starts() {
+fn an_invalid_script_is_refused_before_anything_starts() {
     let world = World::new();
     write(&world, "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-3\"\n");
     let args = ["train", "tiny.toml", "--nodes", "2", "--dir", "runs/r", "--events", "events.toml"];
     assert_eq!(
         world.fails(&args),
-        "volary: events.toml, event 1: \"node-3\": expected node-1 to node-2, the nodes there are at step 3"
+        "volary: events.toml, event 1: \"node-3\": expected node-1 to node-2, the nodes at step 3"
     );
     assert!(!world.path("runs/r").exists());
 }

@@ -1,4 +1,5 @@
-//! Who gets in and who does not, on real processes; and a run that goes on whatever strangers do at its doors.
+//! Authentication and authorization on real processes, and a run that continues whatever unauthenticated
+//! peers send.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;
@@ -34,8 +35,8 @@ impl Running {
         self.contact["address"].as_str().expect("an address")
     }
 
-    fn page(&self) -> &str {
-        self.contact["http"].as_str().expect("a page")
+    fn dashboard(&self) -> &str {
+        self.contact["http"].as_str().expect("a dashboard")
     }
 
     fn token_command(&self, args: &[&str]) -> (bool, String) {
@@ -68,14 +69,15 @@ impl Running {
         nodes.iter().map(|node| (text(node, "name"), text(node, "zone"))).collect()
     }
 
-    fn refused(&self) -> f64 {
-        let mut stream = TcpStream::connect(self.page()).expect("a connection");
+    fn refusals(&self) -> f64 {
+        let mut stream = TcpStream::connect(self.dashboard()).expect("a connection");
         stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a timeout");
-        let request = format!("GET /metrics HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.page());
+        let request =
+            format!("GET /metrics HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.dashboard());
         stream.write_all(request.as_bytes()).expect("a request");
         let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("figures");
-        let line = answer.lines().find(|line| line.starts_with("volary_refused_total "));
+        stream.read_to_string(&mut answer).expect("metrics");
+        let line = answer.lines().find(|line| line.starts_with("volary_refusals_total "));
         line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok()).expect("a count")
     }
 
@@ -83,45 +85,45 @@ impl Running {
         lines(&self.world.path("runs/r/metrics.jsonl"))
     }
 
-    fn goes_on(&self) {
+    fn check_progress(&self) {
         let before = self.steps();
         until("more steps", LONG, || self.steps() >= before + 3);
     }
 }
 
 #[test]
-fn tokens_let_in_as_many_as_they_say_for_as_long_as_they_say() {
+fn access_tokens_admit_as_many_nodes_for_as_long_as_they_allow() {
     let running = running(&[]);
     let once = running.create(&["--uses", "1", "--ttl", "1h", "--labels", "zone=rack-9,owner=lab"]);
     let _first = Guard::start(&mut running.node("first", &once));
-    until("it has joined", LONG, || running.nodes().contains(&("first".into(), "rack-9".into())));
+    until("the node has joined", LONG, || running.nodes().contains(&("first".into(), "rack-9".into())));
     let second = running.node("second", &once).output().expect("the binary");
-    assert!(!second.status.success() && text(&second.stderr).contains("as often as it may be"), "{second:?}");
+    assert!(!second.status.success() && text(&second.stderr).contains("has no uses left"), "{second:?}");
     let (_, list) = running.token_command(&["list"]);
     let id = once.split('.').nth(2).expect("an id");
-    let line = list.lines().find(|line| line.contains(id)).expect("the token");
+    let line = list.lines().find(|line| line.contains(id)).expect("the access token");
     assert!(line.contains("0 uses left") && line.contains("zone=rack-9,owner=lab"), "{line}");
     assert!(!list.contains(once.rsplit('.').next().expect("a secret")), "secrets are not listed");
 
-    let gone = running.create(&[]);
-    let (good, said) = running.token_command(&["revoke", gone.split('.').nth(2).expect("an id")]);
-    assert!(good, "{said}");
-    let third = running.node("third", &gone).output().expect("the binary");
+    let revoked = running.create(&[]);
+    let (good, output) = running.token_command(&["revoke", revoked.split('.').nth(2).expect("an id")]);
+    assert!(good, "{output}");
+    let third = running.node("third", &revoked).output().expect("the binary");
     assert!(!third.status.success() && text(&third.stderr).contains("revoked"), "{third:?}");
     let short = running.create(&["--ttl", "1ms"]);
     let fourth = running.node("fourth", &short).output().expect("the binary");
     assert!(!fourth.status.success() && text(&fourth.stderr).contains("expired"), "{fourth:?}");
-    // A token to look is none to join or operate with.
+    // A viewer's access token does not admit a node.
     let viewer = running.create(&["--role", "viewer"]);
     assert!(!running.node("fifth", &viewer).output().expect("the binary").status.success());
     for bad in [["create", "--ttl", "soon"], ["create", "--uses", "0"], ["create", "--labels", "x"]] {
-        let (good, said) = running.token_command(&bad);
-        assert!(!good && said.contains("error: invalid value"), "{said}");
+        let (good, output) = running.token_command(&bad);
+        assert!(!good && output.contains("error: invalid value"), "{output}");
     }
 }
 
 #[test]
-fn certificates_are_renewed_and_outlive_a_supervisor_without_showing() {
+fn certificates_are_renewed_and_survive_a_supervisor_with_the_same_bits() {
     let world = World::new();
     let events = "[[event]]\nat_step = 30\ndo = \"kill-supervisor\"\n";
     std::fs::write(world.path("events.toml"), events).expect("a file");
@@ -132,30 +134,30 @@ fn certificates_are_renewed_and_outlive_a_supervisor_without_showing() {
     world.run_train(&[&args[..], &short].concat());
     assert_eq!((world.curve("r"), world.digest("r")), (world.curve("quiet"), world.digest("quiet")));
     let logs = world.logs();
-    assert!(logs.matches("this node's certificate was renewed").count() >= 2, "{logs}");
+    assert!(logs.matches("certificate renewed").count() >= 2, "{logs}");
 }
 
 #[test]
-fn a_run_goes_on_undisturbed_whatever_strangers_do_at_its_doors() {
+fn a_run_continues_undisturbed_whatever_unauthenticated_peers_send() {
     let running = running(&[]);
-    let before = running.refused();
-    // Datagrams that are no QUIC.
+    let before = running.refusals();
+    // Datagrams that are not QUIC.
     let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
     for round in 0..2_000usize {
         let bytes: Vec<u8> = (0..1 + round % 1_300).map(|i| (i * 31 + round) as u8).collect();
         let _ = socket.send_to(&bytes, running.address());
     }
-    // Tokens of nobody, and of another cluster.
-    let strange = format!("volary1.{}.00000000.{}", "ab".repeat(32), "cd".repeat(32));
+    // Access tokens of another cluster, and with an unknown id.
+    let foreign = format!("volary1.{}.00000000.{}", "ab".repeat(32), "cd".repeat(32));
     let fingerprint = running.create(&[]).split('.').nth(1).expect("a fingerprint").to_owned();
     let guessed = format!("volary1.{fingerprint}.0011223344556677.{}", "cd".repeat(32));
-    for token in [strange, guessed] {
+    for token in [foreign, guessed] {
         let node = running.node("stranger", &token).output().expect("the binary");
         assert!(!node.status.success(), "{node:?}");
     }
-    // HTTP: rubbish, a body that never comes, heads without end, and more connections than are taken up.
+    // HTTP: garbage, a missing body, an endless head, and more connections than are accepted.
     let send = |bytes: &[u8]| {
-        let mut stream = TcpStream::connect(running.page()).expect("a connection");
+        let mut stream = TcpStream::connect(running.dashboard()).expect("a connection");
         let _ = stream.write_all(bytes);
         stream
     };
@@ -169,10 +171,10 @@ fn a_run_goes_on_undisturbed_whatever_strangers_do_at_its_doors() {
             _ => send(b"GET /api/sta"),
         })
         .collect();
-    running.goes_on();
+    running.check_progress();
     drop(held);
-    assert!(running.refused() > before, "strangers are counted");
-    running.goes_on();
+    assert!(running.refusals() > before, "refusals are counted");
+    running.check_progress();
     let events = std::fs::read_to_string(running.world.path("runs/r/events.jsonl")).expect("events");
     assert!(!events.contains("\"lost\"") && !events.contains("\"aborted\""), "{events}");
 }
@@ -183,12 +185,12 @@ fn files(folder: &Path) -> Vec<std::path::PathBuf> {
 }
 
 #[test]
-fn secrets_are_the_owners_alone_and_stand_in_no_log_or_event() {
+fn secrets_are_readable_by_the_owner_only_and_are_in_no_log_or_event() {
     let running = running(&[]);
-    let made = running.create(&[]);
-    running.goes_on();
+    let created = running.create(&[]);
+    running.check_progress();
     let identity = running.world.path("runs/r/identity");
-    let mut secrets = vec![made];
+    let mut secrets = vec![created];
     for file in files(&identity) {
         let mode = std::fs::metadata(&file).expect("a file").permissions().mode() & 0o777;
         assert_eq!(mode, 0o600, "{}", file.display());
@@ -196,7 +198,7 @@ fn secrets_are_the_owners_alone_and_stand_in_no_log_or_event() {
             secrets.push(text);
         }
     }
-    assert!(secrets.len() >= 5, "a key and three tokens");
+    assert!(secrets.len() >= 5, "a key and three access tokens");
     for file in files(&running.world.path("runs/r")).iter().filter(|file| !file.starts_with(&identity)) {
         let bytes = std::fs::read(file).unwrap_or_default();
         let content = String::from_utf8_lossy(&bytes);
@@ -208,22 +210,22 @@ fn secrets_are_the_owners_alone_and_stand_in_no_log_or_event() {
 }
 
 #[test]
-fn a_page_for_everybody_is_refused_beyond_this_machine_unless_it_is_forced() {
+fn an_open_dashboard_is_refused_beyond_localhost_unless_it_is_forced() {
     let world = World::new();
     let args = ["supervisor", "tiny.toml", "--listen", "127.0.0.1:0", "--dir", "runs/p"];
     let error = world.fails(&[&args[..], &["--http", "0.0.0.0:0", "--http-open"]].concat());
     assert!(error.contains("--http 0.0.0.0") && error.contains("--insecure"), "{error}");
-    assert!(!world.path("runs/p/identity").exists(), "it is said before anything starts");
+    assert!(!world.path("runs/p/identity").exists(), "refused before anything starts");
 }
 
 #[test]
-fn an_identity_that_was_made_elsewhere_is_made_once_and_refused_when_damaged() {
+fn an_external_identity_is_created_once_and_refused_when_damaged() {
     let world = World::new();
     let output = volary().current_dir(world.dir.path()).args(["identity", "create", "--out", "id"]).output();
     assert!(output.expect("the binary").status.success());
     let again = world.fails(&["identity", "create", "--out", "id"]);
-    assert!(again.contains("holds an identity already"), "{again}");
-    std::fs::write(world.path("id/ca.key"), "rubbish").expect("a file");
+    assert!(again.contains("already holds an identity"), "{again}");
+    std::fs::write(world.path("id/ca.key"), "garbage").expect("a file");
     let args = ["supervisor", "tiny.toml", "--listen", "127.0.0.1:0", "--dir", "runs/i", "--identity", "id"];
     let error = world.fails(&args);
     assert!(error.contains("the authority's key"), "{error}");

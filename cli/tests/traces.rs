@@ -1,4 +1,4 @@
-//! What the traces of a run say, at a real receiver of the OpenTelemetry protocol and in the run's own directory.
+//! The traces of a run, at a receiver of the OpenTelemetry protocol and in the run's directory.
 #![allow(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 mod common;
@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 use volary_core::options::TelemetryOptions;
+use volary_core::{Lane, Step};
 use volary_data::Dataset;
 use volary_telemetry::limits::{BATCH_SPANS, QUEUE_SPANS};
 use volary_telemetry::{Identity, Pipeline};
@@ -26,7 +27,7 @@ fn traced(world: &World, collector: &Collector, protocol: &str, args: &[&str]) {
     assert!(output.status.success(), "{}\n{}", text(&output.stderr), world.logs());
 }
 
-/// The spans below one, in the order of their beginnings.
+/// The children of a span, in the order of their starts.
 fn children<'a>(all: &'a [Received], parent: &Received) -> Vec<&'a Received> {
     let is_child = |one: &&Received| {
         one.span.parent_span_id == parent.span.span_id && one.span.trace_id == parent.span.trace_id
@@ -36,7 +37,7 @@ fn children<'a>(all: &'a [Received], parent: &Received) -> Vec<&'a Received> {
     found
 }
 
-/// The time in which at least one of the spans was under way.
+/// The time covered by the spans, in nanoseconds.
 fn covered(spans: &[&Received]) -> u64 {
     let (mut total, mut until) = (0, 0);
     for one in spans {
@@ -61,10 +62,10 @@ fn a_step_of_three_nodes_is_one_tree_at_a_real_receiver() {
     traced(&world, &collector, "grpc", &options);
     let all = collector.spans();
     every_parent_is_there(&all);
-    every_process_says_who_it_is(&all);
+    every_process_identifies_itself(&all);
     let step = the_step(&all, "4");
     assert_eq!((step.node(), step.get("volary.sampling_reason").as_deref()), ("supervisor", Some("sampled")));
-    // What is placed at the start is a change, and the step that follows it is traced.
+    // The first placement is a cluster change, and the step after it is traced.
     assert_eq!(the_step(&all, "1").get("volary.sampling_reason").as_deref(), Some("the cluster changed"));
     let below = children(&all, step);
     let count = |name: &str| below.iter().filter(|one| one.is(name)).count();
@@ -76,7 +77,7 @@ fn a_step_of_three_nodes_is_one_tree_at_a_real_receiver() {
         a_lane_is_the_sum_of_its_parts(&all, lane);
     }
     experts_hang_below_the_dispatch_that_called_them(&all);
-    tokens_say_where_they_went(&all);
+    tokens_have_their_experts(&all);
     tokens_are_those_of_the_data(&all, &world);
     commits_and_checkpoints_show_the_disk(&all);
 }
@@ -90,7 +91,7 @@ fn every_parent_is_there(all: &[Received]) {
     }
 }
 
-fn every_process_says_who_it_is(all: &[Received]) {
+fn every_process_identifies_itself(all: &[Received]) {
     let mut instances = BTreeMap::new();
     for one in all {
         assert_eq!(one.resource["service.name"], "volary");
@@ -105,7 +106,7 @@ fn every_process_says_who_it_is(all: &[Received]) {
 
 fn a_lane_is_the_sum_of_its_parts(all: &[Received], lane: &Received) {
     let parts = children(all, lane);
-    // Tokens last as long as the way to the experts and back, beside the spans that make it up.
+    // Tokens overlap the spans of their dispatch.
     let parts: Vec<&Received> = parts.into_iter().filter(|one| !one.is("token")).collect();
     let names: Vec<&str> = parts.iter().map(|one| one.span.name.as_str()).collect();
     let count = |name: &str| names.iter().filter(|other| **other == name).count();
@@ -129,11 +130,11 @@ fn a_lane_is_the_sum_of_its_parts(all: &[Received], lane: &Received) {
         assert!(part.span.end_time_unix_nano <= lane.span.end_time_unix_nano, "{}", part.span.name);
         if part.kind() == SpanKind::Internal && !part.is("lane.wait") {
             let us = |key: &str| part.get(key).and_then(|us| us.parse::<u64>().ok()).expect("a time") * 1000;
-            // Whole microseconds, cut off: never more than the span.
+            // Truncated to whole microseconds: never more than the span.
             assert!(us("volary.queue_us") + us("volary.compute_us") <= part.nanoseconds(), "{part:?}");
         }
     }
-    // What is missing are the steps from one actor to the next, on a machine that may be busy with other tests.
+    // The rest is spent between actors, on a machine that may be busy with other tests.
     let share = covered(&parts) as f64 / lane.nanoseconds() as f64;
     assert!(share > 0.5, "the parts of a lane cover {share:.2} of it");
 }
@@ -158,7 +159,7 @@ fn experts_hang_below_the_dispatch_that_called_them(all: &[Received]) {
     assert!(crossed > 0, "no batch went to another node");
 }
 
-fn tokens_say_where_they_went(all: &[Received]) {
+fn tokens_have_their_experts(all: &[Received]) {
     let tokens: Vec<&Received> = all.iter().filter(|one| one.is("token")).collect();
     assert!(!tokens.is_empty());
     let by_id: BTreeMap<_, _> = all.iter().map(|one| (&one.span.span_id, one)).collect();
@@ -176,9 +177,9 @@ fn tokens_say_where_they_went(all: &[Received]) {
         assert!(number("volary.expert.first") < 6.0 && number("volary.expert.second") < 6.0);
         let lane = by_id[&token.span.parent_span_id];
         assert_eq!(lane.get("volary.lane"), token.get("volary.lane"));
-        // Its experts are among those that its lane called there, in its layer.
+        // The lane dispatched to the nodes of its experts, in its layer.
         for which in ["first", "second"] {
-            let node = token.get(&format!("volary.expert.{which}.node")).expect("a node");
+            let node = token.get(&format!("volary.expert.{which}_node")).expect("a node");
             let is_it = |one: &&Received| {
                 one.is("router.dispatch")
                     && one.get("volary.layer") == token.get("volary.layer")
@@ -189,10 +190,10 @@ fn tokens_say_where_they_went(all: &[Received]) {
     }
 }
 
-/// Position, number and text of followed tokens, looked up in the run's own data.
+/// Position, id and text of sampled tokens, compared with the run's data.
 fn tokens_are_those_of_the_data(all: &[Received], world: &World) {
     let data = Dataset::open(&world.path("runs/tiny/data"), 24, 2, 6, 5).expect("the run's data");
-    let steps: BTreeMap<_, _> = all
+    let steps: BTreeMap<_, u64> = all
         .iter()
         .filter(|one| one.is("step"))
         .map(|one| {
@@ -203,8 +204,8 @@ fn tokens_are_those_of_the_data(all: &[Received], world: &World) {
         let number =
             |key: &str| token.get(key).and_then(|value| value.parse::<u32>().ok()).expect("a number");
         let (lane, position) = (number("volary.lane"), number("volary.token.position") as usize);
-        // Rows have 24 tokens and the successor of the last.
-        let tokens = data.lane(steps[&token.span.trace_id], lane).expect("tokens");
+        // Rows have 24 tokens and the target of the last one.
+        let tokens = data.lane(Step(steps[&token.span.trace_id]), Lane(lane)).expect("tokens");
         let id = tokens[position / 24 * 25 + position % 24];
         assert_eq!(number("volary.token.id"), id);
         assert_eq!(token.get("volary.token.text"), Some(data.tokenizer().token(id)));
@@ -238,7 +239,7 @@ fn traces_over_http_arrive_and_tracing_changes_no_bit() {
     world.run_train(&[&THREE[..], &["--set", "telemetry.sample_every=0", "--dir", "runs/untraced"]].concat());
     let all = collector.spans();
     assert_eq!(all.iter().filter(|one| one.is("step")).count(), 6);
-    // The bound on spans leaves one lane of each step as a whole, another one each time.
+    // The bound on spans leaves one complete lane in each step, another one each time.
     let whole: Vec<_> = all.iter().filter(|one| one.is("lane") && !children(&all, one).is_empty()).collect();
     assert_eq!((all.iter().filter(|one| one.is("lane")).count(), whole.len()), (36, 6));
     assert_eq!(whole.iter().filter_map(|one| one.get("volary.lane")).collect::<BTreeSet<_>>().len(), 6);
@@ -248,32 +249,38 @@ fn traces_over_http_arrive_and_tracing_changes_no_bit() {
     let steps = kept
         .flatten()
         .filter(|file| text(&std::fs::read(file.path()).unwrap()).contains("\"name\":\"lane\""));
-    assert_eq!(steps.count(), 0, "a run that samples nothing traces no lane");
+    assert_eq!(steps.count(), 0, "a run without sampled steps traces no lane");
 }
 
-/// Nobody answers at the endpoint: the run ends as always, with one warning for each process that exports.
+/// Without a receiver, the run ends as usual, with one warning per process.
 #[test]
-fn a_collector_that_is_not_there_is_one_warning() {
+fn an_unreachable_collector_is_one_warning() {
     let world = World::new();
-    let nobody = Collector::nobody();
-    traced(&world, &nobody, "grpc", &["--set", "telemetry.sample_every=1", "--set", "training.steps=12"]);
+    let unreachable = Collector::unreachable();
+    traced(
+        &world,
+        &unreachable,
+        "grpc",
+        &["--set", "telemetry.sample_every=1", "--set", "training.steps=12"],
+    );
     assert_eq!(world.metrics("tiny").len(), 12);
     for name in ["supervisor", "node-1", "node-2", "node-3"] {
         let log = std::fs::read_to_string(world.path(&format!("runs/tiny/logs/{name}.log"))).expect("a log");
-        let warnings = log.lines().filter(|line| line.contains("the collector does not take traces")).count();
+        let warnings =
+            log.lines().filter(|line| line.contains("traces are not exported; training continues")).count();
         assert_eq!(warnings, 1, "{name}: {log}");
-        // The exporters' own crates stay silent about it.
+        // The exporters' own crates log nothing.
         assert!(
             log.lines().filter(|line| line.contains(" WARN ") || line.contains(" ERROR ")).count() <= 2,
             "{log}"
         );
     }
-    // The run keeps its traces all the same.
+    // The run stores its traces nevertheless.
     assert!(std::fs::read_dir(world.path("runs/tiny/traces")).expect("a folder").count() >= 12);
 }
 
 #[test]
-fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
+fn a_death_is_a_recovery_linked_to_the_aborted_step() {
     let world = World::new();
     let script = "[[event]]\nat_step = 3\ndo = \"kill\"\nnode = \"node-2\"\n";
     std::fs::write(world.path("script.toml"), script).expect("a file");
@@ -288,10 +295,13 @@ fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
     };
     let list = show(&[]);
     assert!(list.lines().any(|line| line.contains("recovery") && line.contains("detected_ms=")), "{list}");
-    assert!(list.lines().any(|line| line.contains("membership") && line.contains("change=lost")), "{list}");
-    let dropped = list.lines().find(|line| line.contains("FAILED")).unwrap_or_else(|| panic!("{list}"));
-    let step = dropped.split_whitespace().next().expect("a step");
-    // The same step again, this time traced as a whole, since the cluster changed.
+    assert!(
+        list.lines().any(|line| line.contains("membership") && line.contains("membership_change=lost")),
+        "{list}"
+    );
+    let aborted = list.lines().find(|line| line.contains("FAILED")).unwrap_or_else(|| panic!("{list}"));
+    let step = aborted.split_whitespace().next().expect("a step");
+    // Its second attempt is traced completely, since the cluster changed.
     let tree = show(&["--step", step]);
     assert!(
         tree.contains("sampling_reason=\"the cluster changed\"") && tree.contains("dense.forward"),
@@ -302,19 +312,19 @@ fn a_death_is_a_recovery_linked_to_the_step_that_was_dropped() {
     let page = show(&["--step", step, "--format", "html"]);
     assert!(page.starts_with("<!DOCTYPE html>") && page.contains("volary.token.text"));
     assert!(
-        world.fails(&["trace", "runs/tiny", "--token", "no such token"]).contains("among those that were")
+        world.fails(&["trace", "runs/tiny", "--token", "no such token"]).contains("sampled tokens include")
     );
     assert!(world.fails(&["trace", "runs/tiny", "--step", "11"]).contains("step 11 was not traced"));
 }
 
-fn pipeline(endpoint: Option<String>, keep: volary_telemetry::Keep) -> Pipeline {
+fn pipeline(endpoint: Option<String>, store: volary_telemetry::StoreSpans) -> Pipeline {
     let options = TelemetryOptions { endpoint, ..TelemetryOptions::default() };
     let identity = Identity { run: "tiny".into(), process: "node-1".into(), device: None };
-    Pipeline::start(&options, &identity, keep).expect("a thread")
+    Pipeline::start(&options, &identity, store).expect("a thread")
 }
 
 #[test]
-fn more_spans_than_one_request_holds_arrive_without_being_asked_for() {
+fn more_spans_than_one_request_holds_arrive_without_a_flush() {
     let collector = Collector::grpc();
     let pipeline = pipeline(Some(collector.endpoint.clone()), Box::new(|_| 0));
     let tracer = pipeline.tracer();
@@ -327,9 +337,9 @@ fn more_spans_than_one_request_holds_arrive_without_being_asked_for() {
     assert_eq!((collector.spans().len(), counts.dropped.load(Relaxed)), (count, 0));
 }
 
-/// Whoever makes spans never waits for whoever keeps them, and every span is accounted for.
+/// Creating spans never waits for storing them, and every span is accounted for.
 #[test]
-fn a_burst_that_finds_no_room_is_dropped_counted_and_stalls_nobody() {
+fn a_burst_beyond_the_queue_is_dropped_and_counted_without_waiting() {
     let slow = |_| {
         std::thread::sleep(Duration::from_secs(3));
         0
@@ -342,11 +352,11 @@ fn a_burst_that_finds_no_room_is_dropped_counted_and_stalls_nobody() {
     let counts = pipeline.counts();
     assert!(counts.dropped.load(Relaxed) >= 2 * QUEUE_SPANS as u64);
     common::until("every span is accounted for", Duration::from_secs(30), || {
-        counts.kept.load(Relaxed) + counts.dropped.load(Relaxed) == count as u64
+        counts.stored.load(Relaxed) + counts.dropped.load(Relaxed) == count as u64
     });
 }
 
-/// rotel, a collector that others have written, where `make setup-tools` could install it.
+/// rotel, a third-party collector, if `make setup-tools` installed it.
 fn rotel() -> Option<PathBuf> {
     let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.tools/lib");
     let pythons = std::fs::read_dir(tools).ok()?.flatten();
@@ -354,9 +364,9 @@ fn rotel() -> Option<PathBuf> {
 }
 
 #[test]
-fn a_collector_of_others_takes_the_traces() {
+fn a_third_party_collector_accepts_the_traces() {
     let Some(program) = rotel() else {
-        return eprintln!("skipped: no collector of traces here (make setup-tools)");
+        return eprintln!("skipped: no trace collector on this machine (make setup-tools)");
     };
     let world = World::new();
     let (grpc, http) = (common::free_port(), common::free_port());

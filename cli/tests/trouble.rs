@@ -1,11 +1,13 @@
-//! Everything that can happen to a run on real processes: whatever it is, the losses and the weights are the bits of the
-//! quiet run on one node. `VOLARY_CHAOS=n` plays n random scripts instead of one; `VOLARY_CHAOS_SEED` chooses the first.
+//! Faults and membership changes on real processes: the losses and the weights equal those of an undisturbed
+//! run on one node, bit for bit. `VOLARY_CHAOS=n` plays n random scripts instead of one; `VOLARY_CHAOS_SEED`
+//! is the first seed.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;
 
 use common::{Guard, World, signal, text, until, volary};
-use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+use parking_lot::{Mutex, MutexGuard};
+use std::sync::LazyLock;
 use std::time::Duration;
 use volary_core::random::{Purpose, Stream};
 
@@ -14,21 +16,21 @@ const STEPS: u64 = 60;
 
 type Outcome = (Vec<(u64, u64, u64, u64)>, String);
 
-/// The quiet run on one node.
+/// The undisturbed run on one node.
 static QUIET: LazyLock<Outcome> = LazyLock::new(|| {
     let world = World::new();
     world.run_train(&["--set", "training.steps=60", "--nodes", "1", "--dir", "runs/q", "--quiet"]);
     (world.curve("q"), world.digest("q"))
 });
 
-/// One cluster at a time: with several on two cores, a limit of two seconds is not one that only faults exceed.
-static ALONE: Mutex<()> = Mutex::new(());
+/// One cluster at a time: with several on two cores, a timeout of two seconds would not only catch faults.
+static ALONE: Mutex<()> = parking_lot::const_mutex(());
 
 fn alone() -> MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    ALONE.lock()
 }
 
-/// What is set apart from the defaults of these tests: three nodes, two copies, checkpoints at step 50.
+/// Settings other than the defaults of these tests: three nodes, two replicas, a checkpoint at step 50.
 #[derive(Default)]
 struct Cluster {
     nodes: u32,
@@ -37,7 +39,7 @@ struct Cluster {
     more: &'static [&'static str],
 }
 
-/// Plays a script; the run must end well and equal the quiet one. Returns its events.
+/// Plays a script; the run must succeed and equal the undisturbed one. Returns its events.
 fn play(cluster: Cluster, script: &str) -> String {
     let or = |value: u64, default: u64| if value == 0 { default } else { value }.to_string();
     let world = World::new();
@@ -47,12 +49,12 @@ fn play(cluster: Cluster, script: &str) -> String {
     let every = format!("checkpoint.every={}", or(cluster.checkpoint_every, 50));
     let args = ["--nodes", &nodes, "--threads", "1", "--dir", "runs/r", "--events", "events.toml"];
     let set = ["--set", "training.steps=60", "--set", &replication, "--set", &every, "--quiet"];
-    // What nodes measure of themselves on a busy machine would move lanes for reasons of its own.
-    let alike = ["--set", "cluster.measure=false"];
-    world.run_train(&[args.as_slice(), &set, &alike, cluster.more].concat());
+    // Benchmarks on a busy machine would move lanes.
+    let equal = ["--set", "cluster.measure=false"];
+    world.run_train(&[args.as_slice(), &set, &equal, cluster.more].concat());
     let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
     let outcome = (world.curve("r"), world.digest("r"));
-    assert!(outcome == *QUIET, "another run than the quiet one\n{script}\n{events}\n{}", world.logs());
+    assert!(outcome == *QUIET, "differs from the undisturbed run\n{script}\n{events}\n{}", world.logs());
     events
 }
 
@@ -64,60 +66,60 @@ fn on(step: u64, what: &str, node: u32) -> String {
     event(step, what, &format!("node = \"node-{node}\""))
 }
 
-fn told(events: &str, kind: &str) -> usize {
+fn count(events: &str, kind: &str) -> usize {
     events.matches(&format!("\"event\":\"{kind}\"")).count()
 }
 
 #[test]
-fn a_killed_node_costs_no_committed_step() {
+fn a_killed_node_loses_no_committed_step() {
     let _alone = alone();
     let events = play(Cluster::default(), &on(10, "kill", 2));
-    assert_eq!((told(&events, "lost"), told(&events, "went_back")), (1, 0), "{events}");
-    assert_eq!(told(&events, "recovered"), 1, "{events}");
+    assert_eq!((count(&events, "lost"), count(&events, "went_back")), (1, 0), "{events}");
+    assert_eq!(count(&events, "recovered"), 1, "{events}");
     assert!(events.contains("\"steps_lost\":0"), "{events}");
 }
 
 #[test]
-fn two_killed_at_once_cost_nothing_when_there_are_three_copies() {
+fn two_nodes_killed_at_once_lose_nothing_with_three_replicas() {
     let _alone = alone();
     let cluster = Cluster { nodes: 4, replication: 3, ..Cluster::default() };
     let events = play(cluster, &[on(10, "kill", 2), on(10, "kill", 3)].concat());
-    assert_eq!((told(&events, "lost"), told(&events, "went_back")), (2, 0), "{events}");
+    assert_eq!((count(&events, "lost"), count(&events, "went_back")), (2, 0), "{events}");
 }
 
 #[test]
-fn one_killed_while_the_first_death_is_made_good_does_not_show() {
+fn a_node_killed_during_a_recovery_does_not_change_the_result() {
     let _alone = alone();
     let script = [on(10, "kill", 2), on(11, "kill", 3), event(20, "join", "")].concat();
     let events = play(Cluster::default(), &script);
-    assert_eq!(told(&events, "lost"), 2, "{events}");
+    assert_eq!(count(&events, "lost"), 2, "{events}");
 }
 
 #[test]
-fn when_the_last_copy_dies_the_run_goes_back_loudly_and_on() {
+fn a_run_whose_last_replica_dies_rolls_back_with_an_event_and_continues() {
     let _alone = alone();
     let cluster = Cluster { replication: 1, checkpoint_every: 8, ..Cluster::default() };
     let events = play(cluster, &on(21, "kill", 1));
-    assert_eq!(told(&events, "went_back"), 1, "{events}");
+    assert_eq!(count(&events, "went_back"), 1, "{events}");
 }
 
 #[test]
-fn a_node_killed_while_a_checkpoint_is_written_does_not_show() {
+fn a_node_killed_during_a_checkpoint_does_not_change_the_result() {
     let _alone = alone();
     let cluster = Cluster { checkpoint_every: 1, ..Cluster::default() };
     let events = play(cluster, &[on(7, "kill", 3), event(12, "join", ""), on(23, "kill", 2)].concat());
-    assert_eq!((told(&events, "lost"), told(&events, "went_back")), (2, 0), "{events}");
+    assert_eq!((count(&events, "lost"), count(&events, "went_back")), (2, 0), "{events}");
 }
 
 #[test]
 fn a_node_joins_without_an_abort() {
     let _alone = alone();
     let events = play(Cluster { nodes: 2, ..Cluster::default() }, &event(5, "join", ""));
-    assert_eq!((told(&events, "aborted"), told(&events, "resized")), (0, 1), "{events}");
+    assert_eq!((count(&events, "aborted"), count(&events, "resized")), (0, 1), "{events}");
 }
 
 #[test]
-fn a_newcomer_or_its_teacher_killed_while_state_is_copied_does_not_show() {
+fn a_learner_or_its_source_killed_during_a_copy_does_not_change_the_result() {
     let _alone = alone();
     let script = [
         event(5, "join", ""),
@@ -127,7 +129,7 @@ fn a_newcomer_or_its_teacher_killed_while_state_is_copied_does_not_show() {
         on(31, "kill", 1),
     ];
     let events = play(Cluster::default(), &script.concat());
-    assert_eq!(told(&events, "went_back"), 0, "{events}");
+    assert_eq!(count(&events, "went_back"), 0, "{events}");
 }
 
 #[test]
@@ -135,62 +137,62 @@ fn a_drained_node_leaves_without_an_abort() {
     let _alone = alone();
     for replication in [1, 2] {
         let events = play(Cluster { replication, ..Cluster::default() }, &on(5, "drain", 2));
-        assert_eq!((told(&events, "aborted"), told(&events, "left")), (0, 1), "{events}");
+        assert_eq!((count(&events, "aborted"), count(&events, "left")), (0, 1), "{events}");
     }
 }
 
 #[test]
-fn a_killed_supervisor_comes_back_to_nodes_that_kept_their_state() {
+fn a_restarted_supervisor_finds_nodes_that_kept_their_state() {
     let _alone = alone();
     let script = [event(10, "kill-supervisor", ""), event(30, "kill-supervisor", "")].concat();
     let events = play(Cluster::default(), &script);
-    assert_eq!((told(&events, "returned"), told(&events, "went_back")), (6, 0), "{events}");
+    assert_eq!((count(&events, "returned"), count(&events, "went_back")), (6, 0), "{events}");
 }
 
 #[test]
-fn a_supervisor_and_a_node_killed_together_do_not_show() {
+fn a_supervisor_and_a_node_killed_together_do_not_change_the_result() {
     let _alone = alone();
     let events = play(Cluster::default(), &[on(10, "kill", 2), event(10, "kill-supervisor", "")].concat());
-    assert_eq!(told(&events, "went_back"), 0, "{events}");
+    assert_eq!(count(&events, "went_back"), 0, "{events}");
 }
 
 #[test]
-fn a_node_that_stands_still_is_waited_for_or_left_behind() {
+fn a_suspended_node_is_awaited_or_fenced() {
     let _alone = alone();
     let short = play(Cluster::default(), &event(10, "stop", "node = \"node-2\"\nfor_seconds = 0.7"));
-    assert_eq!(told(&short, "lost"), 0, "{short}");
+    assert_eq!(count(&short, "lost"), 0, "{short}");
     let long = play(Cluster::default(), &event(10, "stop", "node = \"node-2\"\nfor_seconds = 4.0"));
-    assert_eq!((told(&long, "lost"), told(&long, "went_back")), (1, 0), "{long}");
+    assert_eq!((count(&long, "lost"), count(&long, "went_back")), (1, 0), "{long}");
 }
 
 #[test]
-fn a_partitioned_node_is_left_behind_and_cannot_write_into_the_run() {
+fn a_partitioned_node_is_fenced_and_cannot_write_into_the_run() {
     let _alone = alone();
     let events = play(Cluster::default(), &event(10, "partition", "node = \"node-2\"\nfor_seconds = 4.0"));
-    assert_eq!(told(&events, "went_back"), 0, "{events}");
-    // Its supervisor misses it, or its peers do, whoever is first.
-    assert!(told(&events, "lost") + told(&events, "fenced") >= 1, "{events}");
+    assert_eq!(count(&events, "went_back"), 0, "{events}");
+    // Its supervisor or its peers notice first.
+    assert!(count(&events, "lost") + count(&events, "fenced") >= 1, "{events}");
 }
 
 #[test]
-fn of_two_nodes_that_cannot_reach_each_other_one_goes() {
+fn one_of_two_nodes_that_cannot_reach_each_other_is_fenced() {
     let _alone = alone();
     let rest = "node = \"node-2\"\npeer = \"node-3\"\nfor_seconds = 30.0";
     let events = play(Cluster::default(), &event(10, "cut", rest));
-    assert_eq!(told(&events, "went_back"), 0, "{events}");
-    assert!(told(&events, "fenced") >= 1, "{events}");
+    assert_eq!(count(&events, "went_back"), 0, "{events}");
+    assert!(count(&events, "fenced") >= 1, "{events}");
 }
 
 #[test]
-fn a_third_of_the_packets_lost_is_slow_and_not_wrong() {
+fn the_loss_of_a_third_of_the_packets_does_not_change_the_result() {
     let _alone = alone();
     let events =
         play(Cluster::default(), &event(5, "lose", "node = \"node-2\"\nfraction = 0.3\nfor_seconds = 3.0"));
-    assert_eq!(told(&events, "went_back"), 0, "{events}");
+    assert_eq!(count(&events, "went_back"), 0, "{events}");
 }
 
 #[test]
-fn drain_by_hand_and_a_signal_wait_until_the_node_has_left() {
+fn drain_and_sigterm_wait_until_the_node_has_left() {
     let _alone = alone();
     let world = World::new();
     let args = ["--nodes", "4", "--dir", "runs/r", "--set", "training.steps=60", "--quiet", "--threads", "1"];
@@ -230,7 +232,7 @@ fn drain_by_hand_and_a_signal_wait_until_the_node_has_left() {
     signal(pid("node-3") as u32, "-TERM");
     assert!(train.wait(LONG).success(), "{}", world.logs());
     let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
-    assert_eq!((told(&events, "left"), told(&events, "aborted")), (2, 0), "{events}");
+    assert_eq!((count(&events, "left"), count(&events, "aborted")), (2, 0), "{events}");
     assert!((world.curve("r"), world.digest("r")) == *QUIET, "{events}");
 }
 
@@ -244,7 +246,7 @@ fn status(world: &World) -> serde_json::Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// A script of six random events; killed nodes start again.
+/// A script of six random events; killed nodes restart.
 fn random_script(seed: u64) -> String {
     let mut random = Stream::new(seed, Purpose::Faults, &[]);
     let mut steps: Vec<u64> = (0..6).map(|_| 2 + random.below(STEPS - 12)).collect();
@@ -267,7 +269,7 @@ fn random_script(seed: u64) -> String {
 }
 
 #[test]
-fn random_trouble_does_not_show() {
+fn random_trouble_does_not_change_the_result() {
     let _alone = alone();
     let number = |name: &str| std::env::var(name).ok().and_then(|value| value.parse().ok());
     let first: u64 = number("VOLARY_CHAOS_SEED").unwrap_or(1);

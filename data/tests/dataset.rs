@@ -125,7 +125,7 @@ fn requests_beyond_the_shape_are_rejected_and_far_steps_are_not() {
     assert!(data.lane(Step(0), Lane(0)).is_err());
     assert!(data.lane(Step(1), Lane(4)).is_err());
     assert!(data.validation(0, Lane(4)).is_err());
-    assert_eq!(data.lane(u64::MAX, 3).unwrap().len(), 51);
+    assert_eq!(data.lane(Step(u64::MAX), Lane(3)).unwrap().len(), 51);
     assert!(Dataset::open(&dir.path().join("run"), 0, 1, 1, 0).is_err());
     let message = Dataset::open(&dir.path().join("run"), 1 << 20, 1, 1, 0).unwrap_err().to_string();
     assert!(message.contains("at least 2097154"), "{message}");

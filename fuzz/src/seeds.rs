@@ -1,10 +1,11 @@
-//! Good inputs, from which mutations start.
+//! Valid inputs, from which mutations start.
 
 use bytes::Bytes;
-use volary_core::ShardId;
 use volary_core::compute::Compute;
+use volary_core::{Epoch, Step};
 use volary_transport::{
-    AccessRole, AccessToken, AccessTokenTerms, Authority, Dtype, Frame, KeyRequest, Kind, Part, TraceHeader,
+    AccessRole, AccessToken, AccessTokenTerms, Authority, Dtype, Frame, FrameKind, KeyRequest, Part,
+    TraceHeader,
 };
 
 /// A configuration with every section.
@@ -56,32 +57,32 @@ tflops = 100.0
 bandwidth = "10GB"
 "#;
 
-fn a_frame() -> Frame {
+fn frame() -> Frame {
     let part = Part { dtype: Dtype::F32, shape: vec![2, 3], data: Bytes::from(vec![7u8; 24]) };
     let trace = TraceHeader::default();
     Frame {
-        kind: Kind::Forward,
-        epoch: 3,
-        step: 4,
+        kind: FrameKind::Forward,
+        epoch: Epoch(3),
+        step: Step(4),
         trace,
-        meta: Bytes::from_static(b"words"),
+        meta: Bytes::from_static(b"header"),
         parts: vec![part],
     }
 }
 
-fn a_token() -> Option<AccessToken> {
+fn access_token() -> Option<AccessToken> {
     AccessToken::issue([9; 32], AccessRole::Node, 0, AccessTokenTerms::default()).ok().map(|(token, _)| token)
 }
 
-/// Good inputs of a target.
+/// The valid inputs of a target.
 #[must_use]
 pub fn of(target: &str) -> Vec<Vec<u8>> {
     let text = |text: &str| vec![text.as_bytes().to_vec()];
     match target {
-        "frame" => vec![a_frame().encode().unwrap_or_default().concat()],
+        "frame" => vec![frame().encode().unwrap_or_default().concat()],
         "handshake" => volary_transport::fuzz_handshake_seeds(),
-        "words" => volary_protocol::fuzz_message_seeds(),
-        "token" => a_token().map(|token| token.reveal().into_bytes()).into_iter().collect(),
+        "messages" => volary_protocol::fuzz_message_seeds(),
+        "access_token" => access_token().map(|token| token.reveal().into_bytes()).into_iter().collect(),
         "certificate_request" => KeyRequest::new().map(|r| r.der().to_vec()).into_iter().collect(),
         "authority" => Authority::create()
             .map(|authority| {
@@ -97,11 +98,11 @@ pub fn of(target: &str) -> Vec<Vec<u8>> {
             ]
         }
         "inventory" => text(INVENTORY),
-        "shard" => [ShardId::Router { layer: 0 }, ShardId::Dense { layer: 1 }]
+        "shard" => crate::SHARDS
             .into_iter()
             .filter_map(|shard| {
                 let glam = crate::GLAM.as_ref()?;
-                glam.store(shard, 1, &glam.initial(shard).ok()?).ok()
+                glam.store(shard, Step(1), &glam.initial(shard).ok()?).ok()
             })
             .collect(),
         "tokenizer" => {

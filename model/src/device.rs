@@ -1,19 +1,20 @@
-//! Devices, threads and what must be set before libtorch runs.
+//! Devices, threads, and the environment that libtorch needs.
 
 use crate::error::{Error, Result};
+use crate::limits::{PRODUCTS, SIDE};
 use std::path::PathBuf;
 use tch::Cuda;
 pub use tch::Device;
 
-/// What makes libtorch's results independent of where buffers lie and of how many threads there are. To be set
-/// in the environment before the process starts, since OpenMP reads it as it is loaded.
+/// Variables that make the results of libtorch independent of the alignment of buffers and of the number of
+/// threads. They must be in the environment before the process starts, since OpenMP reads them at load time.
 pub const ENVIRONMENT: [(&str, &str); 3] =
     [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("MKL_CBWR", "AVX2,STRICT")];
 
-/// The device that `auto`, `cpu`, `cuda` or `cuda:N` names.
+/// The device of a name: `auto` (the first GPU, or the CPU), `cpu`, `cuda` or `cuda:N`.
 ///
 /// # Errors
-/// When the text names no device, or one that is not there.
+/// [`Error::Device`] when the name has another form, or the machine has no such device.
 pub fn parse(name: &str) -> Result<Device> {
     let fail = |reason: String| Error::Device { name: name.to_owned(), reason };
     let index = match name {
@@ -31,7 +32,7 @@ pub fn parse(name: &str) -> Result<Device> {
             .and_then(|n| n.parse::<usize>().ok())
             .ok_or_else(|| fail("expected auto, cpu, cuda or cuda:N".into()))?,
     };
-    load_cuda().map_err(|error| fail(format!("libtorch's CUDA library cannot be loaded ({error})")))?;
+    load_cuda().map_err(|error| fail(format!("cannot load libtorch's CUDA library ({error})")))?;
     let count = Cuda::device_count();
     if index as i64 >= count {
         return Err(fail(format!("this machine has {count} CUDA devices")));
@@ -39,7 +40,7 @@ pub fn parse(name: &str) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
-/// The name that [`parse`] takes for a device.
+/// The name of a device, as [`parse`] accepts it.
 #[must_use]
 pub fn name(device: Device) -> String {
     match device {
@@ -56,12 +57,12 @@ fn load_cuda() -> std::result::Result<(), libloading::Error> {
     let path = beside.filter(|path| path.exists()).unwrap_or_else(|| PathBuf::from("libtorch_cuda.so"));
     // SAFETY: libtorch's own library, whose initialisers only register kernels.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }?;
-    // It stays for the life of the process: kernels point into it.
+    // The library stays loaded: registered kernels point into it.
     std::mem::forget(library);
     Ok(())
 }
 
-/// Where this process has `libtorch_cpu.so` from.
+/// The path of this process's `libtorch_cpu.so`.
 #[must_use]
 pub fn torch_library() -> Option<PathBuf> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
@@ -69,7 +70,7 @@ pub fn torch_library() -> Option<PathBuf> {
     line.find('/').map(|start| PathBuf::from(&line[start..]))
 }
 
-/// The version of the libtorch that this process has loaded, from the `version.py` beside it.
+/// The version of this process's libtorch, from the `version.py` in its folder.
 #[must_use]
 pub fn torch_version() -> Option<String> {
     let root = torch_library()?.parent()?.parent()?.to_path_buf();
@@ -80,17 +81,17 @@ pub fn torch_version() -> Option<String> {
     Some(quoted.trim().trim_matches('\'').to_owned())
 }
 
-/// One libtorch thread per call on the calling thread: parallelism lives between calls.
+/// Makes libtorch use one thread for calls of the calling thread: calls run in parallel, not their kernels.
 pub fn single_thread() {
     tch::set_num_threads(1);
 }
 
-/// So many libtorch threads per call on the calling thread: for comparisons with plain loops.
+/// Makes libtorch use `count` threads for calls of the calling thread: for comparisons with plain loops.
 pub fn set_threads(count: u16) {
     tch::set_num_threads(count.into());
 }
 
-/// CUDA devices on this machine; 0 where libtorch's CUDA library cannot be loaded.
+/// The number of CUDA devices; 0 if libtorch's CUDA library cannot be loaded.
 #[must_use]
 pub fn cuda_devices() -> usize {
     if load_cuda().is_err() {
@@ -99,18 +100,18 @@ pub fn cuda_devices() -> usize {
     usize::try_from(Cuda::device_count()).unwrap_or(0)
 }
 
-/// Billions of floating-point operations per second of one thread in an f32 product of 512 x 512 matrices.
+/// The speed of one thread in products of f32 matrices, `[512, 512]`: 10^9 floating-point operations per
+/// second.
 ///
 /// # Errors
-/// When libtorch cannot multiply.
+/// [`Error::Torch`] when libtorch fails.
 pub fn measure_products() -> Result<f64> {
     single_thread();
-    let x = tch::Tensor::f_ones([512, 512], (tch::Kind::Float, Device::Cpu))?;
+    let x = tch::Tensor::f_ones([SIDE, SIDE], (tch::Kind::Float, Device::Cpu))?;
     let _ = x.f_matmul(&x)?;
     let start = std::time::Instant::now();
-    let rounds = 40;
-    for _ in 0..rounds {
+    for _ in 0..PRODUCTS {
         let _ = x.f_matmul(&x)?;
     }
-    Ok(2.0 * 512f64.powi(3) * f64::from(rounds) / start.elapsed().as_secs_f64() / 1e9)
+    Ok(2.0 * (SIDE as f64).powi(3) * f64::from(PRODUCTS) / start.elapsed().as_secs_f64() / 1e9)
 }

@@ -1,8 +1,10 @@
-//! [`Glam`]: the computations of a GLaM model on one device, for the actors.
+//! [`Glam`]: the computations of a GLaM model (arXiv 2112.06905) on one device, for the actors.
 //!
-//! Dense layers and gates keep a piece of autograd graph between their forward and backward calls, from a detached
-//! input to the output. Experts are differentiated by hand: the gradient of the input goes back at once, the weights'
-//! is one product over a group of lanes when they have all come.
+//! Dense layers and gates keep a segment of autograd graph between their forward and backward calls, from a
+//! detached input to the output. Experts are differentiated by hand: the gradient of the input is returned at
+//! once; that of the weights is one product over a group of lanes, as soon as all of them are complete.
+//!
+//! Shapes use the names of [`volary_core::compute`]: `tokens`, `hidden`, `rows`.
 
 mod compute;
 mod moe;
@@ -12,101 +14,122 @@ use crate::layers::{self, Attention, FeedForward, Positions};
 use crate::optimizer;
 pub use crate::weights::Shard;
 use crate::weights::host_bytes;
-use std::sync::Mutex;
+use parking_lot::Mutex;
 use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
 use volary_core::options::TrainingOptions;
 use volary_core::schedule::Update;
 use volary_core::{LayerId, Step};
 
-/// A GLaM model's computations on one device.
+/// The computations of a GLaM model on one device; see [`Compute`](volary_core::compute::Compute) for the
+/// methods.
+///
+/// ```no_run
+/// use volary_core::architecture::presets;
+/// use volary_core::compute::Compute;
+/// use volary_core::options::TrainingOptions;
+/// use volary_core::{LayerId, ShardId};
+/// use volary_model::{Glam, device};
+///
+/// let (architecture, training) = (&presets()[0].architecture, TrainingOptions::new(100));
+/// let glam = Glam::new(architecture, &training, 7, device::parse("auto")?)?;
+/// let embedding = glam.initial(ShardId::Embedding)?;
+/// let dense = glam.initial(ShardId::Dense { layer: LayerId(0) })?;
+/// let tokens = vec![1; training.sequences_per_lane * (training.sequence_length + 1)];
+/// let x = glam.embed(glam.params(&embedding), &tokens)?;
+/// let (y, saved) = glam.dense(LayerId(0), glam.params(&dense), x, true)?;
+/// assert_eq!(y.size(), [training.tokens_per_lane() as i64, architecture.hidden as i64]);
+/// # drop(saved);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 pub struct Glam {
     architecture: Architecture,
     training: TrainingOptions,
     seed: u64,
     device: Device,
-    /// The kind of activations: f32 on CPU, bf16 on a GPU (GLaM, section 5.1).
+    /// The kind of activations.
     kind: Kind,
     positions: Mutex<Positions>,
 }
 
-/// What a forward call keeps.
+/// The state of a forward call for its backward call.
 #[derive(Debug)]
 pub enum Saved {
-    /// Nothing: validation.
+    /// Nothing, in validation.
     None,
-    /// A piece of autograd graph.
+    /// A segment of autograd graph of a dense layer.
     Segment {
-        /// Detached input.
+        /// Detached input, `[tokens, hidden]`, activations.
         x: Tensor,
-        /// Parameters as leaves.
+        /// Parameters as leaves of the graph, f32.
         leaves: Vec<Tensor>,
-        /// Output.
+        /// Output, `[tokens, hidden]`, activations.
         y: Tensor,
     },
-    /// A gate, from its forward call to its backward call.
+    /// A gate.
     Gate(Box<SavedGate>),
-    /// An expert's rows.
+    /// An expert.
     Expert {
-        /// Input, `[rows, hidden]`.
+        /// Input, `[rows, hidden]`, activations.
         x: Tensor,
-        /// Before the activation, `[rows, expert_hidden]`; after the backward call its gradient.
+        /// Input of the activation function, `[rows, expert_hidden]`; after the backward call its gradient.
         h: Tensor,
-        /// After the activation.
+        /// Output of the activation function, `[rows, expert_hidden]`.
         a: Tensor,
-        /// The gradient of the output, once it has come.
+        /// Gradient of the output, `[rows, hidden]`, after the backward call.
         dy: Option<Tensor>,
     },
 }
 
-/// What a gate keeps between its calls.
+/// The state of a gate between its calls.
 #[derive(Debug)]
 pub struct SavedGate {
+    /// Detached input, `[tokens, hidden]`, activations.
     x: Tensor,
+    /// Parameters as leaves of the graph, f32.
     leaves: Vec<Tensor>,
+    /// The normalized input, `[tokens, hidden]`, activations.
     normed: Tensor,
+    /// The weights of both choices, `[tokens, 2]`, f32.
     weights: Tensor,
-    /// The auxiliary losses with their coefficients.
+    /// The auxiliary losses with their coefficients, a scalar.
     penalty: Tensor,
-    /// The experts' outputs per choice, `[tokens, hidden]`.
+    /// The experts' outputs for each choice, `[tokens, hidden]`, activations.
     outputs: Vec<Tensor>,
-    /// The gradient of the gate weights, `[tokens, 2]`.
+    /// The gradient of `weights`, `[tokens, 2]`, f32.
     d_weights: Option<Tensor>,
-    /// The gradient that passes by the experts.
+    /// The gradient of the residual connection, `[tokens, hidden]`, activations.
     residual: Option<Tensor>,
     train: bool,
 }
 
-/// A gradient of one shard, f32, in the order of its parameters.
+/// A gradient of one shard: a tensor per parameter, f32, in the order and shape of the parameters.
 #[derive(Debug)]
 pub struct Gradient(pub(crate) Vec<Tensor>);
 
-/// A cheap view of a shard's parameters.
+/// A view of a shard's parameters, f32, which shares their memory.
 #[derive(Debug)]
 pub struct Params(pub(crate) Vec<Tensor>);
 
 impl Params {
-    /// Leaves of a new graph: lanes that run at the same time share the numbers and nothing else.
+    /// Leaves of a new graph: concurrent lanes share the values only.
     pub(super) fn leaves(&self, train: bool) -> Result<Vec<Tensor>> {
         self.0.iter().map(|p| Ok(p.f_detach()?.f_set_requires_grad(train)?)).collect()
     }
 }
 
-fn misuse(what: &str) -> Error {
-    Error::Input(format!("{what} was called out of turn"))
-}
-
-/// Gradients of `scalar` for `inputs`, in their order.
+/// The gradients of `scalar` with respect to `inputs`, in their order.
 fn gradients(scalar: &Tensor, inputs: &[&Tensor]) -> Result<Vec<Tensor>> {
     Ok(Tensor::f_run_backward(&[scalar], inputs, false, false)?)
 }
 
 impl Glam {
-    /// The computations of a model on `device`.
+    /// The computations of a model on `device`: activations are f32 on a CPU and bf16 on a GPU (GLaM, section
+    /// 5.1). `seed` is that of the run.
     ///
     /// # Errors
-    /// When the device cannot hold even the position tables.
+    /// [`Error::Torch`] when the device has no memory for the position tables.
     pub fn new(
         architecture: &Architecture,
         training: &TrainingOptions,
@@ -117,7 +140,7 @@ impl Glam {
         Self::with_kind(architecture, training, seed, device, kind)
     }
 
-    /// As [`Glam::new`], with activations of a given kind.
+    /// As [`Glam::new`], with activations of `kind`.
     ///
     /// # Errors
     /// As [`Glam::new`].
@@ -140,20 +163,19 @@ impl Glam {
     }
 
     pub(super) fn positions(&self) -> Positions {
-        self.positions.lock().unwrap_or_else(std::sync::PoisonError::into_inner).shallow_clone()
+        self.positions.lock().shallow_clone()
     }
 
-    /// A lane's input or target ids: `[tokens]`, i64, from rows of `sequence_length + 1`.
+    /// A lane's input ids (`shift` 0) or target ids (`shift` 1): `[tokens]`, i64, from rows of
+    /// `sequence_length + 1`.
     pub(super) fn ids(&self, tokens: &[u32], shift: usize) -> Result<Tensor> {
         let length = self.training.sequence_length;
         if !tokens.len().is_multiple_of(length + 1) || tokens.is_empty() {
-            return Err(Error::Input(format!("{} tokens are no rows of {}", tokens.len(), length + 1)));
+            return Err(Error::TokenCount { row: length + 1, found: tokens.len() });
         }
-        if let Some(id) = tokens.iter().find(|&&id| id as usize >= self.architecture.vocabulary) {
-            let vocabulary = self.architecture.vocabulary;
-            return Err(Error::Input(format!(
-                "token {id} is outside the model's vocabulary of {vocabulary}"
-            )));
+        let vocabulary = self.architecture.vocabulary;
+        if let Some(&id) = tokens.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::Vocabulary { id, vocabulary });
         }
         let ids: Vec<i64> = tokens
             .chunks_exact(length + 1)
@@ -171,13 +193,13 @@ impl Glam {
     }
 
     pub(super) fn dense_forward(&self, layer: LayerId, p: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        let [norm, qkv, output, position, rest @ ..] = p else { return Err(misuse("dense")) };
+        let [norm, qkv, output, position, rest @ ..] = p else { return Err(Error::OutOfTurn("dense")) };
         let attended =
             Attention { norm, qkv, output, position }.forward(&self.architecture, &self.positions(), x)?;
         match rest {
             [norm, gate, up, down] => FeedForward { norm, gate, up, down }.forward(&attended),
             _ if self.architecture.is_moe(layer) => Ok(attended),
-            _ => Err(misuse("dense")),
+            _ => Err(Error::OutOfTurn("dense")),
         }
     }
 
@@ -211,12 +233,13 @@ impl Glam {
         if !update.apply {
             return Ok(());
         }
-        let mut given = gradient.map(|g| g.0.into_iter());
+        let (expected, found) = (state.slots.len(), gradient.as_ref().map_or(0, |g| g.0.len()));
+        let mut tensors = gradient.map(|g| g.0.into_iter());
         for slot in &mut state.slots {
-            let gradient = match given.as_mut().map(Iterator::next) {
+            let gradient = match tensors.as_mut().map(Iterator::next) {
                 Some(Some(mut gradient)) => gradient.f_mul_scalar_(update.scale)?,
-                Some(None) => return Err(Error::Input("a gradient has too few tensors".into())),
-                // An expert that no token met in the whole step: its gradient is zero.
+                Some(None) => return Err(Error::GradientTensors { expected, found }),
+                // The gradient of an expert without any token in the step is zero.
                 None => slot.weight.f_zeros_like()?,
             };
             optimizer::update(&self.training.optimizer, slot, gradient, step, update.rate)?;
@@ -226,10 +249,10 @@ impl Glam {
 }
 
 impl Glam {
-    /// The bytes of every tensor of a gradient, for comparisons to the bit.
+    /// The bytes of every tensor of a gradient, row-major and little-endian, for bitwise comparisons.
     ///
     /// # Errors
-    /// When libtorch cannot copy them.
+    /// [`Error::Torch`] when libtorch cannot copy them to the host.
     pub fn gradient_bytes(gradient: &Gradient) -> Result<Vec<Vec<u8>>> {
         gradient.0.iter().map(host_bytes).collect()
     }

@@ -1,7 +1,8 @@
-//! Between the device and the wire.
+//! Copies of tensors between the device and the wire.
 //!
-//! From a GPU, bytes go through a pinned buffer, which the copy engine reads and writes directly. On the way in libtorch allocates
-//! the memory, 64-byte aligned, so that a product never depends on where a frame happened to lie.
+//! A GPU copies through a pinned buffer, which its copy engine accesses directly. Imported tensors are in
+//! memory that libtorch allocates, aligned to 64 bytes, so that a product never depends on the alignment of a
+//! frame.
 
 use crate::error::{Error, Result};
 use crate::weights::host_bytes;
@@ -15,12 +16,12 @@ fn kind_of(dtype: HostDtype) -> Kind {
     }
 }
 
-/// To the host.
+/// A copy of a tensor on the host, f32 or bf16.
 pub(crate) fn export(x: &Tensor) -> Result<HostTensor> {
     let dtype = match x.f_kind()? {
         Kind::Float => HostDtype::F32,
         Kind::BFloat16 => HostDtype::Bf16,
-        other => return Err(Error::Input(format!("a tensor of kind {other:?} does not cross the wire"))),
+        other => return Err(Error::WireKind(other)),
     };
     let shape = x.size().iter().map(|&n| n as usize).collect();
     let data = match x.device() {
@@ -34,13 +35,13 @@ pub(crate) fn export(x: &Tensor) -> Result<HostTensor> {
     Ok(HostTensor { dtype, shape, data })
 }
 
-/// To the device; the bytes must be as many as the shape says.
+/// A tensor on the device from its bytes, row-major and little-endian.
 pub(crate) fn import(dtype: HostDtype, shape: &[usize], data: &[u8], device: Device) -> Result<Tensor> {
     let kind = kind_of(dtype);
     let size: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
     let expected = shape.iter().try_fold(kind.elt_size_in_bytes(), |bytes, &n| bytes.checked_mul(n));
     if expected != Some(data.len()) {
-        return Err(Error::Input(format!("{} bytes came for a tensor of shape {shape:?}", data.len())));
+        return Err(Error::ByteCount { bytes: data.len(), shape: shape.to_vec() });
     }
     let host = Tensor::f_from_data_size(data, &size, kind)?;
     if let Device::Cuda(_) = device {
@@ -51,6 +52,7 @@ pub(crate) fn import(dtype: HostDtype, shape: &[usize], data: &[u8], device: Dev
     Ok(host)
 }
 
+/// An uninitialized tensor in pinned memory of the host.
 fn pinned(size: &[i64], kind: Kind, device: Device) -> Result<Tensor> {
     Ok(Tensor::f_empty(size, (kind, Device::Cpu))?.f_pin_memory(device)?)
 }

@@ -1,16 +1,17 @@
-//! The layers of a GLaM model as functions on tensors, used by the actors' engine and by the reference alike.
+//! The layers of a GLaM model as functions on tensors, for the engine and the reference model.
 //!
-//! Shapes: `[tokens, hidden]` is a lane's residual stream with its sequences one after the other. Parameters are f32
-//! and are cast to the kind of the activations where they are used.
+//! Shapes: `[tokens, hidden]` is a lane's residual stream, sequence after sequence. Activations are f32 or
+//! bf16. Parameters are f32 and are cast to the kind of the activations.
 
 use crate::error::Result;
 use tch::{Device, Kind, Reduction, Tensor};
 use volary_core::architecture::{Activation, Architecture};
 
-/// Added to the mean square in a norm.
+/// The epsilon of a norm.
 const NORM_EPSILON: f64 = 1e-6;
 
-/// RMSNorm (Zhang and Sennrich, arXiv 1910.07467) in f32: `x / sqrt(mean(x^2) + epsilon) * gain`.
+/// RMSNorm (Zhang and Sennrich, arXiv 1910.07467), computed in f32: `x / sqrt(mean(x^2) + epsilon) * gain`,
+/// with `x` as `[tokens, hidden]` and `gain` as `[hidden]`.
 pub(crate) fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
     let kind = x.f_kind()?;
     let wide = x.f_to_kind(Kind::Float)?;
@@ -19,13 +20,13 @@ pub(crate) fn rms_norm(x: &Tensor, gain: &Tensor) -> Result<Tensor> {
     Ok(wide.f_mul(&scale)?.f_mul(gain)?.f_to_kind(kind)?)
 }
 
-/// `x` times a matrix, in the kind of `x`.
+/// `x`, `[tokens, rows]`, times a matrix, `[rows, columns]`, in the kind of `x`.
 pub(crate) fn project(x: &Tensor, matrix: &Tensor) -> Result<Tensor> {
     Ok(x.f_matmul(&matrix.f_to_kind(x.f_kind()?)?)?)
 }
 
-/// The T5 bucket of a causal distance (Raffel et al., arXiv 1910.10683, section 2.1): the first half of the buckets
-/// count single steps, the rest grow as the logarithm up to `longest`.
+/// The T5 bucket of a causal distance (Raffel et al., arXiv 1910.10683, section 2.1): the first half of the
+/// buckets are single distances, the rest grow logarithmically up to `longest`.
 pub(crate) fn position_bucket(distance: usize, buckets: usize, longest: usize) -> usize {
     let exact = buckets / 2;
     if distance < exact {
@@ -35,12 +36,12 @@ pub(crate) fn position_bucket(distance: usize, buckets: usize, longest: usize) -
     (exact + (ratio * (buckets - exact) as f64) as usize).min(buckets - 1)
 }
 
-/// What attention needs beside parameters, for one sequence length.
+/// The position tables of attention for one sequence length.
 #[derive(Debug)]
 pub(crate) struct Positions {
-    /// The bucket of distance `length - 1 - i` at `i`: `[length]`, i64.
+    /// The bucket of the distance `length - 1 - i` at index `i`: `[length]`, i64.
     buckets: Tensor,
-    /// Minus infinity for the future: `[length - 1, heads]`.
+    /// Minus infinity for later positions: `[length - 1, heads]`, f32.
     future: Tensor,
     length: i64,
 }
@@ -62,9 +63,10 @@ impl Positions {
         Self { buckets, future, length: self.length }
     }
 
-    /// The bias of every query and key with the causal mask in it: `[heads, length, length]`, f32.
+    /// The relative position bias with the causal mask: `[heads, length, length]`, f32.
     ///
-    /// Row `i`, column `j` depends on `i - j` only, so the matrix is a sliding window over one line of distances.
+    /// Row `i`, column `j` depends on `i - j` only, so the matrix is a sliding window over one vector of
+    /// distances.
     fn bias(&self, table: &Tensor) -> Result<Tensor> {
         let past = table.f_index_select(0, &self.buckets)?;
         let line = Tensor::f_cat(&[&past, &self.future], 0)?.f_transpose(0, 1)?;
@@ -72,7 +74,7 @@ impl Positions {
     }
 }
 
-/// The parameters of attention, in [`crate::weights::parameters`]' order.
+/// The parameters of attention, in the order of [`crate::weights::parameters`].
 pub(crate) struct Attention<'a> {
     pub(crate) norm: &'a Tensor,
     pub(crate) qkv: &'a Tensor,
@@ -81,7 +83,8 @@ pub(crate) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    /// Causal self-attention with a relative position bias, and the residual: `[tokens, hidden]` to the same.
+    /// Causal self-attention with a relative position bias (T5, section 2.1), and the residual: `[tokens,
+    /// hidden]` to `[tokens, hidden]`.
     pub(crate) fn forward(&self, a: &Architecture, positions: &Positions, x: &Tensor) -> Result<Tensor> {
         let (length, heads, dim) = (positions.length, a.heads as i64, a.head_dim as i64);
         let sequences = x.size()[0] / length;
@@ -111,7 +114,7 @@ pub(crate) struct FeedForward<'a> {
 }
 
 impl FeedForward<'_> {
-    /// GEGLU (Shazeer, arXiv 2002.05202) and the residual: `[tokens, hidden]` to the same.
+    /// GEGLU (Shazeer, arXiv 2002.05202) and the residual: `[tokens, hidden]` to `[tokens, hidden]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let normed = rms_norm(x, self.norm)?;
         let inner = project(&normed, self.gate)?.f_gelu("none")?.f_mul(&project(&normed, self.up)?)?;
@@ -119,7 +122,7 @@ impl FeedForward<'_> {
     }
 }
 
-/// The activation inside an expert.
+/// The activation function of an expert: `[rows, expert_hidden]` to the same shape.
 pub(crate) fn activate(kind: Activation, h: &Tensor) -> Result<Tensor> {
     Ok(match kind {
         Activation::Gelu => h.f_gelu("none")?,
@@ -127,7 +130,7 @@ pub(crate) fn activate(kind: Activation, h: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// The gradient of [`activate`]'s input.
+/// The gradient of the input of [`activate`].
 pub(crate) fn activate_backward(kind: Activation, h: &Tensor, da: &Tensor) -> Result<Tensor> {
     Ok(match kind {
         Activation::Gelu => h.f_gelu_backward(da, "none")?,
@@ -135,24 +138,25 @@ pub(crate) fn activate_backward(kind: Activation, h: &Tensor, da: &Tensor) -> Re
     })
 }
 
-/// The gate's probabilities and what follows from them, for one lane and layer.
+/// The output of the gate for one lane and layer.
 pub(crate) struct Gate {
-    /// The normed input: `[tokens, hidden]`.
+    /// The normalized input: `[tokens, hidden]`, activations.
     pub(crate) normed: Tensor,
     /// The two chosen experts: `[tokens, 2]`, i64.
     pub(crate) experts: Tensor,
     /// Their gate weights, which sum to 1: `[tokens, 2]`, f32.
     pub(crate) weights: Tensor,
-    /// The load-balancing loss: E * sum of f_e * P_e (GShard, section 2.2).
+    /// The load-balancing loss, E * sum of f_e * P_e (GShard, section 2.2): a scalar, f32.
     pub(crate) aux_loss: Tensor,
-    /// The mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5).
+    /// The mean squared logsumexp of the logits (ST-MoE, arXiv 2202.08906, equation 5): a scalar, f32.
     pub(crate) z_loss: Tensor,
     /// The probabilities of all experts: `[tokens, experts]`, f32.
     probabilities: Tensor,
 }
 
 impl Gate {
-    /// Norm, logits and softmax in f32, and the top two (GLaM, section 4).
+    /// Norm, logits and softmax in f32, and the top two (GLaM, section 4). `x` is `[tokens, hidden]`, `norm`
+    /// `[hidden]` and `gate` `[hidden, experts]`.
     pub(crate) fn forward(x: &Tensor, norm: &Tensor, gate: &Tensor) -> Result<Self> {
         let experts_count = gate.size()[1];
         let normed = rms_norm(x, norm)?;
@@ -170,7 +174,7 @@ impl Gate {
         Ok(Self { normed, experts, weights: top.f_div(&total)?, aux_loss, z_loss, probabilities })
     }
 
-    /// The mean over tokens of the entropy of the probabilities, in nats; outside of the graph.
+    /// The mean over tokens of the entropy of the probabilities, in nats; not part of the graph.
     pub(crate) fn entropy(&self) -> Result<f64> {
         let tokens = self.probabilities.size()[0].max(1) as f64;
         let sum = self.probabilities.f_detach()?.f_special_entr()?.f_sum(Kind::Double)?;
@@ -178,19 +182,22 @@ impl Gate {
     }
 }
 
-/// Token ids to the residual stream, scaled by sqrt(hidden) since the table is shared with the output.
+/// The residual stream, `[tokens, hidden]`, of token ids, `[tokens]`. It is scaled by sqrt(hidden), since the
+/// table is shared with the output.
 pub(crate) fn embed(table: &Tensor, ids: &Tensor, kind: Kind) -> Result<Tensor> {
     let scale = (table.size()[1] as f64).sqrt();
     Ok(table.f_index_select(0, ids)?.f_mul_scalar(scale)?.f_to_kind(kind)?)
 }
 
-/// The logits of the next token, f32: `[tokens, vocabulary]`.
+/// The logits of the next token, `[tokens, vocabulary]`, f32, from the residual stream `x`, `[tokens,
+/// hidden]`.
 pub(crate) fn logits(x: &Tensor, table: &Tensor, norm: &Tensor) -> Result<Tensor> {
     let transposed = table.f_to_kind(x.f_kind()?)?.f_transpose(0, 1)?;
     Ok(rms_norm(x, norm)?.f_matmul(&transposed)?.f_to_kind(Kind::Float)?)
 }
 
-/// Mean cross-entropy in nats per token.
+/// Mean cross-entropy in nats per token, a scalar, of `logits`, `[tokens, vocabulary]`, and `targets`,
+/// `[tokens]`, i64.
 pub(crate) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     Ok(logits.f_cross_entropy_loss::<Tensor>(targets, None, Reduction::Mean, -100, 0.0)?)
 }

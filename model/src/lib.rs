@@ -1,13 +1,27 @@
-//! The GLaM model on libtorch, and the device executor's computations.
+//! The GLaM model (Du et al., arXiv 2112.06905) on libtorch.
 //!
-//! The only crate that names `tch`. The actors see it through [`volary_core::compute::Compute`], which [`Glam`]
-//! implements. The whole model in one process, for tests, generation and comparison, is [`reference::Reference`].
+//! The only crate that depends on `tch`. The actors use it through [`volary_core::compute::Compute`], which
+//! [`Glam`] implements. [`reference::Reference`] is the whole model in one process, for tests and for
+//! generation.
+//!
+//! | file | content |
+//! | --- | --- |
+//! | [`device`] | devices, threads, and the environment of libtorch |
+//! | [`engine`] | [`Glam`]: the computations of the actors; `compute` and `moe` are its parts |
+//! | [`error`] | errors |
+//! | `host` | copies between the device and the wire |
+//! | `layers` | the layers as functions on tensors |
+//! | [`limits`] | bounds |
+//! | `optimizer` | Adafactor and AdamW |
+//! | [`reference`] | the whole model in one autograd graph |
+//! | `weights` | the parameters and optimizer state of a shard, and their stored form |
 
 pub mod device;
 pub mod engine;
 pub mod error;
 mod host;
 mod layers;
+pub mod limits;
 mod optimizer;
 pub mod reference;
 mod weights;

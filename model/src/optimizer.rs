@@ -1,4 +1,5 @@
-//! One step of the optimizer on one parameter. All state is f32 and changes in place.
+//! One step of the optimizer on one parameter: Adafactor (Shazeer and Stern, arXiv 1804.04235) or AdamW
+//! (Loshchilov and Hutter, arXiv 1711.05101). All state is f32 and changes in place.
 
 use crate::error::Result;
 use crate::weights::Slot;
@@ -6,12 +7,13 @@ use tch::{Kind, Tensor};
 use volary_core::Step;
 use volary_core::options::Optimizer;
 
-/// Added to squared gradients (Adafactor's epsilon 1).
+/// The epsilon of squared gradients (Adafactor's epsilon 1).
 const ADAFACTOR_EPSILON: f64 = 1e-30;
 /// The smallest scale of a parameter (Adafactor's epsilon 2).
 const ADAFACTOR_SCALE_MIN: f64 = 1e-3;
 
-/// Updates `slot` with `gradient`, which is consumed and already scaled to the mean over lanes and clipped.
+/// Updates `slot` with `gradient`, which has the shape of its weight and is already averaged over lanes and
+/// clipped.
 pub(crate) fn update(
     optimizer: &Optimizer,
     slot: &mut Slot,
@@ -29,8 +31,8 @@ pub(crate) fn update(
     }
 }
 
-/// The decay of the second moment at `step`: with a constant, its bias-corrected form
-/// `b (1 - b^(t-1)) / (1 - b^t)`; without, `1 - t^-0.8` (Adafactor, section 7).
+/// The decay of the second moment at `step`: the bias-corrected form of a constant `b`, `b (1 - b^(t-1)) / (1
+/// - b^t)`, or else `1 - t^-0.8` (Adafactor, section 7).
 pub(crate) fn decay(beta2: Option<f64>, step: Step) -> f64 {
     let t = step.0.max(1) as f64;
     match beta2 {
@@ -61,7 +63,8 @@ fn adafactor(
         [(_, row), (_, column)] => {
             blend(row, squared.f_mean_dim([1i64].as_slice(), false, Kind::Float)?)?;
             blend(column, squared.f_mean_dim([0i64].as_slice(), false, Kind::Float)?)?;
-            // The root of an outer product is the outer product of the roots: two cheap passes over the matrix.
+            // The root of an outer product is the outer product of the roots, which takes two passes over the
+            // matrix.
             let row = row.f_div(&row.f_mean(Kind::Float)?)?.f_rsqrt()?;
             gradient.f_mul(&row.f_unsqueeze(1)?)?.f_mul_(&column.f_rsqrt()?.f_unsqueeze(0)?)?
         }
@@ -80,7 +83,7 @@ fn adafactor(
     Ok(())
 }
 
-/// AdamW with bias correction; matrices decay, norms do not.
+/// AdamW with bias correction. Weights of matrices decay, those of norms do not.
 fn adamw(
     slot: &mut Slot,
     gradient: &Tensor,

@@ -52,7 +52,7 @@ fn adafactor_on_a_matrix_equals_the_papers_algorithm() {
         let gradient = draws(&mut stream, ROWS * COLUMNS);
         update(&optimizer, &mut ours, tensor(&gradient, &[ROWS as i64, COLUMNS as i64]), step, 0.01)
             .expect("a step");
-        let t = step as i32;
+        let t = step.0 as i32;
         let beta = 0.99 * (1.0 - 0.99f64.powi(t - 1)) / (1.0 - 0.99f64.powi(t));
         for i in 0..ROWS {
             let mean = (0..COLUMNS).map(|j| gradient[i * COLUMNS + j].powi(2)).sum::<f64>() / COLUMNS as f64;
@@ -82,7 +82,7 @@ fn adafactor_on_a_vector_keeps_the_whole_second_moment() {
     for step in (1..=10).map(Step) {
         let gradient = draws(&mut stream, COLUMNS);
         update(&optimizer, &mut ours, tensor(&gradient, &[COLUMNS as i64]), step, 0.01).expect("a step");
-        let beta = 1.0 - (step as f64).powf(-0.8);
+        let beta = 1.0 - (step.0 as f64).powf(-0.8);
         second.iter_mut().zip(&gradient).for_each(|(v, g)| *v = beta * *v + (1.0 - beta) * g * g);
         let u: Vec<f64> = gradient.iter().zip(&second).map(|(g, v)| g / v.sqrt()).collect();
         let rate = 0.01 / rms(&u).max(1.0);
@@ -106,8 +106,8 @@ fn adamw_equals_the_papers_algorithm() {
         for n in 0..ROWS * COLUMNS {
             first[n] = 0.9 * first[n] + 0.1 * gradient[n];
             second[n] = 0.95 * second[n] + 0.05 * gradient[n] * gradient[n];
-            let m = first[n] / (1.0 - 0.9f64.powi(step as i32));
-            let v = second[n] / (1.0 - 0.95f64.powi(step as i32));
+            let m = first[n] / (1.0 - 0.9f64.powi(step.0 as i32));
+            let v = second[n] / (1.0 - 0.95f64.powi(step.0 as i32));
             weights[n] -= 0.003 * (m / (v.sqrt() + 1e-8) + 0.1 * weights[n]);
         }
         assert_near(&ours, &weights, step);

@@ -1,13 +1,14 @@
-//! The whole model in one process, in one autograd graph: what the actors must equal.
+//! The whole model in one process and one autograd graph, which the actors must equal.
 //!
-//! It shares the layers' functions with the actors' engine and nothing else: experts are picked with masks and added
-//! back by index, gradients are autograd's, there are no lanes in flight and no messages.
+//! It shares only the functions of the layers with the actors' engine: experts are selected with masks and
+//! added back by index, gradients come from autograd, and there are no messages.
 
 use crate::error::{Error, Result};
 use crate::layers::{self, Attention, FeedForward, Gate, Positions};
 use crate::optimizer;
 use crate::weights::Shard;
 use std::collections::BTreeMap;
+use std::error::Error as StdError;
 use tch::{Device, Kind, Tensor};
 use volary_core::architecture::{Architecture, SecondExpert};
 use volary_core::dispatch::Capacity;
@@ -16,6 +17,23 @@ use volary_core::random::{Purpose, Stream};
 use volary_core::{LayerId, ShardId, Step};
 
 /// A whole model on one device.
+///
+/// ```no_run
+/// use volary_core::Step;
+/// use volary_core::architecture::presets;
+/// use volary_core::options::TrainingOptions;
+/// use volary_model::device;
+/// use volary_model::reference::{Reference, Sampling};
+///
+/// let (architecture, training) = (&presets()[0].architecture, TrainingOptions::new(100));
+/// let mut model = Reference::initial(architecture, &training, 7, device::parse("cpu")?)?;
+/// let lane = vec![1; training.sequences_per_lane * (training.sequence_length + 1)];
+/// let loss = model.step(&[lane], Step(1))?;
+/// let sampling = Sampling { max_tokens: 10, temperature: 0.8, seed: 1, stop: None };
+/// let tokens = model.generate(&[1, 2, 3], &sampling)?;
+/// # drop((loss, tokens));
+/// # Ok::<(), volary_model::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Reference {
     architecture: Architecture,
@@ -24,22 +42,36 @@ pub struct Reference {
     shards: BTreeMap<ShardId, Shard>,
 }
 
-/// What one forward pass found.
+/// The sampling of a continuation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampling {
+    /// The maximum number of new tokens.
+    pub max_tokens: usize,
+    /// 0 takes the most likely token, 1 samples from the model's distribution.
+    pub temperature: f64,
+    /// The seed of the draws.
+    pub seed: u64,
+    /// The token that ends the text, and is not part of it.
+    pub stop: Option<u32>,
+}
+
+/// The result of one pass over a lane.
 #[derive(Debug)]
 pub struct Outcome {
     /// Mean cross-entropy, in nats per token.
     pub loss: f64,
-    /// Mean over MoE layers of the load-balancing loss.
+    /// Mean over MoE layers of the load-balancing loss (GShard, section 2.2).
     pub aux_loss: f64,
-    /// The gradient of every shard's parameters, in their order.
+    /// The gradients of every shard: a tensor per parameter, f32, in the order of the parameters. Empty
+    /// without `train`.
     pub gradients: BTreeMap<ShardId, Vec<Tensor>>,
 }
 
 impl Outcome {
-    /// The gradients' numbers, row by row.
+    /// The values of the gradients, row-major.
     ///
     /// # Errors
-    /// When they cannot be copied to the host.
+    /// [`Error::Torch`] when libtorch cannot copy them to the host.
     pub fn gradient_values(&self) -> Result<BTreeMap<ShardId, Vec<Vec<f32>>>> {
         let values = |t: &Tensor| -> Result<Vec<f32>> {
             Ok(Vec::try_from(t.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?)
@@ -54,10 +86,10 @@ impl Outcome {
 type Leaves = BTreeMap<ShardId, Vec<Tensor>>;
 
 impl Reference {
-    /// The model before its first step.
+    /// The model before its first step, from the run's seed.
     ///
     /// # Errors
-    /// When it does not fit the device, or asks for what only the actors' engine does: dropped tokens.
+    /// [`Error::Torch`] when the device has no memory for it.
     pub fn initial(
         architecture: &Architecture,
         training: &TrainingOptions,
@@ -69,18 +101,19 @@ impl Reference {
         Ok(Self { architecture: architecture.clone(), training: training.clone(), device, shards })
     }
 
-    /// The model from the stored form of its shards, which `fetch` gives.
+    /// The model from the stored form of its shards, which `fetch` reads.
     ///
     /// # Errors
-    /// When a shard is missing or does not fit the model.
-    pub fn load(
+    /// [`Error::Fetch`] with an error of `fetch`; [`Error::Stored`] or [`Error::SafeTensors`] when a shard
+    /// does not fit the model.
+    pub fn load<E: Into<Box<dyn StdError + Send + Sync>>>(
         architecture: &Architecture,
         training: &TrainingOptions,
         device: Device,
-        mut fetch: impl FnMut(ShardId) -> std::result::Result<Vec<u8>, String>,
+        mut fetch: impl FnMut(ShardId) -> std::result::Result<Vec<u8>, E>,
     ) -> Result<Self> {
         let shard = |id| {
-            let bytes = fetch(id).map_err(|reason| Error::Stored { shard: id, reason })?;
+            let bytes = fetch(id).map_err(|error| Error::Fetch { shard: id, source: error.into() })?;
             Ok((id, Shard::load(architecture, &training.optimizer, id, &bytes, device)?))
         };
         let shards = architecture.shards().into_iter().map(shard).collect::<Result<_>>()?;
@@ -94,7 +127,8 @@ impl Reference {
         self.shards.iter().map(|(&id, shard)| Ok((id, of(shard)?))).collect()
     }
 
-    /// The residual stream after the last layer, `[tokens, hidden]`, and the sums of the auxiliary losses.
+    /// The residual stream after the last layer, `[tokens, hidden]`, and the gates. `ids` are `[tokens]`,
+    /// i64, in sequences of `length`.
     fn forward(&self, leaves: &Leaves, ids: &Tensor, length: usize) -> Result<(Tensor, Vec<Gate>)> {
         let a = &self.architecture;
         let positions = Positions::new(a, length, self.device)?;
@@ -115,13 +149,11 @@ impl Reference {
         Ok((x, gates))
     }
 
-    /// Every expert in turn on the tokens that chose it, weighted and added back.
+    /// An MoE layer: each expert on its tokens, with the residual; `[tokens, hidden]` to `[tokens, hidden]`.
     fn mixture(&self, leaves: &Leaves, layer: LayerId, x: &Tensor) -> Result<(Tensor, Gate)> {
         let a = &self.architecture;
         if a.capacity != Capacity::Dropless || a.second_expert != SecondExpert::All {
-            return Err(Error::Input(
-                "the reference model knows only dropless gating that keeps both experts".into(),
-            ));
+            return Err(Error::ReferenceGating);
         }
         let router = &leaves[&ShardId::Router { layer }];
         let gate = Gate::forward(x, &router[0], &router[1])?;
@@ -143,10 +175,11 @@ impl Reference {
         Ok((y, gate))
     }
 
-    /// Loss and, with `train`, every gradient of one lane; `tokens` is `[sequences, sequence_length + 1]`.
+    /// The loss and, with `train`, the gradients of one lane. `tokens` are `[sequences, sequence_length +
+    /// 1]`, row by row.
     ///
     /// # Errors
-    /// When the tokens do not fit the model.
+    /// [`Error::ReferenceGating`] when the model drops tokens, or [`Error::Torch`] when libtorch fails.
     pub fn lane(&self, tokens: &[u32], train: bool) -> Result<Outcome> {
         let length = self.training.sequence_length;
         let leaves = self.leaves(train)?;
@@ -173,7 +206,7 @@ impl Reference {
     }
 
     fn backward(total: &Tensor, leaves: &Leaves) -> Result<BTreeMap<ShardId, Vec<Tensor>>> {
-        // Through `.grad`, since an expert that no token met is no part of the graph.
+        // Through `.grad`, since an expert without tokens is not part of the graph.
         total.f_backward()?;
         let of = |leaf: &Tensor| -> Result<Tensor> {
             let grad = leaf.f_grad()?;
@@ -182,7 +215,8 @@ impl Reference {
         leaves.iter().map(|(&id, list)| Ok((id, list.iter().map(of).collect::<Result<_>>()?))).collect()
     }
 
-    /// A plain training step: lanes one after the other, gradients summed, one update. Returns the mean loss.
+    /// A plain training step: the lanes in sequence, their mean gradient, one update. Returns the mean loss,
+    /// in nats per token.
     ///
     /// # Errors
     /// As [`Reference::lane`].
@@ -220,31 +254,25 @@ impl Reference {
         Ok(loss)
     }
 
-    /// Continues `prompt` token by token until `stop` or `max_tokens`; temperature 0 takes the likeliest.
+    /// Continues `prompt` token by token, up to `sampling.stop` or `sampling.max_tokens`.
     ///
     /// # Errors
-    /// When the prompt is empty or does not fit the model.
-    pub fn generate(
-        &self,
-        prompt: &[u32],
-        max_tokens: usize,
-        temperature: f64,
-        seed: u64,
-        stop: Option<u32>,
-    ) -> Result<Vec<u32>> {
+    /// [`Error::EmptyPrompt`], [`Error::Vocabulary`], or [`Error::Torch`] when libtorch fails.
+    pub fn generate(&self, prompt: &[u32], sampling: &Sampling) -> Result<Vec<u32>> {
         if prompt.is_empty() {
-            return Err(Error::Input("the prompt is empty".into()));
+            return Err(Error::EmptyPrompt);
         }
-        if let Some(id) = prompt.iter().find(|&&id| id as usize >= self.architecture.vocabulary) {
-            return Err(Error::Input(format!("the prompt's token {id} is outside the model's vocabulary")));
+        let vocabulary = self.architecture.vocabulary;
+        if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(Error::Vocabulary { id, vocabulary });
         }
-        let mut stream = Stream::new(seed, Purpose::Generate, &[]);
+        let mut stream = Stream::new(sampling.seed, Purpose::Generate, &[]);
         let mut tokens = prompt.to_vec();
         let leaves = self.leaves(false)?;
-        for _ in 0..max_tokens {
+        for _ in 0..sampling.max_tokens {
             let window = &tokens[tokens.len().saturating_sub(self.training.sequence_length)..];
-            let next = tch::no_grad(|| self.next_token(&leaves, window, temperature, &mut stream))?;
-            if Some(next) == stop {
+            let next = tch::no_grad(|| self.next_token(&leaves, window, sampling.temperature, &mut stream))?;
+            if Some(next) == sampling.stop {
                 break;
             }
             tokens.push(next);
@@ -252,6 +280,7 @@ impl Reference {
         Ok(tokens.split_off(prompt.len()))
     }
 
+    /// The token after `window`: the most likely one at temperature 0, or a sample.
     fn next_token(
         &self,
         leaves: &Leaves,

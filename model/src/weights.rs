@@ -1,7 +1,7 @@
-//! A shard's parameters and optimizer state: their names, first values and stored form.
+//! The parameters and optimizer state of a shard: names, initial values and stored form.
 //!
-//! The stored form is safetensors: weights under their own name, optimizer state as `NAME.STATE`. The same bits give
-//! the same bytes, whoever stores them, so that a hash of the bytes is a hash of the shard.
+//! The stored form is safetensors, with a weight under its name and optimizer state as `NAME.STATE`. Equal
+//! bits give equal bytes on every node, so that a hash of the bytes is a hash of the shard.
 
 use crate::error::{Error, Result};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -13,17 +13,17 @@ use volary_core::options::Optimizer;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{ExpertId, LayerId, ShardId, Step};
 
-/// The first values of a parameter.
+/// The initial values of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Initial {
-    /// All the same.
+    /// One value.
     Constant(f64),
-    /// Uniform with this standard deviation. Uniform draws need only exact arithmetic, so that every machine
-    /// starts from the same bits.
+    /// Uniform with this standard deviation. Uniform draws need only exact arithmetic, so that all machines
+    /// start from the same bits.
     Uniform(f64),
 }
 
-/// The name, shape and first values of one parameter.
+/// The name, shape and initial values of one parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Parameter {
     pub(crate) name: &'static str,
@@ -84,7 +84,7 @@ pub(crate) fn state_shapes(optimizer: &Optimizer, shape: &[i64]) -> Vec<(&'stati
     }
 }
 
-/// Bytes of one shard's weights and optimizer state, in f32.
+/// Bytes of one shard's weights and optimizer state, f32.
 #[must_use]
 pub fn shard_bytes(architecture: &Architecture, optimizer: &Optimizer, shard: ShardId) -> u64 {
     let numbers = |shape: &[i64]| shape.iter().product::<i64>() as u64;
@@ -111,7 +111,7 @@ pub struct Shard {
     pub(crate) slots: Vec<Slot>,
 }
 
-/// What a stored shard says about itself.
+/// The header of a stored shard.
 #[derive(Serialize, Deserialize)]
 struct Header {
     format: u16,
@@ -139,8 +139,8 @@ impl Shard {
         };
         let slots = parameters(a, shard).into_iter().enumerate().map(|(index, parameter)| {
             let path = [kind, layer.0.into(), expert.0.into(), index as u64];
-            let weight =
-                first_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?.f_to_device(device)?;
+            let weight = initial_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?
+                .f_to_device(device)?;
             let state = state_shapes(optimizer, &parameter.shape)
                 .into_iter()
                 .map(|(name, shape)| Ok((name, Tensor::f_zeros(&shape, (Kind::Float, device))?)))
@@ -168,12 +168,12 @@ impl Shard {
             .iter()
             .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
             .collect::<Result<_>>()?;
-        // One key only: the order of several would change from process to process, and with it the hash.
+        // One key only: the order of several keys, and with it the hash, would differ between processes.
         let header = serde_json::to_string(&Header { format: FORMAT, shard, version })?;
         Ok(safetensors::serialize(views, Some(HashMap::from([(HEADER.into(), header)])))?)
     }
 
-    /// A shard from its stored form; every tensor must be there in the right shape.
+    /// A shard from its stored form, which must have every tensor in the expected shape.
     pub(crate) fn load(
         a: &Architecture,
         optimizer: &Optimizer,
@@ -184,9 +184,10 @@ impl Shard {
         let (_, metadata) = SafeTensors::read_metadata(bytes)?;
         let header = metadata.metadata().as_ref().and_then(|m| m.get(HEADER));
         let header: Header = serde_json::from_str(header.map_or("", String::as_str))
-            .map_err(|_| Error::Stored { shard, reason: "it has no header of ours".into() })?;
+            .map_err(|_| Error::Stored { shard, reason: "it has no volary header".into() })?;
         if (header.format, header.shard) != (FORMAT, shard) {
-            let reason = format!("it holds {} in format {}", header.shard, header.format);
+            let reason =
+                format!("it is {} in format {}, expected format {FORMAT}", header.shard, header.format);
             return Err(Error::Stored { shard, reason });
         }
         let tensors = SafeTensors::deserialize(bytes)?;
@@ -217,7 +218,7 @@ fn read(tensors: &SafeTensors<'_>, shard: ShardId, name: &str, shape: &[i64]) ->
     Ok(Tensor::f_from_data_size(view.data(), shape, Kind::Float)?)
 }
 
-fn first_values(parameter: &Parameter, mut stream: Stream) -> Result<Tensor> {
+fn initial_values(parameter: &Parameter, mut stream: Stream) -> Result<Tensor> {
     let count: i64 = parameter.shape.iter().product();
     let values: Vec<f32> = match parameter.initial {
         Initial::Constant(value) => vec![value as f32; count as usize],
@@ -229,7 +230,7 @@ fn first_values(parameter: &Parameter, mut stream: Stream) -> Result<Tensor> {
     Ok(Tensor::f_from_slice(&values)?.f_view(parameter.shape.as_slice())?)
 }
 
-/// The bytes of a tensor, row by row, on the host.
+/// The bytes of a tensor on the host, row-major and little-endian.
 pub(crate) fn host_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let host = tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?;
     let numel = host.numel();

@@ -1,18 +1,22 @@
-//! The actors' engine against the whole-model reference, and against itself to the bit.
+//! The actors' engine compared with the reference model, and bitwise with itself.
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
-use volary_core::ShardId;
 use volary_core::architecture::{Activation, Architecture, SecondExpert};
 use volary_core::compute::Compute;
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Update;
+use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
 use volary_model::Glam;
 use volary_model::engine::{Gradient, Shard};
 use volary_model::reference::Reference;
+
+/// Step 1, lane 0.
+const FIRST: (Step, Lane) = (Step(1), Lane(0));
+const ROUTER: ShardId = ShardId::Router { layer: LayerId(0) };
 
 fn architecture() -> Architecture {
     Architecture {
@@ -48,14 +52,14 @@ fn training() -> TrainingOptions {
     }
 }
 
-/// Runs the engine over one lane by hand, as the actors do.
-struct Hand {
+/// Runs the engine over one lane, as the actors do.
+struct Driver {
     glam: Glam,
     a: Architecture,
     shards: BTreeMap<ShardId, Shard>,
 }
 
-impl Hand {
+impl Driver {
     fn new(a: Architecture, t: &TrainingOptions, kind: Kind) -> Self {
         let device = test_device();
         let glam = Glam::with_kind(&a, t, 7, device, kind).expect("an engine");
@@ -73,17 +77,17 @@ impl Hand {
         let mut x = g.embed(self.params(ShardId::Embedding), tokens).unwrap();
         let mut segments = Vec::new();
         let mut dropped = 0;
-        for layer in 0..self.a.layers as u16 {
+        for layer in self.a.layer_range().iter() {
             let (y, saved) = g.dense(layer, self.params(ShardId::Dense { layer }), x, true).unwrap();
             x = y;
             let mut moe = None;
-            if self.a.is_moe(layer.into()) {
-                let gated = g.gate(layer, self.params(ShardId::Router { layer }), x, (1, 0), true).unwrap();
+            if self.a.is_moe(layer) {
+                let gated = g.gate(layer, self.params(ShardId::Router { layer }), x, FIRST, true).unwrap();
                 dropped += gated.dispatch.dropped;
                 let (mut outs, mut kept) = (Vec::new(), Vec::new());
                 for (e, offset) in gated.dispatch.offsets().into_iter().enumerate() {
                     let rows = g.rows(&gated.rows, offset, gated.dispatch.counts[e]).unwrap();
-                    let id = ShardId::Expert { layer, expert: e as u16 };
+                    let id = ShardId::Expert { layer, expert: ExpertId(e as u16) };
                     let (y, saved) = g.expert(self.params(id), rows, true).unwrap();
                     outs.push(y);
                     kept.push((id, saved));
@@ -102,7 +106,7 @@ impl Hand {
                 let mut inputs = Vec::new();
                 for ((id, saved), offset) in kept.into_iter().zip(dispatch.offsets()) {
                     let ShardId::Expert { expert, .. } = id else { unreachable!() };
-                    let dy = g.rows(&rows, offset, dispatch.counts[expert as usize]).unwrap();
+                    let dy = g.rows(&rows, offset, dispatch.counts[expert.index()]).unwrap();
                     let (dx, saved) = g.expert_backward(self.params(id), saved, dy).unwrap();
                     inputs.push(dx);
                     if let Some(gradient) = g.expert_gradient(vec![saved]).unwrap() {
@@ -122,11 +126,11 @@ impl Hand {
     }
 }
 
-/// The first GPU where `VOLARY_TEST_DEVICE` asks for it, otherwise the CPU.
+/// The device of `VOLARY_TEST_DEVICE`, or the CPU.
 fn test_device() -> Device {
     let name = std::env::var("VOLARY_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
     volary_model::device::single_thread();
-    volary_model::device::parse(&name).expect("the device that VOLARY_TEST_DEVICE names")
+    volary_model::device::parse(&name).expect("the device of VOLARY_TEST_DEVICE")
 }
 
 fn tokens(seed: u64, a: &Architecture, t: &TrainingOptions) -> Vec<u32> {
@@ -150,7 +154,7 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
     difference / norm(&mut theirs.iter().map(|&v| f64::from(v))).max(1e-12)
 }
 
-/// Loss and every gradient of every layer, against autograd over the whole model. The tolerance is 2e-5 relative:
+/// The loss and all gradients, compared with autograd over the whole model. The relative tolerance is 2e-5:
 /// the same f32 sums in another order, through four layers.
 #[test]
 fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
@@ -158,7 +162,7 @@ fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
         let (mut a, t) = (architecture(), training());
         (a.activation, a.moe_first) = (activation, moe_first);
         let tokens = tokens(seed, &a, &t);
-        let (loss, grads, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+        let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
         let reference = Reference::initial(&a, &t, 7, test_device()).unwrap().lane(&tokens, true).unwrap();
         assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
         for (id, theirs) in &reference.gradients {
@@ -178,30 +182,30 @@ fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
     }
 }
 
-/// bf16 has 8 bits of mantissa: a product of some dozens of terms is within a few per cent, and so are gradients.
+/// bf16 has 8 bits of mantissa: a product of dozens of terms is accurate to a few percent.
 #[test]
 fn bf16_activations_stay_near_f32() {
     let (a, t) = (architecture(), training());
     let tokens = tokens(3, &a, &t);
-    let (wide, _, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
-    let (narrow, _, _) = Hand::new(a, &t, Kind::BFloat16).lane(&tokens);
+    let (wide, _, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
+    let (narrow, _, _) = Driver::new(a, &t, Kind::BFloat16).lane(&tokens);
     assert!((wide - narrow).abs() < 0.05, "{wide} against {narrow}");
 }
 
 #[test]
-fn a_lane_repeats_to_the_bit_whatever_runs_beside_it() {
+fn concurrent_lanes_give_the_same_bits() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let tokens = tokens(4, &a, &t);
     let bytes = |grads: &BTreeMap<ShardId, Gradient>| -> Vec<_> {
         grads.values().map(|g| Glam::gradient_bytes(g).unwrap()).collect()
     };
-    let (loss, quiet, _) = hand.lane(&tokens);
+    let (loss, quiet, _) = driver.lane(&tokens);
     let results: Vec<_> = std::thread::scope(|scope| {
         let run = || {
             volary_model::device::single_thread();
-            // Another engine with the same seed: what a second node holds.
-            let (loss, grads, _) = Hand::new(a.clone(), &t, Kind::Float).lane(&tokens);
+            // Another engine with the same seed, as on a second node.
+            let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
             (loss, bytes(&grads))
         };
         let handles: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
@@ -217,14 +221,13 @@ fn a_lane_repeats_to_the_bit_whatever_runs_beside_it() {
 fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     let (mut a, t) = (architecture(), training());
     a.capacity = Capacity::Factor(0.5);
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
-    let (loss, _, dropped) = hand.lane(&tokens(5, &a, &t));
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
+    let (loss, _, dropped) = driver.lane(&tokens(5, &a, &t));
     assert!(dropped > 0 && loss.is_finite());
-    // With no room for anybody the layer is the identity.
-    let g = &hand.glam;
+    // Without any capacity the layer is the identity.
+    let g = &driver.glam;
     let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, test_device()));
-    let gated =
-        g.gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true).unwrap();
+    let gated = g.gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let none = [-1i64; 6];
     let empty = Dispatch::new([&none, &none], a.experts, Capacity::Dropless);
     let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
@@ -232,19 +235,16 @@ fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     assert_eq!(tensor_floats(&y), tensor_floats(&x));
 }
 
-/// Identity experts give the input's weighted sum back: gate weights sum to 1, so the layer adds the normed input.
+/// With identity experts the layer adds the normalized input, since gate weights sum to 1.
 #[test]
 fn gate_weights_of_kept_tokens_sum_to_one() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, test_device()));
-    let gated = hand
-        .glam
-        .gate(0, hand.params(ShardId::Router { layer: 0 }), x.shallow_clone(), (1, 0), true)
-        .unwrap();
+    let gated = driver.glam.gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let outputs = vec![gated.rows.shallow_clone()];
     let dispatch = gated.dispatch.clone();
-    let (y, _) = hand.glam.combine(&dispatch, gated.saved, outputs).unwrap();
+    let (y, _) = driver.glam.combine(&dispatch, gated.saved, outputs).unwrap();
     let added = tensor_floats(&(y - &x));
     let mut normed = vec![0f32; added.len()];
     let rows = tensor_floats(&gated.rows);
@@ -264,17 +264,17 @@ fn gate_weights_of_kept_tokens_sum_to_one() {
     }
 }
 
-/// What the gate says of itself, against the same in scalars of double precision: entropy, choices and weights. The tolerance is
-/// that of f32 sums over 24 numbers.
+/// Entropy, choices and weights of the gate, compared with scalars in double precision. The tolerance is that
+/// of f32 sums over 24 numbers.
 #[test]
-fn what_a_gate_says_of_itself_is_what_it_did() {
+fn a_gate_reports_its_entropy_choices_and_weights() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
-    let id = ShardId::Router { layer: 2 };
-    let stored = hand.glam.store(id, 0, &hand.shards[&id]).expect("bytes");
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
+    let id = ShardId::Router { layer: LayerId(2) };
+    let stored = driver.glam.store(id, Step(0), &driver.shards[&id]).expect("bytes");
     let stored = safetensors::SafeTensors::deserialize(&stored).expect("safetensors");
     let find = |shape: &[usize]| {
-        // The optimizer's state may have the same shape; its name is the parameter's with something behind it.
+        // The optimizer's state may have the same shape; its name is that of the parameter with a suffix.
         let same = stored.tensors().into_iter().filter(|(_, tensor)| tensor.shape() == shape);
         let found = same.min_by_key(|(name, _)| (name.matches('.').count(), name.clone()));
         floats(found.expect("a parameter of this shape").1.data())
@@ -283,8 +283,8 @@ fn what_a_gate_says_of_itself_is_what_it_did() {
     let mut stream = Stream::new(11, Purpose::Faults, &[]);
     let x: Vec<f32> = (0..40 * a.hidden).map(|_| (stream.next_f64() * 4.0 - 2.0) as f32).collect();
     let input = Tensor::from_slice(&x).reshape([40, a.hidden as i64]).to_device(test_device());
-    let gated = hand.glam.gate(2, hand.params(id), input, (1, 0), true).expect("a gate");
-    let weights = hand.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
+    let gated = driver.glam.gate(LayerId(2), driver.params(id), input, FIRST, true).expect("a gate");
+    let weights = driver.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
     let mut entropy = 0.0;
     for (token, row) in x.chunks(a.hidden).enumerate() {
         let square = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / a.hidden as f64;
@@ -311,14 +311,17 @@ fn what_a_gate_says_of_itself_is_what_it_did() {
 }
 
 #[test]
-fn the_random_policy_drops_second_choices_alike_on_every_node() {
+fn the_random_policy_drops_the_same_second_choices_on_every_node() {
     let (mut a, t) = (architecture(), training());
     a.second_expert = SecondExpert::Random;
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let x = Tensor::randn([200, a.hidden as i64], (Kind::Float, test_device()));
     let gate = |lane| {
-        let params = hand.params(ShardId::Router { layer: 0 });
-        hand.glam.gate(0, params, x.shallow_clone(), (3, lane), false).unwrap().dispatch
+        driver
+            .glam
+            .gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), (Step(3), Lane(lane)), false)
+            .unwrap()
+            .dispatch
     };
     assert_eq!(gate(1), gate(1));
     assert_ne!(gate(1), gate(2));
@@ -326,51 +329,51 @@ fn the_random_policy_drops_second_choices_alike_on_every_node() {
 }
 
 #[test]
-fn an_expert_that_meets_no_token_answers_and_has_no_gradient() {
+fn an_expert_without_tokens_has_an_empty_output_and_no_gradient() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
-    let id = ShardId::Expert { layer: 0, expert: 0 };
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
+    let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
     let empty = || Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
-    let (y, saved) = hand.glam.expert(hand.params(id), empty(), true).unwrap();
+    let (y, saved) = driver.glam.expert(driver.params(id), empty(), true).unwrap();
     assert_eq!(y.size(), [0, a.hidden as i64]);
-    let (dx, saved) = hand.glam.expert_backward(hand.params(id), saved, empty()).unwrap();
+    let (dx, saved) = driver.glam.expert_backward(driver.params(id), saved, empty()).unwrap();
     assert_eq!(dx.size(), [0, a.hidden as i64]);
-    assert!(hand.glam.expert_gradient(vec![saved]).unwrap().is_none());
+    assert!(driver.glam.expert_gradient(vec![saved]).unwrap().is_none());
 }
 
 #[test]
 fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
     let (a, t) = (architecture(), training());
-    let mut hand = Hand::new(a.clone(), &t, Kind::Float);
-    let (_, grads, _) = hand.lane(&tokens(6, &a, &t));
+    let mut driver = Driver::new(a.clone(), &t, Kind::Float);
+    let (_, grads, _) = driver.lane(&tokens(6, &a, &t));
     let update = Update { apply: true, rate: 0.01, scale: 1.0 };
     for (id, gradient) in grads {
-        let shard = hand.shards.get_mut(&id).unwrap();
-        hand.glam.apply(id, shard, Some(gradient), 1, update).unwrap();
+        let shard = driver.shards.get_mut(&id).unwrap();
+        driver.glam.apply(id, shard, Some(gradient), Step(1), update).unwrap();
     }
-    for (&id, shard) in &hand.shards {
-        let bytes = hand.glam.store(id, 1, shard).unwrap();
-        let back = hand.glam.load(id, &bytes).unwrap();
-        assert_eq!(bytes, hand.glam.store(id, 1, &back).unwrap(), "{id}");
-        let other = ShardId::Dense { layer: 99 };
-        assert!(hand.glam.load(other, &bytes).unwrap_err().to_string().contains("does not fit"));
-        assert!(hand.glam.load(id, &bytes[..bytes.len() / 2]).is_err());
+    for (&id, shard) in &driver.shards {
+        let bytes = driver.glam.store(id, Step(1), shard).unwrap();
+        let back = driver.glam.load(id, &bytes).unwrap();
+        assert_eq!(bytes, driver.glam.store(id, Step(1), &back).unwrap(), "{id}");
+        let other = ShardId::Dense { layer: LayerId(99) };
+        assert!(driver.glam.load(other, &bytes).unwrap_err().to_string().contains("does not fit"));
+        assert!(driver.glam.load(id, &bytes[..bytes.len() / 2]).is_err());
     }
     let mut wider = a;
     wider.hidden = 32;
     let other = Glam::new(&wider, &t, 7, test_device()).unwrap();
-    let id = ShardId::Expert { layer: 0, expert: 1 };
-    let error = other.load(id, &hand.glam.store(id, 1, &hand.shards[&id]).unwrap()).unwrap_err();
+    let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
+    let error = other.load(id, &driver.glam.store(id, Step(1), &driver.shards[&id]).unwrap()).unwrap_err();
     assert!(error.to_string().contains("this model expects"), "{error}");
 }
 
 #[test]
 fn a_token_outside_the_vocabulary_is_one_clear_error() {
     let (a, t) = (architecture(), training());
-    let hand = Hand::new(a.clone(), &t, Kind::Float);
+    let driver = Driver::new(a.clone(), &t, Kind::Float);
     let mut tokens = tokens(8, &a, &t);
     tokens[3] = 97;
-    let error = hand.glam.embed(hand.params(ShardId::Embedding), &tokens).unwrap_err();
+    let error = driver.glam.embed(driver.params(ShardId::Embedding), &tokens).unwrap_err();
     assert_eq!(error.to_string(), "token 97 is outside the model's vocabulary of 97");
 }
 

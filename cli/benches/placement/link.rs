@@ -1,7 +1,7 @@
-//! A network namespace at the other end of a slow link: every packet takes its time on the wire, and waits out the way.
+//! A network namespace at the other end of a slow link, with a bandwidth and a delay.
 //!
-//! `tc netem` would do the same, where the kernel has it; this needs no more than /dev/net/tun. The link's two ends are TUN devices, of which
-//! one is moved into the namespace, and two threads carry packets between them.
+//! `tc netem` does the same if the kernel has it; this needs only /dev/net/tun. The ends of the link are TUN
+//! devices, one of them in the namespace, and two threads forward packets between them.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -13,77 +13,78 @@ const NAMESPACE: &str = "volary-bench";
 const DEVICES: [&str; 2] = ["volary0", "volary1"];
 /// The addresses of the link's two ends: here, and in the namespace.
 pub(crate) const ENDS: [&str; 2] = ["10.213.7.1", "10.213.7.2"];
-/// The longest queue before the wire: what comes then is dropped, as a router would.
+/// The longest queue; later packets are dropped, as by a router.
 const QUEUE_MAX: Duration = Duration::from_millis(100);
-/// Packets on their way at a time, in one direction.
+/// Packets in flight, in one direction.
 const PACKETS_MAX: usize = 1 << 14;
-/// Bytes of the largest packet.
+/// The largest packet, in bytes.
 const MTU: u16 = 1500;
 
-/// What a link does to packets.
+/// The properties of a link.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Shape {
     /// Megabits per second, each way.
     pub(crate) megabits: f64,
-    /// Milliseconds of the way, each way.
+    /// Delay in milliseconds, each way.
     pub(crate) delay_ms: f64,
 }
 
-/// The namespace, which is removed when this is dropped.
+/// The namespace; dropping it removes the namespace.
 pub(crate) struct SlowLink;
 
-fn ip(words: &str) -> bool {
-    let status = Command::new("ip").args(words.split_whitespace()).stderr(Stdio::null()).status();
+/// Runs `ip`, and returns whether it succeeded.
+fn ip(args: &str) -> bool {
+    let status = Command::new("ip").args(args.split_whitespace()).stderr(Stdio::null()).status();
     status.is_ok_and(|status| status.success())
 }
 
 impl SlowLink {
-    /// `None` where this machine or its user may make none.
+    /// `None` if this machine or its user cannot create one.
     pub(crate) fn new(shape: Shape) -> Option<Self> {
-        // What a run that was killed left behind.
+        // The remains of a killed run.
         drop(Self);
         let device = |name| DeviceBuilder::new().name(name).mtu(MTU).enable(false).build_sync().map(Arc::new);
         let ends = [device(DEVICES[0]).ok()?, device(DEVICES[1]).ok()?];
         let ([here, there], [inside, outside]) = (DEVICES, ENDS);
-        let made = ip(&format!("netns add {NAMESPACE}"))
+        let created = ip(&format!("netns add {NAMESPACE}"))
             && ip(&format!("link set {there} netns {NAMESPACE}"))
             && ip(&format!("addr add {inside}/24 dev {here}"))
             && ip(&format!("link set {here} up txqueuelen {PACKETS_MAX}"))
             && ip(&format!("-n {NAMESPACE} addr add {outside}/24 dev {there}"))
             && ip(&format!("-n {NAMESPACE} link set {there} up txqueuelen {PACKETS_MAX}"))
             && ip(&format!("-n {NAMESPACE} link set lo up"));
-        let link = made.then_some(Self)?;
-        carry(&ends[0], &ends[1], shape);
-        carry(&ends[1], &ends[0], shape);
+        let link = created.then_some(Self)?;
+        forward(&ends[0], &ends[1], shape);
+        forward(&ends[1], &ends[0], shape);
         Some(link)
     }
 
-    /// What a command begins with to run at the other end.
-    pub(crate) fn there() -> String {
+    /// The prefix of a command that runs in the namespace.
+    pub(crate) fn prefix() -> String {
         format!("ip netns exec {NAMESPACE} ")
     }
 }
 
 impl Drop for SlowLink {
     fn drop(&mut self) {
-        // The threads find their devices gone, and end.
+        // The threads end with their devices.
         ip(&format!("link del {}", DEVICES[0]));
         ip(&format!("netns del {NAMESPACE}"));
     }
 }
 
-/// A packet, and when it arrives.
-type OnItsWay = (Instant, Vec<u8>);
+/// A packet and its time of arrival.
+type InFlight = (Instant, Vec<u8>);
 
-/// Carries packets from one device to the other until one of them is gone.
-fn carry(from: &Arc<SyncDevice>, to: &Arc<SyncDevice>, shape: Shape) {
+/// Forwards packets from one device to the other until one of them is removed.
+fn forward(from: &Arc<SyncDevice>, to: &Arc<SyncDevice>, shape: Shape) {
     let (from, to) = (Arc::clone(from), Arc::clone(to));
-    let (sender, way) = sync_channel(PACKETS_MAX);
+    let (sender, packets) = sync_channel(PACKETS_MAX);
     std::thread::spawn(move || send(&from, &sender, shape));
-    std::thread::spawn(move || deliver(&to, &way));
+    std::thread::spawn(move || deliver(&to, &packets));
 }
 
-fn send(from: &SyncDevice, way: &SyncSender<OnItsWay>, shape: Shape) {
+fn send(from: &SyncDevice, packets: &SyncSender<InFlight>, shape: Shape) {
     let mut packet = vec![0; usize::from(MTU) + 64];
     let mut wire_free = Instant::now();
     while let Ok(length) = from.recv(&mut packet) {
@@ -94,14 +95,14 @@ fn send(from: &SyncDevice, way: &SyncSender<OnItsWay>, shape: Shape) {
         let seconds = length as f64 * 8.0 / (shape.megabits * 1e6);
         wire_free = wire_free.max(now) + Duration::from_secs_f64(seconds);
         let arrives = wire_free + Duration::from_secs_f64(shape.delay_ms / 1e3);
-        if let Err(TrySendError::Disconnected(_)) = way.try_send((arrives, packet[..length].to_vec())) {
+        if let Err(TrySendError::Disconnected(_)) = packets.try_send((arrives, packet[..length].to_vec())) {
             return;
         }
     }
 }
 
-fn deliver(to: &SyncDevice, way: &Receiver<OnItsWay>) {
-    while let Ok((arrives, packet)) = way.recv() {
+fn deliver(to: &SyncDevice, packets: &Receiver<InFlight>) {
+    while let Ok((arrives, packet)) = packets.recv() {
         std::thread::sleep(arrives.saturating_duration_since(Instant::now()));
         if to.send(&packet).is_err() {
             return;

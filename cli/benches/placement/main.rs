@@ -1,6 +1,6 @@
-//! The planner against reality: the quickstart model on processes that get one, half or a quarter of a CPU, and over slow links,
-//! with the step that was predicted beside the one that was measured; then the same nodes with lanes and experts shared
-//! evenly. `cargo bench -p volary-cli --bench placement`, as root, on Linux with the cpu cgroup and /dev/net/tun.
+//! Predicted and measured steps of the quickstart model on nodes with one, half and a quarter of a CPU, and
+//! over slow links; and the same nodes with even shares of lanes and experts.
+//! `cargo bench -p volary-cli --bench placement`, as root, on Linux with the cpu cgroup and /dev/net/tun.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 mod link;
@@ -13,14 +13,15 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+const BINARY: &str = env!("CARGO_BIN_EXE_volary");
 const STEPS: usize = 34;
-/// Steps after which the others are measured.
+/// Steps that are not measured: the planner is still learning the nodes' speeds.
 const WARM: usize = 22;
-/// The slow links: megabits per second, and milliseconds of the way.
+/// The slow links: megabits per second, and delay in milliseconds, each way.
 const LINKS: [(f64, f64); 6] =
     [(400.0, 0.0), (100.0, 0.0), (40.0, 0.0), (400.0, 5.0), (400.0, 20.0), (100.0, 10.0)];
 
-/// A process that is killed when this is dropped.
+/// A process; dropping it kills the process.
 struct Guard(Child);
 
 impl Drop for Guard {
@@ -38,15 +39,24 @@ struct Outcome {
 
 fn main() {
     let mut folder = tempfile::tempdir().expect("a folder");
-    // The runs' own folders, traces and all, stay with `PLACEMENT_KEEP=1`.
+    // `PLACEMENT_KEEP=1` keeps the folders of the runs, with their traces.
     if std::env::var_os("PLACEMENT_KEEP").is_some() {
         folder.disable_cleanup(true);
         println!("runs are kept in {}", folder.path().display());
     }
-    // `PLACEMENT=2,even,l1`: only these.
-    let only = std::env::var("PLACEMENT").unwrap_or_default();
-    let wanted = |case: &str| only.is_empty() || only.split(',').any(|one| one == case);
     println!("{:<40}{:>12}{:>12}{:>8}   lanes of the nodes", "nodes", "predicted", "measured", "ratio");
+    unequal_cpus(folder.path());
+    slow_links(folder.path());
+}
+
+/// Whether a case is selected: `PLACEMENT=2,even,l1` runs only these.
+fn is_selected(case: &str) -> bool {
+    let only = std::env::var("PLACEMENT").unwrap_or_default();
+    only.is_empty() || only.split(',').any(|one| one == case)
+}
+
+/// Nodes with one, half and a quarter of a CPU, planned and with even shares.
+fn unequal_cpus(folder: &Path) {
     let shares: [(&str, &[f64]); 4] = [
         ("one CPU", &[1.0]),
         ("one CPU, half", &[1.0, 0.5]),
@@ -55,43 +65,45 @@ fn main() {
     ];
     let mut planned = 0.0;
     for (number, (name, shares)) in shares.into_iter().enumerate() {
-        if !wanted(&number.to_string()) {
-            continue;
-        }
-        if let Some(outcome) = run(folder.path(), &format!("s{number}"), shares, None, &[]) {
+        if is_selected(&number.to_string())
+            && let Some(outcome) = run(folder, &format!("s{number}"), shares, None, &[])
+        {
             print(name, &outcome);
             planned = outcome.measured_ms;
         }
     }
     let even = ["cluster.measure=false", "cluster.rebalance=false"];
-    if wanted("even")
-        && let Some(outcome) = run(folder.path(), "even", &[1.0, 0.5, 0.25], None, &even)
+    if is_selected("even")
+        && let Some(outcome) = run(folder, "even", &[1.0, 0.5, 0.25], None, &even)
     {
         println!(
             "{:<40}{:>24.0}{:>8}   {}",
-            "the same, shared evenly", outcome.measured_ms, "", outcome.lanes
+            "the same with even shares", outcome.measured_ms, "", outcome.lanes
         );
-        println!("planned against even: {:.2} times the throughput", outcome.measured_ms / planned);
+        println!("planned instead of even: {:.2} times the throughput", outcome.measured_ms / planned);
     }
+}
+
+/// Two nodes over slow links.
+fn slow_links(folder: &Path) {
     for (number, (megabits, delay_ms)) in LINKS.into_iter().enumerate() {
         let case = format!("l{number}");
-        if !wanted(&case) {
+        if !is_selected(&case) {
             continue;
         }
         let name = format!("two CPUs, {megabits} Mbit/s, {delay_ms} ms each way");
-        let shape = Shape { megabits, delay_ms };
-        match run(folder.path(), &case, &[1.0, 1.0], Some(shape), &[]) {
+        match run(folder, &case, &[1.0, 1.0], Some(Shape { megabits, delay_ms }), &[]) {
             Some(outcome) => print(&name, &outcome),
-            None => println!("{name}: this machine makes no slow links"),
+            None => println!("{name}: cannot create slow links on this machine"),
         }
     }
-    // With one copy of each expert nothing need cross a link that is slow: one node does it all.
+    // With one replica of each expert, nothing has to cross a slow link: one node does all the work.
     let shape = Shape { megabits: 40.0, delay_ms: 0.0 };
     let once = ["cluster.replication=1"];
-    if wanted("once")
-        && let Some(outcome) = run(folder.path(), "once", &[1.0, 1.0], Some(shape), &once)
+    if is_selected("once")
+        && let Some(outcome) = run(folder, "once", &[1.0, 1.0], Some(shape), &once)
     {
-        print("two CPUs, 40 Mbit/s, one copy", &outcome);
+        print("two CPUs, 40 Mbit/s, one replica", &outcome);
     }
 }
 
@@ -100,7 +112,8 @@ fn print(name: &str, Outcome { predicted_ms, measured_ms, lanes }: &Outcome) {
     println!("{name:<40}{predicted_ms:>9.0} ms{measured_ms:>9.0} ms{ratio:>8.2}   {lanes}");
 }
 
-/// One run; the last node is at the other end of the slow link, if there is one.
+/// One run. With a shape, the last node is at the other end of a slow link. `None` if this machine cannot
+/// create the link or the control groups.
 fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&str]) -> Option<Outcome> {
     let link = match shape {
         Some(shape) => Some(SlowLink::new(shape)?),
@@ -108,13 +121,48 @@ fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&
     };
     let ip = if link.is_some() { ENDS[0] } else { "127.0.0.1" };
     let port = TcpListener::bind((ip, 0)).and_then(|l| l.local_addr()).expect("a port").port();
-    let (dir, binary) = (folder.join(name), env!("CARGO_BIN_EXE_volary"));
+    let (dir, address) = (folder.join(name), format!("{ip}:{port}"));
+    let mut supervisor = start_supervisor(folder, &dir, &address, shares.len(), set);
+    let token = dir.join("identity/node.token");
+    until("an access token", || token.exists());
+    let mut nodes = Vec::new();
+    for (number, &share) in shares.iter().enumerate() {
+        let group = Share::new(&format!("volary-bench-{number}"), share)?;
+        let is_remote = link.is_some() && number + 1 == shares.len();
+        let prefix = if is_remote { SlowLink::prefix() } else { String::new() };
+        let join = format!(
+            "echo $$ > {} && exec {prefix}{BINARY} node --join {address} --no-http --device cpu --threads 1 --name node-{} --token-file {}",
+            group.processes().display(),
+            number + 1,
+            token.display()
+        );
+        nodes.push((start(folder, Command::new("sh").args(["-c", &join])), group));
+    }
+    let (commits, predicted_ms) = follow(&mut supervisor, &dir);
+    // A control group can only be removed when it is empty.
+    for (mut node, group) in nodes {
+        let _ = node.0.wait();
+        drop(group);
+    }
+    let mut gaps: Vec<f64> =
+        commits[WARM..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+    gaps.sort_by(f64::total_cmp);
+    Some(Outcome { predicted_ms, measured_ms: gaps[gaps.len() / 2], lanes: lanes(&dir) })
+}
+
+/// Starts a process that logs into the folder.
+fn start(folder: &Path, command: &mut Command) -> Guard {
+    let log = std::fs::OpenOptions::new().append(true).create(true).open(folder.join("log"));
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log.expect("a log"));
+    Guard(command.spawn().expect("the binary"))
+}
+
+fn start_supervisor(folder: &Path, dir: &Path, address: &str, nodes: usize, set: &[&str]) -> Guard {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/quickstart.toml");
-    let address = format!("{ip}:{port}");
-    let mut supervisor = Command::new(binary);
-    supervisor.arg("supervisor").arg(config).args(["--listen", &address, "--no-http", "--dir"]).arg(&dir);
+    let mut supervisor = Command::new(BINARY);
+    supervisor.arg("supervisor").arg(config).args(["--listen", address, "--no-http", "--dir"]).arg(dir);
     let steps = format!("training.steps={STEPS}");
-    let nodes = format!("cluster.nodes={}", shares.len());
+    let nodes = format!("cluster.nodes={nodes}");
     let fixed = ["training.lanes=14", "validation.rounds=0", "checkpoint.every=0", &steps, &nodes];
     for set in fixed.iter().chain(set) {
         supervisor.args(["--set", set]);
@@ -123,33 +171,17 @@ fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&
     if let Ok(set) = std::env::var("PLACEMENT_SET") {
         supervisor.args(["--set", &set]);
     }
-    let quiet = |command: &mut Command| {
-        let log = std::fs::OpenOptions::new().append(true).create(true).open(folder.join("log"));
-        let log = log.expect("a log");
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        Guard(command.spawn().expect("the binary"))
-    };
-    let mut supervisor = quiet(&mut supervisor);
-    let token = dir.join("identity/node.token");
-    until("a token", || token.exists());
-    let mut held = Vec::new();
-    for (number, &share) in shares.iter().enumerate() {
-        let group = Share::new(&format!("volary-bench-{number}"), share)?;
-        let there = link.is_some() && number + 1 == shares.len();
-        let way = if there { SlowLink::there() } else { String::new() };
-        let join = format!(
-            "echo $$ > {} && exec {way}{binary} node --join {address} --no-http --device cpu --threads 1 --name node-{} --token-file {}",
-            group.door().display(),
-            number + 1,
-            token.display()
-        );
-        held.push((quiet(Command::new("sh").args(["-c", &join])), group));
-    }
+    start(folder, &mut supervisor)
+}
+
+/// Waits for the end of a run. Returns the times of its commits, and the predicted duration of a step in
+/// milliseconds.
+fn follow(supervisor: &mut Guard, dir: &Path) -> (Vec<Instant>, f64) {
     let (metrics, mut commits) = (dir.join("metrics.jsonl"), Vec::new());
     let mut predicted_ms = 0.0;
     let status = loop {
         if commits.len() == STEPS - 2 && predicted_ms == 0.0 {
-            predicted_ms = status(&dir);
+            predicted_ms = predicted_step_ms(dir);
         }
         let lines = std::fs::read_to_string(&metrics).map_or(0, |text| text.lines().count());
         commits.resize(lines.max(commits.len()), Instant::now());
@@ -158,28 +190,27 @@ fn run(folder: &Path, name: &str, shares: &[f64], shape: Option<Shape>, set: &[&
         }
         std::thread::sleep(Duration::from_millis(1));
     };
-    assert!(status.success() && commits.len() == STEPS, "{name}: {status}, {} steps", commits.len());
-    // A control group goes only when nobody is in it any more.
-    for (mut node, group) in held {
-        let _ = node.0.wait();
-        drop(group);
-    }
-    let mut gaps: Vec<f64> =
-        commits[WARM..].windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
-    gaps.sort_by(f64::total_cmp);
+    assert!(
+        status.success() && commits.len() == STEPS,
+        "{}: {status}, {} steps",
+        dir.display(),
+        commits.len()
+    );
+    (commits, predicted_ms)
+}
+
+/// The lanes of each node in the last placement of a run.
+fn lanes(dir: &Path) -> String {
     let text = std::fs::read_to_string(dir.join("events.jsonl")).expect("events");
     let mut events = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"));
     let placed = events.rfind(|event| event["event"] == "placed").expect("a placement");
-    let lanes = placed["lanes"]
-        .as_array()
-        .map(|lanes| lanes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "));
-    Some(Outcome { predicted_ms, measured_ms: gaps[gaps.len() / 2], lanes: lanes.unwrap_or_default() })
+    let lanes = placed["lanes"].as_array().into_iter().flatten();
+    lanes.map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
-/// What the supervisor thinks that a step takes, by what it has seen of the nodes.
-fn status(dir: &Path) -> f64 {
-    let output =
-        Command::new(env!("CARGO_BIN_EXE_volary")).args(["status", "--json", "--dir"]).arg(dir).output();
+/// The supervisor's prediction of a step, from its measurements of the nodes.
+fn predicted_step_ms(dir: &Path) -> f64 {
+    let output = Command::new(BINARY).args(["status", "--json", "--dir"]).arg(dir).output();
     let status: serde_json::Value =
         serde_json::from_slice(&output.expect("the binary").stdout).expect("JSON");
     status["predicted_step_ms"].as_f64().expect("a number")

@@ -2,14 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
-/// A short period, in microseconds: a step of a quarter of a second must not see its edges.
+/// The period in microseconds, short relative to a step.
 const PERIOD_US: u64 = 10_000;
 
-/// A control group that is removed when this is dropped, if nobody is in it any more.
+/// A control group; dropping it removes the group, if it is empty.
 pub(crate) struct Share(PathBuf);
 
 impl Share {
-    /// `None` where this machine or its user may make none.
+    /// `None` if this machine or its user cannot create one.
     pub(crate) fn new(name: &str, share: f64) -> Option<Self> {
         let old = Path::new("/sys/fs/cgroup/cpu");
         let folder = if old.exists() { old } else { Path::new("/sys/fs/cgroup") }.join(name);
@@ -24,8 +24,8 @@ impl Share {
         set.ok().map(|()| Self(folder))
     }
 
-    /// Where a process writes its number to be in it.
-    pub(crate) fn door(&self) -> PathBuf {
+    /// The file to which a process writes its number to join the group.
+    pub(crate) fn processes(&self) -> PathBuf {
         self.0.join("cgroup.procs")
     }
 }

@@ -1,13 +1,15 @@
-//! `volary digest`: a hash over the exact bits of a checkpoint, wherever its shards were placed.
+//! `volary digest`: a hash over the exact bits of a checkpoint, independent of its placement.
 
+use crate::output;
+use std::fmt;
 use std::path::PathBuf;
 use volary_core::Step;
-use volary_storage::{CheckpointReader, RunDir};
+use volary_storage::{CheckpointDigest, CheckpointReader, RunDir};
 
-/// Hash the exact bits of a checkpoint: one line per shard and one for the whole.
+/// Hash the exact bits of a checkpoint: one line per shard and one for the whole checkpoint.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Two runs that are bit-equal print the same last line.
+Two runs with equal bits print the same last line.
 
 Examples:
   volary digest runs/quickstart
@@ -15,7 +17,7 @@ Examples:
 pub struct Args {
     /// The run's directory.
     run_dir: PathBuf,
-    /// The checkpoint's step; the newest when left out.
+    /// The step of the checkpoint; the newest one when left out.
     #[arg(long)]
     step: Option<u64>,
 }
@@ -30,13 +32,25 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Some(step) => Step(step),
         None => match reader.latest()? {
             Some(record) => record.step,
-            None => anyhow::bail!("{} holds no checkpoint yet", args.run_dir.display()),
+            None => anyhow::bail!("{} has no checkpoint yet", args.run_dir.display()),
         },
     };
     let digest = reader.digest(step)?;
-    for (shard, hash) in &digest.shards {
-        println!("{hash}  {shard}");
-    }
-    println!("{}  step {step}", digest.whole);
+    output::text(Lines { digest: &digest, step })?;
     Ok(())
+}
+
+/// A digest as text.
+struct Lines<'a> {
+    digest: &'a CheckpointDigest,
+    step: Step,
+}
+
+impl fmt::Display for Lines<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shard, hash) in &self.digest.shards {
+            writeln!(f, "{hash}  {shard}")?;
+        }
+        writeln!(f, "{}  step {}", self.digest.whole, self.step)
+    }
 }

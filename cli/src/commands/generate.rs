@@ -1,12 +1,14 @@
 //! `volary generate`: continues a prompt with a trained model, in this process.
 
+use crate::arguments::InvalidArgument;
 use crate::config::Config;
+use crate::output;
 use anyhow::Context;
 use std::path::{Path, PathBuf};
 use volary_core::Step;
 use volary_data::Tokenizer;
 use volary_model::device;
-use volary_model::reference::Reference;
+use volary_model::reference::{Reference, Sampling};
 use volary_storage::{CheckpointReader, RunDir};
 
 /// Continue a prompt with a trained model.
@@ -22,27 +24,27 @@ pub struct Args {
     /// The text to continue.
     #[arg(long)]
     prompt: String,
-    /// Tokens to write, at most.
+    /// The maximum number of new tokens.
     #[arg(long, default_value_t = 64)]
     max_tokens: usize,
-    /// 0 takes the likeliest token; 1 draws as the model says.
+    /// Sampling temperature: 0 takes the most likely token, 1 samples from the model's distribution.
     #[arg(long, default_value_t = 0.8, value_parser = temperature)]
     temperature: f64,
-    /// The seed of the draws.
+    /// The seed of sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The checkpoint's step; the newest when left out.
+    /// The step of the checkpoint; the newest one when left out.
     #[arg(long)]
     step: Option<u64>,
-    /// auto, cpu or cuda:N.
+    /// Device: auto, cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
 }
 
-fn temperature(text: &str) -> Result<f64, String> {
+fn temperature(text: &str) -> Result<f64, InvalidArgument> {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
-        _ => Err("expected a number that is not negative".into()),
+        _ => Err(InvalidArgument::new("a number that is not negative")),
     }
 }
 
@@ -51,27 +53,19 @@ fn temperature(text: &str) -> Result<f64, String> {
 /// # Errors
 /// When there is no such run or checkpoint, or the tokenizer does not fit it.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let text = continue_prompt(
-        &args.run,
-        args.step,
-        &args.prompt,
-        args.max_tokens,
-        args.temperature,
-        args.seed,
-        &args.device,
-    )?;
-    println!("{}{text}", args.prompt);
+    let sampling =
+        Sampling { max_tokens: args.max_tokens, temperature: args.temperature, seed: args.seed, stop: None };
+    let text = continue_prompt(&args.run, args.step.map(Step), &args.prompt, sampling, &args.device)?;
+    output::line(format_args!("{}{text}", args.prompt))?;
     Ok(())
 }
 
-/// The text that the model of a run writes after `prompt`.
+/// The continuation of a prompt by the model of a run, up to the end of the text.
 pub(crate) fn continue_prompt(
     run: &Path,
-    step: Option<u64>,
+    step: Option<Step>,
     prompt: &str,
-    max_tokens: usize,
-    temperature: f64,
-    seed: u64,
+    sampling: Sampling,
     device: &str,
 ) -> anyhow::Result<String> {
     device::single_thread();
@@ -79,22 +73,22 @@ pub(crate) fn continue_prompt(
     let config = Config::load(&dir.config(), &[])?;
     let reader = CheckpointReader::open(&dir)?;
     let step = match step {
-        Some(step) => Step(step),
-        None => reader.latest()?.with_context(|| format!("{} holds no checkpoint yet", run.display()))?.step,
+        Some(step) => step,
+        None => reader.latest()?.with_context(|| format!("{} has no checkpoint yet", run.display()))?.step,
     };
     let tokenizer = Tokenizer::load(&dir.tokenizer())?;
     if tokenizer.vocabulary() > config.model.vocabulary {
         anyhow::bail!(
-            "{} has {} tokens, and the checkpoint's model knows {}",
+            "{} has {} tokens, but the checkpoint's model has a vocabulary of {}",
             dir.tokenizer().display(),
             tokenizer.vocabulary(),
             config.model.vocabulary
         );
     }
-    let fetch = |shard| reader.read(step, shard).map_err(|error| error.to_string());
+    let fetch = |shard| reader.read(step, shard);
     let model = Reference::load(&config.model, &config.training, device::parse(device)?, fetch)?;
     let ids = tokenizer.encode(prompt)?;
     let ids = if ids.is_empty() { vec![tokenizer.end_of_text()] } else { ids };
-    let written = model.generate(&ids, max_tokens, temperature, seed, Some(tokenizer.end_of_text()))?;
-    Ok(tokenizer.decode(&written)?)
+    let sampling = Sampling { stop: Some(tokenizer.end_of_text()), ..sampling };
+    Ok(tokenizer.decode(&model.generate(&ids, &sampling)?)?)
 }

@@ -1,24 +1,25 @@
-//! `volary identity`: a cluster's authority and first tokens, made before the cluster is.
+//! `volary identity`: creates a cluster's authority and first access tokens before the cluster exists.
 
+use crate::output;
 use anyhow::{Context, bail};
 use std::path::PathBuf;
 use volary_transport::{AccessRole, AccessToken, AccessTokenTerms, Authority, write_secret};
 
-/// Make a cluster's authority and tokens before there is a supervisor.
+/// Create a cluster's authority and access tokens before there is a supervisor.
 #[derive(clap::Args)]
 #[command(after_help = "\
-For clusters whose secrets are handed out by something else: the folder is what `volary supervisor --identity` reads.
+For clusters with a secret store: `volary supervisor --identity` reads the folder.
 
 Examples:
   volary identity create --out identity
   kubectl create secret generic volary-identity --from-file=identity")]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    command: Command,
 }
 
 #[derive(clap::Subcommand)]
-enum What {
+enum Command {
     /// Write ca.crt, ca.key, join-token and operator-token into a new folder.
     Create {
         /// The folder.
@@ -30,11 +31,11 @@ enum What {
 /// Runs the command.
 ///
 /// # Errors
-/// When the folder holds an identity already, or cannot be written.
+/// When the folder already holds an identity, or cannot be written.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let What::Create { out } = args.what;
+    let Command::Create { out } = args.command;
     if out.join("ca.key").exists() {
-        bail!("--out {}: it holds an identity already", out.display());
+        bail!("--out {}: it already holds an identity", out.display());
     }
     let authority = Authority::create()?;
     let (certificate, key) = authority.to_pem();
@@ -47,6 +48,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     write("ca.crt", &certificate)?;
     write("ca.key", &key)?;
-    println!("ca.crt, ca.key, join-token and operator-token are in {}", out.display());
+    output::line(format_args!("wrote ca.crt, ca.key, join-token and operator-token to {}", out.display()))?;
     Ok(())
 }

@@ -1,28 +1,32 @@
-//! `volary node`: joins a run and does its share of it.
+//! `volary node`: joins a run as a node.
 
-use crate::http;
-use crate::rundir::{self, Role};
+mod memory;
+
+use crate::arguments::InvalidArgument;
+use crate::http::{self, HttpListener};
+use crate::limits::COMMANDS_AHEAD;
+use crate::process;
+use crate::rundir;
 use crate::units::Size;
-use anyhow::{Context, bail};
+use anyhow::bail;
+use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use volary_core::compute::ComputeError;
-use volary_model::{Glam, device};
+use volary_core::profile::ZONE_MAX;
+use volary_model::Glam;
+use volary_model::device::{self, Device};
 use volary_node::{NetworkFault, NodeEnd, NodeOptions};
 use volary_protocol::RunInfo;
 use volary_telemetry::metrics::NodeMetrics;
-use volary_transport::{Interference, Network};
-
-/// Orders and signals that wait to be looked at.
-const ORDERS_AHEAD: usize = 16;
+use volary_transport::{AccessRole, Interference, Network};
 
 /// Join a run as a node.
 #[derive(clap::Args)]
 #[command(after_help = "\
-On the supervisor's machine the token is found by itself; elsewhere copy RUN_DIR/identity/node.token.
+On the supervisor's machine the access token is found automatically; elsewhere copy RUN_DIR/identity/node.token.
 
 Examples:
   volary node --join 127.0.0.1:7100
@@ -31,50 +35,50 @@ pub struct Args {
     /// The supervisor's address.
     #[arg(long, value_name = "ADDR")]
     join: String,
-    /// auto, cpu or cuda:N.
+    /// Device: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Threads that compute; all cores when left out, one on a GPU.
+    /// Compute threads; all cores when left out, one on a GPU.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// The node's name; the supervisor gives one when left out.
+    /// The node's name; the supervisor assigns one when left out.
     #[arg(long)]
     name: Option<String>,
-    /// Memory that the run may use, as 8GiB; nine tenths of what the GPU, or the machine and its control group, have free when left
-    /// out.
+    /// Memory limit, e.g. 8GiB; when left out, nine tenths of the free memory of the GPU, or of the machine
+    /// and its control group.
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
-    /// What fails together with this node: a rack, a data centre, a spot pool. Replicas keep to different zones.
+    /// Failure domain of this node: a rack, a data center, a spot pool. Replicas are spread over zones.
     #[arg(long, default_value = "", env = "VOLARY_ZONE", value_parser = zone)]
     zone: String,
-    /// Where peers reach this node; the address that the supervisor is reached from, and any port, when left out.
+    /// The address for peers; when left out, the local address that reaches the supervisor, and any free
+    /// port.
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
-    /// A file with a node's token (or VOLARY_TOKEN).
+    /// A file with a node's access token (or VOLARY_TOKEN).
     #[arg(long)]
     token_file: Option<PathBuf>,
-    /// Where this node's figures are served; this machine only, any port, when left out.
+    /// The address of this node's metrics; localhost and any free port when left out.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
-    /// Serve no figures.
+    /// Serve no metrics.
     #[arg(long, conflicts_with = "http")]
     no_http: bool,
-    /// End when standard input does: for a parent that starts nodes.
+    /// End when standard input does: for a parent process that starts nodes.
     #[arg(long, hide = true)]
     tethered: bool,
-    /// Take orders on standard input that disturb the network: for tests of faults.
+    /// Read network faults from standard input and inject them: for tests and scripts.
     #[arg(long, hide = true, requires = "tethered")]
-    disturbed: bool,
+    inject_faults: bool,
 }
 
-/// A zone's name; empty is none.
-fn zone(text: &str) -> Result<String, String> {
-    let most = volary_core::profile::ZONE_MAX;
-    if text.len() > most {
-        return Err(format!("expected at most {most} bytes"));
+/// A zone's name; empty is no zone.
+fn zone(text: &str) -> Result<String, InvalidArgument> {
+    if text.len() > ZONE_MAX {
+        return Err(InvalidArgument::new(format!("at most {ZONE_MAX} bytes")));
     }
     if text.contains(char::is_control) {
-        return Err("expected no control characters".into());
+        return Err(InvalidArgument::new("no control characters"));
     }
     Ok(text.to_owned())
 }
@@ -82,59 +86,47 @@ fn zone(text: &str) -> Result<String, String> {
 /// Runs the command.
 ///
 /// # Errors
-/// When the device is not there, the supervisor refuses, or the run is lost.
+/// When the device is missing, the supervisor refuses the node, or the run is lost.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (orders, faults) = mpsc::channel(ORDERS_AHEAD);
+    let (commands, faults) = mpsc::channel(COMMANDS_AHEAD);
     if args.tethered {
-        crate::local::end_with_parent(move |line| take_order(line, &orders));
+        process::end_with_parent(move |line| queue_fault(line, &commands));
     }
     let device = device::parse(&args.device)?;
-    let token = rundir::read_token(args.token_file.as_deref())?;
-    let target = rundir::target(None, Some(&args.join), token.as_deref(), Role::Node)?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match (args.threads, device.is_cuda()) {
-        (Some(threads), _) => usize::from(threads),
-        (None, true) => 1,
-        (None, false) => cores,
-    };
     let metrics = Arc::new(NodeMetrics::default());
-    let http = args.http.as_deref().map(rundir::resolve).transpose()?;
-    let door = if args.no_http { None } else { Some(http::listen(http, 0)?) };
-    let http = door.as_ref().map(|door| door.address);
-    if let Some(door) = door {
-        door.serve(http::node_routes(Arc::clone(&metrics)))?;
-    }
-    let interference = args.disturbed.then(Interference::default);
+    let interference = args.inject_faults.then(Interference::default);
     let network = match &interference {
         Some(interference) => Network::quic_with_interference(interference.clone()),
         None => Network::quic(),
     };
+    let token = rundir::read_token(args.token_file.as_deref())?;
+    let target = rundir::target(None, Some(&args.join), token.as_deref(), AccessRole::Node)?;
     let options = NodeOptions {
         network,
+        http: serve_metrics(&args, &metrics)?,
         metrics,
-        http,
         supervisor: target.address,
         supervisor_host: Some(args.join),
         token: target.token,
         name: args.name,
         listen: args.listen.as_deref().map(rundir::resolve).transpose()?,
         device: device::name(device),
-        threads,
+        threads: threads(args.threads, device),
         memory_bytes: match args.memory {
             Some(memory) => memory.0,
-            None => memory_bytes(device)?,
+            None => memory::usable_bytes(device)?,
         },
         zone: args.zone,
         prepare_thread: device::single_thread,
         faults: interference.map(|interference| (interference, faults)),
     };
-    let make = move |run: &RunInfo| {
+    let make_model = move |run: &RunInfo| {
         Glam::new(&run.architecture, &run.training, run.seed, device).map_err(ComputeError::from)
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let end = runtime.block_on(async {
-        let leave = ask_to_leave()?;
-        anyhow::Ok(volary_node::run_node(options, make, leave).await?)
+        let leave = leave_requests()?;
+        anyhow::Ok(volary_node::run_node(options, make_model, leave).await?)
     })?;
     match end {
         NodeEnd::Left(reason) => {
@@ -145,9 +137,30 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-/// SIGTERM and SIGINT ask to leave: the first after everything is handed over, the second at once.
-fn ask_to_leave() -> std::io::Result<mpsc::Receiver<()>> {
-    let (asked, leave) = mpsc::channel(ORDERS_AHEAD);
+/// Serves the node's metrics, and returns their address.
+fn serve_metrics(args: &Args, metrics: &Arc<NodeMetrics>) -> anyhow::Result<Option<SocketAddr>> {
+    if args.no_http {
+        return Ok(None);
+    }
+    let address = args.http.as_deref().map(rundir::resolve).transpose()?;
+    let listener = HttpListener::bind(address, 0)?;
+    let address = listener.address;
+    listener.serve(http::node_routes(Arc::clone(metrics)))?;
+    Ok(Some(address))
+}
+
+fn threads(threads: Option<u16>, device: Device) -> usize {
+    match threads {
+        Some(threads) => usize::from(threads),
+        None if device.is_cuda() => 1,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    }
+}
+
+/// SIGTERM and SIGINT make the node leave: the first one after it has handed everything over, the second one
+/// at once.
+fn leave_requests() -> std::io::Result<mpsc::Receiver<()>> {
+    let (requests, leave) = mpsc::channel(COMMANDS_AHEAD);
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     tokio::spawn(async move {
         loop {
@@ -155,7 +168,7 @@ fn ask_to_leave() -> std::io::Result<mpsc::Receiver<()>> {
                 _ = terminate.recv() => {}
                 _ = interrupt.recv() => {}
             }
-            if asked.send(()).await.is_err() {
+            if requests.send(()).await.is_err() {
                 return;
             }
         }
@@ -163,49 +176,15 @@ fn ask_to_leave() -> std::io::Result<mpsc::Receiver<()>> {
     Ok(leave)
 }
 
-/// A line of standard input; one that is no order is only logged, since nothing depends on it.
-fn take_order(line: &str, orders: &mpsc::Sender<NetworkFault>) {
+/// Queues the network fault on a line of standard input. An invalid line is only logged, since nothing
+/// depends on it.
+fn queue_fault(line: &str, commands: &mpsc::Sender<NetworkFault>) {
     match line.parse::<NetworkFault>() {
-        Ok(order) => {
-            if let Err(error) = orders.try_send(order) {
-                tracing::warn!(%error, "this node does not disturb its network");
+        Ok(fault) => {
+            if let Err(error) = commands.try_send(fault) {
+                tracing::warn!(%error, "network fault dropped");
             }
         }
-        Err(error) => tracing::warn!(%error, "a line on standard input is no network fault"),
+        Err(error) => tracing::warn!(%error, "invalid network fault on standard input"),
     }
-}
-
-/// Of the memory that is found, so much is left to the process itself and to what the plan does not count.
-const SPARE_MEMORY: f64 = 0.1;
-
-/// Memory that this node may use: its GPU's, or what the machine has available and its control group allows.
-fn memory_bytes(device: device::Device) -> anyhow::Result<u64> {
-    let found = match device {
-        device::Device::Cuda(index) => {
-            gpu_memory_bytes(index).context("the GPU's memory is not known: give --memory")?
-        }
-        _ => host_memory_bytes(),
-    };
-    Ok((found as f64 * (1.0 - SPARE_MEMORY)) as u64)
-}
-
-/// What a GPU has free, as its driver's own tool says.
-fn gpu_memory_bytes(index: usize) -> anyhow::Result<u64> {
-    let query = ["--query-gpu=memory.free", "--format=csv,noheader,nounits", "--id"];
-    let output = Command::new("nvidia-smi").args(query).arg(index.to_string()).output()?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    let mib: u64 = text.trim().parse().with_context(|| format!("nvidia-smi said {text:?}"))?;
-    Ok(mib << 20)
-}
-
-fn host_memory_bytes() -> u64 {
-    let available = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?.to_owned();
-        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
-    });
-    // Control groups of version 2, and of version 1.
-    let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
-    let limit = |path: &&str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
-    let limit = limits.iter().filter_map(limit).min();
-    available.unwrap_or(u64::MAX).min(limit.unwrap_or(u64::MAX))
 }

@@ -1,11 +1,15 @@
-//! `volary supervisor`: holds a run together; nodes join it from anywhere.
+//! `volary supervisor`: coordinates a run; nodes join it from any machine.
 
 use crate::config::Config;
-use crate::http;
+use crate::http::{self, HttpListener};
+use crate::limits::LAST_CHECKPOINT_MAX;
+use crate::output;
+use crate::process;
 use crate::rundir::{self, Contact};
 use anyhow::{Context, bail};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
@@ -17,14 +21,11 @@ use volary_supervisor::{RunEnd, Supervisor, SupervisorOptions};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_transport::Network;
 
-/// How long the last checkpoint of a supervisor that will be started again may take.
-const LAST_CHECKPOINT_MAX: Duration = Duration::from_secs(240);
-
-/// Run the supervisor of a run by hand.
+/// Run the supervisor of a run.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Nodes join with the token in RUN_DIR/identity/node.token. Ctrl-C writes a checkpoint and ends the run. Started again on the same directory, it goes on from the
-last checkpoint.
+Nodes join with the access token in RUN_DIR/identity/node.token. Ctrl-C writes a checkpoint and ends the run. A restart with the
+same directory continues from the last checkpoint.
 
 Examples:
   volary supervisor examples/quickstart.toml --listen 127.0.0.1:7100 --dir runs/by-hand
@@ -35,63 +36,62 @@ pub struct Args {
     /// The address to listen on.
     #[arg(long, value_name = "ADDR")]
     listen: String,
-    /// The run's directory; made when it is not there.
+    /// The run's directory; created if it does not exist.
     #[arg(long)]
     dir: PathBuf,
     /// A TOML value for any key of the configuration.
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
-    /// Where the page and the figures are served; this machine only, port 7680 or another one, when left out.
+    /// The address of the dashboard and the metrics; localhost and port 7680, or a free one, when left out.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
-    /// A folder with an authority and tokens that were made elsewhere (`volary identity create`).
+    /// A folder with an authority and access tokens (see `volary identity create`).
     #[arg(long, value_name = "FOLDER")]
     identity: Option<PathBuf>,
     #[command(flatten)]
     guard: http::GuardArgs,
-    /// Serve no page and no figures.
+    /// Serve no dashboard and no metrics.
     #[arg(long, conflicts_with = "http")]
     no_http: bool,
-    /// End when standard input does: for a parent that starts the supervisor.
+    /// End when standard input does: for a parent process that starts the supervisor.
     #[arg(long, hide = true)]
     tethered: bool,
-    /// Be one that is started again when it ends, as under Kubernetes: SIGTERM writes a checkpoint and ends the process, not the run, and
-    /// nodes wait for the next start; when the run is over, the page stays.
+    /// For process managers that restart the supervisor, such as Kubernetes: SIGTERM writes a checkpoint and
+    /// ends the process, not the run, and nodes wait for the restart; when the run is over, the dashboard
+    /// stays.
     #[arg(long)]
     stay: bool,
-    /// No node of an earlier start lives any more: nobody's return is to be waited for.
+    /// No node of an earlier start is alive: wait for none to return.
     #[arg(long, hide = true)]
-    pub nodes_are_gone: bool,
+    nodes_are_gone: bool,
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// When the configuration, data or directory is bad, the directory is held, or the run fails.
+/// When the configuration, data or directory is invalid, the directory is in use, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
     if args.tethered {
-        crate::local::end_with_parent(|_| {});
+        process::end_with_parent(|_| {});
     }
     let config = Config::load(&args.config, &args.set)?;
     let listen = rundir::resolve(&args.listen)?;
-    let http = args.http.as_deref().map(rundir::resolve).transpose()?;
-    let door = if args.no_http { None } else { Some(http::listen(http, http::PAGE_PORT)?) };
-    let door = door.map(|door| args.guard.check(&door).map(|()| door)).transpose()?;
+    let http = bind_http(&args)?;
     let dir = RunDir::create(&args.dir)?;
     let lock = RunLock::acquire(&dir, std::process::id(), &args.listen)?;
-    same_run(&config, &dir)?;
+    check_same_run(&config, &dir)?;
     let text = toml::to_string(&config)?;
     if std::fs::read_to_string(dir.config()).ok().as_deref() != Some(&text) {
         std::fs::write(dir.config(), text).with_context(|| dir.config().display().to_string())?;
     }
     prepare_data(&config, &dir, &mut |_| {})?;
-    let end = serve(&config, &dir, listen, door, &args);
-    // Nobody may take the directory before the last word is written.
+    let end = serve(&config, &dir, listen, http, &args);
+    // No other process may take the directory before the last write.
     let _ = std::fs::remove_file(dir.supervisor());
     drop(lock);
     match end? {
         None => {
-            tracing::info!("the supervisor ends, and the run goes on when it is started again");
+            tracing::info!("the supervisor ends; the run continues when it restarts");
             Ok(())
         }
         Some(RunEnd::Done { step }) => {
@@ -102,8 +102,18 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
 }
 
-/// How this machine reaches what listens on all of its addresses.
-fn from_here(address: SocketAddr) -> SocketAddr {
+fn bind_http(args: &Args) -> anyhow::Result<Option<HttpListener>> {
+    let address = args.http.as_deref().map(rundir::resolve).transpose()?;
+    if args.no_http {
+        return Ok(None);
+    }
+    let listener = HttpListener::bind(address, http::DASHBOARD_PORT)?;
+    args.guard.check(&listener)?;
+    Ok(Some(listener))
+}
+
+/// The address at which this machine reaches a listener, which may listen on all addresses.
+fn reachable(address: SocketAddr) -> SocketAddr {
     let ip: IpAddr = match address.ip() {
         ip if !ip.is_unspecified() => ip,
         IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
@@ -112,7 +122,7 @@ fn from_here(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-fn same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
+fn check_same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
     if !dir.config().exists() {
         return Ok(());
     }
@@ -123,11 +133,12 @@ fn same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Runs the supervisor until the run ends. Returns `None` when the run continues after a restart.
 fn serve(
     config: &Config,
     dir: &RunDir,
     listen: SocketAddr,
-    door: Option<http::Door>,
+    http: Option<HttpListener>,
     args: &Args,
 ) -> anyhow::Result<Option<RunEnd>> {
     let training = &config.training;
@@ -138,20 +149,10 @@ fn serve(
         training.lanes,
         config.run.seed,
     )?;
-    let run = RunInfo {
-        run: config.run.name.clone(),
-        seed: config.run.seed,
-        architecture: config.model.clone(),
-        node_timeout_ms: config.cluster.node_timeout_ms,
-        measure: config.cluster.measure,
-        supervisor_timeout_ms: config.cluster.supervisor_timeout_ms,
-        training: training.clone(),
-        telemetry: config.telemetry.clone(),
-    };
     let metrics = Arc::new(SupervisorMetrics::new());
     let options = SupervisorOptions {
         network: Network::quic(),
-        run,
+        run: run_info(config),
         settings: config.settings(),
         dir: dir.clone(),
         config_hash: Digest::of(config.identity().as_bytes()),
@@ -159,55 +160,91 @@ fn serve(
         metrics: Arc::clone(&metrics),
         nodes_are_gone: args.nodes_are_gone,
         identity: args.identity.clone(),
-        certificate_lifetime: std::time::Duration::from_millis(config.cluster.certificate_lifetime_ms),
+        certificate_lifetime: Duration::from_millis(config.cluster.certificate_lifetime_ms),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let supervisor = Supervisor::start(options, dataset).await?;
-        eprintln!("listening on {}", supervisor.address());
-        let address = from_here(supervisor.address()).to_string();
-        let http = door.as_ref().map(|door| from_here(door.address).to_string());
-        if let Some(door) = door {
-            eprintln!("page at {}", http::page_url(dir, &from_here(door.address).to_string()));
-            door.serve(http::supervisor_routes(supervisor.handle(), dir.clone(), metrics, &args.guard))?;
+        output::note(format_args!("listening on {}", supervisor.address()));
+        let http_address = http.as_ref().map(|listener| reachable(listener.address).to_string());
+        if let (Some(listener), Some(address)) = (http, &http_address) {
+            output::note(format_args!("dashboard at {}", http::dashboard_url(dir, address)));
+            listener.serve(http::supervisor_routes(
+                supervisor.handle(),
+                dir.clone(),
+                metrics,
+                &args.guard,
+            ))?;
         }
-        rundir::write_contact(
-            dir,
-            &Contact { run: config.run.name.clone(), pid: std::process::id(), address, http },
-        )?;
-        let mut interrupts = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-        let mut interrupted = std::pin::pin!(async move {
-            tokio::select! {
-                _ = interrupts.0.recv() => {}
-                _ = interrupts.1.recv() => {}
-            }
-        });
-        if !args.stay {
-            return Ok(Some(supervisor.ended(interrupted).await));
-        }
-        let handle = supervisor.handle();
-        tokio::select! {
-            end = supervisor.ended(std::future::pending()) => {
-                if let RunEnd::Done { step } = &end {
-                    tracing::info!(%step, "the run has ended; the dashboard stays until this process is told to end");
-                    interrupted.await;
-                }
-                Ok(Some(end))
-            }
-            () = &mut interrupted => {
-                let checkpoint = handle.ask(OperatorRequest::Checkpoint);
-                match tokio::time::timeout(LAST_CHECKPOINT_MAX, checkpoint).await {
-                    Ok(OperatorReply::Failed { reason }) => tracing::warn!(reason, "no last checkpoint"),
-                    Ok(_) => {}
-                    Err(_) => tracing::warn!("the last checkpoint was not durable within {LAST_CHECKPOINT_MAX:?}"),
-                }
-                Ok(None)
-            }
+        let contact = Contact {
+            run: config.run.name.clone(),
+            pid: std::process::id(),
+            address: reachable(supervisor.address()).to_string(),
+            http: http_address,
+        };
+        rundir::write_contact(dir, &contact)?;
+        let interrupted = std::pin::pin!(interrupt()?);
+        if args.stay {
+            stay(supervisor, interrupted).await
+        } else {
+            Ok(Some(supervisor.ended(interrupted).await))
         }
     })
 }
 
-/// Makes the run's tokens, or finds them made, and checks that its tokenizer fits its model.
+/// The part of the configuration that nodes need.
+fn run_info(config: &Config) -> RunInfo {
+    RunInfo {
+        run: config.run.name.clone(),
+        seed: config.run.seed,
+        architecture: config.model.clone(),
+        node_timeout_ms: config.cluster.node_timeout_ms,
+        measure: config.cluster.measure,
+        supervisor_timeout_ms: config.cluster.supervisor_timeout_ms,
+        training: config.training.clone(),
+        telemetry: config.telemetry.clone(),
+    }
+}
+
+/// Resolves at the first SIGINT or SIGTERM.
+fn interrupt() -> std::io::Result<impl Future<Output = ()>> {
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
+
+/// With `--stay`: an interrupt ends the process with a checkpoint, and the run continues when it restarts.
+/// When the run is over, the dashboard stays until an interrupt.
+async fn stay(
+    supervisor: Supervisor,
+    mut interrupted: Pin<&mut impl Future<Output = ()>>,
+) -> anyhow::Result<Option<RunEnd>> {
+    let handle = supervisor.handle();
+    tokio::select! {
+        end = supervisor.ended(std::future::pending()) => {
+            if let RunEnd::Done { step } = &end {
+                tracing::info!(%step, "the run has ended; the dashboard stays until this process is interrupted");
+                interrupted.await;
+            }
+            Ok(Some(end))
+        }
+        () = &mut interrupted => {
+            let checkpoint = handle.ask(OperatorRequest::Checkpoint);
+            match tokio::time::timeout(LAST_CHECKPOINT_MAX, checkpoint).await {
+                Ok(OperatorReply::Failed { reason }) => tracing::warn!(reason, "no last checkpoint"),
+                Ok(_) => {}
+                Err(_) => tracing::warn!("the last checkpoint was not durable within {LAST_CHECKPOINT_MAX:?}"),
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// Prepares the run's tokens, unless they are prepared already, and checks that the tokenizer fits the model.
 pub(crate) fn prepare_data(
     config: &Config,
     dir: &RunDir,
@@ -222,9 +259,9 @@ pub(crate) fn prepare_data(
     let tokenizer = volary_data::Tokenizer::load(&dir.tokenizer())?;
     if tokenizer.vocabulary() > config.model.vocabulary {
         bail!(
-            "the tokenizer has {} tokens, and model.vocabulary = {}: expected at least as many",
-            tokenizer.vocabulary(),
-            config.model.vocabulary
+            "model.vocabulary = {}: expected at least the {} tokens of the tokenizer",
+            config.model.vocabulary,
+            tokenizer.vocabulary()
         );
     }
     Ok(())

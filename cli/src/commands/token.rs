@@ -1,17 +1,25 @@
-//! `volary token`: who may join, operate and look.
+//! `volary token`: manages the access tokens of a running supervisor.
 
 use super::operate;
+use crate::arguments::InvalidArgument;
+use crate::output;
 use crate::units;
 use clap::ValueEnum;
-use std::time::Duration;
+use std::error::Error;
+use std::fmt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use volary_protocol::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
 use volary_transport::{AccessRole, AccessTokenTerms};
 
-/// Make, list and revoke the tokens of a running supervisor.
+/// The longest label, in bytes.
+const LABEL_BYTES_MAX: usize = 256;
+
+/// Create, list and revoke access tokens of a running supervisor.
 #[derive(clap::Args)]
 #[command(after_help = "\
-A token is shown once, when it is made; the supervisor keeps a hash of it. A node exchanges its token for a certificate of its
-own, which it renews; revoking a token keeps out who would join with it, and ends nobody's certificate: `volary drain` does.
+An access token is shown once, when it is created; the supervisor keeps a hash of it. A node exchanges its access token for a
+certificate, which it renews. A revoked access token admits no more nodes, but certificates stay valid: to remove a node, use
+`volary drain`.
 
 Examples:
   volary token create --ttl 1h --uses 4 > node.token
@@ -21,127 +29,163 @@ Examples:
   volary token revoke 5f0c8be2a1d04c77")]
 pub struct Args {
     #[command(subcommand)]
-    what: What,
+    command: Command,
 }
 
 #[derive(clap::Subcommand)]
-enum What {
-    /// Make a token and print it.
+enum Command {
+    /// Create an access token and print it.
     Create(CreateArgs),
-    /// List the tokens, without their secrets.
+    /// List the access tokens, without their secrets.
     List(ListArgs),
-    /// Make a token good for nothing.
+    /// Revoke an access token.
     Revoke(RevokeArgs),
 }
 
 #[derive(clap::Args)]
 struct CreateArgs {
-    /// What it allows.
+    /// The permission.
     #[arg(long, value_enum, default_value = "node")]
-    role: Role,
-    /// How long it is good for, as 90s, 15m, 1h or 7d; for ever when left out.
-    #[arg(long, value_name = "TIME", value_parser = ttl)]
+    role: RoleArg,
+    /// Lifetime, e.g. 90s, 15m, 1h or 7d; unlimited when left out.
+    #[arg(long, value_name = "TIME", value_parser = lifetime)]
     ttl: Option<Duration>,
-    /// How many nodes may join with it; any number when left out.
+    /// How many nodes may join with it; unlimited when left out.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     uses: Option<u32>,
-    /// What to write on it. A zone is that of the nodes that join with it and name none themselves.
+    /// Labels. The label `zone` is the zone of nodes that join with the access token and have none.
     #[arg(long, value_name = "KEY=VALUE", value_delimiter = ',', value_parser = label)]
     labels: Vec<(String, String)>,
     #[command(flatten)]
-    which: operate::Args,
+    supervisor: operate::Args,
 }
 
 #[derive(clap::Args)]
 struct ListArgs {
-    /// One JSON array.
+    /// Print one JSON array.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    which: operate::Args,
+    supervisor: operate::Args,
 }
 
 #[derive(clap::Args)]
 struct RevokeArgs {
-    /// The token's name: the third part of its text, as `token list` shows it.
+    /// The access token's id: the third part of its text, as `token list` shows it.
     id: String,
     #[command(flatten)]
-    which: operate::Args,
+    supervisor: operate::Args,
 }
 
+/// [`AccessRole`] as an argument.
 #[derive(Clone, Copy, ValueEnum)]
-enum Role {
-    /// To join as a node.
+enum RoleArg {
+    /// Join as a node.
     Node,
-    /// To ask and order.
+    /// Query and control the run.
     Operator,
-    /// To look at the page.
+    /// View the dashboard.
     Viewer,
 }
 
-fn ttl(text: &str) -> Result<Duration, String> {
-    let ttl = units::duration(text)?;
-    if ttl.is_zero() { Err("a token that is good for no time at all".into()) } else { Ok(ttl) }
+impl From<RoleArg> for AccessRole {
+    fn from(role: RoleArg) -> Self {
+        match role {
+            RoleArg::Node => Self::Node,
+            RoleArg::Operator => Self::Operator,
+            RoleArg::Viewer => Self::Viewer,
+        }
+    }
 }
 
-fn label(text: &str) -> Result<(String, String), String> {
+fn lifetime(text: &str) -> Result<Duration, Box<dyn Error + Send + Sync>> {
+    let lifetime = units::duration(text)?;
+    if lifetime.is_zero() {
+        return Err(InvalidArgument::new("a time greater than 0").into());
+    }
+    Ok(lifetime)
+}
+
+fn label(text: &str) -> Result<(String, String), InvalidArgument> {
     match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() && text.len() <= 256 && !text.contains(char::is_control) => {
+        Some((key, value))
+            if !key.is_empty() && text.len() <= LABEL_BYTES_MAX && !text.contains(char::is_control) =>
+        {
             Ok((key.to_owned(), value.to_owned()))
         }
-        _ => Err("expected KEY=VALUE of at most 256 bytes, without control characters".into()),
+        _ => Err(InvalidArgument::new(format!(
+            "KEY=VALUE of at most {LABEL_BYTES_MAX} bytes, without control characters"
+        ))),
     }
 }
 
 /// Runs the command.
 ///
 /// # Errors
-/// When there is no supervisor, the operator's token is no good, or the supervisor refuses.
+/// When there is no supervisor, the operator's access token is invalid, or the supervisor refuses.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    match args.what {
-        What::Create(CreateArgs { role, ttl, uses, labels, which }) => {
-            let role = match role {
-                Role::Node => AccessRole::Node,
-                Role::Operator => AccessRole::Operator,
-                Role::Viewer => AccessRole::Viewer,
-            };
-            let terms = AccessTokenTerms { lifetime: ttl, uses, labels };
-            match operate::ask(&which, &OperatorRequest::AccessTokenCreate { role, terms })? {
-                OperatorReply::AccessToken { text } => println!("{text}"),
-                other => return operate::unexpected(other),
-            }
-        }
-        What::List(ListArgs { json, which }) => {
-            match operate::ask(&which, &OperatorRequest::AccessTokenList)? {
-                OperatorReply::AccessTokens(tokens) if json => {
-                    println!("{}", serde_json::to_string_pretty(&tokens)?)
-                }
-                OperatorReply::AccessTokens(tokens) => {
-                    tokens.iter().for_each(|token| println!("{}", line(token)))
-                }
-                other => return operate::unexpected(other),
-            }
-        }
-        What::Revoke(RevokeArgs { id, which }) => {
-            match operate::ask(&which, &OperatorRequest::AccessTokenRevoke { id: id.clone() })? {
-                OperatorReply::Done { .. } => println!("{id} is revoked"),
-                other => return operate::unexpected(other),
-            }
-        }
+    match args.command {
+        Command::Create(args) => create(args),
+        Command::List(args) => list(args),
+        Command::Revoke(args) => revoke(args),
+    }
+}
+
+fn create(CreateArgs { role, ttl, uses, labels, supervisor }: CreateArgs) -> anyhow::Result<()> {
+    let terms = AccessTokenTerms { lifetime: ttl, uses, labels };
+    match operate::ask(&supervisor, &OperatorRequest::AccessTokenCreate { role: role.into(), terms })? {
+        OperatorReply::AccessToken { text } => output::line(text)?,
+        other => return operate::unexpected(other),
     }
     Ok(())
 }
 
-fn line(token: &AccessTokenStatus) -> String {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
-    let ends = match token.expires_unix_s {
-        None => "never ends".to_owned(),
-        Some(end) if end <= now => "has ended".to_owned(),
-        Some(end) => format!("ends in {} s", end - now),
-    };
-    let uses =
-        token.uses_left.map_or_else(|| "any number of uses".to_owned(), |uses| format!("{uses} uses left"));
-    let labels: Vec<String> = token.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
-    let role = format!("{:?}", token.role).to_lowercase();
-    format!("{}  {role:<8}  {ends}, {uses}  {}", token.id, labels.join(","))
+fn list(ListArgs { json, supervisor }: ListArgs) -> anyhow::Result<()> {
+    match operate::ask(&supervisor, &OperatorRequest::AccessTokenList)? {
+        OperatorReply::AccessTokens(tokens) if json => {
+            output::line(serde_json::to_string_pretty(&tokens)?)?;
+        }
+        OperatorReply::AccessTokens(tokens) => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+            output::text(TokenList { tokens: &tokens, now_unix_s: now })?;
+        }
+        other => return operate::unexpected(other),
+    }
+    Ok(())
+}
+
+fn revoke(RevokeArgs { id, supervisor }: RevokeArgs) -> anyhow::Result<()> {
+    match operate::ask(&supervisor, &OperatorRequest::AccessTokenRevoke { id: id.clone() })? {
+        OperatorReply::Done { .. } => output::line(format_args!("{id} revoked"))?,
+        other => return operate::unexpected(other),
+    }
+    Ok(())
+}
+
+/// Access tokens as text, one line each.
+struct TokenList<'a> {
+    tokens: &'a [AccessTokenStatus],
+    now_unix_s: u64,
+}
+
+impl fmt::Display for TokenList<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for token in self.tokens {
+            let role = format!("{:?}", token.role).to_lowercase();
+            write!(f, "{}  {role:<8}  ", token.id)?;
+            match token.expires_unix_s {
+                None => write!(f, "never expires")?,
+                Some(end) if end <= self.now_unix_s => write!(f, "expired")?,
+                Some(end) => write!(f, "expires in {} s", end - self.now_unix_s)?,
+            }
+            match token.uses_left {
+                None => write!(f, ", unlimited uses")?,
+                Some(uses) => write!(f, ", {uses} uses left")?,
+            }
+            let labels: Vec<String> =
+                token.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+            writeln!(f, "  {}", labels.join(","))?;
+        }
+        Ok(())
+    }
 }

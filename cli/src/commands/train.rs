@@ -1,23 +1,30 @@
-//! `volary train`: a whole run on this machine, from the text to the sample.
+//! `volary train`: a complete run on this machine, from the text to a sample.
 
-use crate::cluster::{Cluster, ClusterOptions};
+use crate::cluster::{Cluster, LaunchOptions};
 use crate::commands::generate;
 use crate::config::Config;
-use crate::follow::follow;
-use crate::progress::{Display, Seen, validations};
+use crate::follow::{RunOutcome, follow};
+use crate::output;
+use crate::progress::{ProgressDisplay, Validation, validations};
 use crate::rundir;
 use crate::script::Script;
 use crate::units::Size;
 use anyhow::{Context, bail};
+use std::fmt;
 use std::path::PathBuf;
-use volary_data::Stage;
+use volary_core::Step;
+use volary_data::PreparationStage;
+use volary_model::reference::Sampling;
 use volary_storage::RunDir;
+
+/// The sample at the end of a run; its seed is that of the run.
+const SAMPLING: Sampling = Sampling { max_tokens: 60, temperature: 0.7, seed: 0, stop: None };
 
 /// Train on this machine: a supervisor and N node processes.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Ctrl-C writes a checkpoint and ends the run; --resume goes on from the last checkpoint. A supervisor that dies is started
-again; a node that dies only with --respawn. With --resume, events of steps that are done already happen at the start.
+Ctrl-C writes a checkpoint and ends the run; --resume continues from the last checkpoint. A supervisor that dies restarts; a node
+that dies restarts only with --respawn. With --resume, events of completed steps happen at the start.
 
 Examples:
   volary train examples/quickstart.toml --nodes 3
@@ -27,46 +34,46 @@ Examples:
 pub struct Args {
     /// The configuration file.
     config: PathBuf,
-    /// Node processes; cluster.nodes of the configuration when left out.
+    /// Number of node processes; cluster.nodes of the configuration when left out.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     nodes: Option<u16>,
-    /// Threads of each node; the machine's cores shared out when left out.
+    /// Threads per node; the machine's cores divided by the nodes when left out.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Device of each node: auto, cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
     device: String,
-    /// Memory that each node may use, as 8GiB; several for several nodes, by turns.
+    /// Memory limit per node, e.g. 8GiB; a list is assigned round-robin.
     #[arg(long, value_name = "SIZE", value_delimiter = ',')]
     memory: Vec<Size>,
-    /// Zone of each node, by turns: replicas keep to different ones.
+    /// Zones of the nodes, assigned round-robin; replicas are spread over zones.
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     zones: Vec<String>,
     /// A TOML value for any key of the configuration.
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
-    /// The run's directory; runs/NAME when left out, with a number when that is taken.
+    /// The run's directory; runs/NAME when left out, or runs/NAME-2 and so on if that exists.
     #[arg(long)]
     dir: Option<PathBuf>,
-    /// Go on from the last checkpoint of the directory.
+    /// Continue from the last checkpoint of the directory.
     #[arg(long)]
     resume: bool,
-    /// A script of what happens to the run: nodes that die, stop, leave or join at chosen steps (examples/events.toml).
+    /// A script of faults and membership changes at chosen steps (examples/events.toml).
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
-    /// Start a node that ends unexpectedly again, under its name.
+    /// Restart a node that ends unexpectedly, under its name.
     #[arg(long)]
     respawn: bool,
-    /// Where the run's page is served; this machine only, port 7680 or another one, when left out.
+    /// The address of the dashboard; localhost and port 7680, or a free one, when left out.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
-    /// Serve no page and no figures.
+    /// Serve no dashboard and no metrics.
     #[arg(long, conflicts_with = "http")]
     no_http: bool,
-    /// Refuse text that is not UTF-8 instead of replacing it.
+    /// Refuse text that is not UTF-8 instead of replacing invalid bytes.
     #[arg(long)]
     strict: bool,
-    /// No progress bar and no summary.
+    /// Show no progress and no summary.
     #[arg(long, short)]
     quiet: bool,
 }
@@ -74,15 +81,15 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// When the configuration, the data or the directory is bad, or the run fails.
+/// When the configuration, the data or the directory is invalid, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let (config, dir, script) = prepare(&args)?;
-    let display = Display::new(config.training.steps, args.quiet);
-    // Here and not in the supervisor, where nobody would see how far it is.
+    let display = ProgressDisplay::new(config.training.steps, args.quiet);
+    // Here and not in the supervisor, which shows no progress.
     prepare_data(&config, &dir, &display)?;
-    display.say(&format!("run {} in {}", config.run.name, dir.root().display()));
+    display.note(&format!("run {} in {}", config.run.name, dir.root().display()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let options = ClusterOptions {
+    let options = LaunchOptions {
         nodes: config.cluster.nodes,
         device: args.device.clone(),
         threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
@@ -91,26 +98,26 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         respawn: args.respawn,
         http: args.http.clone(),
         serves_http: !args.no_http,
-        disturbed: script.disturbs(),
-        // Nodes end with the train that started them.
+        injects_faults: script.has_network_faults(),
+        // Nodes end with the process that started them.
         nodes_are_gone: args.resume,
     };
     let mut cluster = Cluster::start(options, &dir)?;
-    if let Some(page) = cluster.page() {
-        display.say(&format!("page at {}", crate::http::page_url(&dir, page)));
+    if let Some(address) = cluster.dashboard() {
+        display.note(&format!("dashboard at {}", crate::http::dashboard_url(&dir, address)));
     }
-    let (finished, last) = follow(&mut cluster, &dir, display, script)?;
+    let outcome = follow(&mut cluster, &dir, display, script)?;
     cluster.end();
     if !args.quiet {
-        summary(&config, &dir, finished, last)?;
+        print_summary(&config, &dir, outcome)?;
     }
     Ok(())
 }
 
-/// The configuration as this run uses it, the directory that holds it from now on, and what is to happen to it.
+/// The configuration of this run, its directory, into which the configuration is written, and its script.
 fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
     let mut config = Config::load(&args.config, &args.set)?;
-    // The supervisor takes it; what is wrong with it is said before anything starts.
+    // The supervisor uses it; an invalid one must fail before anything starts.
     args.http.as_deref().map(rundir::resolve).transpose()?;
     config.cluster.nodes = args.nodes.map_or_else(|| config.cluster.nodes.max(1), usize::from);
     config.data.strict |= args.strict;
@@ -120,24 +127,24 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
             let path = args.dir.clone().unwrap_or_else(|| PathBuf::from(rundir::RUNS).join(&config.run.name));
             let dir = RunDir::find(&path)?;
             if let Some(contact) = rundir::contact(&dir) {
-                bail!("{} is held by a living supervisor, process {}", dir.root().display(), contact.pid);
+                bail!("{} is in use by a live supervisor, process {}", dir.root().display(), contact.pid);
             }
             dir
         }
         Some(path) if path.join("config.toml").exists() => {
             bail!(
-                "{} holds a run already: add --resume to go on with it, or choose another --dir",
+                "{} already holds a run: add --resume to continue it, or choose another --dir",
                 path.display()
             );
         }
         Some(path) => RunDir::create(path)?,
-        None => rundir::fresh(&config.run.name)?,
+        None => rundir::create_new(&config.run.name)?,
     };
     if args.resume {
         let before = Config::load(&dir.config(), &[])?;
         if before.identity() != config.identity() {
             bail!(
-                "{} was another run: its seed, model, data or training differ from {}, so it would not go on as the same mathematics",
+                "{} is another run: its seed, model, data or training differ from {}",
                 dir.root().display(),
                 args.config.display()
             );
@@ -148,48 +155,86 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
     Ok((config, dir, script.unwrap_or_default()))
 }
 
-fn prepare_data(config: &Config, dir: &RunDir, display: &Display) -> anyhow::Result<()> {
+fn prepare_data(config: &Config, dir: &RunDir, display: &ProgressDisplay) -> anyhow::Result<()> {
     let mut shown = None;
     let mut progress = |progress: volary_data::Progress| {
-        let what = match progress.stage {
-            Stage::Reading => "reading text",
-            Stage::TrainingTokenizer => "training the tokenizer",
-            Stage::Tokenizing => "tokenizing",
+        let phase = match progress.stage {
+            PreparationStage::Reading => "reading text",
+            PreparationStage::TrainingTokenizer => "training the tokenizer",
+            PreparationStage::Tokenizing => "tokenizing",
         };
-        if shown != Some(what) {
-            shown = Some(what);
-            display.waiting(what);
+        if shown != Some(phase) {
+            shown = Some(phase);
+            display.phase(phase);
         }
     };
     crate::commands::supervisor::prepare_data(config, dir, &mut progress)
 }
 
-/// What the run came to, a sample, and what to try next.
-fn summary(config: &Config, dir: &RunDir, finished: bool, last: Option<Seen>) -> anyhow::Result<()> {
-    let run = dir.root().display();
-    match last {
-        Some(seen) if finished => println!("done: step {}, loss {:.4}", seen.step, seen.loss),
-        Some(seen) => println!("stopped: step {}, loss {:.4}", seen.step, seen.loss),
-        None => println!("nothing was left to do"),
-    }
-    let measured = validations(&dir.validation());
-    if let (Some(first), Some(last)) = (measured.first(), measured.last()) {
-        println!(
-            "validation loss {:.4} after step {}, {:.4} at the start (nats per token)",
-            last.loss, last.step, first.loss
-        );
-    }
-    let reader = volary_storage::CheckpointReader::open(dir)?;
-    let Some(checkpoint) = reader.latest()? else { return Ok(()) };
-    println!("checkpoint: step {} in {run}", checkpoint.step);
+/// Prints the result of the run, then a sample, which takes a moment.
+fn print_summary(config: &Config, dir: &RunDir, outcome: RunOutcome) -> anyhow::Result<()> {
+    let record = volary_storage::CheckpointReader::open(dir)?.latest()?;
+    let checkpoint = record.map(|record| record.step);
+    output::text(Summary { dir, outcome, validations: validations(&dir.validation()), checkpoint })?;
+    let Some(step) = checkpoint else { return Ok(()) };
     let prompt = &config.run.sample_prompt;
-    let text = generate::continue_prompt(dir.root(), None, prompt, 60, 0.7, config.run.seed, "cpu")?;
-    println!("\na sample:\n  {}\n", format!("{prompt}{text}").trim_end().replace('\n', "\n  "));
-    println!("try next:");
-    println!("  volary generate --run {run} --prompt '{prompt}'");
-    println!("  volary digest {run}");
-    if !finished {
-        println!("  volary train {run}/config.toml --dir {run} --resume");
-    }
+    let sampling = Sampling { seed: config.run.seed, ..SAMPLING };
+    let text = generate::continue_prompt(dir.root(), Some(step), prompt, sampling, "cpu")?;
+    output::text(Sample { dir, prompt, text, finished: outcome.finished })?;
     Ok(())
+}
+
+/// The result of a run: its losses and its checkpoint.
+struct Summary<'a> {
+    dir: &'a RunDir,
+    outcome: RunOutcome,
+    validations: Vec<Validation>,
+    checkpoint: Option<Step>,
+}
+
+impl fmt::Display for Summary<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let RunOutcome { finished, last } = self.outcome;
+        match last {
+            Some(last) if finished => writeln!(f, "done: step {}, loss {:.4}", last.step, last.loss)?,
+            Some(last) => writeln!(f, "stopped: step {}, loss {:.4}", last.step, last.loss)?,
+            None => writeln!(f, "nothing left to do")?,
+        }
+        if let (Some(first), Some(last)) = (self.validations.first(), self.validations.last()) {
+            let (loss, step, first) = (last.loss, last.step, first.loss);
+            writeln!(
+                f,
+                "validation loss {loss:.4} after step {step}, {first:.4} at the start (nats per token)"
+            )?;
+        }
+        match self.checkpoint {
+            Some(step) => writeln!(f, "checkpoint: step {step} in {}", self.dir.root().display()),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A continuation of the run's sample prompt by its newest checkpoint, and commands to try next.
+struct Sample<'a> {
+    dir: &'a RunDir,
+    prompt: &'a str,
+    text: String,
+    /// Whether the run reached its last step.
+    finished: bool,
+}
+
+impl fmt::Display for Sample<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { prompt, text, .. } = self;
+        let run = self.dir.root().display();
+        let text = format!("{prompt}{text}").trim_end().replace('\n', "\n  ");
+        writeln!(f, "\na sample:\n  {text}\n")?;
+        writeln!(f, "try next:")?;
+        writeln!(f, "  volary generate --run {run} --prompt '{prompt}'")?;
+        writeln!(f, "  volary digest {run}")?;
+        if !self.finished {
+            writeln!(f, "  volary train {run}/config.toml --dir {run} --resume")?;
+        }
+        Ok(())
+    }
 }

@@ -1,65 +1,60 @@
-//! A listener with a bounded number of connections, in all and from one address, each of which ends when its peer is silent for too
-//! long.
+//! A listener with a bounded number of connections, in total and per address. Each connection ends when its
+//! peer is idle for too long.
 
+use crate::limits::{HTTP_ACCEPT_RETRY, HTTP_CONNECTIONS_MAX, HTTP_CONNECTIONS_PER_ADDRESS, HTTP_IDLE_MAX};
+use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 
-/// Connections at a time; more wait to be taken up.
-const CONNECTIONS_MAX: usize = 256;
-/// Connections from one address at a time; more are dropped, so that one peer cannot take everybody's place.
-const CONNECTIONS_PER_ADDRESS: usize = 64;
-/// How long a peer may say and take nothing.
-const SILENCE_MAX: Duration = Duration::from_secs(60);
-
 /// See the module.
-pub(super) struct Bounded {
+pub(super) struct BoundedListener {
     listener: TcpListener,
-    places: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
     addresses: Addresses,
 }
 
-impl Bounded {
+impl BoundedListener {
     pub(super) fn new(listener: TcpListener) -> Self {
-        Self { listener, places: Arc::new(Semaphore::new(CONNECTIONS_MAX)), addresses: Addresses::default() }
+        let slots = Arc::new(Semaphore::new(HTTP_CONNECTIONS_MAX));
+        Self { listener, slots, addresses: Addresses::default() }
     }
 }
 
-/// How many connections each address has.
+/// The number of connections of each address.
 #[derive(Clone, Default)]
 struct Addresses(Arc<Mutex<HashMap<IpAddr, usize>>>);
 
 impl Addresses {
-    /// A place among those of one address, if there is one left.
-    fn enter(&self, address: IpAddr) -> Option<OfAddress> {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// A slot for a connection of an address, if one is free.
+    fn acquire(&self, address: IpAddr) -> Option<AddressSlot> {
+        let mut counts = self.0.lock();
         let count = counts.entry(address).or_default();
-        if *count >= CONNECTIONS_PER_ADDRESS {
+        if *count >= HTTP_CONNECTIONS_PER_ADDRESS {
             return None;
         }
         *count += 1;
-        Some(OfAddress { all: self.clone(), address })
+        Some(AddressSlot { addresses: self.clone(), address })
     }
 }
 
-/// One connection of an address, until it is dropped.
-struct OfAddress {
-    all: Addresses,
+/// The slot of one connection; dropping it frees the slot.
+struct AddressSlot {
+    addresses: Addresses,
     address: IpAddr,
 }
 
-impl Drop for OfAddress {
+impl Drop for AddressSlot {
     fn drop(&mut self) {
-        let mut counts = self.all.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.addresses.0.lock();
         if let Some(count) = counts.get_mut(&self.address) {
             *count -= 1;
             if *count == 0 {
@@ -69,27 +64,27 @@ impl Drop for OfAddress {
     }
 }
 
-impl axum::serve::Listener for Bounded {
+impl axum::serve::Listener for BoundedListener {
     type Io = Connection;
     type Addr = SocketAddr;
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         loop {
             // The semaphore is never closed.
-            let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { continue };
+            let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { continue };
             match self.listener.accept().await {
                 Ok((stream, from)) => {
-                    let Some(of_address) = self.addresses.enter(from.ip()) else {
-                        tracing::debug!(%from, "an address has all the connections that it may have");
+                    let Some(address_slot) = self.addresses.acquire(from.ip()) else {
+                        tracing::debug!(%from, "connection dropped: too many from this address");
                         continue;
                     };
-                    let silence = Box::pin(tokio::time::sleep(SILENCE_MAX));
-                    return (Connection { stream, silence, _place: place, _of_address: of_address }, from);
+                    let idle = Box::pin(tokio::time::sleep(HTTP_IDLE_MAX));
+                    return (Connection { stream, idle, _slot: slot, _address_slot: address_slot }, from);
                 }
-                // Out of descriptors, or a peer that went away: neither is the end.
+                // Out of descriptors, or a peer that closed early: the listener continues.
                 Err(error) => {
-                    tracing::debug!(%error, "a connection was not taken up");
-                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    tracing::debug!(%error, "cannot accept a connection");
+                    tokio::time::sleep(HTTP_ACCEPT_RETRY).await;
                 }
             }
         }
@@ -103,28 +98,25 @@ impl axum::serve::Listener for Bounded {
 /// One connection.
 pub(super) struct Connection {
     stream: TcpStream,
-    silence: Pin<Box<Sleep>>,
-    _place: OwnedSemaphorePermit,
-    _of_address: OfAddress,
+    idle: Pin<Box<Sleep>>,
+    _slot: OwnedSemaphorePermit,
+    _address_slot: AddressSlot,
 }
 
 impl Connection {
-    fn heard(&mut self) {
-        self.silence.as_mut().reset(Instant::now() + SILENCE_MAX);
-    }
-
-    /// What waits for a peer ends with its silence.
-    fn unless_silent<T>(
+    /// Turns a pending operation into an error when the peer was idle for too long, and restarts the timer
+    /// when it was not.
+    fn unless_idle<T>(
         &mut self,
         context: &mut Context<'_>,
         polled: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
         match polled {
             Poll::Ready(done) => {
-                self.heard();
+                self.idle.as_mut().reset(Instant::now() + HTTP_IDLE_MAX);
                 Poll::Ready(done)
             }
-            Poll::Pending if self.silence.as_mut().poll(context).is_ready() => {
+            Poll::Pending if self.idle.as_mut().poll(context).is_ready() => {
                 Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
             }
             Poll::Pending => Poll::Pending,
@@ -139,7 +131,7 @@ impl AsyncRead for Connection {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let polled = Pin::new(&mut self.stream).poll_read(context, buffer);
-        self.unless_silent(context, polled)
+        self.unless_idle(context, polled)
     }
 }
 
@@ -150,7 +142,7 @@ impl AsyncWrite for Connection {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.unless_silent(context, polled)
+        self.unless_idle(context, polled)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -167,14 +159,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_address_cannot_take_all_places_and_gets_its_own_back() {
+    fn one_address_cannot_occupy_all_slots_and_its_slots_become_free_again() {
         let addresses = Addresses::default();
         let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let held: Vec<OfAddress> =
-            (0..CONNECTIONS_PER_ADDRESS).filter_map(|_| addresses.enter(one)).collect();
-        assert_eq!(held.len(), CONNECTIONS_PER_ADDRESS);
-        assert!(addresses.enter(one).is_none() && addresses.enter(other).is_some());
+        let held: Vec<AddressSlot> =
+            (0..HTTP_CONNECTIONS_PER_ADDRESS).filter_map(|_| addresses.acquire(one)).collect();
+        assert_eq!(held.len(), HTTP_CONNECTIONS_PER_ADDRESS);
+        assert!(addresses.acquire(one).is_none() && addresses.acquire(other).is_some());
         drop(held);
-        assert!(addresses.enter(one).is_some());
+        assert!(addresses.acquire(one).is_some());
     }
 }

@@ -1,7 +1,7 @@
-//! Whatever a peer sends to the HTTP port, for fuzzing: through the real server, the real guard, and routes like the page's.
+//! The fuzz target of HTTP requests: the real server and guard, with routes like those of the dashboard.
 
 use super::common_routes;
-use super::guard::{GuardArgs, Guarded, guard, operators};
+use super::guard::{Guard, GuardArgs, Unauthorized, bearer, guard};
 use axum::Router;
 use axum::extract::Path;
 use axum::http::{HeaderMap, StatusCode};
@@ -10,14 +10,14 @@ use axum::routing::{get, post};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
-/// The token of whoever may look.
+/// The access token of a viewer.
 const TOKEN: &str = "volary1.good";
-/// What nobody sees without it.
-const SECRET: &str = "what only a viewer sees";
-/// Bytes on their way at a time.
+/// The content that needs it.
+const SECRET: &str = "for viewers only";
+/// Bytes in flight.
 const BUFFER: usize = 1 << 16;
-/// The longest that an answer may take when the peer has said all that it will.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// The longest time of a response after the end of the request.
+const RESPONSE_MAX: Duration = Duration::from_secs(5);
 
 /// A listener with one connection.
 struct Once(Option<DuplexStream>);
@@ -39,10 +39,12 @@ impl axum::serve::Listener for Once {
 }
 
 fn routes() -> Router {
-    let may_look = |token: &str| if token == TOKEN { Ok(()) } else { Err("not this one".to_owned()) };
-    let guarded = Guarded::new(&GuardArgs::default(), may_look);
+    let check_viewer = |token: &str| {
+        if token == TOKEN { Ok(()) } else { Err(Unauthorized::invalid("unknown access token")) }
+    };
+    let state = Guard::new(&GuardArgs::default(), check_viewer);
     let drain = |Path(node): Path<String>, headers: HeaderMap| async move {
-        match operators(&headers) {
+        match bearer(&headers) {
             Some(TOKEN) => node.into_response(),
             _ => StatusCode::UNAUTHORIZED.into_response(),
         }
@@ -52,36 +54,39 @@ fn routes() -> Router {
         .route("/trace/{id}", get(|Path(id): Path<String>| async move { format!("{SECRET} {id}") }))
         .route("/api/drain/{node}", post(drain))
         .merge(common_routes(|| "volary_steps 1\n".into_response()))
-        .layer(axum::middleware::from_fn_with_state(guarded, guard))
+        .layer(axum::middleware::from_fn_with_state(state, guard))
 }
 
 /// Sends bytes to the HTTP port of a process.
 ///
 /// # Panics
-/// When the server does not end with its peer, or shows what is guarded to somebody without a token.
+/// When the server does not end with its peer, or shows guarded content without the access token.
 #[doc(hidden)]
 pub fn fuzz_http(bytes: &[u8]) {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
-    let answer = runtime.block_on(async {
+    let response = runtime.block_on(async {
         let (mut peer, server) = duplex(BUFFER);
         let serving = tokio::spawn(async { axum::serve(Once(Some(server)), routes()).await });
-        let mut answer = Vec::new();
-        let spoken = async {
-            // A server that has heard enough closes before all is said.
+        let mut response = Vec::new();
+        let exchange = async {
+            // The server may close before it has read everything.
             let _ = peer.write_all(bytes).await;
             let _ = peer.shutdown().await;
-            let _ = peer.read_to_end(&mut answer).await;
+            let _ = peer.read_to_end(&mut response).await;
         };
-        let ended = tokio::time::timeout(ANSWER_MAX, spoken).await;
+        let ended = tokio::time::timeout(RESPONSE_MAX, exchange).await;
         serving.abort();
         assert!(ended.is_ok(), "the server does not end with its peer");
-        answer
+        response
     });
-    let has = |text: &[u8], word: &str| text.windows(word.len()).any(|window| window == word.as_bytes());
-    assert!(!has(&answer, SECRET) || has(bytes, TOKEN), "it was shown to somebody without a token");
+    let has = |text: &[u8], part: &str| text.windows(part.len()).any(|window| window == part.as_bytes());
+    assert!(
+        !has(&response, SECRET) || has(bytes, TOKEN),
+        "guarded content was shown without the access token"
+    );
 }
 
-/// Requests of several kinds, for fuzzing.
+/// Valid requests of several kinds, from which mutations start.
 #[doc(hidden)]
 #[must_use]
 pub fn fuzz_http_seeds() -> Vec<Vec<u8>> {

@@ -1,87 +1,122 @@
-//! Who may look at the page: whoever has a viewer's or an operator's token, unless the page is open on purpose.
+//! Authorization: the dashboard and the API need a viewer's or operator's access token, unless `--http-open`
+//! is given.
 //!
-//! A browser shows the token once, as `?token=`, and gets a cookie for it; other clients send it as a bearer. Orders need the
-//! operator's token as a bearer, which no other site's page can make a browser send.
+//! A browser shows the access token once, as `?token=`, and gets a cookie; other clients send it as a bearer.
+//! Commands need the operator's access token as a bearer, which a page of another site cannot make a browser
+//! send.
 
-use super::Door;
+use super::HttpListener;
 use anyhow::bail;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use std::error::Error;
+use std::fmt;
 use std::io::IsTerminal;
 use std::sync::Arc;
 use volary_storage::RunDir;
+use volary_transport::AccessRole;
 
 const COOKIE: &str = "volary_token";
 
-/// How the page is guarded.
+/// Access to the dashboard.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct GuardArgs {
-    /// Show the page without a token; beyond this machine only with --insecure.
+    /// Show the dashboard without an access token; beyond localhost only with --insecure.
     #[arg(long)]
     http_open: bool,
-    /// Let /metrics need a token too.
+    /// Require an access token for /metrics too.
     #[arg(long)]
     closed_metrics: bool,
-    /// Serve a page without a token beyond this machine.
+    /// Show the dashboard without an access token beyond localhost.
     #[arg(long, requires = "http_open")]
     insecure: bool,
 }
 
 impl GuardArgs {
-    /// Refuses a page that everybody on the network could read, unless that is wanted.
+    /// Refuses an open dashboard beyond localhost, unless `--insecure` is given.
     ///
     /// # Errors
-    /// What to do instead.
-    pub fn check(&self, door: &Door) -> anyhow::Result<()> {
-        let everybody = self.http_open && !door.address.ip().is_loopback();
-        if everybody && !self.insecure {
+    /// The alternatives.
+    pub fn check(&self, listener: &HttpListener) -> anyhow::Result<()> {
+        let is_public = self.http_open && !listener.address.ip().is_loopback();
+        if is_public && !self.insecure {
             bail!(
-                "--http {}: everybody who reaches it could read the page: leave out --http-open, or add --insecure",
-                door.address
+                "--http {}: the dashboard would be open to the network: omit --http-open, or add --insecure",
+                listener.address
             );
         }
         Ok(())
     }
 
-    /// Whether a path is shown to everybody.
-    fn shows(&self, path: &str) -> bool {
+    /// Whether a path needs no access token.
+    fn is_open(&self, path: &str) -> bool {
         self.http_open || path == "/health" || (path == "/metrics" && !self.closed_metrics)
     }
 }
 
-/// Whether a token's text lets somebody look, or why not.
-type Verdict = Arc<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
-
-/// What the guard goes by.
-#[derive(Clone)]
-pub(super) struct Guarded {
-    args: GuardArgs,
-    may_look: Verdict,
+/// Why a request is unauthorized.
+#[derive(Debug)]
+pub(super) enum Unauthorized {
+    /// It has no access token for a role.
+    Missing(AccessRole),
+    /// Its access token is not valid.
+    Invalid(Box<dyn Error + Send + Sync>),
 }
 
-impl Guarded {
-    pub(super) fn new(
-        args: &GuardArgs,
-        may_look: impl Fn(&str) -> Result<(), String> + Send + Sync + 'static,
-    ) -> Self {
-        Self { args: args.clone(), may_look: Arc::new(may_look) }
+impl Unauthorized {
+    pub(super) fn invalid(error: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Invalid(error.into())
     }
 }
 
-/// The page's address, for somebody who reads it now: with a token on a terminal, without one in a log.
+impl fmt::Display for Unauthorized {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing(AccessRole::Operator) => {
+                f.write_str("an operator's access token is required: RUN_DIR/identity/operator.token")
+            }
+            Self::Missing(_) => f.write_str("an access token is required"),
+            Self::Invalid(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Error for Unauthorized {}
+
+/// Checks that an access token lets its holder view the dashboard.
+type CheckViewer = Arc<dyn Fn(&str) -> Result<(), Unauthorized> + Send + Sync>;
+
+/// The state of the guard.
+#[derive(Clone)]
+pub(super) struct Guard {
+    args: GuardArgs,
+    check_viewer: CheckViewer,
+}
+
+impl Guard {
+    pub(super) fn new(
+        args: &GuardArgs,
+        check_viewer: impl Fn(&str) -> Result<(), Unauthorized> + Send + Sync + 'static,
+    ) -> Self {
+        Self { args: args.clone(), check_viewer: Arc::new(check_viewer) }
+    }
+}
+
+/// The address of the dashboard: with an access token on a terminal, without one in a log.
 #[must_use]
-pub fn page_url(dir: &RunDir, address: &str) -> String {
-    let path = crate::rundir::viewer_token(dir);
+pub fn dashboard_url(dir: &RunDir, address: &str) -> String {
+    let path = crate::rundir::token_file(dir, AccessRole::Viewer);
     if std::io::stderr().is_terminal() {
         let token = std::fs::read_to_string(path).unwrap_or_default();
         return format!("http://{address}/?token={}", token.trim());
     }
-    format!("http://{address}/?token=TOKEN with the token in {}", path.display())
+    format!("http://{address}/?token=TOKEN (access token in {})", path.display())
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+/// The access token in the `Authorization` header.
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ").map(str::trim)
 }
 
@@ -94,34 +129,30 @@ fn in_query(request: &Request) -> Option<&str> {
     request.uri().query()?.split('&').find_map(|pair| pair.strip_prefix("token="))
 }
 
-/// Lets through who has a token, and remembers it in the browser that came with it in its address.
-pub(super) async fn guard(State(guarded): State<Guarded>, request: Request, next: Next) -> Response {
-    if guarded.args.shows(request.uri().path()) {
+/// Passes authorized requests on, and stores an access token of the address in a cookie.
+pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Next) -> Response {
+    if guard.args.is_open(request.uri().path()) {
         return next.run(request).await;
     }
-    let asked = in_query(&request).map(str::to_owned);
+    let in_query = in_query(&request).map(str::to_owned);
     let headers = request.headers();
-    let token = bearer(headers).or(asked.as_deref()).or_else(|| cookie(headers));
-    let verdict = match token {
-        Some(token) => (guarded.may_look)(token),
-        None => Err("a token is needed".to_owned()),
+    let token = bearer(headers).or(in_query.as_deref()).or_else(|| cookie(headers));
+    let checked = match token {
+        Some(token) => (guard.check_viewer)(token),
+        None => Err(Unauthorized::Missing(AccessRole::Viewer)),
     };
-    if let Err(reason) = verdict {
+    if let Err(error) = checked {
         let help = format!(
-            "{reason}: open the address that the supervisor printed, or send a token of RUN_DIR/identity/\n"
+            "{error}: open the address that the supervisor printed, or send an access token of RUN_DIR/identity/\n"
         );
         return (StatusCode::UNAUTHORIZED, help).into_response();
     }
     let mut response = next.run(request).await;
-    let remembered = asked.map(|token| format!("{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"));
-    if let Some(value) = remembered.and_then(|text| HeaderValue::from_str(&text).ok()) {
+    let cookie = in_query.map(|token| format!("{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"));
+    if let Some(value) = cookie.and_then(|text| HeaderValue::from_str(&text).ok()) {
         response.headers_mut().insert(header::SET_COOKIE, value);
-        // The token stands in the address: it must not go to any other site.
+        // The address has the access token: no other site may get it as the referrer.
         response.headers_mut().insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     }
     response
-}
-
-pub(super) fn operators(headers: &HeaderMap) -> Option<&str> {
-    bearer(headers)
 }

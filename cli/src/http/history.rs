@@ -1,22 +1,18 @@
-//! What has happened in a run so far, thinned out so that a page can draw it.
+//! The curves and events of a run so far, thinned out for the dashboard.
 
+use crate::limits::{DASHBOARD_EVENTS_MAX, DASHBOARD_POINTS_MAX};
 use serde_json::Value;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use volary_storage::RunDir;
 
-/// Points of a curve that a page gets, at most.
-const POINTS_MAX: usize = 2000;
-/// Events that a page gets.
-const EVENTS_MAX: usize = 500;
-
 /// The curves and events of a run.
 pub(super) fn history(dir: &RunDir) -> Value {
     serde_json::json!({
         "steps": thinned(&dir.metrics()),
         "validation": thinned(&dir.validation()),
-        "events": last(&dir.events(), EVENTS_MAX),
+        "events": last(&dir.events(), DASHBOARD_EVENTS_MAX),
     })
 }
 
@@ -28,7 +24,8 @@ fn parsed<'a>(lines: impl Iterator<Item = &'a String>) -> Vec<Value> {
     lines.filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Every n-th line and the last one, with the least n, a power of two, that leaves few enough.
+/// Every n-th line and the last one, with the smallest power of two n that leaves at most
+/// [`DASHBOARD_POINTS_MAX`].
 fn thinned(path: &Path) -> Vec<Value> {
     let (mut kept, mut every, mut newest) = (Vec::new(), 1, None);
     for (index, line) in lines(path).enumerate() {
@@ -38,7 +35,7 @@ fn thinned(path: &Path) -> Vec<Value> {
         } else {
             newest = Some(line);
         }
-        if kept.len() > POINTS_MAX {
+        if kept.len() > DASHBOARD_POINTS_MAX {
             every *= 2;
             let mut index = 0;
             kept.retain(|_| {
@@ -73,7 +70,11 @@ mod tests {
         let text: String = (1..=10_001).map(|step| format!("{{\"step\":{step}}}\n")).collect();
         std::fs::write(&path, text).unwrap();
         let steps: Vec<u64> = thinned(&path).iter().map(|line| line["step"].as_u64().unwrap()).collect();
-        assert!(steps.len() <= POINTS_MAX + 1 && steps.len() > POINTS_MAX / 2, "{}", steps.len());
+        assert!(
+            steps.len() <= DASHBOARD_POINTS_MAX + 1 && steps.len() > DASHBOARD_POINTS_MAX / 2,
+            "{}",
+            steps.len()
+        );
         assert_eq!((steps[0], *steps.last().unwrap()), (1, 10_001));
         assert!(steps.windows(2).take(steps.len() - 2).all(|pair| pair[1] - pair[0] == 8));
         assert_eq!(last(&path, 3).len(), 3);

@@ -1,4 +1,4 @@
-//! A real OTLP receiver in the test's own process: gRPC as the protocol's own service, HTTP as its binary form.
+//! An OTLP receiver in the test's own process: the gRPC service of the protocol, and HTTP with binary bodies.
 
 use axum::body::Bytes;
 use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
@@ -14,14 +14,14 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 
-/// A span as it came, with what its process says about itself.
+/// A received span, with the attributes of its process.
 #[derive(Clone, Debug)]
 pub struct Received {
     pub resource: BTreeMap<String, String>,
     pub span: Span,
 }
 
-pub fn said(attributes: &[KeyValue]) -> BTreeMap<String, String> {
+pub fn values(attributes: &[KeyValue]) -> BTreeMap<String, String> {
     let text = |value: &Value| match value {
         Value::StringValue(text) => text.clone(),
         Value::IntValue(number) => number.to_string(),
@@ -35,7 +35,7 @@ pub fn said(attributes: &[KeyValue]) -> BTreeMap<String, String> {
 
 impl Received {
     pub fn about(&self) -> BTreeMap<String, String> {
-        said(&self.span.attributes)
+        values(&self.span.attributes)
     }
 
     pub fn get(&self, key: &str) -> Option<String> {
@@ -64,10 +64,10 @@ type Spans = Arc<Mutex<Vec<Received>>>;
 #[derive(Clone)]
 struct Service(Spans);
 
-fn take(spans: &Spans, request: ExportTraceServiceRequest) {
+fn store(spans: &Spans, request: ExportTraceServiceRequest) {
     let mut spans = spans.lock().expect("no panic");
     for resource in request.resource_spans {
-        let about = said(&resource.resource.unwrap_or_default().attributes);
+        let about = values(&resource.resource.unwrap_or_default().attributes);
         for span in resource.scope_spans.into_iter().flat_map(|scope| scope.spans) {
             spans.push(Received { resource: about.clone(), span });
         }
@@ -80,7 +80,7 @@ impl TraceService for Service {
         &self,
         request: tonic::Request<ExportTraceServiceRequest>,
     ) -> Result<tonic::Response<ExportTraceServiceResponse>, tonic::Status> {
-        take(&self.0, request.into_inner());
+        store(&self.0, request.into_inner());
         Ok(tonic::Response::new(ExportTraceServiceResponse::default()))
     }
 }
@@ -103,12 +103,12 @@ impl Collector {
         Self { endpoint: format!("http://{address}"), spans }
     }
 
-    /// An endpoint where nobody listens.
-    pub fn nobody() -> Self {
+    /// An endpoint without a receiver.
+    pub fn unreachable() -> Self {
         Self::at(super::free_port())
     }
 
-    /// A collector that is another process.
+    /// A collector in another process.
     pub fn at(address: SocketAddr) -> Self {
         Self { endpoint: format!("http://{address}"), spans: Spans::default() }
     }
@@ -124,7 +124,7 @@ impl Collector {
         Self::start(|address, spans| async move {
             let export = move |body: Bytes| async move {
                 let request = ExportTraceServiceRequest::decode(body).expect("a request");
-                take(&spans, request);
+                store(&spans, request);
                 ExportTraceServiceResponse::default().encode_to_vec()
             };
             let routes = axum::Router::new().route("/v1/traces", axum::routing::post(export));

@@ -1,4 +1,4 @@
-//! A small world for tests of the real binary: a corpus, a configuration, and processes that do not outlive the test.
+//! A test bed for the real binary: a corpus, a configuration, and processes that end with the test.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -105,7 +105,7 @@ rounds = 1
         output
     }
 
-    /// What the processes of all runs logged, for a failure's message.
+    /// The logs of all processes of all runs, for the message of a failure.
     pub fn logs(&self) -> String {
         let mut all = String::new();
         for run in std::fs::read_dir(self.path("runs")).into_iter().flatten().flatten() {
@@ -156,7 +156,7 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A child that is killed when the test ends, however it ends.
+/// A child process; dropping it kills it.
 pub struct Guard(pub Child);
 
 impl Drop for Guard {
@@ -181,7 +181,7 @@ impl Guard {
     }
 }
 
-/// Waits for something to become true.
+/// Waits until a condition is true.
 pub fn until(what: &str, most: Duration, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
@@ -191,7 +191,7 @@ pub fn until(what: &str, most: Duration, mut done: impl FnMut() -> bool) {
 }
 
 pub fn alive(pid: u64) -> bool {
-    // A zombie that nobody has waited for yet is dead.
+    // A zombie is dead.
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
@@ -201,7 +201,7 @@ pub fn signal(pid: u32, name: &str) {
     assert!(status.success());
 }
 
-/// An address of this machine where nobody listens.
+/// A free port of localhost.
 pub fn free_port() -> std::net::SocketAddr {
     std::net::TcpListener::bind("127.0.0.1:0").and_then(|listener| listener.local_addr()).expect("a port")
 }

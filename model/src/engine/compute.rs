@@ -1,6 +1,6 @@
-//! [`Glam`] behind the seam that the actors know.
+//! [`Compute`] for [`Glam`]. Shapes and dtypes are those of the trait.
 
-use super::{Glam, Gradient, Params, Saved, gradients, misuse};
+use super::{Glam, Gradient, Params, Saved, gradients};
 use crate::error::{Error, Result};
 use crate::layers;
 use crate::weights::{Parameter, Shard, parameters};
@@ -77,7 +77,9 @@ impl Compute for Glam {
 
     fn dense_backward(&self, saved: Saved, dy: Tensor) -> Computed<(Tensor, Gradient)> {
         let inner = || -> Result<_> {
-            let Saved::Segment { x, leaves, y } = saved else { return Err(misuse("dense_backward")) };
+            let Saved::Segment { x, leaves, y } = saved else {
+                return Err(Error::OutOfTurn("dense_backward"));
+            };
             let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&leaves).collect();
             let mut all = gradients(&y.f_mul(&dy)?.f_sum(Kind::Float)?, &inputs)?;
             let dx = all.remove(0);
@@ -133,7 +135,7 @@ impl Compute for Glam {
     fn add(&self, left: Gradient, right: Gradient) -> Computed<Gradient> {
         let add = |(mut l, r): (Tensor, Tensor)| -> Result<Tensor> { Ok(l.f_add_(&r)?) };
         if left.0.len() != right.0.len() {
-            return Err(Error::Input("two gradients of unlike shards were added".into()).into());
+            return Err(Error::GradientTensors { expected: left.0.len(), found: right.0.len() }.into());
         }
         Ok(tch::no_grad(|| left.0.into_iter().zip(right.0).map(add).collect::<Result<_>>().map(Gradient))?)
     }
@@ -186,17 +188,14 @@ impl Compute for Glam {
     ) -> Computed<Gradient> {
         let expected = parameters(&self.architecture, shard);
         if expected.len() != parts.len() {
-            return Err(
-                Error::Input(format!("a gradient of {shard} came with {} tensors", parts.len())).into()
-            );
+            return Err(Error::GradientTensors { expected: expected.len(), found: parts.len() }.into());
         }
         let convert = |(parameter, (dtype, shape, data)): (&Parameter, &(HostDtype, Vec<usize>, &[u8]))| {
             let same = parameter.shape.iter().map(|&n| n as usize).eq(shape.iter().copied());
             if !same || *dtype != HostDtype::F32 {
                 let (name, wanted) = (parameter.name, &parameter.shape);
-                return Err(Error::Input(format!(
-                    "a gradient of {shard} came with {name} as {shape:?}, not {wanted:?}"
-                )));
+                let reason = format!("{name} is {dtype:?} {shape:?}, expected F32 {wanted:?}");
+                return Err(Error::Gradient { shard, reason });
             }
             crate::host::import(*dtype, shape, data, self.device)
         };

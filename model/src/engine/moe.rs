@@ -1,7 +1,7 @@
-//! The gate and the experts, forward and back.
+//! The gate and the experts, forward and backward (GLaM, section 4; GShard, arXiv 2006.16668, section 2.2).
 
-use super::{Glam, Gradient, Params, Saved, SavedGate, gradients, misuse};
-use crate::error::Result;
+use super::{Glam, Gradient, Params, Saved, SavedGate, gradients};
+use crate::error::{Error, Result};
 use crate::layers::{self, Gate};
 use tch::{Kind, Tensor};
 use volary_core::architecture::SecondExpert;
@@ -11,7 +11,8 @@ use volary_core::random::{Purpose, Stream};
 use volary_core::{Lane, LayerId, Step};
 
 impl Glam {
-    /// For each choice the rows of `stacked` (in expert order) back in the order of tokens; zero where dropped.
+    /// For each choice, the rows of `stacked`, `[assignments, hidden]` in expert order, in the order of the
+    /// tokens: `[tokens, hidden]`, zero for dropped tokens.
     pub(super) fn by_token(&self, dispatch: &Dispatch, stacked: Tensor) -> Result<Vec<Tensor>> {
         let kept = stacked.size()[0];
         let complete = dispatch.rows.iter().flatten().all(|&row| row >= 0);
@@ -79,7 +80,7 @@ impl Glam {
     }
 
     pub(super) fn gate_weights_inner(saved: &Saved, tokens: &[usize]) -> Result<Vec<[f64; TOP_K]>> {
-        let Saved::Gate(gate) = saved else { return Err(misuse("gate_weights")) };
+        let Saved::Gate(gate) = saved else { return Err(Error::OutOfTurn("gate_weights")) };
         let weight = |token: usize, choice: usize| -> Result<f64> {
             Ok(gate.weights.f_double_value(&[token as i64, choice as i64])?)
         };
@@ -92,7 +93,7 @@ impl Glam {
         saved: Saved,
         outputs: &[Tensor],
     ) -> Result<(Tensor, Saved)> {
-        let Saved::Gate(mut gate) = saved else { return Err(misuse("combine")) };
+        let Saved::Gate(mut gate) = saved else { return Err(Error::OutOfTurn("combine")) };
         let chosen = self.by_token(d, Tensor::f_cat(outputs, 0)?)?;
         let weights = gate.weights.f_detach()?.f_to_kind(self.kind)?;
         let mut y = gate.x.f_detach()?;
@@ -112,7 +113,7 @@ impl Glam {
         saved: Saved,
         dy: Tensor,
     ) -> Result<(Tensor, Saved)> {
-        let Saved::Gate(mut gate) = saved else { return Err(misuse("combine_backward")) };
+        let Saved::Gate(mut gate) = saved else { return Err(Error::OutOfTurn("combine_backward")) };
         let weights = gate.weights.f_detach()?.f_to_kind(self.kind)?;
         let (mut by_choice, mut d_weights) = (Vec::new(), Vec::new());
         for (k, output) in std::mem::take(&mut gate.outputs).iter().enumerate() {
@@ -139,12 +140,14 @@ impl Glam {
         saved: Saved,
         inputs: &[Tensor],
     ) -> Result<(Tensor, Gradient)> {
-        let Saved::Gate(gate) = saved else { return Err(misuse("gate_backward")) };
+        let Saved::Gate(gate) = saved else { return Err(Error::OutOfTurn("gate_backward")) };
         let (Some(d_weights), Some(residual)) = (gate.d_weights, gate.residual) else {
-            return Err(misuse("gate_backward"));
+            return Err(Error::OutOfTurn("gate_backward"));
         };
-        let [first, second] =
-            self.by_token(d, Tensor::f_cat(inputs, 0)?)?.try_into().map_err(|_| misuse("gate_backward"))?;
+        let [first, second] = self
+            .by_token(d, Tensor::f_cat(inputs, 0)?)?
+            .try_into()
+            .map_err(|_| Error::OutOfTurn("gate_backward"))?;
         let scalar = gate
             .normed
             .f_mul(&first.f_add(&second)?)?
@@ -169,7 +172,7 @@ impl Glam {
         saved: Saved,
         dy: Tensor,
     ) -> Result<(Tensor, Saved)> {
-        let Saved::Expert { x, h, a, .. } = saved else { return Err(misuse("expert_backward")) };
+        let Saved::Expert { x, h, a, .. } = saved else { return Err(Error::OutOfTurn("expert_backward")) };
         let transposed = |m: &Tensor| -> Result<Tensor> { Ok(m.f_to_kind(self.kind)?.f_transpose(0, 1)?) };
         let da = dy.f_matmul(&transposed(&p.0[1])?)?;
         let dh = layers::activate_backward(self.architecture.activation, &h, &da)?;
@@ -180,7 +183,9 @@ impl Glam {
     pub(super) fn expert_gradient_inner(lanes: Vec<Saved>) -> Result<Option<Gradient>> {
         let (mut xs, mut hs, mut activated, mut ys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for lane in lanes {
-            let Saved::Expert { x, h, a, dy: Some(dy) } = lane else { return Err(misuse("expert_gradient")) };
+            let Saved::Expert { x, h, a, dy: Some(dy) } = lane else {
+                return Err(Error::OutOfTurn("expert_gradient"));
+            };
             if x.size()[0] > 0 {
                 xs.push(x);
                 hs.push(h);

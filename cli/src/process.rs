@@ -1,6 +1,8 @@
-//! The processes of a run on one machine: a supervisor and its nodes, in process groups of their own, so that Ctrl-C
-//! reaches only their parent. Each holds the other end of a pipe and ends when the parent does, however the parent died.
+//! A process of a run on this machine: the supervisor or a node. It runs in a process group of its own, so
+//! that Ctrl-C reaches only the parent. It holds one end of a pipe and ends when the parent does, however the
+//! parent ended.
 
+use crate::limits::{END_POLL, LINE_BYTES_MAX};
 use anyhow::Context;
 use rustix::process::{Pid, kill_process};
 use std::fs::File;
@@ -12,23 +14,21 @@ use std::time::{Duration, Instant};
 
 pub use rustix::process::Signal;
 
-/// How long a line on a child's standard input may be.
-const LINE_BYTES_MAX: u64 = 1024;
-/// How often a process that is to end is looked at.
-const END_LOOK_EVERY: Duration = Duration::from_millis(20);
+/// The exit status of a process whose parent is gone.
+const ORPHANED: i32 = 3;
 
 /// One process of a run.
 #[derive(Debug)]
 pub struct Process {
-    /// What it is called: `supervisor`, `node-1`.
+    /// Its name: `supervisor`, `node-1`.
     pub name: String,
-    /// Where its standard error goes; a process of the same name that came before it wrote there too.
+    /// The file of its standard error, shared with earlier processes of the same name.
     pub log: PathBuf,
     child: Child,
 }
 
 impl Process {
-    /// Starts this program again with other arguments.
+    /// Starts this program with other arguments.
     ///
     /// # Errors
     /// When it does not start or its log cannot be written.
@@ -39,7 +39,7 @@ impl Process {
             .append(true)
             .open(&log)
             .with_context(|| log.display().to_string())?;
-        let program = std::env::current_exe().context("this program's own path")?;
+        let program = std::env::current_exe().context("the path of this program")?;
         let child = Command::new(program)
             .args(args)
             .stdin(Stdio::piped())
@@ -47,7 +47,7 @@ impl Process {
             .stderr(file)
             .process_group(0)
             .spawn()
-            .with_context(|| format!("starting {name}"))?;
+            .with_context(|| format!("cannot start {name}"))?;
         Ok(Self { name: name.to_owned(), log, child })
     }
 
@@ -57,49 +57,49 @@ impl Process {
         self.child.id()
     }
 
-    /// How it ended, if it did.
-    pub fn ended(&mut self) -> Option<ExitStatus> {
+    /// Its exit status, if it has ended.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
         self.child.try_wait().ok().flatten()
     }
 
     /// Writes a line to its standard input.
     ///
     /// # Errors
-    /// When it does not listen any more.
-    pub fn tell(&mut self, line: &str) -> std::io::Result<()> {
+    /// When it has closed its standard input.
+    pub fn send_line(&mut self, line: &str) -> std::io::Result<()> {
         let pipe = self.child.stdin.as_mut().ok_or(std::io::ErrorKind::BrokenPipe)?;
-        // In one write, so that it is never read by halves.
+        // In one write, so that the process never reads a part of it.
         pipe.write_all(format!("{line}\n").as_bytes())
     }
 
-    /// Sends it a signal. Returns whether it was there to get it; one that has ended may have lost its number to
-    /// somebody else.
+    /// Sends it a signal. Returns whether it was alive: the number of an ended process may belong to another
+    /// one.
     pub fn signal(&mut self, signal: Signal) -> bool {
-        self.ended().is_none() && kill_process(Pid::from_child(&self.child), signal).is_ok()
+        self.exit_status().is_none() && kill_process(Pid::from_child(&self.child), signal).is_ok()
     }
 
-    /// What it said at its end: the last line of its log that is no ordinary event, without the program's name in front.
+    /// The reason of its end: the last line of its log that is an error, without the program's name.
     #[must_use]
-    pub fn reason(&self) -> String {
+    pub fn last_error(&self) -> String {
         let text = std::fs::read_to_string(&self.log).unwrap_or_default();
-        let ordinary =
+        let is_info =
             |line: &str| line.trim().is_empty() || line.contains("  INFO ") || line.contains("\"INFO\"");
-        // The network's own thread may warn of a connection after the last word was said.
-        let warning = |line: &str| line.contains("  WARN ") || line.contains("\"WARN\"");
-        let mut lines = text.lines().rev().filter(|line| !ordinary(line));
+        // The network's own thread may warn of a connection after the last error.
+        let is_warning = |line: &str| line.contains("  WARN ") || line.contains("\"WARN\"");
+        let mut lines = text.lines().rev().filter(|line| !is_info(line));
         let last = lines.clone().next();
-        let words = lines.find(|line| !warning(line)).or(last).unwrap_or("it said nothing");
-        words.strip_prefix("volary: ").unwrap_or(words).to_owned()
+        let error = lines.find(|line| !is_warning(line)).or(last).unwrap_or("no error in its log");
+        error.strip_prefix("volary: ").unwrap_or(error).to_owned()
     }
 
-    /// Waits for it to end, and kills it when it takes longer than `most`.
+    /// Waits for its end, and kills it after `most`.
     pub fn wait_or_kill(&mut self, most: Duration) {
         let start = Instant::now();
         while start.elapsed() < most {
-            if self.ended().is_some() {
+            if self.exit_status().is_some() {
                 return;
             }
-            std::thread::sleep(END_LOOK_EVERY);
+            std::thread::sleep(END_POLL);
         }
         self.kill();
     }
@@ -114,41 +114,41 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        if self.ended().is_none() {
+        if self.exit_status().is_none() {
             self.kill();
         }
     }
 }
 
-/// Ends this process when its parent does, which holds the other end of standard input. Until then each line that the
-/// parent writes goes to `on_line`.
+/// Ends this process when its parent does, which holds the other end of standard input. Until then each line
+/// of standard input goes to `on_line`.
 pub fn end_with_parent(on_line: impl Fn(&str) + Send + 'static) {
     let watch = move || {
         read_lines(std::io::stdin().lock(), on_line);
-        tracing::warn!("the parent process is gone");
-        std::process::exit(3);
+        tracing::warn!("the parent process has ended");
+        std::process::exit(ORPHANED);
     };
     // Without the thread the process would outlive its parent; it must not start then.
     if std::thread::Builder::new().name("parent".into()).spawn(watch).is_err() {
-        std::process::exit(3);
+        std::process::exit(ORPHANED);
     }
 }
 
-/// Hands on whole lines until the input ends or fails; a line that is too long is left out.
+/// Passes whole lines on until the input ends or fails. Lines longer than [`LINE_BYTES_MAX`] are skipped.
 fn read_lines(mut input: impl BufRead, on_line: impl Fn(&str)) {
     let mut line = Vec::new();
     let mut too_long = false;
     loop {
         line.clear();
         match (&mut input).take(LINE_BYTES_MAX).read_until(b'\n', &mut line) {
-            // Whatever comes, an end or an error, means that nobody holds the other end.
+            // An end or an error means that the other end is closed.
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
         let whole = line.ends_with(b"\n");
         match std::str::from_utf8(&line) {
             Ok(text) if whole && !too_long => on_line(text.trim_end()),
-            _ if whole => tracing::warn!("a line on standard input is too long or no text"),
+            _ if whole => tracing::warn!("skipping a line on standard input: too long or not UTF-8"),
             _ => {}
         }
         too_long = !whole;
@@ -161,7 +161,7 @@ mod tests {
     use std::cell::RefCell;
 
     #[test]
-    fn whole_lines_are_handed_on_and_lines_without_a_bound_are_not() {
+    fn whole_lines_are_passed_on_and_lines_that_are_too_long_are_skipped() {
         let long = "x".repeat(3 * LINE_BYTES_MAX as usize);
         let seen = RefCell::new(Vec::new());
         let input = format!("one\n{long}\ntwo three\nhalf");

@@ -1,0 +1,87 @@
+//! All bounds of the commands: waits, retries, queues, and the sizes of files and pages.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+/// Bytes of a run's name.
+pub const RUN_NAME_BYTES_MAX: usize = 100;
+/// The lifetime of a node's certificate, in milliseconds: up to ten years.
+pub const CERTIFICATE_LIFETIME_MS: RangeInclusive<u64> = 1_000..=315_360_000_000;
+/// The time without any packet after which a node counts as lost, in milliseconds.
+pub const NODE_TIMEOUT_MS: RangeInclusive<u64> = 100..=10_000;
+
+/// Restarts of a supervisor that died, in `volary train`.
+pub const SUPERVISOR_RESTARTS_MAX: u32 = 16;
+/// The longest wait for a supervisor to listen.
+pub const LISTEN_MAX: Duration = Duration::from_secs(60);
+/// The interval between two looks for a supervisor that listens.
+pub const LISTEN_POLL: Duration = Duration::from_millis(10);
+/// The longest wait for a supervisor to end; it is killed after that.
+pub const SUPERVISOR_END_MAX: Duration = Duration::from_secs(10);
+/// The longest wait for a node to end after its supervisor; it holds nothing that must be kept.
+pub const NODE_END_MAX: Duration = Duration::from_secs(2);
+/// The interval between two looks at a process that should end.
+pub const END_POLL: Duration = Duration::from_millis(20);
+/// The longest wait for the last checkpoint of a supervisor that will be restarted.
+pub const LAST_CHECKPOINT_MAX: Duration = Duration::from_secs(240);
+
+/// Restarts of one node that died, with `--respawn`.
+pub const NODE_RESTARTS_MAX: u32 = 100;
+/// The shortest time between two starts of one node.
+pub const NODE_START_INTERVAL: Duration = Duration::from_secs(1);
+/// The time after the end of a node until it counts as gone: at the end of a run all nodes end shortly before
+/// the supervisor.
+pub const NODE_GONE_AFTER: Duration = Duration::from_secs(1);
+/// The time without any node until a run is given up, for the same reason.
+pub const DESERTED_AFTER: Duration = Duration::from_secs(1);
+
+/// The interval between two looks at a run on this machine.
+pub const RUN_POLL: Duration = Duration::from_millis(50);
+/// The same while an event of the script is due at a step or a time.
+pub const RUN_POLL_SCRIPTED: Duration = Duration::from_millis(5);
+/// The interval between two progress lines where there is no terminal.
+pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+/// The interval between two looks at a node that drains.
+pub const DRAIN_POLL: Duration = Duration::from_millis(500);
+/// The interval between two looks at a process that is leaving.
+pub const LEAVE_POLL: Duration = Duration::from_millis(100);
+
+/// Events of a script. The fault commands to one node fit into its pipe, whether or not it reads them.
+pub const SCRIPT_EVENTS_MAX: usize = 1000;
+/// Bytes of a line on the standard input of a child process.
+pub const LINE_BYTES_MAX: u64 = 1024;
+/// Fault commands and signals that a node queues.
+pub const COMMANDS_AHEAD: usize = 16;
+
+/// Nodes of an inventory.
+pub const INVENTORY_NODES_MAX: usize = 100_000;
+/// Nodes of a cluster whose links `volary plan` lists one by one.
+pub const PLAN_LINKS_MAX: usize = 64;
+/// Links that the text of a plan shows.
+pub const PLAN_LINKS_SHOWN: usize = 6;
+
+/// The interval between two status requests of `volary top`.
+pub const TOP_INTERVAL: Duration = Duration::from_secs(1);
+/// Points of a curve of `volary top`.
+pub const TOP_POINTS_MAX: usize = 600;
+/// Steps and texts that an error of `volary trace` lists.
+pub const TRACE_STEPS_SHOWN: usize = 10;
+/// The same for token texts.
+pub const TRACE_TOKENS_SHOWN: usize = 20;
+
+/// Concurrent HTTP connections; more wait to be accepted.
+pub const HTTP_CONNECTIONS_MAX: usize = 256;
+/// Concurrent HTTP connections from one address; more are dropped, so that one peer cannot occupy all.
+pub const HTTP_CONNECTIONS_PER_ADDRESS: usize = 64;
+/// The longest time in which a peer neither sends nor receives.
+pub const HTTP_IDLE_MAX: Duration = Duration::from_secs(60);
+/// The pause after a failed accept.
+pub const HTTP_ACCEPT_RETRY: Duration = Duration::from_millis(50);
+/// Concurrent live streams of the dashboard.
+pub const DASHBOARD_STREAMS_MAX: usize = 64;
+/// The interval between two status messages on a live stream.
+pub const DASHBOARD_STATUS_INTERVAL: Duration = Duration::from_secs(1);
+/// Points of a curve of the dashboard.
+pub const DASHBOARD_POINTS_MAX: usize = 2000;
+/// Events of the dashboard.
+pub const DASHBOARD_EVENTS_MAX: usize = 500;
