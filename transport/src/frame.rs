@@ -136,7 +136,8 @@ pub struct Part {
 /// let data = [1.0f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>().into();
 /// let part = Part { dtype: Dtype::F32, shape: vec![1, 2], data };
 /// let (trace, meta) = (TraceHeader::default(), "meta".into());
-/// let frame = Frame { kind: FrameKind::Forward, epoch: Epoch(3), step: Step(4), trace, meta, parts: vec![part] };
+/// let (kind, epoch, step) = (FrameKind::Forward, Epoch(3), Step(4));
+/// let frame = Frame { kind, epoch, step, trace, meta, parts: vec![part] };
 /// let bytes = frame.encode()?.concat().into();
 /// assert_eq!(Frame::decode(&bytes)?, frame);
 /// # Ok::<(), volary_transport::Error>(())

@@ -1,4 +1,5 @@
-//! The agent: the actor through which the supervisor directs a node. The shell around [`volary_core::agent`].
+//! The agent: the actor through which the supervisor directs a node. The shell around
+//! [`volary_core::agent`].
 //!
 //! Who supervises whom:
 //!
@@ -11,17 +12,17 @@
 //!   └── ExpertActor  one per expert held here
 //! ```
 //!
-//! It takes the supervisor's commands in the order of the control stream, so that a commit is applied before the next
-//! step begins. It waits for computations in its handlers and never for the network: shards from other nodes are
-//! fetched by tasks. It outlives the supervisor's link, and with it the shards. A child that dies fails the epoch; the
-//! supervisor decides what follows.
+//! It takes the supervisor's commands in the order of the control stream, so that a commit is applied
+//! before the next step begins. It waits for computations in its handlers and never for the network: shards
+//! from other nodes are fetched by tasks. It outlives the supervisor's link, and with it the shards. A
+//! child that dies fails the epoch; the supervisor decides what follows.
 
 mod pass;
 
 use crate::context::NodeContext;
 use crate::error::{Error, Result};
-use crate::messages::{Connection, LaneMsg, NodeMsg, PassId, ReducerMsg, notify, respond};
-use crate::process::NodeEnd;
+use crate::ids::PassId;
+use crate::messages::{Connection, LaneMsg, NodeMsg, ReducerMsg, notify, respond};
 use crate::shards::replicas::LocalReplicas;
 use crate::shards::transfer;
 use crate::step::reducer::ReducerActor;
@@ -40,6 +41,15 @@ use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
 use volary_protocol::{ToSupervisor, TraceRequest};
 use volary_telemetry::Scope;
 use volary_telemetry::metrics::Phase;
+
+/// How a node ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NodeEnd {
+    /// The supervisor released it, or it was asked to leave at once; with the reason.
+    Left(String),
+    /// The supervisor cannot be reached any more; with the reason.
+    SupervisorLost(String),
+}
 
 /// What the agent starts from.
 pub(crate) struct AgentArgs<B: Compute> {
@@ -159,7 +169,8 @@ impl<B: Compute> AgentState<B> {
         self.connection = Some(connection);
     }
 
-    /// Reports to the supervisor. While it is away the report is dropped: when it returns, it asks what this node holds.
+    /// Reports to the supervisor. While it is away the report is dropped: when it returns, it asks what
+    /// this node holds.
     async fn report(&self, report: NodeReport) {
         if let Some(connection) = &self.connection {
             drop(connection.messages.send(ToSupervisor::Protocol(report)).await);
@@ -174,7 +185,8 @@ impl<B: Compute> AgentState<B> {
         self.on_event(Event::Failed { epoch, failure: error.failure() }).await;
     }
 
-    /// Fetched shards are installed before the agent learns of them, unless it is in another placement by now.
+    /// Fetched shards are installed before the agent learns of them, unless it is in another placement by
+    /// now.
     async fn on_transferred(&mut self, event: Event) {
         if let Event::Fetched { epoch, outcome: Ok(()) } = &event
             && *epoch == self.agent.epoch()

@@ -3,8 +3,9 @@
 use crate::device::executor::Executor;
 use crate::directory::ShardActors;
 use crate::error::{Error, Result};
+use crate::ids::PassId;
 use crate::limits::EARLY_MAX;
-use crate::messages::{PassId, ReducerMsg};
+use crate::messages::ReducerMsg;
 use crate::net::peers::Peers;
 use parking_lot::RwLock;
 use ractor::ActorRef;
@@ -71,8 +72,8 @@ impl<B: Compute> NodeContext<B> {
         self.lane_time.fetch_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    /// The lanes that this node computes under the present placement, in whole lanes: half of the layers of two lanes
-    /// count as one.
+    /// The lanes that this node computes under the present placement, in whole lanes: half of the layers of
+    /// two lanes count as one.
     pub(crate) fn lane_work(&self) -> f64 {
         let whole = self.costs.lane_flops(self.costs.all_layers());
         self.placement().lane_work(&self.id, |layers| self.costs.lane_flops(layers) / whole)

@@ -7,7 +7,7 @@ use volary_core::{NodeId, ShardId, Step};
 use volary_protocol::{FrameRefusal, FrameRefusalCode};
 use volary_transport::FrameKind;
 
-use crate::messages::{LaneStep, PassId};
+use crate::ids::{LaneStep, PassId};
 
 /// A node could not do its part.
 #[derive(Debug, thiserror::Error)]

@@ -1,12 +1,14 @@
 //! A handle for each shard actor: what it can be asked, as typed async calls.
 //!
-//! A token's path can be followed by "go to definition": [`crate::step::lane`] calls [`Dense::embed`], a stage pass calls
-//! [`Dense::forward`] and [`Router::forward`], the router calls [`Expert::forward`], and each call here names the message
-//! that the actor's `handle` dispatches. Every call is bounded by [`CALL_MAX`].
+//! A token's path can be followed by "go to definition": [`crate::step::lane`] calls [`Dense::embed`], a
+//! stage pass calls [`Dense::forward`] and [`Router::forward`], the router calls [`Expert::forward`], and
+//! each call here names the message that the actor's `handle` dispatches. Every call is bounded by
+//! [`CALL_MAX`].
 
 use crate::error::{Error, Result};
+use crate::ids::LaneStep;
 use crate::limits::CALL_MAX;
-use crate::messages::{DenseMsg, ExpertMsg, LaneStep, Loss, Reply, Routed, RouterMsg, ShardMsg, notify};
+use crate::messages::{DenseMsg, ExpertMsg, Loss, Reply, Routed, RouterMsg, ShardMsg, notify};
 use crate::trace::TraceContext;
 use ractor::rpc::CallResult;
 use ractor::{ActorRef, Message};
@@ -33,7 +35,8 @@ async fn call<M: Message, T: Send + 'static>(
 pub(crate) struct Dense<B: Compute>(pub(crate) ActorRef<DenseMsg<B>>);
 
 impl<B: Compute> Dense<B> {
-    /// Token ids `[sequences, sequence_length + 1]` to the residual stream `[sequences, sequence_length, hidden]`.
+    /// Token ids `[sequences, sequence_length + 1]` to the residual stream `[sequences, sequence_length,
+    /// hidden]`.
     pub(crate) async fn embed(&self, tokens: Arc<Vec<u32>>, meter: Meter) -> Result<B::Tensor> {
         call("embedding", &self.0, |reply| DenseMsg::Embed { tokens, meter, reply }).await
     }

@@ -1,13 +1,15 @@
 //! Frames from other nodes: rows for experts, lanes for stages, sums of gradients, requests for shards.
 //!
-//! Each frame is answered by a task of its own, since one that waits for its step must not hold up the others. What they
-//! wait for arrives on the supervisor's link, so that a full set of tasks drains by itself.
+//! Each frame is answered by a task of its own, since one that waits for its step must not hold up the
+//! others. What they wait for arrives on the supervisor's link, so that a full set of tasks drains by
+//! itself.
 
 use crate::context::NodeContext;
 use crate::device::executor::Priority;
 use crate::error::{Error, Result};
+use crate::ids::{LaneStep, PassId};
 use crate::limits::ANSWERS_MAX;
-use crate::messages::{LaneStep, PassId, ReducerMsg, notify};
+use crate::messages::{ReducerMsg, notify};
 use crate::step::dispatch::{ExpertPass, expert_span, run_experts};
 use crate::step::reducer::with_norm;
 use crate::step::stage;

@@ -1,8 +1,8 @@
 //! A node of a Volary cluster: the actors that train, and their process.
 //!
-//! The actors are a thin shell around the pure state machine [`volary_core::agent`]; they work on tensors through
-//! [`volary_core::compute::Compute`] and know neither libtorch nor data sets nor storage. Modules import downward only,
-//! in the order of this table from the bottom up:
+//! The actors are a thin shell around the pure state machine [`volary_core::agent`]; they work on tensors
+//! through [`volary_core::compute::Compute`] and know neither libtorch nor data sets nor storage. Modules
+//! import downward only, in the order of this table from the bottom up:
 //!
 //! | module | contents |
 //! | --- | --- |
@@ -18,10 +18,10 @@
 //! | `trace` | what a lane carries through a traced step |
 //! | `net` | links to peers, to the supervisor, and their measurement |
 //! | `device` | the threads that run tensor operations, and their benchmark |
-//! | [`options`], `error`, `limits` | options of the process, errors, bounds |
+//! | [`options`], `error`, `ids`, `limits` | options of the process, errors, ids, bounds |
 //!
-//! With the feature `test-util`, [`testing`] has a backend without libtorch, so that a whole cluster of real actors runs
-//! in one process.
+//! With the feature `test-util`, [`testing`] has a backend without libtorch, so that a whole cluster of
+//! real actors runs in one process.
 //!
 //! ```no_run
 //! use volary_node::{NodeEnd, NodeOptions, ProcessError, run_node};
@@ -44,6 +44,7 @@ mod directory;
 mod error;
 mod faults;
 mod handles;
+mod ids;
 mod inbound;
 mod limits;
 mod messages;
@@ -56,6 +57,7 @@ mod step;
 pub mod testing;
 mod trace;
 
+pub use agent::NodeEnd;
 pub use faults::{FAULT_SECONDS_MAX, InvalidFault, NetworkFault, is_fraction};
 pub use options::NodeOptions;
-pub use process::{NodeEnd, ProcessError, run_node};
+pub use process::{ProcessError, run_node};

@@ -34,7 +34,8 @@ pub(crate) const PROBE_MAX: Duration = Duration::from_secs(10);
 pub(crate) const PROBE_FRAMES: usize = 4;
 /// Time spent on each kind of computation in the device benchmark, unless one call takes longer.
 pub(crate) const BENCHMARK_TIME: Duration = Duration::from_millis(80);
-/// The longest device benchmark by its own estimate, in seconds; a device that would take longer is measured in training.
+/// The longest device benchmark by its own estimate, in seconds; a device that would take longer is
+/// measured in training.
 pub(crate) const BENCHMARK_SECONDS_MAX: f64 = 20.0;
 /// How long frames of an unknown node wait for the placement that names it.
 pub(crate) const UNKNOWN_PEER_MAX: Duration = Duration::from_secs(10);

@@ -1,8 +1,8 @@
 //! Every message between the actors of a node process.
 //!
-//! Messages stand apart from the actors that handle them, so that any actor can send to any other without importing
-//! it. [`crate::handles`] wraps the shard actors in typed calls. Messages with reply ports never cross a link: the
-//! counterparts on the wire are [`volary_protocol::frames`].
+//! Messages stand apart from the actors that handle them, so that any actor can send to any other without
+//! importing it. [`crate::handles`] wraps the shard actors in typed calls. Messages with reply ports never
+//! cross a link: the counterparts on the wire are [`volary_protocol::frames`].
 //!
 //! | message | to | from |
 //! | --- | --- | --- |
@@ -15,11 +15,11 @@
 //! | [`ReducerMsg`] | the reducer | shard actors, peers, the agent |
 
 use crate::error::{Error, Result};
+use crate::ids::LaneStep;
 use crate::net::uplink::Uplink;
 use crate::trace::{LaneTrace, TraceContext};
 use ractor::{ActorRef, Message, RpcReplyPort};
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use volary_core::agent;
@@ -28,14 +28,14 @@ use volary_core::messages::{LaneReport, NodeCommand, Norm, Pass, ResidentState};
 use volary_core::placement::Placement;
 use volary_core::schedule::Update;
 use volary_core::tree::LeafSpan;
-use volary_core::{Epoch, Lane, ShardId, Step};
+use volary_core::{Epoch, ShardId, Step};
 use volary_protocol::frames::MoeLayerStats;
 use volary_protocol::{ToSupervisor, TraceRequest};
 use volary_telemetry::Meter;
 use volary_transport::Frame;
 
-/// Sends a message without waiting. An actor that has stopped drops it: its death is handled where it is supervised,
-/// and a caller that waits for a reply sees a dropped reply port.
+/// Sends a message without waiting. An actor that has stopped drops it: its death is handled where it is
+/// supervised, and a caller that waits for a reply sees a dropped reply port.
 pub(crate) fn notify<M: Message>(actor: &ActorRef<M>, message: M) {
     drop(actor.cast(message));
 }
@@ -47,36 +47,6 @@ pub(crate) fn respond<T>(reply: RpcReplyPort<T>, answer: T) {
 
 /// The reply to a call that may fail.
 pub(crate) type Reply<T> = RpcReplyPort<Result<T>>;
-
-/// One lane in one attempt at a step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) struct LaneStep {
-    pub(crate) epoch: Epoch,
-    pub(crate) step: Step,
-    pub(crate) lane: Lane,
-}
-
-impl fmt::Display for LaneStep {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "lane {} of step {} in epoch {}", self.lane, self.step, self.epoch)
-    }
-}
-
-/// One pass of all lanes. The order is the order in which a node begins them: validation of a step before its
-/// training, whose frames need a reducer that has begun.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct PassId {
-    pub(crate) epoch: Epoch,
-    pub(crate) step: Step,
-    pub(crate) train: bool,
-}
-
-impl fmt::Display for PassId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let pass = if self.train { "training" } else { "validation" };
-        write!(f, "{pass} of step {} in epoch {}", self.step, self.epoch)
-    }
-}
 
 /// To the agent.
 pub(crate) enum NodeMsg {

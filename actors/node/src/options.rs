@@ -14,14 +14,15 @@ pub struct NodeOptions {
     pub network: Network,
     /// The supervisor's address.
     pub supervisor: SocketAddr,
-    /// Its `HOST:PORT`, resolved again at each attempt, since a restarted supervisor may have another address; nothing
-    /// when it has no name.
+    /// Its `HOST:PORT`, resolved again at each attempt, since a restarted supervisor may have another
+    /// address; nothing when it has no name.
     pub supervisor_host: Option<String>,
     /// A node's access token.
     pub token: AccessToken,
     /// The wanted name; the supervisor chooses one when left out.
     pub name: Option<String>,
-    /// The address on which peers reach it; when left out, this machine's address towards the supervisor and any port.
+    /// The address on which peers reach it; when left out, this machine's address towards the supervisor
+    /// and any port.
     pub listen: Option<SocketAddr>,
     /// Its device, as `cpu` or `cuda:0`.
     pub device: String,

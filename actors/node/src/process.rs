@@ -11,7 +11,7 @@ mod error;
 mod session;
 mod setup;
 
-use crate::agent::{AgentActor, AgentArgs};
+use crate::agent::{AgentActor, AgentArgs, NodeEnd};
 use crate::context::NodeContext;
 use crate::device::executor::Executor;
 use crate::faults;
@@ -39,17 +39,9 @@ use volary_protocol::{RunInfo, ToSupervisor};
 use volary_telemetry::Pipeline;
 use volary_transport::{ClientAuth, Identity, TransportOptions};
 
-/// How a node ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NodeEnd {
-    /// The supervisor released it, or it was asked to leave at once; with the reason.
-    Left(String),
-    /// The supervisor cannot be reached any more; with the reason.
-    SupervisorLost(String),
-}
-
-/// Runs a node until it leaves or its supervisor is gone for too long. `make` creates its computations once the run is
-/// known. A first message in `leave` asks the run to release this node; a second one ends it at once.
+/// Runs a node until it leaves or its supervisor is gone for too long. `make` creates its computations once
+/// the run is known. A first message in `leave` asks the run to release this node; a second one ends it at
+/// once.
 ///
 /// # Errors
 /// When the supervisor refuses the node, or the device cannot take the model.

@@ -1,9 +1,10 @@
 //! A backend without libtorch, so that a whole cluster of real actors runs in one process, in milliseconds.
 //!
-//! [`FakeCompute`] is a small model in plain Rust with true gradients: every shard is one vector, every operation is a
-//! loop over f32 in a fixed order. A step that is applied twice, left out, summed in another order or applied to a stale
-//! replica shows in the bits of the losses and of the stored shards. [`FakeDevice`] is the test's hand on it: it counts
-//! live tensors, slows calls down, holds them, and lets them fail.
+//! [`FakeCompute`] is a small model in plain Rust with true gradients: every shard is one vector, every
+//! operation is a loop over f32 in a fixed order. A step that is applied twice, left out, summed in another
+//! order or applied to a stale replica shows in the bits of the losses and of the stored shards.
+//! [`FakeDevice`] is the test's hand on it: it counts live tensors, slows calls down, holds them, and lets
+//! them fail.
 //!
 //! ```
 //! use volary_core::ShardId;

@@ -1,6 +1,6 @@
 //! What a lane carries through a traced step: where its spans go, and which of its tokens are sampled.
 
-use crate::messages::LaneStep;
+use crate::ids::LaneStep;
 use std::sync::Arc;
 use volary_core::compute::{Compute, Computed};
 use volary_core::dispatch::{Dispatch, TOP_K};
@@ -77,7 +77,8 @@ pub(crate) fn weights_of<B: Compute>(
     backend.gate_weights(saved, &positions)
 }
 
-/// Span attributes of a token's first and second choice: its rank, the expert, the expert's node, the gate weight.
+/// Span attributes of a token's first and second choice: its rank, the expert, the expert's node, the gate
+/// weight.
 const CHOICE_KEYS: [(&str, &str, &str, &str); TOP_K] = [
     ("first", "volary.expert.first", "volary.expert.first_node", "volary.gate.first"),
     ("second", "volary.expert.second", "volary.expert.second_node", "volary.gate.second"),

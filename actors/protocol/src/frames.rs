@@ -1,7 +1,7 @@
 //! Tensor frames: the header of each kind, and how frames are built and read.
 //!
-//! A frame has a kind, the epoch and step that it belongs to, a trace header, a typed header (the structs here, in
-//! postcard) and parts: tensors as raw little-endian bytes, or one stored shard.
+//! A frame has a kind, the epoch and step that it belongs to, a trace header, a typed header (the structs
+//! here, in postcard) and parts: tensors as raw little-endian bytes, or one stored shard.
 
 use crate::error::{Error, Result};
 use crate::refusal::FrameRefusal;

@@ -1,8 +1,8 @@
 //! What crosses a link of a Volary cluster, and nothing else: no actor, no state, no clock.
 //!
-//! Messages that carry reply ports or tensor handles never cross a link; they live with the actors. Everything here is
-//! encoded with postcard and versioned by the handshake ([`volary_transport::PROTOCOL`]): both ends of a link run the
-//! same version.
+//! Messages that carry reply ports or tensor handles never cross a link; they live with the actors.
+//! Everything here is encoded with postcard and versioned by the handshake
+//! ([`volary_transport::PROTOCOL`]): both ends of a link run the same version.
 //!
 //! | module | contents |
 //! | --- | --- |

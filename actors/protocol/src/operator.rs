@@ -99,7 +99,8 @@ pub struct Status {
     pub loss: Option<f64>,
     /// Tokens per second of the last committed step.
     pub tokens_per_second: Option<f64>,
-    /// The predicted time of a step in milliseconds, from the observed profiles of the nodes; 0 before the first placement.
+    /// The predicted time of a step in milliseconds, from the observed profiles of the nodes; 0 before the
+    /// first placement.
     pub predicted_step_ms: f64,
     /// The supervisor's process.
     pub supervisor: SupervisorStatus,
@@ -127,8 +128,8 @@ pub struct NodeStatus {
     pub name: String,
     /// Its process.
     pub pid: u32,
-    /// `joined` before it has a part in the run, `learning` while it copies shards, `member`, `draining` while it hands its
-    /// shards over, and `suspended` for a while after it was fenced.
+    /// `joined` before it has a part in the run, `learning` while it copies shards, `member`, `draining`
+    /// while it hands its shards over, and `suspended` for a while after it was fenced.
     pub state: String,
     /// Its device.
     pub device: String,

@@ -1,8 +1,9 @@
 //! The supervisor actor: the shell around [`volary_core::machine::Machine`].
 //!
-//! It turns what happens (nodes that connect, report and disconnect, operators' requests, checkpoints that become durable)
-//! into events, and carries out the machine's effects in their order: a commit is in sled, flushed and synced, before any
-//! node receives it. It supervises the checkpointer actor. When it fails, the process ends; no committed step is lost.
+//! It turns what happens (nodes that connect, report and disconnect, operators' requests, checkpoints that
+//! become durable) into events, and carries out the machine's effects in their order: a commit is in sled,
+//! flushed and synced, before any node receives it. It supervises the checkpointer actor. When it fails,
+//! the process ends; no committed step is lost.
 //!
 //! | module | contents |
 //! | --- | --- |
@@ -218,8 +219,8 @@ impl SupervisorState {
         self.on_event(Event::Tick { ms: u64::try_from(ms).unwrap_or(u64::MAX) }).await
     }
 
-    /// Takes a shard for the checkpoint from the node that is to send it, or from any node that holds the shard now: the
-    /// placement may have changed since the checkpoint was opened.
+    /// Takes a shard for the checkpoint from the node that is to send it, or from any node that holds the
+    /// shard now: the placement may have changed since the checkpoint was opened.
     fn on_shard(
         &mut self,
         session: &SessionId,

@@ -1,8 +1,8 @@
 //! The checkpointer actor: makes a durable checkpoint of the shards that nodes send.
 //!
-//! Supervised by the supervisor actor, which opens one checkpoint at a time and is told when it is durable or failed.
-//! Disk work runs on blocking threads, one shard after the other, and a shard returns its share of the memory budget when
-//! it is on disk.
+//! Supervised by the supervisor actor, which opens one checkpoint at a time and is told when it is durable
+//! or failed. Disk work runs on blocking threads, one shard after the other, and a shard returns its share
+//! of the memory budget when it is on disk.
 
 use crate::blocking::blocking;
 use crate::error::Error;

@@ -1,7 +1,8 @@
-//! The supervisor of a Volary cluster: membership, placement, the step journal, checkpoints, and its process.
+//! The supervisor of a Volary cluster: membership, placement, the step journal, checkpoints, and its
+//! process.
 //!
-//! A thin shell around the pure state machine [`volary_core::machine`], which decides everything. Modules import
-//! downward only, in the order of this table from the bottom up:
+//! A thin shell around the pure state machine [`volary_core::machine`], which decides everything. Modules
+//! import downward only, in the order of this table from the bottom up:
 //!
 //! | module | contents |
 //! | --- | --- |
@@ -19,7 +20,8 @@
 //! ```no_run
 //! use volary_supervisor::{RunEnd, Supervisor, SupervisorOptions};
 //!
-//! # async fn example(options: SupervisorOptions, dataset: volary_data::Dataset) -> volary_supervisor::Result<()> {
+//! # use volary_data::Dataset;
+//! # async fn example(options: SupervisorOptions, dataset: Dataset) -> volary_supervisor::Result<()> {
 //! let supervisor = Supervisor::start(options, dataset).await?;
 //! println!("listening on {}", supervisor.address());
 //! match supervisor.ended(std::future::pending()).await {

@@ -22,5 +22,6 @@ pub(crate) const FAREWELL_FAILED: Duration = Duration::from_millis(500);
 pub(crate) const ACCESS_TOKENS_MAX: usize = 1000;
 /// Attempts to count a use of an access token against concurrent uses.
 pub(crate) const USE_RACES_MAX: usize = 16;
-/// A node may renew its certificate this many times within one certificate lifetime; an honest one does it twice.
+/// A node may renew its certificate this many times within one certificate lifetime; an honest one does it
+/// twice.
 pub(crate) const RENEWALS_PER_LIFETIME: u32 = 4;

@@ -27,8 +27,8 @@ pub struct SupervisorOptions {
     pub listen: SocketAddr,
     /// Its metrics.
     pub metrics: Arc<SupervisorMetrics>,
-    /// A folder with an authority created elsewhere (`ca.crt`, `ca.key`) and access tokens (`join-token`, and optionally
-    /// `operator-token`); the run's own authority when left out.
+    /// A folder with an authority created elsewhere (`ca.crt`, `ca.key`) and access tokens (`join-token`,
+    /// and optionally `operator-token`); the run's own authority when left out.
     pub identity: Option<PathBuf>,
     /// The lifetime of node certificates; nodes renew them at half of it.
     pub certificate_lifetime: Duration,

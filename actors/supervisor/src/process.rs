@@ -137,8 +137,8 @@ impl Supervisor {
         SupervisorHandle { shared: Arc::clone(&self.shared), events: self.events.clone() }
     }
 
-    /// Waits until the run has ended and its nodes are told. When `interrupted` resolves first, the run is asked to write
-    /// a checkpoint and end.
+    /// Waits until the run has ended and its nodes are told. When `interrupted` resolves first, the run is
+    /// asked to write a checkpoint and end.
     pub async fn ended(self, interrupted: impl Future<Output = ()>) -> RunEnd {
         let Self { mut ended, endpoint, shared, pipeline, .. } = self;
         let first = tokio::select! {

@@ -26,7 +26,8 @@ pub(crate) struct MetricsLine {
     pub lr: f64,
     /// Tokens in the step.
     pub tokens: u64,
-    /// Seconds since the previous commit; unknown for a step whose line is restored from the journal after a crash.
+    /// Seconds since the previous commit; unknown for a step whose line is restored from the journal after
+    /// a crash.
     pub seconds: Option<f64>,
     /// Tokens per second.
     pub tokens_per_second: Option<f64>,
@@ -36,7 +37,8 @@ pub(crate) struct MetricsLine {
     pub skipped: bool,
     /// Assignments dropped for lack of capacity.
     pub dropped: u64,
-    /// The largest share of one expert in its layer's assignments, over all layers; 1 / experts under an even load.
+    /// The largest share of one expert in its layer's assignments, over all layers; 1 / experts under an
+    /// even load.
     pub busiest_expert: f64,
 }
 
@@ -98,8 +100,8 @@ pub(crate) struct RunFiles {
 }
 
 impl RunFiles {
-    /// Opens the files. Lines after the last committed step are removed, since those steps run again, and missing lines of
-    /// committed steps are restored from the journal.
+    /// Opens the files. Lines after the last committed step are removed, since those steps run again, and
+    /// missing lines of committed steps are restored from the journal.
     pub(crate) fn open(dir: &RunDir, store: &Store) -> Result<Self> {
         let step = store.last_committed()?.unwrap_or_default();
         let mut files = Self {

@@ -2,7 +2,8 @@
 
 use super::AgentState;
 use crate::error::{Error, Result};
-use crate::messages::{LaneMsg, LaneStep, NodeMsg, PassId, ReducerMsg, notify};
+use crate::ids::{LaneStep, PassId};
+use crate::messages::{LaneMsg, NodeMsg, ReducerMsg, notify};
 use crate::step::lane::LaneActor;
 use crate::trace::LaneTrace;
 use ractor::{Actor, ActorRef};

@@ -1,8 +1,9 @@
-//! The device benchmark: how fast a device computes at the run's shapes, measured before the node is placed.
+//! The device benchmark: how fast a device computes at the run's shapes, measured before the node is
+//! placed.
 //!
-//! Every thread of the device runs the same calls at the same time, since that is how it will be used. The mean of several
-//! calls of each kind counts, as it does in training: a device that another process holds to a part of its time has quick
-//! calls too.
+//! Every thread of the device runs the same calls at the same time, since that is how it will be used. The
+//! mean of several calls of each kind counts, as it does in training: a device that another process holds
+//! to a part of its time has quick calls too.
 
 use crate::device::executor::Executor;
 use crate::error::{Error, Result};
@@ -133,8 +134,8 @@ struct Shape {
     costs: Costs,
 }
 
-/// One shard of each kind in its initial state. Behind locks: a shard may be sent to another thread, and not be shared
-/// with it.
+/// One shard of each kind in its initial state. Behind locks: a shard may be sent to another thread, and
+/// not be shared with it.
 struct Sample<B: Compute> {
     shape: Shape,
     /// Token ids of one lane, `[sequences, sequence_length + 1]`.

@@ -1,8 +1,8 @@
 //! One device executor per node: the threads on which all of its tensor operations run.
 //!
-//! Actors submit work and await it; none ever blocks the async runtime. OS threads and not tasks, because libtorch calls
-//! block and keep per-thread settings. Urgent work, which a lane waits for, runs before deferred work (weight gradients,
-//! sums), which only the end of the step waits for.
+//! Actors submit work and await it; none ever blocks the async runtime. OS threads and not tasks, because
+//! libtorch calls block and keep per-thread settings. Urgent work, which a lane waits for, runs before
+//! deferred work (weight gradients, sums), which only the end of the step waits for.
 
 use crate::error::{Error, Result};
 use crate::limits::JOBS_MAX;
@@ -113,8 +113,8 @@ impl<B: Compute> Executor<B> {
         self.threads
     }
 
-    /// Queues a job; its closure sends its own answers. Beyond the bound, which is far above what lanes in flight can
-    /// submit, the job is dropped and its caller sees a dropped reply.
+    /// Queues a job; its closure sends its own answers. Beyond the bound, which is far above what lanes in
+    /// flight can submit, the job is dropped and its caller sees a dropped reply.
     pub(crate) fn submit(&self, priority: Priority, job: impl FnOnce(&B) + Send + 'static) {
         let mut queues = self.shared.queues.lock();
         if queues.urgent.len() + queues.deferred.len() >= JOBS_MAX {

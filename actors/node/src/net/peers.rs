@@ -19,14 +19,16 @@ use volary_transport::{Endpoint, Frame, FrameKind, Link};
 pub(crate) struct Peers {
     endpoint: Endpoint,
     state: Mutex<State>,
-    /// Reports of broken links. Unbounded, since each link sends at most one and there is at most one link per member.
+    /// Reports of broken links. Unbounded, since each link sends at most one and there is at most one link
+    /// per member.
     breaks: mpsc::UnboundedSender<BrokenLink>,
 }
 
 #[derive(Default)]
 struct State {
     addresses: HashMap<NodeId, String>,
-    /// A cell each: two senders to one peer share its dialing, and a peer that does not answer holds up no other.
+    /// A cell each: two senders to one peer share its dialing, and a peer that does not answer holds up no
+    /// other.
     links: HashMap<NodeId, LinkCell>,
     /// Bytes per second to others, measured once for each link; 0 where the probe failed.
     bandwidths: HashMap<NodeId, f64>,
@@ -71,7 +73,8 @@ impl Peers {
         links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
     }
 
-    /// Removes a broken link, and tells whether it was in use: a frame may be lost with it, and nobody else would notice.
+    /// Removes a broken link, and tells whether it was in use: a frame may be lost with it, which no
+    /// other event reports.
     pub(crate) fn remove_broken(&self, broken: &BrokenLink) -> bool {
         self.remove(&broken.peer, &broken.link)
     }
@@ -101,7 +104,8 @@ impl Peers {
         self.endpoint.is_revoked(link.certificate())
     }
 
-    /// Waits until a node has a part in the run: a new member may be a little ahead of the placement that names it.
+    /// Waits until a node has a part in the run: a new member may be a little ahead of the placement that
+    /// names it.
     pub(crate) async fn until_known(&self, node: &NodeId) -> bool {
         let start = Instant::now();
         loop {
@@ -137,7 +141,8 @@ impl Peers {
         state.links.iter().filter_map(report).collect()
     }
 
-    /// Probes links that have not been probed yet, one after the other, since each probe takes bandwidth from training.
+    /// Probes links that have not been probed yet, one after the other, since each probe takes bandwidth
+    /// from training.
     pub(crate) async fn probe_new_links(&self) {
         let new: Vec<(NodeId, Link)> = {
             let state = self.state.lock();

@@ -16,9 +16,9 @@ pub(crate) struct LinkProbe {
     pub(crate) bandwidth: f64,
 }
 
-/// Measures a link with a few frames, of which the quickest counts: the first ones open the congestion window, and any of
-/// them may wait for a busy processor. What else this node sends meanwhile, as counted by `sent`, shares the link and
-/// counts as well.
+/// Measures a link with a few frames, of which the quickest counts: the first ones open the congestion
+/// window, and any of them may wait for a busy processor. What else this node sends meanwhile, as counted
+/// by `sent`, shares the link and counts as well.
 ///
 /// Nothing when the peer does not answer in time.
 pub(crate) async fn probe(link: &Link, sent: impl Fn() -> u64) -> Option<LinkProbe> {

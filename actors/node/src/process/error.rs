@@ -48,7 +48,8 @@ impl ProcessError {
         }
     }
 
-    /// Whether the supervisor does not accept this node's certificate any more, so that it may join again with its token.
+    /// Whether the supervisor does not accept this node's certificate any more, so that it may join again
+    /// with its token.
     pub(super) fn needs_rejoin(&self) -> bool {
         matches!(
             self.refusal(),
@@ -69,8 +70,8 @@ impl ProcessError {
         }
     }
 
-    /// Whether a first attempt to join may succeed later: the supervisor does not listen yet, or does not know yet that an
-    /// earlier process of this name is gone.
+    /// Whether a first attempt to join may succeed later: the supervisor does not listen yet, or does not
+    /// know yet that an earlier process of this name is gone.
     pub(super) fn is_early(&self) -> bool {
         self.is_transient() || self.refusal() == Some(RefusalCode::NameInUse)
     }

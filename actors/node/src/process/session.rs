@@ -148,8 +148,8 @@ async fn renew(
     }
 }
 
-/// Fails the epoch when a link between two nodes of the placement breaks: a frame may be lost with it, and its receiver
-/// would wait for it until the step times out.
+/// Fails the epoch when a link between two nodes of the placement breaks: a frame may be lost with it, and
+/// its receiver would wait for it until the step times out.
 pub(super) async fn report_broken_links<B: Compute>(
     node: Arc<NodeContext<B>>,
     agent: ActorRef<NodeMsg>,

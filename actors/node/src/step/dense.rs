@@ -1,12 +1,14 @@
-//! The dense actor: owns one dense layer (attention and, in a layer without experts, the gated feed-forward) or the
-//! embedding.
+//! The dense actor: owns one dense layer (attention and, in a layer without experts, the gated
+//! feed-forward) or the embedding.
 //!
-//! Supervised by the agent; called through [`crate::handles::Dense`] by the lanes of its node and by stage passes of other
-//! nodes' lanes. Invariants: a lane is computed alone; what its forward call saves is taken by its backward call, or dropped
-//! with its epoch. When the actor fails, its node reports the epoch as failed.
+//! Supervised by the agent; called through [`crate::handles::Dense`] by the lanes of its node and by stage
+//! passes of other nodes' lanes. Invariants: a lane is computed alone; what its forward call saves is taken
+//! by its backward call, or dropped with its epoch. When the actor fails, its node reports the epoch as
+//! failed.
 
 use crate::error::Result;
-use crate::messages::{DenseMsg, LaneStep, Loss, ReducerMsg, Reply, ShardMsg, notify, respond};
+use crate::ids::LaneStep;
+use crate::messages::{DenseMsg, Loss, ReducerMsg, Reply, ShardMsg, notify, respond};
 use crate::step::shard::{SavedActivations, ShardReplica};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::marker::PhantomData;

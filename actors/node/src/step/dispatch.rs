@@ -1,7 +1,7 @@
 //! One lane's rows on their way to the experts of one MoE layer and back.
 //!
-//! Rows for experts of this node go through a channel, rows for another node in one frame per node. A lane of 4 tokens
-//! and 4 experts, of which node B serves 2 and 3:
+//! Rows for experts of this node go through a channel, rows for another node in one frame per node. A lane
+//! of 4 tokens and 4 experts, of which node B serves 2 and 3:
 //!
 //! ```text
 //! gate       token 0 → 1,2   token 1 → 2,0   token 2 → 1,3   token 3 → 2,1
@@ -13,7 +13,7 @@
 
 use crate::context::NodeContext;
 use crate::error::{Error, Result};
-use crate::messages::LaneStep;
+use crate::ids::LaneStep;
 use crate::trace::TraceContext;
 use futures::future::try_join_all;
 use std::collections::BTreeMap;

@@ -1,17 +1,19 @@
 //! The expert actor: owns one expert's parameters and runs it on the tokens that lanes send.
 //!
-//! Supervised by the agent; called through [`crate::handles::Expert`], by the routers of its node and, through
-//! [`crate::inbound`], by those of others: it cannot tell which. Invariants:
+//! Supervised by the agent; called through [`crate::handles::Expert`], by the routers of its node and,
+//! through [`crate::inbound`], by those of others: it cannot tell which. Invariants:
 //!
 //! - a lane's rows are computed alone, so that their bits do not depend on who else sent rows;
-//! - the weight gradient of a group of lanes is one product over their rows in ascending order of the lanes;
+//! - the weight gradient of a group of lanes is one product over their rows in ascending order of the
+//!   lanes;
 //! - a lane that sends no rows counts too.
 //!
 //! When the actor fails, its node reports the epoch as failed.
 
 use crate::device::executor::Priority;
 use crate::error::Result;
-use crate::messages::{ExpertMsg, LaneStep, ReducerMsg, Reply, ShardMsg, notify, respond};
+use crate::ids::LaneStep;
+use crate::messages::{ExpertMsg, ReducerMsg, Reply, ShardMsg, notify, respond};
 use crate::step::shard::{SavedActivations, ShardReplica};
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::collections::{BTreeMap, HashMap};

@@ -1,14 +1,15 @@
 //! The lane actor: takes one lane's tokens through the model and back.
 //!
-//! Supervised by the agent. **Start reading here**: a token's path, top to bottom, is [`LanePass::forward`] (embedding,
-//! then stage by stage the layers, see [`super::stage`]), and [`LanePass::run`] adds the loss and the way back. Experts may
-//! be on any node ([`super::router`]).
+//! Supervised by the agent. **Start reading here**: a token's path, top to bottom, is [`LanePass::forward`]
+//! (embedding, then stage by stage the layers, see [`super::stage`]), and [`LanePass::run`] adds the loss
+//! and the way back. Experts may be on any node ([`super::router`]).
 //!
 //! A pass in flight is canceled when its epoch ends; a failed one is reported to the agent.
 
 use crate::context::NodeContext;
 use crate::error::Result;
-use crate::messages::{LaneMsg, LaneStep, NodeMsg, notify};
+use crate::ids::LaneStep;
+use crate::messages::{LaneMsg, NodeMsg, notify};
 use crate::step::stage::StagePass;
 use crate::trace::{LaneTrace, TraceContext};
 use ractor::{Actor, ActorProcessingErr, ActorRef};

@@ -1,13 +1,13 @@
 //! The reducer actor: sums the weight gradients of every shard over the fixed tree of lanes.
 //!
-//! One per node, supervised by the agent. Shard actors send it the leaves that this node computes. A node makes the sums
-//! that the placement assigns to it ([`Placement::reducer`]): those over leaves that it computes alone and, as the owner
-//! of a shard or on the way there, those over what others send. The owner ends with the root and sends it to the other
-//! holders, some of which forward it. When the root of every held shard is here, the agent gets the norms, and the
-//! gradients wait for the commit.
+//! One per node, supervised by the agent. Shard actors send it the leaves that this node computes. A node
+//! makes the sums that the placement assigns to it ([`Placement::reducer`]): those over leaves that it
+//! computes alone and, as the owner of a shard or on the way there, those over what others send. The owner
+//! ends with the root and sends it to the other holders, some of which forward it. When the root of every
+//! held shard is here, the agent gets the norms, and the gradients wait for the commit.
 //!
-//! Invariant: which additions are made, and in which order, depends on the tree alone ([`volary_core::tree`]). A gradient
-//! that cannot be computed, sent or read fails the epoch.
+//! Invariant: which additions are made, and in which order, depends on the tree alone
+//! ([`volary_core::tree`]). A gradient that cannot be computed, sent or read fails the epoch.
 
 use crate::context::NodeContext;
 use crate::device::executor::Priority;
@@ -147,8 +147,9 @@ impl<B: Compute> ReducerState<B> {
         }
     }
 
-    /// A sum that this node takes no further: either a part for the node that adds it, or the root. The root belongs to
-    /// the owner, whoever made it, and goes from there to the other holders and the learners.
+    /// A sum that this node takes no further: either a part for the node that adds it, or the root. The
+    /// root belongs to the owner, wherever it was summed, and goes from there to the other holders and the
+    /// learners.
     fn done(&mut self, epoch: Epoch, step: Step, sum: GradientSum, value: Sum<B>) {
         let me = self.node.id.clone();
         let Some(current) = self.at(epoch, step) else { return };
@@ -241,7 +242,8 @@ fn to_frame<B: Compute>(
     Ok(frames::frame(kind, epoch, step, sum, tensors)?)
 }
 
-/// Sends a root to learners. One that cannot be reached holds up nobody: the supervisor decides what becomes of it.
+/// Sends a root to learners. One that cannot be reached holds up nobody: the supervisor decides what
+/// becomes of it.
 async fn teach<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Frame) {
     for learner in &learners {
         if let Err(error) = node.peers.send(learner, frame.clone()).await {

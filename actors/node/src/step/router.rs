@@ -1,11 +1,13 @@
 //! The router actor: gates the tokens of a lane in one MoE layer and sends them to their experts and back.
 //!
-//! Supervised by the agent; called through [`crate::handles::Router`]; calls experts through [`super::dispatch`].
-//! Invariant: every expert sees every lane, also one that sends it no token, since an expert's gradient waits for all lanes of
-//! a group. When the actor fails, its node reports the epoch as failed.
+//! Supervised by the agent; called through [`crate::handles::Router`]; calls experts through
+//! [`super::dispatch`]. Invariant: every expert sees every lane, also one that sends it no token, since an
+//! expert's gradient waits for all lanes of a group. When the actor fails, its node reports the epoch as
+//! failed.
 
 use crate::error::{Error, Result};
-use crate::messages::{LaneStep, ReducerMsg, Routed, RouterMsg, ShardMsg, notify, respond};
+use crate::ids::LaneStep;
+use crate::messages::{ReducerMsg, Routed, RouterMsg, ShardMsg, notify, respond};
 use crate::step::dispatch::{ExpertPass, TokenDispatch};
 use crate::step::shard::{SavedActivations, ShardReplica};
 use crate::trace::{Routing, TraceContext, weights_of};

@@ -3,7 +3,8 @@
 use crate::context::NodeContext;
 use crate::device::executor::Priority;
 use crate::error::{Error, Result};
-use crate::messages::{LaneStep, Reply, ShardMsg, respond};
+use crate::ids::LaneStep;
+use crate::messages::{Reply, ShardMsg, respond};
 use parking_lot::Mutex;
 use std::collections::HashMap;
 use std::sync::Arc;

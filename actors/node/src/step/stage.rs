@@ -1,12 +1,12 @@
 //! A lane's path through the layers of one pipeline stage, on this node or on another.
 //!
-//! The node that drives a lane has the first stage, and with it the embedding and the loss. For every other stage the
-//! residual stream goes to the stage's node for that lane and comes back, as rows go to experts. What the layers save for
-//! the backward pass stays with their actors.
+//! The node that drives a lane has the first stage, and with it the embedding and the loss. For every other
+//! stage the residual stream goes to the stage's node for that lane and comes back, as rows go to experts.
+//! What the layers save for the backward pass stays with their actors.
 
 use crate::context::NodeContext;
 use crate::error::Result;
-use crate::messages::{LaneStep, PassId};
+use crate::ids::{LaneStep, PassId};
 use crate::trace::TraceContext;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -27,7 +27,8 @@ pub(crate) struct StagePass<'a, B: Compute> {
 }
 
 impl<B: Compute> StagePass<'_, B> {
-    /// Forward through a stage, wherever it is: the residual stream after it, and the statistics of its MoE layers.
+    /// Forward through a stage, wherever it is: the residual stream after it, and the statistics of its MoE
+    /// layers.
     pub(crate) async fn forward(&self, stage: &Stage, x: B::Tensor) -> Result<(B::Tensor, StageStats)> {
         match stage.stage_node(self.at.lane) {
             Some(node) if *node != self.node.id => {

@@ -17,8 +17,8 @@ pub(super) struct Recovery {
 }
 
 impl Recovery {
-    /// Reads the journal and the newest intact checkpoint. What is damaged, or newer than it, is removed; with no node
-    /// left in memory, the journal too goes back to the checkpoint.
+    /// Reads the journal and the newest intact checkpoint. What is damaged, or newer than it, is removed;
+    /// with no node left in memory, the journal too goes back to the checkpoint.
     pub(super) fn load(store: &Store, checkpoints: &Checkpoints, nodes_are_gone: bool) -> Result<Self> {
         let durable = checkpoints.latest_intact()?.map(|record| record.step);
         checkpoints.truncate_after(durable.unwrap_or_default())?;

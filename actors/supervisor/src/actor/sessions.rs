@@ -28,8 +28,8 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Queues a message. A node that does not read until the queue is full is disconnected; a disconnected one is handled
-    /// elsewhere.
+    /// Queues a message. A node that does not read until the queue is full is disconnected; a disconnected
+    /// one is handled elsewhere.
     pub(super) fn send(&self, message: ToNode) {
         if let Err(mpsc::error::TrySendError::Full(_)) = self.messages.try_send(message) {
             self.link.close("it does not read its control stream");
@@ -90,8 +90,8 @@ impl SupervisorState {
         let NodeArrival { session: SessionId { node, number }, info, held, messages, link, canary } = arrival;
         if let Some(before) = self.sessions.get(&node) {
             if before.info.instance != info.instance {
-                // Another process of this name: the first one stays for as long as it lives. A full queue is not possible
-                // here, a closed one means that the newcomer is gone.
+                // Another process of this name: the first one stays for as long as it lives. A full queue
+                // is not possible here, a closed one means that the newcomer is gone.
                 drop(messages.try_send(ToNode::NameInUse));
                 return Ok(());
             }

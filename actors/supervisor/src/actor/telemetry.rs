@@ -1,5 +1,5 @@
-//! What the supervisor shows of a run: traces, metrics, live events, TensorBoard files. Nothing here holds up or fails a
-//! run.
+//! What the supervisor shows of a run: traces, metrics, live events, TensorBoard files. Nothing here holds
+//! up or fails a run.
 
 use super::SupervisorArgs;
 use super::traces::Traces;

@@ -1,5 +1,5 @@
-//! The traces that the supervisor starts: one per sampled step, and one for each membership change, recovery, migration and
-//! checkpoint, linked to the step in which it happened.
+//! The traces that the supervisor starts: one per sampled step, and one for each membership change,
+//! recovery, migration and checkpoint, linked to the step in which it happened.
 
 use crate::timings::Cost;
 use std::time::{Duration, Instant, SystemTime};
@@ -47,8 +47,8 @@ struct Attempt {
     committed: Option<TraceRequest>,
 }
 
-/// About how many spans a lane makes: its layers forward and back, and in MoE layers the gate, the combination, a way to each of a few
-/// nodes with its experts, and the sampled_tokens tokens.
+/// About how many spans a lane makes: its layers forward and back, and in MoE layers the gate, the
+/// combination, a way to each of a few nodes with its experts, and the sampled_tokens tokens.
 fn spans_of_lane(architecture: &Architecture, options: &TelemetryOptions) -> usize {
     let moe = architecture.moe_layers().count();
     5 + 2 * architecture.layers + moe * (2 * (2 + 2 * 3) + options.tokens_per_lane)

@@ -1,6 +1,6 @@
 //! Who is admitted: the one place that decides, for nodes that join, nodes that connect, and operators.
 
-use super::session::serve_node;
+use super::session::{Admitted, serve_node};
 use super::shared::Shared;
 use crate::credentials::CredentialError;
 use std::sync::Arc;
@@ -9,14 +9,6 @@ use volary_transport::{
     Accepted, AccessRole, ControlReceiver, ControlSender, Endpoint, Error, Link, PeerRole, Refusal,
     RefusalCode,
 };
-
-/// What an admitted node has proven.
-pub(super) struct Admitted {
-    /// The hash of its certificate.
-    pub(super) certificate: [u8; 32],
-    /// The zone that its access token gave it.
-    pub(super) zone: Option<String>,
-}
 
 /// Why a connection ended without being served to its end.
 #[derive(Debug, thiserror::Error)]

@@ -1,6 +1,5 @@
 //! The connection of one node, from its hello to its end.
 
-use super::admission::Admitted;
 use super::shared::Shared;
 use crate::blocking::blocking;
 use crate::error::Error;
@@ -18,6 +17,14 @@ use volary_protocol::{FrameRefusal, FrameRefusalCode, NodeInfo, ToNode, ToSuperv
 use volary_transport::{
     CanaryWatch, ControlReceiver, ControlSender, Frame, FrameKind, InboundFrame, Link, Refusal, RefusalCode,
 };
+
+/// What an admitted node has proven.
+pub(super) struct Admitted {
+    /// The hash of its certificate.
+    pub(super) certificate: [u8; 32],
+    /// The zone that its access token gave it.
+    pub(super) zone: Option<String>,
+}
 
 /// A node that is connected.
 struct NodeSession {

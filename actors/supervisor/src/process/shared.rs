@@ -109,15 +109,16 @@ impl Shared {
         self.pipeline.store(parsed.map(attribute).collect());
     }
 
-    /// Waits until `bytes` of a checkpoint shard fit into the memory budget. Nodes are faster than disks: what does not fit
-    /// waits on the wire.
+    /// Waits until `bytes` of a checkpoint shard fit into the memory budget. Nodes are faster than disks:
+    /// what does not fit waits on the wire.
     pub(super) async fn checkpoint_permit(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
         let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX).clamp(1, CHECKPOINT_BYTES_AHEAD >> 10);
         // The semaphore is never closed.
         Arc::clone(&self.checkpoint_budget).acquire_many_owned(kib).await.ok()
     }
 
-    /// Passes an operator's request to the actor and awaits the reply, which may take as long as a checkpoint.
+    /// Passes an operator's request to the actor and awaits the reply, which may take as long as a
+    /// checkpoint.
     pub(super) async fn ask(&self, request: OperatorRequest) -> OperatorReply {
         match self.actor.call(|reply| SupervisorMsg::Operator { request, reply }, None).await {
             Ok(CallResult::Success(answer)) => answer,

@@ -1,7 +1,8 @@
-//! A whole cluster of real actors in one process: a supervisor and nodes on a memory network, with a fake backend.
+//! A whole cluster of real actors in one process: a supervisor and nodes on a memory network, with a fake
+//! backend.
 //!
-//! Each process has a runtime of its own, so that a kill ends all of its tasks at once, as `kill -9` does: nothing is
-//! flushed, no destructor of an actor runs to its end.
+//! Each process has a runtime of its own, so that a kill ends all of its tasks at once, as `kill -9` does:
+//! nothing is flushed, no destructor of an actor runs to its end.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};

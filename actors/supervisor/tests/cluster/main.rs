@@ -1,7 +1,7 @@
 //! A whole cluster of real actors in one process, over the memory network and without libtorch.
 //!
-//! Every run is compared with the quiet run on one node: the losses of all steps and the digest of the last checkpoint
-//! must be equal bit for bit, whatever happened on the way.
+//! Every run is compared with the quiet run on one node: the losses of all steps and the digest of the last
+//! checkpoint must be equal bit for bit, whatever happened on the way.
 #![expect(clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod harness;
