@@ -6,7 +6,7 @@ NODES ?= 3
 TARGET ?= frame
 FUZZ_SECONDS ?= 60
 
-.PHONY: train test test-gpu soak build lint audit fuzz bench bundle setup setup-tools clean help
+.PHONY: train test test-fast test-gpu soak build lint audit fuzz bench bundle setup setup-tools clean help
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,6 +26,11 @@ train: build ## Train the quickstart on this machine: a supervisor and 3 node pr
 test: build ## Run all tests
 	$(CARGO) test --release --workspace
 
+# Every crate that needs no libtorch: whole clusters of real actors run here in one process.
+FAST = core sim data transport storage telemetry protocol node supervisor
+test-fast: ## Run all tests that need no libtorch: seconds, once built
+	$(CARGO) test --release $(FAST:%=-p volary-%)
+
 soak: build ## Long: 20,000 fault schedules in simulated time, and 20 random scripts on real processes
 	VOLARY_SOAK=20000 $(CARGO) test --release -p volary-sim soak
 	VOLARY_CHAOS=20 $(CARGO) test --release -p volary-cli --test trouble random_trouble -- --nocapture
@@ -39,6 +44,7 @@ lint: setup ## Check formatting, lints, the direction of dependencies, licenses
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --release --workspace --all-targets -- -D warnings
 	scripts/check-dependencies
+	scripts/check-style
 	scripts/check-licences licenses bans sources
 
 audit: ## Check dependencies for known vulnerabilities; needs the network

@@ -13,7 +13,7 @@
 //! ```
 //!
 //! It takes the supervisor's commands in the order of the control stream, so that a commit is applied
-//! before the next step begins. It waits for computations in its handlers and never for the network: shards
+//! before the next step begins. It waits for computations in its handlers and never for other nodes: shards
 //! from other nodes are fetched by tasks. It outlives the supervisor's link, and with it the shards. A
 //! child that dies fails the epoch; the supervisor decides what follows.
 
@@ -238,14 +238,19 @@ impl<B: Compute> AgentState<B> {
                 let began = Instant::now();
                 let mut span = self.traces.step.span("apply").with("volary.step", step.0 as i64);
                 span.set("volary.shards", shards.len() as i64);
-                self.replicas.apply((epoch, step), update, &shards, &stash).await?;
+                let applied = self.replicas.apply((epoch, step), update, &shards, &stash).await;
+                applied.map_err(|error| Error::NotUpdated { step, source: Box::new(error) })?;
                 self.node.metrics.phase(Phase::Apply, began.elapsed());
             }
             Effect::Discard { epoch, all } => self.discard(epoch.next(), all),
             Effect::Enter(assignment) => self.enter(*assignment),
             Effect::Fetch { epoch, version, shards } => self.fetch(epoch, version, shards),
             Effect::Copy { epoch, shard, from } => self.copy(epoch, shard, from),
-            Effect::Install { shard, replay, .. } => self.replicas.install_copied(shard, &replay).await?,
+            Effect::Install { shard, version, replay } => {
+                let step = replay.last().copied().unwrap_or(version);
+                let installed = self.replicas.install_copied(shard, &replay).await;
+                installed.map_err(|error| Error::NotUpdated { step, source: Box::new(error) })?;
+            }
             Effect::Release(shards) => self.replicas.release(&shards),
             Effect::Run { epoch, step, pass, lanes } => self.run(epoch, step, pass, lanes).await?,
             Effect::Store { epoch, step, shards } => self.store(epoch, step, shards).await,

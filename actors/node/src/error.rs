@@ -1,5 +1,6 @@
 //! What goes wrong on a node while it takes part in a run. Blame and severity follow from the variant.
 
+use std::fmt;
 use std::time::Duration;
 use volary_core::agent::Failure;
 use volary_core::compute::ComputeError;
@@ -12,6 +13,12 @@ use crate::ids::{LaneStep, PassId};
 /// A node could not do its part.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
+    /// A part of a step failed: a lane, or the gradient of a shard.
+    #[error("{part}: {source}")]
+    Part { part: String, source: Box<Error> },
+    /// The shards in memory could not be brought to a committed step. They cannot take part any more.
+    #[error("the shards are not at step {step}: {source}")]
+    NotUpdated { step: Step, source: Box<Error> },
     /// A computation of a lane failed. The same step may succeed on the next attempt.
     #[error(transparent)]
     Compute(#[from] ComputeError),
@@ -37,6 +44,9 @@ pub(crate) enum Error {
         /// Whether the link holds, so that the supervisor will not give another answer.
         link_open: bool,
     },
+    /// The placement has an address that cannot be dialed.
+    #[error("{peer} has no usable address: {address}")]
+    BadAddress { peer: NodeId, address: String },
     /// The placement names a node that is not a member.
     #[error("{peer} is not a member of the placement")]
     NotAMember { peer: NodeId },
@@ -73,9 +83,12 @@ pub(crate) enum Error {
     /// An actor gave no reply in time.
     #[error("the {actor} actor did not reply within {limit:?}")]
     NoReply { actor: &'static str, limit: Duration },
-    /// An actor has stopped, or dropped the reply.
+    /// An actor has stopped.
     #[error("the {actor} actor is gone")]
     ActorGone { actor: &'static str },
+    /// A computation ended without a result: it panicked, or the device's queue was full.
+    #[error("a computation was dropped")]
+    ComputationDropped,
     /// An actor of this process failed.
     #[error("actor {actor} died: {reason}")]
     ActorDied { actor: String, reason: String },
@@ -94,6 +107,11 @@ impl From<volary_protocol::Error> for Error {
 }
 
 impl Error {
+    /// Names the part of a step that failed.
+    pub(crate) fn of(self, part: impl fmt::Display) -> Self {
+        Self::Part { part: part.to_string(), source: Box::new(self) }
+    }
+
     /// Attributes a failure of the tensor library to a shard's state.
     pub(crate) fn replica(shard: ShardId) -> impl FnOnce(ComputeError) -> Self {
         move |source| Self::Replica { shard, source }
@@ -103,6 +121,7 @@ impl Error {
     fn suspect(&self) -> Option<&NodeId> {
         match self {
             Self::Unreachable { peer, .. } => Some(peer),
+            Self::Part { source, .. } => source.suspect(),
             _ => None,
         }
     }
@@ -110,7 +129,9 @@ impl Error {
     /// Whether another attempt at the same step cannot help: the same bytes and the same memory fail again.
     fn is_fatal(&self) -> bool {
         match self {
-            Self::Replica { .. }
+            Self::Part { source, .. } => source.is_fatal(),
+            Self::NotUpdated { .. }
+            | Self::Replica { .. }
             | Self::WrongVersion { .. }
             | Self::MissingGradient { .. }
             | Self::ActorDied { .. }
@@ -129,6 +150,7 @@ impl Error {
     /// The refusal that a peer gets for a frame that failed here.
     pub(crate) fn refusal(&self) -> FrameRefusal {
         let code = match self {
+            Self::Part { source, .. } => source.refusal().code,
             Self::Stale { .. } => FrameRefusalCode::Stale,
             Self::NotBegun { .. } => FrameRefusalCode::NotBegun,
             Self::MissingShard { .. } => FrameRefusalCode::MissingShard,

@@ -3,6 +3,7 @@
 //! writes the lines, the node reads them.
 
 use crate::context::NodeContext;
+use crate::limits::FAULT_SECONDS_MAX;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -10,9 +11,6 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use volary_core::compute::Compute;
 use volary_transport::{Interference, check_name};
-
-/// The longest network fault, in seconds.
-pub const FAULT_SECONDS_MAX: f64 = 3600.0;
 
 /// A fault of the network of the node that reads it.
 #[derive(Clone, Debug, PartialEq)]
@@ -131,9 +129,9 @@ mod tests {
             (NetworkFault::Cut { peer: "node-1".into(), during }, "cut node-1 3000"),
             (NetworkFault::Lose { fraction: 0.3, during }, "lose 0.3 3000"),
         ];
-        for (disturbance, line) in all {
-            assert_eq!(disturbance.to_string(), line);
-            assert_eq!(line.parse(), Ok(disturbance));
+        for (fault, line) in all {
+            assert_eq!(fault.to_string(), line);
+            assert_eq!(line.parse(), Ok(fault));
         }
     }
 

@@ -27,7 +27,9 @@ async fn call<M: Message, T: Send + 'static>(
     match actor.call(make, Some(CALL_MAX)).await {
         Ok(CallResult::Success(answer)) => answer,
         Ok(CallResult::Timeout) => Err(Error::NoReply { actor: name, limit: CALL_MAX }),
-        Ok(CallResult::SenderError) | Err(_) => Err(Error::ActorGone { actor: name }),
+        // The computation that held the reply port has panicked or was never queued.
+        Ok(CallResult::SenderError) => Err(Error::ComputationDropped),
+        Err(_) => Err(Error::ActorGone { actor: name }),
     }
 }
 

@@ -11,14 +11,14 @@
 //! | `inbound` | frames from other nodes |
 //! | `shards` | the replicas in memory, and how shards get here |
 //! | `step` | one lane's path through a step: **start reading at `step::lane`** |
-//! | `faults` | network faults of scripted runs |
+//! | [`options`], `faults` | options of the process; network faults of scripted runs |
 //! | `context`, `directory` | what all actors share; the shard actors of this node |
 //! | `handles` | typed calls of the shard actors |
 //! | `messages` | every message between the actors |
 //! | `trace` | what a lane carries through a traced step |
 //! | `net` | links to peers, to the supervisor, and their measurement |
 //! | `device` | the threads that run tensor operations, and their benchmark |
-//! | [`options`], `error`, `ids`, `limits` | options of the process, errors, ids, bounds |
+//! | `error`, `ids`, `limits` | errors, what messages belong to, bounds |
 //!
 //! With the feature `test-util`, [`testing`] has a backend without libtorch, so that a whole cluster of
 //! real actors runs in one process.
@@ -58,6 +58,7 @@ pub mod testing;
 mod trace;
 
 pub use agent::NodeEnd;
-pub use faults::{FAULT_SECONDS_MAX, InvalidFault, NetworkFault, is_fraction};
+pub use faults::{InvalidFault, NetworkFault, is_fraction};
+pub use limits::FAULT_SECONDS_MAX;
 pub use options::NodeOptions;
 pub use process::{ProcessError, run_node};

@@ -26,6 +26,10 @@ pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
 pub(crate) const SPAN_BATCHES_AHEAD: usize = 64;
 /// Control messages queued for the supervisor.
 pub(crate) const MESSAGES_AHEAD: usize = 256;
+/// The longest that a node that ends waits for its last messages to be sent.
+pub(crate) const FAREWELL_MAX: Duration = Duration::from_millis(500);
+/// The longest network fault of a scripted run, in seconds.
+pub const FAULT_SECONDS_MAX: f64 = 3600.0;
 /// Shards that are fetched at a time: enough to hide round trips, few enough to bound memory.
 pub(crate) const FETCHES_AHEAD: usize = 4;
 /// The longest bandwidth probe.

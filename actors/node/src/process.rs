@@ -27,7 +27,6 @@ use session::{SupervisorSession, report_broken_links};
 use setup::{measure_profile, register_scrape_hooks, start_telemetry};
 use std::marker::PhantomData;
 use std::net::SocketAddr;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
@@ -80,11 +79,22 @@ struct NodeProcess<B: Compute> {
 /// The link to the supervisor.
 enum SupervisorLink {
     Up(SupervisorSession),
-    Down { reason: String },
+    /// The ended session keeps the canary: this process lives, and the supervisor must not think otherwise.
+    Down {
+        reason: String,
+        ended: SupervisorSession,
+    },
 }
 
-/// Another link, or the node's end.
-type Next = ControlFlow<NodeEnd, SupervisorLink>;
+/// What ends the present state of the link.
+enum Next {
+    /// The session has ended.
+    Ended { reason: String },
+    /// The supervisor is connected again.
+    Connected(SupervisorSession),
+    /// The node has ended.
+    Node(NodeEnd),
+}
 
 impl<B: Compute> NodeProcess<B> {
     /// Connects for the first time, and starts everything that outlives a link.
@@ -139,18 +149,21 @@ impl<B: Compute> NodeProcess<B> {
         // With its profile the node can be placed.
         session.send(ToSupervisor::Profile(Box::new(self.connector.profile()))).await;
         let mut link = SupervisorLink::Up(session);
-        let end = loop {
+        loop {
             let next = match &mut link {
                 SupervisorLink::Up(session) => self.serve(session).await,
-                SupervisorLink::Down { reason } => self.reconnect(reason).await,
+                SupervisorLink::Down { reason, .. } => self.reconnect(reason).await,
             };
-            match next {
-                ControlFlow::Continue(next) => link = next,
-                ControlFlow::Break(end) => break end,
-            }
-        };
-        self.shut_down(link).await;
-        end
+            link = match (next, link) {
+                (Next::Ended { reason }, SupervisorLink::Up(ended)) => SupervisorLink::Down { reason, ended },
+                (Next::Connected(session), _) => SupervisorLink::Up(session),
+                (Next::Node(end), link) => {
+                    self.shut_down(link).await;
+                    return end;
+                }
+                (Next::Ended { .. }, down) => down,
+            };
+        }
     }
 
     fn session(&self, connected: Connected) -> SupervisorSession {
@@ -162,10 +175,10 @@ impl<B: Compute> NodeProcess<B> {
         loop {
             tokio::select! {
                 biased;
-                end = &mut self.ended => return ControlFlow::Break(agent_end(end)),
+                end = &mut self.ended => return Next::Node(agent_end(end)),
                 Some(()) = self.leave.recv() => {
                     if std::mem::replace(&mut self.leaving, true) {
-                        return ControlFlow::Break(leave_at_once());
+                        return Next::Node(leave_at_once());
                     }
                     notify(&self.agent, NodeMsg::LeaveRequested);
                 }
@@ -174,7 +187,7 @@ impl<B: Compute> NodeProcess<B> {
                     session.close();
                     notify(&self.agent, NodeMsg::SupervisorLost);
                     tracing::warn!(reason, "supervisor lost; this node keeps its state and waits");
-                    return ControlFlow::Continue(SupervisorLink::Down { reason });
+                    return Next::Ended { reason };
                 }
             }
         }
@@ -185,9 +198,9 @@ impl<B: Compute> NodeProcess<B> {
         let deadline = Instant::now() + Duration::from_millis(self.run.supervisor_timeout_ms);
         let connected = tokio::select! {
             biased;
-            end = &mut self.ended => return ControlFlow::Break(agent_end(end)),
+            end = &mut self.ended => return Next::Node(agent_end(end)),
             connected = self.connector.reconnect(&self.agent, deadline) => connected,
-            Some(()) = self.leave.recv() => return ControlFlow::Break(leave_at_once()),
+            Some(()) = self.leave.recv() => return Next::Node(leave_at_once()),
         };
         match connected {
             Ok(connected) if connected.run.same_model(&self.run) => {
@@ -196,14 +209,14 @@ impl<B: Compute> NodeProcess<B> {
                 if self.leaving {
                     notify(&self.agent, NodeMsg::LeaveRequested);
                 }
-                ControlFlow::Continue(SupervisorLink::Up(session))
+                Next::Connected(session)
             }
             Ok(_) => {
                 let reason = "the supervisor of another run has taken its place";
-                ControlFlow::Break(NodeEnd::SupervisorLost(reason.into()))
+                Next::Node(NodeEnd::SupervisorLost(reason.into()))
             }
             // The last command on the old stream may have released this node.
-            Err(error) => ControlFlow::Break(
+            Err(error) => Next::Node(
                 self.ended
                     .try_recv()
                     .unwrap_or_else(|_| NodeEnd::SupervisorLost(format!("{reason}; then {error}"))),
@@ -211,16 +224,23 @@ impl<B: Compute> NodeProcess<B> {
         }
     }
 
-    /// Ends the agent, and sends the last spans where there is a link.
+    /// Ends the agent, and sends the last spans where there is a link; otherwise they are counted as lost.
     async fn shut_down(mut self, link: SupervisorLink) {
         self.agent.stop(None);
         drop(self.agent_task.await);
         self.pipeline.flush().await;
-        let SupervisorLink::Up(session) = link else { return };
+        let (session, is_up) = match link {
+            SupervisorLink::Up(session) => (session, true),
+            SupervisorLink::Down { ended, .. } => (ended, false),
+        };
         while let Ok(spans) = self.spans.try_recv() {
-            session.send_spans(&self.pipeline, &spans);
+            if is_up {
+                session.send_spans(&self.pipeline, &spans);
+            } else {
+                self.pipeline.count_lost(spans.len() as u64);
+            }
         }
-        session.close_link("the node leaves");
+        session.finish("the node leaves").await;
     }
 }
 

@@ -40,7 +40,7 @@ pub struct LinkReport {
     pub sent_bytes: u64,
     /// Bytes received over the link so far.
     pub received_bytes: u64,
-    /// Bytes per second in one direction, from one probe; nothing before it.
+    /// Bytes per second in one direction, from one probe; nothing before it, 0 when it failed.
     pub bandwidth: Option<f64>,
 }
 

@@ -1,4 +1,4 @@
-//! Why a peer refuses a frame. The code decides what the sender does; the text is for logs.
+//! Why a peer refuses a frame: a code for programs, and a text for logs.
 
 use crate::limits::REASON_BYTES_MAX;
 use serde::{Deserialize, Serialize};

@@ -10,12 +10,13 @@
 //! | `actor` | the actor around the state machine: **start reading here** |
 //! | `checkpointer` | the actor that makes checkpoints durable |
 //! | `messages` | every message between the actors |
+//! | [`error`] | what ends a supervisor |
 //! | [`credentials`] | access tokens and certificates |
 //! | `run_files` | `metrics.jsonl`, `validation.jsonl`, `events.jsonl` |
 //! | `timings` | how long changes of the cluster took |
 //! | [`events`] | the live event stream |
 //! | `blocking` | disk work on threads that may block |
-//! | [`options`], [`error`], `limits` | options of the process, errors, bounds |
+//! | [`options`], `limits` | options of the process, bounds |
 //!
 //! ```no_run
 //! use volary_supervisor::{RunEnd, Supervisor, SupervisorOptions};

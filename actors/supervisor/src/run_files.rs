@@ -111,7 +111,6 @@ impl RunFiles {
             validated: None,
         };
         files.go_back(step)?;
-        files.validated = last_step(&dir.validation());
         let written = last_step(&dir.metrics()).unwrap_or_default();
         for missing in store.committed_range::<Committed>(written.next()) {
             files.metrics(&MetricsLine::new(&missing?.1, None))?;
@@ -119,10 +118,12 @@ impl RunFiles {
         Ok(files)
     }
 
+    /// Removes the lines of the steps after `step`.
     pub(crate) fn go_back(&mut self, step: Step) -> Result<()> {
         self.metrics.truncate_after(step)?;
         self.validation.truncate_after(step)?;
-        self.validated = self.validated.filter(|&validated| validated <= step);
+        // Read from the file: the line of `step` itself may be there, and is measured again.
+        self.validated = last_step(self.validation.path());
         Ok(())
     }
 

@@ -81,7 +81,10 @@ impl<B: Compute> AgentState<B> {
     pub(super) async fn on_lane_done(&mut self, at: LaneStep, pass: Pass, outcome: Result<LaneReport>) {
         let report = match outcome {
             Ok(report) => report,
-            Err(error) => return self.on_failed(at.epoch, &error).await,
+            Err(error) => {
+                let error = error.of(format_args!("lane {}", at.lane));
+                return self.on_failed(at.epoch, &error).await;
+            }
         };
         let Some(running) = &mut self.pass else { return };
         let current = (running.epoch, running.step, running.pass) == (at.epoch, at.step, pass);

@@ -156,7 +156,7 @@ impl<B: Compute> Executor<B> {
         let (sender, receiver) = oneshot::channel();
         // A caller that has given up since then does not need the result.
         self.measured(meter, job, |done| drop(sender.send(done)));
-        receiver.await.unwrap_or(Err(Error::ActorGone { actor: "device executor" }))
+        receiver.await.unwrap_or(Err(Error::ComputationDropped))
     }
 
     /// Work done so far, and the present queues.

@@ -168,8 +168,8 @@ impl Peers {
         };
         let dial = || async {
             let unreachable = |reason: String| Error::Unreachable { peer: peer.clone(), reason };
-            let socket: SocketAddr =
-                address.parse().map_err(|_| unreachable(format!("{address} is no socket address")))?;
+            let bad = |_| Error::BadAddress { peer: peer.clone(), address: address.clone() };
+            let socket: SocketAddr = address.parse().map_err(bad)?;
             let link = self.endpoint.connect(socket, &peer.0).await;
             link.map(|link| self.watch(peer.clone(), link)).map_err(|error| unreachable(error.to_string()))
         };
@@ -186,7 +186,7 @@ impl Peers {
         WatchedLink { link, watch }
     }
 
-    /// What a failed use of a link means. Only an error of the connection breaks the link.
+    /// What a failed use of a link means. Every error but an oversized frame of this node breaks the link.
     fn failed(&self, peer: &NodeId, link: &Link, error: volary_transport::Error) -> Error {
         let (peer, reason) = (peer.clone(), error.to_string());
         if matches!(error, volary_transport::Error::TooLarge(_)) {

@@ -24,9 +24,10 @@ impl Uplink {
         let frame = frames::frame(FrameKind::ShardRequest, Epoch(0), version, &request, Vec::new())?;
         let reply = self.link.request(frame).await.map_err(|error| self.error(error))?;
         if reply.kind == FrameKind::Refusal {
-            return Err(self.error(frames::decode::<FrameRefusal>(&reply)?));
+            let refusal = frames::decode::<FrameRefusal>(&reply).map_err(|error| self.error(error))?;
+            return Err(self.error(refusal));
         }
-        Ok(frames::only_blob(reply)?)
+        frames::only_blob(reply).map_err(|error| self.error(error))
     }
 
     /// Sends stored shards for a checkpoint, one after the other.

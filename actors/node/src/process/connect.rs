@@ -68,7 +68,7 @@ impl SupervisorConnector {
     ) -> Result<Connected, ProcessError> {
         match agent.call(|reply| NodeMsg::ResidentState { reply }, None).await {
             Ok(CallResult::Success(state)) => self.connect(state, deadline).await,
-            _ => Err(ProcessError::start("the node's agent", "it died")),
+            _ => Err(ProcessError::AgentDied),
         }
     }
 

@@ -21,6 +21,9 @@ pub enum ProcessError {
         /// The error.
         reason: String,
     },
+    /// The agent died.
+    #[error("the node's agent died")]
+    AgentDied,
     /// A live process has the node's name.
     #[error("a live node has this name; choose another one")]
     NameInUse,

@@ -3,7 +3,7 @@
 use super::connect::Connected;
 use crate::context::NodeContext;
 use crate::error::Error;
-use crate::limits::{LINK_REPORT_INTERVAL, MESSAGES_AHEAD};
+use crate::limits::{FAREWELL_MAX, LINK_REPORT_INTERVAL, MESSAGES_AHEAD};
 use crate::messages::{Connection, NodeMsg, notify};
 use crate::net::peers::BrokenLink;
 use crate::net::uplink::Uplink;
@@ -27,6 +27,7 @@ pub(super) struct SupervisorSession {
     canary: Option<CanaryHeld>,
     reports: JoinHandle<()>,
     renewals: JoinHandle<()>,
+    writer: JoinHandle<()>,
 }
 
 impl SupervisorSession {
@@ -41,12 +42,12 @@ impl SupervisorSession {
         let (messages, outbound) = mpsc::channel(MESSAGES_AHEAD);
         let uplink = Uplink { link: link.clone() };
         notify(agent, NodeMsg::Connected(Connection { messages: messages.clone(), uplink, keep }));
-        tokio::spawn(write_messages(sender, outbound));
+        let writer = tokio::spawn(write_messages(sender, outbound));
         let (renewed, answers) = mpsc::channel(1);
         let reader = tokio::spawn(read_messages(receiver, agent.clone(), renewed, endpoint.clone()));
         let renewals = tokio::spawn(renew(endpoint.clone(), messages.clone(), answers));
         let reports = tokio::spawn(report_links(Arc::clone(node), messages.clone()));
-        Self { link, messages, reader, canary, reports, renewals }
+        Self { link, messages, reader, canary, reports, renewals, writer }
     }
 
     /// Queues a message; a session that has ended drops it.
@@ -85,9 +86,15 @@ impl SupervisorSession {
         self.renewals.abort();
     }
 
-    /// Ends the link only: queued messages are sent first where they can be.
-    pub(super) fn close_link(&self, reason: &str) {
-        self.link.close(reason);
+    /// Sends what is queued, for a bounded time, and ends the session.
+    pub(super) async fn finish(self, reason: &str) {
+        let Self { link, messages, reader, reports, renewals, writer, .. } = self;
+        [&reports, &renewals].into_iter().for_each(JoinHandle::abort);
+        drop(messages);
+        // The writer ends when the last sender is dropped, at the latest with the link.
+        drop(tokio::time::timeout(FAREWELL_MAX, writer).await);
+        reader.abort();
+        link.close(reason);
     }
 }
 

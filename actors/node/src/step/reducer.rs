@@ -115,7 +115,7 @@ impl<B: Compute> ReducerState<B> {
     fn on_summed(&mut self, epoch: Epoch, step: Step, sum: GradientSum, gradient: Result<Sum<B>>) {
         let value = match gradient {
             Ok(value) => value,
-            Err(error) => return self.fail(epoch, error),
+            Err(error) => return self.fail(epoch, error.of(format_args!("the gradient of {}", sum.shard))),
         };
         let me = self.node.id.clone();
         let Some(current) = self.at(epoch, step) else { return };
@@ -198,7 +198,7 @@ impl<B: Compute> ReducerState<B> {
     fn on_root(&mut self, epoch: Epoch, step: Step, shard: ShardId, gradient: Result<(Sum<B>, Norm)>) {
         let root = match gradient {
             Ok(root) => root,
-            Err(error) => return self.fail(epoch, error),
+            Err(error) => return self.fail(epoch, error.of(format_args!("the gradient of {shard}"))),
         };
         let Some(current) = self.at(epoch, step) else { return };
         // The first one counts: its norm may be reported already.

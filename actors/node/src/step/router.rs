@@ -21,7 +21,7 @@ use volary_protocol::frames::MoeLayerStats;
 
 /// The router's state.
 pub(crate) struct RouterState<B: Compute> {
-    router: Arc<Gate<B>>,
+    gate: Arc<Gate<B>>,
 }
 
 /// See the module.
@@ -38,8 +38,8 @@ impl<B: Compute> Actor for RouterActor<B> {
         replica: Self::Arguments,
     ) -> std::result::Result<Self::State, ActorProcessingErr> {
         let layer = replica.id.layer();
-        let router = Arc::new(Gate { replica, layer, activations: SavedActivations::default() });
-        Ok(RouterState { router })
+        let gate = Arc::new(Gate { replica, layer, activations: SavedActivations::default() });
+        Ok(RouterState { gate })
     }
 
     async fn handle(
@@ -51,13 +51,13 @@ impl<B: Compute> Actor for RouterActor<B> {
         // Tasks and not handlers: several lanes are in flight in one router at a time.
         match message {
             RouterMsg::Forward { at, x, train, trace, reply } => {
-                let gate = Arc::clone(&state.router);
+                let gate = Arc::clone(&state.gate);
                 tokio::spawn(async move {
                     respond(reply, RouterPass { gate: &gate, at, trace: &trace }.forward(x, train).await);
                 });
             }
             RouterMsg::Backward { at, dy, trace, reply } => {
-                let gate = Arc::clone(&state.router);
+                let gate = Arc::clone(&state.gate);
                 tokio::spawn(async move {
                     respond(reply, RouterPass { gate: &gate, at, trace: &trace }.backward(dy).await);
                 });
@@ -71,9 +71,9 @@ impl<B: Compute> Actor for RouterActor<B> {
 impl<B: Compute> RouterState<B> {
     fn on_shard(&self, message: ShardMsg<B>) {
         if let ShardMsg::Discard { epoch } = message {
-            self.router.activations.discard_before(epoch);
+            self.gate.activations.discard_before(epoch);
         }
-        self.router.replica.on_shard(message);
+        self.gate.replica.on_shard(message);
     }
 }
 
@@ -93,7 +93,7 @@ impl<B: Compute> Gate<B> {
     ) -> Result<T> {
         let (sender, receiver) = tokio::sync::oneshot::channel();
         self.replica.compute(&meter, work, |done| drop(sender.send(done)));
-        receiver.await.unwrap_or(Err(Error::ActorGone { actor: "device executor" }))
+        receiver.await.unwrap_or(Err(Error::ComputationDropped))
     }
 }
 

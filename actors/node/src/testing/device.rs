@@ -49,6 +49,7 @@ struct Calls {
     /// Calls that wait in a held operation.
     waiting: HashMap<Operation, usize>,
     failing: HashSet<Operation>,
+    made: HashMap<Operation, u64>,
 }
 
 impl FakeDevice {
@@ -67,6 +68,12 @@ impl FakeDevice {
     pub(super) fn count(&self, change: i64) {
         let now = self.0.live.fetch_add(change, Ordering::SeqCst) + change;
         self.0.live_max.fetch_max(now, Ordering::SeqCst);
+    }
+
+    /// Calls of an operation so far.
+    #[must_use]
+    pub fn calls(&self, operation: Operation) -> u64 {
+        self.0.calls.lock().made.get(&operation).copied().unwrap_or(0)
     }
 
     /// Every call takes this long from now on.
@@ -93,6 +100,7 @@ impl FakeDevice {
             std::thread::sleep(Duration::from_micros(delay));
         }
         let mut calls = self.0.calls.lock();
+        *calls.made.entry(operation).or_default() += 1;
         if calls.held.contains(&operation) {
             *calls.waiting.entry(operation).or_default() += 1;
             let deadline = Instant::now() + HOLD_MAX;

@@ -48,7 +48,7 @@ struct Attempt {
 }
 
 /// About how many spans a lane makes: its layers forward and back, and in MoE layers the gate, the
-/// combination, a way to each of a few nodes with its experts, and the sampled_tokens tokens.
+/// combination, a dispatch to each of a few nodes with its experts, and the sampled tokens.
 fn spans_of_lane(architecture: &Architecture, options: &TelemetryOptions) -> usize {
     let moe = architecture.moe_layers().count();
     5 + 2 * architecture.layers + moe * (2 * (2 + 2 * 3) + options.tokens_per_lane)
@@ -83,7 +83,7 @@ impl Traces {
                 let mut traced = TraceRequest::below(span)?;
                 traced.lanes =
                     lanes.iter().map(|(lane, _)| *lane).filter(|&l| self.is_whole(*step, l)).collect();
-                traced.sampled_tokens = self.follow(*step, lanes, dataset);
+                traced.sampled_tokens = self.sample_tokens(*step, lanes, dataset);
                 Some(traced)
             }
             NodeCommand::Commit { .. } => self.attempt.as_ref()?.committed.clone(),
@@ -126,7 +126,7 @@ impl Traces {
     }
 
     /// Samples tokens, the same ones whenever the step runs again.
-    fn follow(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<SampledToken> {
+    fn sample_tokens(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<SampledToken> {
         let mut sampled_tokens = Vec::new();
         for (lane, tokens) in lanes.iter().filter(|(lane, _)| self.is_whole(step, *lane)) {
             let mut stream = Stream::new(self.seed, Purpose::Telemetry, &[step.0, lane.0.into()]);

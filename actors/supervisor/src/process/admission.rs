@@ -1,4 +1,5 @@
-//! Who is admitted: the one place that decides, for nodes that join, nodes that connect, and operators.
+//! Who is admitted: nodes that join with an access token, nodes that connect with a certificate, and
+//! operators.
 
 use super::session::{Admitted, serve_node};
 use super::shared::Shared;

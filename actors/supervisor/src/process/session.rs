@@ -207,8 +207,7 @@ async fn serve_frames(shared: Arc<Shared>, link: Link, session: SessionId) {
             FrameKind::Probe => frames::frame(FrameKind::Reply, epoch, step, &(), Vec::new()).ok(),
             FrameKind::ShardRequest => {
                 Some(on_shard_request(&shared, &frame).await.unwrap_or_else(|error| {
-                    let code = FrameRefusalCode::MissingShard;
-                    frames::refused(epoch, step, &FrameRefusal::new(code, error))
+                    frames::refused(epoch, step, &FrameRefusal::new(error.code(), error))
                 }))
             }
             _ => {
@@ -245,6 +244,15 @@ enum ShardUnavailable {
     Frame(#[from] volary_protocol::Error),
     #[error(transparent)]
     Read(#[from] Error),
+}
+
+impl ShardUnavailable {
+    fn code(&self) -> FrameRefusalCode {
+        match self {
+            Self::NoStep | Self::Frame(_) => FrameRefusalCode::Malformed,
+            Self::Read(_) => FrameRefusalCode::MissingShard,
+        }
+    }
 }
 
 /// Reads a shard of a checkpoint.

@@ -2,7 +2,7 @@
 //! backend.
 //!
 //! Each process has a runtime of its own, so that a kill ends all of its tasks at once, as `kill -9` does:
-//! nothing is flushed, no destructor of an actor runs to its end.
+//! no message is sent and no file is written any more.
 
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -55,7 +55,7 @@ pub(crate) fn settings(steps: u64, nodes: usize) -> Settings {
             ..ClusterOptions::default()
         },
         checkpoint: CheckpointOptions { every: 0, keep: 3 },
-        validation: ValidationOptions { every: 0, rounds: 0 },
+        validation: ValidationOptions { every: 4, rounds: 2 },
     }
 }
 
@@ -109,6 +109,8 @@ pub(crate) struct Cluster {
     supervisor: Option<SupervisorProcess>,
     pub(crate) nodes: BTreeMap<String, Node>,
     named: u16,
+    /// Memory of every node, in bytes.
+    memory_bytes: u64,
 }
 
 fn runtime() -> Runtime {
@@ -118,6 +120,11 @@ fn runtime() -> Runtime {
 impl Cluster {
     /// A supervisor and as many nodes, `node-1` and so on, as the settings ask for.
     pub(crate) fn start(settings: Settings) -> Self {
+        Self::with_memory(settings, u64::MAX)
+    }
+
+    /// [`Cluster::start`] with nodes of so much memory, in bytes.
+    pub(crate) fn with_memory(settings: Settings, memory_bytes: u64) -> Self {
         let mut cluster = Self {
             network: memory::Network::new(),
             folder: tempfile::tempdir().expect("a folder"),
@@ -125,6 +132,7 @@ impl Cluster {
             supervisor: None,
             nodes: BTreeMap::new(),
             named: 0,
+            memory_bytes,
         };
         cluster.start_supervisor();
         for _ in 0..cluster.settings.cluster.nodes {
@@ -201,7 +209,7 @@ impl Cluster {
             listen: Some(address),
             device: "fake".into(),
             threads: 1,
-            memory_bytes: u64::MAX,
+            memory_bytes: self.memory_bytes,
             zone: String::new(),
             prepare_thread: || {},
             metrics: Arc::new(NodeMetrics::default()),
@@ -297,7 +305,7 @@ impl Cluster {
         self.computed()
     }
 
-    /// The losses of all steps and the bits of the last checkpoint.
+    /// The losses of all steps and the digest of the last checkpoint.
     fn computed(&self) -> Computed {
         let value = |line: String| serde_json::from_str::<serde_json::Value>(&line).expect("JSON");
         let bits = |line: &serde_json::Value, key: &str| line[key].as_f64().expect("a number").to_bits();
@@ -308,7 +316,9 @@ impl Cluster {
         let losses = losses.collect();
         let reader = CheckpointReader::open(&self.dir()).expect("a reader");
         let step = reader.latest().expect("a list").expect("a checkpoint").step;
-        Computed { losses, digest: reader.digest(step).expect("a digest").whole.to_string() }
+        let validation = self.lines("validation").into_iter().map(value).map(|line| bits(&line, "loss"));
+        let validation = validation.collect();
+        Computed { losses, validation, digest: reader.digest(step).expect("a digest").whole.to_string() }
     }
 
     /// The lines of `metrics.jsonl` or `events.jsonl`.
@@ -338,7 +348,10 @@ impl Drop for Cluster {
 /// What a run computed, bit for bit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Computed {
+    /// Step, and the bits of its loss and gradient norm.
     pub(crate) losses: Vec<(Step, u64, u64)>,
+    /// The bits of each validation loss.
+    pub(crate) validation: Vec<u64>,
     pub(crate) digest: String,
 }
 
