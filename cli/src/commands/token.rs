@@ -15,8 +15,8 @@ use volary_transport::{AccessRole, AccessTokenTerms};
 /// Create, list and revoke access tokens of a running supervisor.
 #[derive(clap::Args)]
 #[command(after_help = "\
-An access token is shown once, when it is created; the supervisor keeps a hash of it. A node exchanges its
-access token for a certificate, which it renews. A revoked access token admits no more nodes, but certificates
+An access token is shown once, when it is created; the supervisor keeps a hash of it. A node exchanges its \
+access token for a certificate, which it renews. A revoked access token admits no more nodes, but certificates \
 stay valid: to remove a node, use `volary drain`.
 
 Examples:
