@@ -5,6 +5,12 @@ use std::time::Duration;
 
 /// Bytes of a run's name.
 pub const RUN_NAME_BYTES_MAX: usize = 100;
+/// Bytes of a label of an access token.
+pub const LABEL_BYTES_MAX: usize = 256;
+/// A size in bytes, or a duration in seconds, on the command line or in a file.
+pub const QUANTITY_MAX: f64 = 1e18;
+/// A duration in seconds: longer ones are cut to some 300 years.
+pub const DURATION_SECONDS_MAX: f64 = 1e10;
 /// The lifetime of a node's certificate, in milliseconds: up to ten years.
 pub const CERTIFICATE_LIFETIME_MS: RangeInclusive<u64> = 1_000..=315_360_000_000;
 /// The time without any packet after which a node counts as lost, in milliseconds.
@@ -64,9 +70,11 @@ pub const PLAN_LINKS_SHOWN: usize = 6;
 pub const TOP_INTERVAL: Duration = Duration::from_secs(1);
 /// Points of a curve of `volary top`.
 pub const TOP_POINTS_MAX: usize = 600;
-/// Steps and texts that an error of `volary trace` lists.
+/// Layers of the load table of `volary top`.
+pub const TOP_LAYERS_SHOWN: usize = 16;
+/// Steps that an error of `volary trace` lists.
 pub const TRACE_STEPS_SHOWN: usize = 10;
-/// The same for token texts.
+/// Token texts that an error of `volary trace` lists.
 pub const TRACE_TOKENS_SHOWN: usize = 20;
 
 /// Concurrent HTTP connections; more wait to be accepted.
@@ -85,3 +93,8 @@ pub const DASHBOARD_STATUS_INTERVAL: Duration = Duration::from_secs(1);
 pub const DASHBOARD_POINTS_MAX: usize = 2000;
 /// Events of the dashboard.
 pub const DASHBOARD_EVENTS_MAX: usize = 500;
+
+/// Bytes in flight in the fuzz target of HTTP requests.
+pub const FUZZ_BUFFER_BYTES: usize = 1 << 16;
+/// The longest time of its server from the end of a request to the end of the response.
+pub const FUZZ_RESPONSE_MAX: Duration = Duration::from_secs(5);

@@ -9,7 +9,6 @@ use volary_cli::{commands, environment, log, output};
 #[command(
     name = "volary",
     version,
-    about,
     max_term_width = 110,
     after_help = "\
 Examples:

@@ -1,5 +1,6 @@
 //! Sizes and durations with units, as in `8GiB` and `15m`.
 
+use crate::limits::{DURATION_SECONDS_MAX, QUANTITY_MAX};
 use serde::{Deserialize, Deserializer};
 use std::error::Error;
 use std::fmt;
@@ -20,10 +21,6 @@ const BYTES: [(&str, f64); 9] = [
 ];
 /// Units of time, in seconds, in the same order.
 const SECONDS: [(&str, f64); 5] = [("ms", 1e-3), ("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86_400.0)];
-/// The largest value, in bytes or seconds.
-const VALUE_MAX: f64 = 1e18;
-/// The longest duration, in seconds: some 300 years.
-const DURATION_SECONDS_MAX: f64 = 1e10;
 
 /// A text that is not a size or a duration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,7 +53,7 @@ fn scaled(text: &str, units: &[(&str, f64)], expected: &'static str) -> Result<f
         None => (text, 1.0),
     };
     let value: f64 = number.trim().parse().map_err(|_| invalid())?;
-    if !value.is_finite() || value < 0.0 || value * factor > VALUE_MAX {
+    if !value.is_finite() || value < 0.0 || value * factor > QUANTITY_MAX {
         return Err(invalid());
     }
     Ok(value * factor)

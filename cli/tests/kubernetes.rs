@@ -1,6 +1,6 @@
 //! The chart, rendered by Helm 3 and 4: manifests are checked with the types of the API, invalid values are
-//! refused, and the binary runs the rendered arguments. Skipped with a message without Helm (`make
-//! setup-tools`).
+//! refused, and the binary runs the rendered arguments. Skipped with a message without Helm
+//! (`make setup-tools`).
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;

@@ -83,8 +83,8 @@ pub(crate) struct Attention<'a> {
 }
 
 impl Attention<'_> {
-    /// Causal self-attention with a relative position bias (T5, section 2.1), and the residual: `[tokens,
-    /// hidden]` to `[tokens, hidden]`.
+    /// Causal self-attention with a relative position bias (T5, section 2.1), and the residual:
+    /// `[tokens, hidden]` to `[tokens, hidden]`.
     pub(crate) fn forward(&self, a: &Architecture, positions: &Positions, x: &Tensor) -> Result<Tensor> {
         let (length, heads, dim) = (positions.length, a.heads as i64, a.head_dim as i64);
         let sequences = x.size()[0] / length;
@@ -189,8 +189,8 @@ pub(crate) fn embed(table: &Tensor, ids: &Tensor, kind: Kind) -> Result<Tensor> 
     Ok(table.f_index_select(0, ids)?.f_mul_scalar(scale)?.f_to_kind(kind)?)
 }
 
-/// The logits of the next token, `[tokens, vocabulary]`, f32, from the residual stream `x`, `[tokens,
-/// hidden]`.
+/// The logits of the next token, `[tokens, vocabulary]`, f32, from the residual stream `x`,
+/// `[tokens, hidden]`.
 pub(crate) fn logits(x: &Tensor, table: &Tensor, norm: &Tensor) -> Result<Tensor> {
     let transposed = table.f_to_kind(x.f_kind()?)?.f_transpose(0, 1)?;
     Ok(rms_norm(x, norm)?.f_matmul(&transposed)?.f_to_kind(Kind::Float)?)

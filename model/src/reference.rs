@@ -175,8 +175,8 @@ impl Reference {
         Ok((y, gate))
     }
 
-    /// The loss and, with `train`, the gradients of one lane. `tokens` are `[sequences, sequence_length +
-    /// 1]`, row by row.
+    /// The loss and, with `train`, the gradients of one lane. `tokens` are
+    /// `[sequences, sequence_length + 1]`, row by row.
     ///
     /// # Errors
     /// [`Error::ReferenceGating`] when the model drops tokens, or [`Error::Torch`] when libtorch fails.

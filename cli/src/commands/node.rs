@@ -26,7 +26,8 @@ use volary_transport::{AccessRole, Interference, Network};
 /// Join a run as a node.
 #[derive(clap::Args)]
 #[command(after_help = "\
-On the supervisor's machine the access token is found automatically; elsewhere copy RUN_DIR/identity/node.token.
+On the supervisor's machine the access token is found automatically; elsewhere copy \
+RUN_DIR/identity/node.token.
 
 Examples:
   volary node --join 127.0.0.1:7100

@@ -49,8 +49,8 @@ pub struct StatusArgs {
 /// The node to drain.
 #[derive(clap::Args)]
 #[command(after_help = "\
-The node hands its shards and lanes over while training continues, then leaves; no step is lost. SIGTERM to the node's
-process does the same.
+The node hands its shards and lanes over while training continues, then leaves; no step is lost. SIGTERM to \
+the node's process does the same.
 
 Examples:
   volary drain node-3

@@ -114,3 +114,40 @@ fn preset(name: &str, training: &TrainingOptions) -> anyhow::Result<(ModelCosts,
     };
     Ok((ModelCosts::of_preset(preset, training), preset.architecture.clone()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The example inventory and the smallest preset, as text and as JSON.
+    #[test]
+    fn a_plan_has_all_its_sections_as_text_and_the_same_numbers_as_json() {
+        let training = preset_training(64);
+        let (model, architecture) = preset("0.1b", &training).expect("a preset");
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/cluster.toml");
+        let inventory = Inventory::load(&path).expect("the example");
+        let cluster = ClusterOptions::default();
+        let workload = Workload { architecture: &architecture, training: &training, cluster: &cluster };
+        let report = Report { model, cluster: Some(workload.plan_on(&inventory)) };
+        let text = report.to_string();
+        for part in [
+            "0.1b\n  parameters",
+            "(the paper prints ",
+            "  shards\n",
+            " on ",
+            "  step     ",
+            "  slowest node: ",
+            "  stage 0: layers 0 to ",
+            "  replicas of each expert: ",
+            "  what if\n    one more ",
+            "  cheapest to add: ",
+        ] {
+            assert!(text.contains(part), "{part}\n{text}");
+        }
+        let json = serde_json::to_value(&report).expect("JSON");
+        assert_eq!(json["name"], "0.1b");
+        assert_eq!(json["cluster"]["what_if"][0]["change"], "one more");
+        let stages = json["cluster"]["stages"].as_array().expect("stages");
+        assert_eq!(text.matches("  stage ").count(), stages.len());
+    }
+}

@@ -24,8 +24,8 @@ use volary_transport::Network;
 /// Run the supervisor of a run.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Nodes join with the access token in RUN_DIR/identity/node.token. Ctrl-C writes a checkpoint and ends the run. A restart with the
-same directory continues from the last checkpoint.
+Nodes join with the access token in RUN_DIR/identity/node.token. Ctrl-C writes a checkpoint and ends the run. \
+A restart with the same directory continues from the last checkpoint.
 
 Examples:
   volary supervisor examples/quickstart.toml --listen 127.0.0.1:7100 --dir runs/by-hand

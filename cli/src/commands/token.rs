@@ -2,6 +2,7 @@
 
 use super::operate;
 use crate::arguments::InvalidArgument;
+use crate::limits::LABEL_BYTES_MAX;
 use crate::output;
 use crate::units;
 use clap::ValueEnum;
@@ -11,15 +12,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use volary_protocol::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
 use volary_transport::{AccessRole, AccessTokenTerms};
 
-/// The longest label, in bytes.
-const LABEL_BYTES_MAX: usize = 256;
-
 /// Create, list and revoke access tokens of a running supervisor.
 #[derive(clap::Args)]
 #[command(after_help = "\
-An access token is shown once, when it is created; the supervisor keeps a hash of it. A node exchanges its access token for a
-certificate, which it renews. A revoked access token admits no more nodes, but certificates stay valid: to remove a node, use
-`volary drain`.
+An access token is shown once, when it is created; the supervisor keeps a hash of it. A node exchanges its \
+access token for a certificate, which it renews. A revoked access token admits no more nodes, but certificates \
+stay valid: to remove a node, use `volary drain`.
 
 Examples:
   volary token create --ttl 1h --uses 4 > node.token
@@ -182,10 +180,48 @@ impl fmt::Display for TokenList<'_> {
                 None => write!(f, ", unlimited uses")?,
                 Some(uses) => write!(f, ", {uses} uses left")?,
             }
-            let labels: Vec<String> =
-                token.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
-            writeln!(f, "  {}", labels.join(","))?;
+            for (number, (key, value)) in token.labels.iter().enumerate() {
+                write!(f, "{}{key}={value}", if number == 0 { "  " } else { "," })?;
+            }
+            writeln!(f)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_has_a_line_per_access_token_without_its_secret() {
+        let token = |id: &str, expires_unix_s, uses_left, labels| AccessTokenStatus {
+            id: id.into(),
+            role: AccessRole::Node,
+            created_unix_s: 0,
+            expires_unix_s,
+            uses_left,
+            labels,
+        };
+        let labels = vec![("zone".to_owned(), "rack-9".to_owned()), ("owner".to_owned(), "lab".to_owned())];
+        let tokens = [
+            token("a", None, None, Vec::new()),
+            token("b", Some(99), Some(0), labels),
+            token("c", Some(160), Some(2), Vec::new()),
+        ];
+        let lines = TokenList { tokens: &tokens, now_unix_s: 100 }.to_string();
+        assert_eq!(
+            lines,
+            "a  node      never expires, unlimited uses\nb  node      expired, 0 uses left  zone=rack-9,owner=lab\n\
+             c  node      expires in 60 s, 2 uses left\n"
+        );
+    }
+
+    #[test]
+    fn invalid_lifetimes_and_labels_are_refused_with_the_expected_form() {
+        assert_eq!(lifetime("0s").unwrap_err().to_string(), "expected a time greater than 0");
+        assert!(lifetime("soon").is_err() && lifetime("15m").is_ok());
+        assert!(label("x").is_err() && label("=y").is_err());
+        assert_eq!(label("zone=a"), Ok(("zone".into(), "a".into())));
     }
 }

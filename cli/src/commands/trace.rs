@@ -12,8 +12,8 @@ use volary_telemetry::{limits, render};
 /// Show the stored traces of a run.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Without --step or --token: a list of the stored traces. telemetry.sample_every determines the sampled steps; the step after a
-cluster change, recoveries, shard transfers and checkpoints are traced too.
+Without --step or --token: a list of the stored traces. telemetry.sample_every determines the sampled steps; \
+the step after a cluster change, recoveries, shard transfers and checkpoints are traced too.
 
 Examples:
   volary trace runs/quickstart                                   the list of traces

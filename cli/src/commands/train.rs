@@ -23,8 +23,9 @@ const SAMPLING: Sampling = Sampling { max_tokens: 60, temperature: 0.7, seed: 0,
 /// Train on this machine: a supervisor and N node processes.
 #[derive(clap::Args)]
 #[command(after_help = "\
-Ctrl-C writes a checkpoint and ends the run; --resume continues from the last checkpoint. A supervisor that dies restarts; a node
-that dies restarts only with --respawn. With --resume, events of completed steps happen at the start.
+Ctrl-C writes a checkpoint and ends the run; --resume continues from the last checkpoint. A supervisor that \
+dies restarts; a node that dies restarts only with --respawn. With --resume, events of completed steps happen \
+at the start.
 
 Examples:
   volary train examples/quickstart.toml --nodes 3

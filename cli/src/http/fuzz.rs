@@ -2,22 +2,18 @@
 
 use super::common_routes;
 use super::guard::{Guard, GuardArgs, Unauthorized, bearer, guard};
+use crate::limits::{FUZZ_BUFFER_BYTES, FUZZ_RESPONSE_MAX};
 use axum::Router;
 use axum::extract::Path;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::IntoResponse;
 use axum::routing::{get, post};
-use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex};
 
 /// The access token of a viewer.
 const TOKEN: &str = "volary1.good";
 /// The content that needs it.
 const SECRET: &str = "for viewers only";
-/// Bytes in flight.
-const BUFFER: usize = 1 << 16;
-/// The longest time of a response after the end of the request.
-const RESPONSE_MAX: Duration = Duration::from_secs(5);
 
 /// A listener with one connection.
 struct Once(Option<DuplexStream>);
@@ -65,7 +61,7 @@ fn routes() -> Router {
 pub fn fuzz_http(bytes: &[u8]) {
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
     let response = runtime.block_on(async {
-        let (mut peer, server) = duplex(BUFFER);
+        let (mut peer, server) = duplex(FUZZ_BUFFER_BYTES);
         let serving = tokio::spawn(async { axum::serve(Once(Some(server)), routes()).await });
         let mut response = Vec::new();
         let exchange = async {
@@ -74,7 +70,7 @@ pub fn fuzz_http(bytes: &[u8]) {
             let _ = peer.shutdown().await;
             let _ = peer.read_to_end(&mut response).await;
         };
-        let ended = tokio::time::timeout(RESPONSE_MAX, exchange).await;
+        let ended = tokio::time::timeout(FUZZ_RESPONSE_MAX, exchange).await;
         serving.abort();
         assert!(ended.is_ok(), "the server does not end with its peer");
         response

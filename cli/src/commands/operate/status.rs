@@ -55,3 +55,52 @@ impl fmt::Display for NodeText<'_> {
         if self.0.lanes.is_empty() { f.write_str("none") } else { f.write_str(&lanes(self.0)) }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use volary_core::machine::Activity;
+    use volary_core::{Epoch, Lane, Step};
+    use volary_protocol::operator::SupervisorStatus;
+
+    #[test]
+    fn a_status_is_a_line_for_the_run_and_one_for_each_node() {
+        let node = |name: &str, lanes: Vec<Lane>| NodeStatus {
+            name: name.into(),
+            pid: 7,
+            state: "member".into(),
+            device: "cpu".into(),
+            capacity: 1.25,
+            zone: String::new(),
+            shards: 17,
+            lanes,
+            links: Vec::new(),
+            http: None,
+        };
+        let status = Status {
+            run: "quickstart".into(),
+            epoch: Epoch(4),
+            step: Step(50),
+            steps: 200,
+            activity: Activity::Training,
+            checkpoint: Some(Step(40)),
+            load: Vec::new(),
+            loss: Some(3.25),
+            tokens_per_second: Some(5000.0),
+            predicted_step_ms: 0.0,
+            supervisor: SupervisorStatus { pid: 2, address: "127.0.0.1:1".into() },
+            nodes: vec![node("node-1", vec![Lane(0), Lane(2)]), node("node-2", Vec::new())],
+            shards: Vec::new(),
+            events: vec!["{\"event\":\"joined\"}".into()],
+        };
+        assert_eq!(
+            StatusText(&status).to_string(),
+            "quickstart: training, step 50 of 200, epoch 4\n  loss 3.2500, 5000 tokens/s\n  \
+             supervisor: process 2 at 127.0.0.1:1\n  checkpoint: step 40\n  \
+             node-1: member on cpu, process 7, capacity 1.25, 17 shards, lanes 0 2\n  \
+             node-2: member on cpu, process 7, capacity 1.25, 17 shards, lanes none\n"
+        );
+        let json = to_json(&status).expect("JSON");
+        assert_eq!(json["events"][0]["event"], "joined");
+    }
+}

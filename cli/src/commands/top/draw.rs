@@ -2,6 +2,7 @@
 
 use super::View;
 use crate::commands::operate::status::{activity, lanes};
+use crate::limits::TOP_LAYERS_SHOWN;
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
 use ratatui::style::{Color, Style, Stylize};
@@ -9,14 +10,11 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Gauge, List, Paragraph, Row, Sparkline, Table};
 use volary_protocol::operator::Status;
 
-/// Rows of the load table.
-const LAYERS_SHOWN: usize = 16;
-
 /// Draws the view.
 pub(super) fn draw(frame: &mut Frame<'_>, view: &View) {
     let Some(status) = &view.status else { return };
     let nodes = status.nodes.len() as u16 + 3;
-    let layers = status.load.len().min(LAYERS_SHOWN) as u16 + 2;
+    let layers = status.load.len().min(TOP_LAYERS_SHOWN) as u16 + 2;
     let rows = [
         Constraint::Length(1),
         Constraint::Length(1),
