@@ -2,6 +2,7 @@
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "tests")]
 
 use std::time::Duration;
+use volary_core::Step;
 use volary_transport::loopback::probe_frame;
 use volary_transport::memory::{Faults, faulty_pair, pair};
 use volary_transport::{
@@ -177,10 +178,10 @@ async fn every_nth_frame_is_lost_and_no_control_message() {
     let mut inbound = right.serve();
     switch.set(Faults { drop: 2, ..Faults::default() });
     for step in 1..=4 {
-        left.send(Frame { step, ..probe_frame(1) }).await.unwrap();
+        left.send(Frame { step: Step(step), ..probe_frame(1) }).await.unwrap();
     }
-    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(1));
-    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(3));
+    assert_eq!(next(&mut inbound).await.frame.step, Step(1));
+    assert_eq!(next(&mut inbound).await.frame.step, Step(3));
     switch.set(Faults { drop: 1, ..Faults::default() });
     assert!(left.request_within(probe_frame(1), Duration::from_millis(20)).await.is_err());
     let ((mut sender, _), (_, mut receiver)) = (left.take_control().unwrap(), right.take_control().unwrap());
@@ -194,11 +195,11 @@ async fn a_delayed_frame_does_not_block_later_ones() {
     let mut inbound = right.serve();
     switch.set(Faults { delay_ms: 200, ..Faults::default() });
     let start = std::time::Instant::now();
-    left.send(Frame { step: volary_core::Step(1), ..probe_frame(1) }).await.unwrap();
+    left.send(Frame { step: Step(1), ..probe_frame(1) }).await.unwrap();
     switch.set(Faults::default());
-    left.send(Frame { step: volary_core::Step(2), ..probe_frame(1) }).await.unwrap();
-    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(2));
-    assert_eq!(next(&mut inbound).await.frame.step, volary_core::Step(1));
+    left.send(Frame { step: Step(2), ..probe_frame(1) }).await.unwrap();
+    assert_eq!(next(&mut inbound).await.frame.step, Step(2));
+    assert_eq!(next(&mut inbound).await.frame.step, Step(1));
     assert!(start.elapsed() >= Duration::from_millis(199), "{:?}", start.elapsed());
 }
 

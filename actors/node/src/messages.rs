@@ -95,7 +95,7 @@ pub(crate) type Loss<B> = (f64, Option<<B as Compute>::Tensor>);
 pub(crate) enum DenseMsg<B: Compute> {
     /// Token ids to the residual stream, `[sequences, sequence_length, hidden]`.
     Embed { tokens: Arc<Vec<u32>>, meter: Meter, reply: Reply<B::Tensor> },
-    /// The residual stream to the loss and its gradient.
+    /// The residual stream, `[sequences, sequence_length, hidden]`, to the loss and its gradient.
     Loss {
         at: LaneStep,
         x: B::Tensor,
@@ -104,11 +104,11 @@ pub(crate) enum DenseMsg<B: Compute> {
         meter: Meter,
         reply: Reply<Loss<B>>,
     },
-    /// The gradient of the embedded input: the last call of a lane.
+    /// The gradient of the embedded input, shaped as it: the last call of a lane.
     EmbedBackward { at: LaneStep, dx: B::Tensor, tokens: Arc<Vec<u32>>, meter: Meter, reply: Reply<()> },
-    /// A layer forward.
+    /// A layer forward, from and to `[sequences, sequence_length, hidden]`.
     Forward { at: LaneStep, x: B::Tensor, train: bool, meter: Meter, reply: Reply<B::Tensor> },
-    /// A layer backward.
+    /// A layer backward: the gradient of the output to that of the input, shaped as in `Forward`.
     Backward { at: LaneStep, dy: B::Tensor, meter: Meter, reply: Reply<B::Tensor> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
@@ -116,15 +116,16 @@ pub(crate) enum DenseMsg<B: Compute> {
 
 /// A layer's output, with the statistics of its gate.
 pub(crate) struct Routed<B: Compute> {
+    /// `[sequences, sequence_length, hidden]`.
     pub(crate) y: B::Tensor,
     pub(crate) stats: MoeLayerStats,
 }
 
 /// To a router.
 pub(crate) enum RouterMsg<B: Compute> {
-    /// Gate, dispatch, combine.
+    /// Gate, dispatch, combine, from and to `[sequences, sequence_length, hidden]`.
     Forward { at: LaneStep, x: B::Tensor, train: bool, trace: TraceContext, reply: Reply<Routed<B>> },
-    /// The same in reverse.
+    /// The same in reverse: the gradient of the output to that of the input.
     Backward { at: LaneStep, dy: B::Tensor, trace: TraceContext, reply: Reply<B::Tensor> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
@@ -134,7 +135,7 @@ pub(crate) enum RouterMsg<B: Compute> {
 pub(crate) enum ExpertMsg<B: Compute> {
     /// A lane's rows forward, `[rows, hidden]`; there may be none.
     Forward { at: LaneStep, x: B::Tensor, train: bool, meter: Meter, reply: Reply<B::Tensor> },
-    /// The gradient of the output; the gradient of the input is the reply.
+    /// The gradient of the output, `[rows, hidden]`; that of the input is the reply.
     Backward { at: LaneStep, dy: B::Tensor, meter: Meter, reply: Reply<B::Tensor> },
     /// The expert's own, after a backward call: what the lane's weight gradient needs.
     BackwardDone { at: LaneStep, saved: B::Saved },

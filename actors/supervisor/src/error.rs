@@ -24,7 +24,7 @@ pub enum Error {
         /// The lane.
         lane: volary_core::Lane,
         /// The reason.
-        source: volary_data::Error,
+        source: Box<volary_data::Error>,
     },
     /// A file that the options name cannot be used.
     #[error("{}: {reason}", path.display())]

@@ -297,14 +297,15 @@ impl Durations {
 mod tests {
     use super::*;
     use volary_core::schedule::Update;
+    use volary_core::{Epoch, Step};
 
     #[test]
     fn a_commit_updates_the_metrics() {
         let metrics = SupervisorMetrics::new();
         let update = Update { rate: 0.01, scale: 1.0, apply: false };
         let committed = Committed {
-            step: 7,
-            epoch: 3,
+            step: Step(7),
+            epoch: Epoch(3),
             loss: 2.5,
             aux_loss: 1.1,
             gate_entropy: 1.3,

@@ -172,7 +172,7 @@ impl<B: Compute> ReducerState<B> {
             if !targets.is_empty() || !learners.is_empty() {
                 match to_frame(backend, kind, epoch, step, &sum, value.as_ref()) {
                     Ok(frame) => {
-                        runtime.spawn(teach(Arc::clone(&node), learners, frame.clone()));
+                        runtime.spawn(update_learners(Arc::clone(&node), learners, frame.clone()));
                         runtime.spawn(deliver(node, agent, targets, frame));
                     }
                     Err(error) => notify(&agent, NodeMsg::Failed { epoch, error }),
@@ -244,7 +244,7 @@ fn to_frame<B: Compute>(
 
 /// Sends a root to learners. One that cannot be reached holds up nobody: the supervisor decides what
 /// becomes of it.
-async fn teach<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Frame) {
+async fn update_learners<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Frame) {
     for learner in &learners {
         if let Err(error) = node.peers.send(learner, frame.clone()).await {
             tracing::debug!(%learner, %error, "a gradient did not reach a learner");

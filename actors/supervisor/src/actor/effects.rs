@@ -73,7 +73,8 @@ impl SupervisorState {
                     Pass::Train => self.dataset.lane(*step, *lane),
                     Pass::Validate { round } => self.dataset.validation(*round, *lane),
                 };
-                *tokens = read.map_err(|source| Error::Tokens { step: *step, lane: *lane, source })?;
+                *tokens =
+                    read.map_err(|e| Error::Tokens { step: *step, lane: *lane, source: Box::new(e) })?;
             }
         }
         let trace = self.telemetry.traces.sent(&command, &self.dataset);

@@ -13,7 +13,7 @@ use volary_protocol::operator::{
 };
 
 /// What becomes of a request.
-enum Disposition {
+enum Handling {
     /// It is answered at once.
     Answer(OperatorReply),
     /// It becomes an event, and is answered when that has its effect.
@@ -26,27 +26,27 @@ impl SupervisorState {
         request: OperatorRequest,
         reply: RpcReplyPort<OperatorReply>,
     ) -> Result<()> {
-        match self.dispose(&request) {
-            Disposition::Answer(answer) => {
+        match self.handling(&request) {
+            Handling::Answer(answer) => {
                 respond(reply, answer);
                 Ok(())
             }
-            Disposition::Event(event) => {
+            Handling::Event(event) => {
                 self.pending_requests.push((request, reply));
                 self.on_event(event).await
             }
         }
     }
 
-    fn dispose(&self, request: &OperatorRequest) -> Disposition {
-        let failed = |reason: String| Disposition::Answer(OperatorReply::Failed { reason });
+    fn handling(&self, request: &OperatorRequest) -> Handling {
+        let failed = |reason: String| Handling::Answer(OperatorReply::Failed { reason });
         match request {
-            OperatorRequest::Status => Disposition::Answer(OperatorReply::Status(Box::new(self.status()))),
+            OperatorRequest::Status => Handling::Answer(OperatorReply::Status(Box::new(self.status()))),
             OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
-                Disposition::Answer(OperatorReply::Done { step: self.machine.committed() })
+                Handling::Answer(OperatorReply::Done { step: self.machine.committed() })
             }
-            OperatorRequest::Checkpoint => Disposition::Event(Event::CheckpointRequested),
-            OperatorRequest::Stop => Disposition::Event(Event::StopRequested),
+            OperatorRequest::Checkpoint => Handling::Event(Event::CheckpointRequested),
+            OperatorRequest::Stop => Handling::Event(Event::StopRequested),
             OperatorRequest::Drain { node } => {
                 let node = NodeId::new(node);
                 match self.sessions.get(&node) {
@@ -58,7 +58,7 @@ impl SupervisorState {
                     Some(session) if session.is_joining() => {
                         failed(format!("{node} has not joined yet: it is measuring itself"))
                     }
-                    Some(_) => Disposition::Event(Event::DrainRequested { node }),
+                    Some(_) => Handling::Event(Event::DrainRequested { node }),
                 }
             }
             OperatorRequest::AccessTokenCreate { .. }

@@ -45,27 +45,27 @@ impl Session {
 /// The connected nodes.
 #[derive(Default)]
 pub(super) struct Sessions {
-    sessions: BTreeMap<NodeId, Session>,
+    by_node: BTreeMap<NodeId, Session>,
     /// Nodes that were released, until their links end.
     released: BTreeSet<NodeId>,
 }
 
 impl Sessions {
     pub(super) fn get(&self, node: &NodeId) -> Option<&Session> {
-        self.sessions.get(node)
+        self.by_node.get(node)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&NodeId, &Session)> {
-        self.sessions.iter()
+        self.by_node.iter()
     }
 
     /// A node's session, if this is its current one.
     pub(super) fn current(&mut self, id: &SessionId) -> Option<&mut Session> {
-        self.sessions.get_mut(&id.node).filter(|session| session.number == id.number)
+        self.by_node.get_mut(&id.node).filter(|session| session.number == id.number)
     }
 
     pub(super) fn send_to_all(&self, message: &ToNode) {
-        self.sessions.values().for_each(|session| session.send(message.clone()));
+        self.by_node.values().for_each(|session| session.send(message.clone()));
     }
 
     /// A node that was released leaves once its link ends.
@@ -74,12 +74,12 @@ impl Sessions {
     }
 
     pub(super) fn clear(&mut self) {
-        self.sessions.clear();
+        self.by_node.clear();
     }
 
     /// Closes a node's link, and returns when its last message came.
     fn disconnect(&mut self, node: &NodeId, reason: &str) -> Option<Instant> {
-        let session = self.sessions.remove(node)?;
+        let session = self.by_node.remove(node)?;
         session.link.close(reason);
         Some(session.last_message)
     }
@@ -105,7 +105,7 @@ impl SupervisorState {
         let profile = info.profile.clone();
         let (links, last_message) = (Vec::new(), Instant::now());
         let session = Session { info, number, messages, link, links, last_message, joining };
-        self.sessions.sessions.insert(node.clone(), session);
+        self.sessions.by_node.insert(node.clone(), session);
         match profile {
             Some(profile) => self.on_measured(SessionId { node, number }, Box::new(profile)).await,
             None => Ok(()),
@@ -155,7 +155,7 @@ impl SupervisorState {
         }
         let node = id.node;
         if self.sessions.released.remove(&node) {
-            self.sessions.sessions.remove(&node);
+            self.sessions.by_node.remove(&node);
             let step = self.machine.committed();
             self.answer(&OperatorRequest::Drain { node: node.0 }, &OperatorReply::Done { step });
             return Ok(());
