@@ -13,7 +13,7 @@
 //! | `layers` | the layers as functions on tensors |
 //! | [`limits`] | bounds |
 //! | `optimizer` | Adafactor and AdamW |
-//! | [`reference`] | the whole model in one autograd graph |
+//! | [`mod@reference`] | the whole model in one autograd graph |
 //! | `weights` | the parameters and optimizer state of a shard, and their stored form |
 
 pub mod device;
