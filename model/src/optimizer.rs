@@ -31,8 +31,8 @@ pub(crate) fn update(
     }
 }
 
-/// The decay of the second moment at `step` (Adafactor, section 7): the bias-corrected form of a constant `b`,
-/// `b (1 - b^(t-1)) / (1 - b^t)`, or else `1 - t^-0.8`.
+/// The decay of the second moment at `step` (Adafactor, section 7): the bias-corrected form of a constant
+/// `b`, `b (1 - b^(t-1)) / (1 - b^t)`, or else `1 - t^-0.8`.
 pub(crate) fn decay(beta2: Option<f64>, step: Step) -> f64 {
     let t = step.0.max(1) as f64;
     match beta2 {
