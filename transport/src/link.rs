@@ -112,8 +112,8 @@ impl Link {
     /// Sends a frame and waits for the reply on the same stream.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when the frame exceeds a limit or the reply is malformed, [`Error::Connection`]
-    /// when the link is closed.
+    /// [`Error::TooLarge`] when the frame exceeds a bound, [`Error::Malformed`] when the reply is malformed,
+    /// [`Error::Connection`] when the link is closed.
     pub async fn request(&self, frame: Frame) -> Result<Frame> {
         self.wire.request(frame.encode()?).await
     }

@@ -145,9 +145,9 @@ async fn an_oversized_or_inconsistent_frame_is_never_sent(left: Link, right: Lin
     let Frame { parts, .. } = probe_frame(8);
     let inconsistent = Part { shape: vec![9], ..parts[0].clone() };
     let frame = Frame { kind: FrameKind::Probe, parts: vec![inconsistent], ..probe_frame(0) };
-    assert!(matches!(left.send(frame.clone()).await, Err(Error::Malformed { .. })));
+    assert!(matches!(left.send(frame.clone()).await, Err(Error::TooLarge(_))));
     let too_many = Frame { parts: vec![probe_frame(0).parts[0].clone(); 4097], ..frame };
-    assert!(matches!(left.request(too_many).await, Err(Error::Malformed { .. })));
+    assert!(matches!(left.request(too_many).await, Err(Error::TooLarge(_))));
     let mut inbound = right.serve();
     left.send(probe_frame(1)).await.unwrap();
     assert_eq!(next(&mut inbound).await.frame, probe_frame(1));
