@@ -24,25 +24,25 @@
 //! durable before its manifest. Removal takes the reverse order.
 //!
 //! ```
-//! use volary_core::ShardId;
+//! use volary_core::{Epoch, LayerId, ShardId, Step};
 //! use volary_storage::{BlobStore, CheckpointReader, Checkpoints, Digest, RunDir, Store};
 //!
 //! let directory = tempfile::tempdir()?;
 //! let run = RunDir::create(directory.path().join("run"))?;
 //! let store = Store::open(&run)?;
-//! store.commit(1, &"the committed state of step 1")?;
+//! store.commit(Step(1), &"the committed state of step 1")?;
 //!
 //! let checkpoints = Checkpoints::open(&run, store.clone(), BlobStore::open(run.blobs())?)?;
-//! let shards = [ShardId::Embedding, ShardId::Dense { layer: 0 }];
-//! let pending = checkpoints.begin(1, 1, Digest::of(b"configuration"), shards);
+//! let shards = [ShardId::Embedding, ShardId::Dense { layer: LayerId(0) }];
+//! let pending = checkpoints.begin(Step(1), Epoch(1), Digest::of(b"configuration"), shards);
 //! pending.add(ShardId::Embedding, &[0; 8])?;
-//! pending.add(ShardId::Dense { layer: 0 }, &[1; 8])?;
+//! pending.add(ShardId::Dense { layer: LayerId(0) }, &[1; 8])?;
 //! pending.complete()?;
 //!
 //! // Another process reads by the manifests, without access to the database.
 //! let reader = CheckpointReader::open(&run)?;
 //! let latest = reader.latest()?.expect("a checkpoint");
-//! assert_eq!((latest.step, latest.bytes()), (1, 16));
+//! assert_eq!((latest.step, latest.bytes()), (Step(1), 16));
 //! assert_eq!(reader.read(latest.step, ShardId::Embedding)?, [0; 8]);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
