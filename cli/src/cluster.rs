@@ -32,7 +32,7 @@ pub struct LaunchOptions {
     pub zones: Vec<String>,
     /// Whether a node that dies restarts.
     pub respawn: bool,
-    /// The address of the dashboard; any free port of this machine when left out.
+    /// The address of the dashboard; by default any free port of this machine.
     pub http: Option<String>,
     /// Whether the dashboard and the nodes' metrics are served.
     pub serves_http: bool,

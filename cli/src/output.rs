@@ -43,7 +43,7 @@ fn write(to: &mut impl Write, value: &impl Display) -> io::Result<()> {
     to.flush()
 }
 
-/// Writes a line to standard error. Nobody depends on it: a run continues when its terminal is closed.
+/// Writes a line to standard error. Its failure is ignored: a run continues when its terminal is closed.
 pub fn note(value: impl Display) {
     let _ = writeln!(io::stderr().lock(), "{value}");
 }

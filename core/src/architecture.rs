@@ -52,7 +52,7 @@ pub struct Architecture {
     /// Experts in each MoE layer (E); 0 makes every layer dense.
     #[serde(default)]
     pub experts: usize,
-    /// Width of one expert; `feed_forward` when left out, as in the paper.
+    /// Width of one expert; by default `feed_forward`, as in the paper.
     #[serde(default)]
     pub expert_hidden: Option<usize>,
     /// Whether the first of each pair of layers is the MoE one, as in the public layers; otherwise the

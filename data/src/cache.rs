@@ -100,7 +100,7 @@ pub(crate) struct Partial {
 }
 
 impl Partial {
-    /// Creates one in `folder`, and removes those there that nobody has touched for `abandoned` or longer.
+    /// Creates one in `folder`, and removes those there that were not modified for `abandoned` or longer.
     pub(crate) fn create(folder: &Path, abandoned: Duration) -> Result<Self, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);

@@ -84,7 +84,7 @@ fn peer_name(role: &PeerRole) -> &str {
     role.name().unwrap_or("operator")
 }
 
-/// Places for connections that are not admitted yet: anybody can dial a supervisor, so their memory is
+/// Places for connections that are not admitted yet: any host can dial a supervisor, so their memory is
 /// bounded.
 #[derive(Clone, Debug)]
 pub(crate) struct Places(Arc<Semaphore>);

@@ -62,7 +62,7 @@ pub(crate) enum Error {
     /// A shard is on this node at another version.
     #[error("{shard} is at step {version}, expected step {wanted}")]
     WrongVersion { shard: ShardId, version: Step, wanted: Step },
-    /// The placement gives nobody for a shard.
+    /// The placement assigns no node to a shard.
     #[error("{shard} has no holder")]
     NoHolder { shard: ShardId },
     /// A backward call without its forward call.

@@ -19,9 +19,9 @@ pub struct NodeOptions {
     pub supervisor_host: Option<String>,
     /// A node's access token.
     pub token: AccessToken,
-    /// The wanted name; the supervisor chooses one when left out.
+    /// The requested name; by default the supervisor assigns one.
     pub name: Option<String>,
-    /// The address on which peers reach it; when left out, this machine's address towards the supervisor
+    /// The address on which peers reach it; by default this machine's address towards the supervisor
     /// and any port.
     pub listen: Option<SocketAddr>,
     /// Its device, as `cpu` or `cuda:0`.

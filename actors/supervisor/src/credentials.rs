@@ -1,7 +1,7 @@
 //! Who is admitted: the run's access tokens, and the certificates issued for them.
 //!
 //! Access tokens are stored as hashes and compared in constant time. A certificate is known by its SHA-256
-//! hash. One that is unknown, expired, or revoked because its node was fenced or has left admits nobody:
+//! hash. One that is unknown, expired, or revoked because its node was fenced or has left is rejected:
 //! its node joins again, with its access token if that is still valid.
 
 use crate::run_files::unix_ms;

@@ -14,7 +14,7 @@ pub struct Event {
     pub json: Arc<str>,
 }
 
-/// Publishes events to subscribers. A slow subscriber misses events, and holds up nobody.
+/// Publishes events to subscribers. A slow subscriber misses events and delays no other.
 #[derive(Clone, Debug)]
 pub struct EventStream(broadcast::Sender<Event>);
 

@@ -28,7 +28,7 @@ pub struct SupervisorOptions {
     /// Its metrics.
     pub metrics: Arc<SupervisorMetrics>,
     /// A folder with an authority created elsewhere (`ca.crt`, `ca.key`) and access tokens (`join-token`,
-    /// and optionally `operator-token`); the run's own authority when left out.
+    /// and optionally `operator-token`); by default the run's own authority.
     pub identity: Option<PathBuf>,
     /// The lifetime of node certificates; nodes renew them at half of it.
     pub certificate_lifetime: Duration,

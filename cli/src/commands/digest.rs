@@ -17,7 +17,7 @@ Examples:
 pub struct Args {
     /// The run's directory.
     run_dir: PathBuf,
-    /// The step of the checkpoint; the newest one when left out.
+    /// The step of the checkpoint; by default the newest one.
     #[arg(long)]
     step: Option<u64>,
 }

@@ -33,7 +33,7 @@ pub struct Args {
     /// The seed of sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The step of the checkpoint; the newest one when left out.
+    /// The step of the checkpoint; by default the newest one.
     #[arg(long)]
     step: Option<u64>,
     /// Device: auto, cpu or cuda:N.

@@ -39,27 +39,27 @@ pub struct Args {
     /// Device: auto, cpu or cuda:N.
     #[arg(long, default_value = "auto")]
     device: String,
-    /// Compute threads; all cores when left out, one on a GPU.
+    /// Compute threads; by default all cores, one on a GPU.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// The node's name; the supervisor assigns one when left out.
+    /// The node's name; by default the supervisor assigns one.
     #[arg(long)]
     name: Option<String>,
-    /// Memory limit, e.g. 8GiB; when left out, nine tenths of the free memory of the GPU, or of the machine
+    /// Memory limit, e.g. 8GiB; by default nine tenths of the free memory of the GPU, or of the machine
     /// and its control group.
     #[arg(long, value_name = "SIZE")]
     memory: Option<Size>,
     /// Failure domain of this node: a rack, a data center, a spot pool. Replicas are spread over zones.
     #[arg(long, default_value = "", env = "VOLARY_ZONE", value_parser = zone)]
     zone: String,
-    /// The address for peers; when left out, the local address that reaches the supervisor, and any free
+    /// The address for peers; by default the local address that reaches the supervisor, and any free
     /// port.
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
     /// A file with a node's access token (or VOLARY_TOKEN).
     #[arg(long)]
     token_file: Option<PathBuf>,
-    /// The address of this node's metrics; localhost and any free port when left out.
+    /// The address of this node's metrics; by default localhost and any free port.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
     /// Serve no metrics.

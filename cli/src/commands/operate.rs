@@ -27,7 +27,7 @@ pub struct Args {
     /// The supervisor's address.
     #[arg(long, value_name = "ADDR")]
     supervisor: Option<String>,
-    /// A file with an operator's access token; RUN_DIR/identity/operator.token when left out.
+    /// A file with an operator's access token; by default RUN_DIR/identity/operator.token.
     #[arg(long)]
     token_file: Option<PathBuf>,
 }

@@ -42,7 +42,7 @@ pub struct Args {
     /// A TOML value for any key of the configuration.
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
-    /// The address of the dashboard and the metrics; localhost and port 7680, or a free one, when left out.
+    /// The address of the dashboard and the metrics; by default localhost and port 7680, or a free one.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
     /// A folder with an authority and access tokens (see `volary identity create`).

@@ -45,10 +45,10 @@ struct CreateArgs {
     /// The permission.
     #[arg(long, value_enum, default_value = "node")]
     role: RoleArg,
-    /// Lifetime, e.g. 90s, 15m, 1h or 7d; unlimited when left out.
+    /// Lifetime, e.g. 90s, 15m, 1h or 7d; by default unlimited.
     #[arg(long, value_name = "TIME", value_parser = lifetime)]
     ttl: Option<Duration>,
-    /// How many nodes may join with it; unlimited when left out.
+    /// How many nodes may join with it; by default unlimited.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     uses: Option<u32>,
     /// Labels. The label `zone` is the zone of nodes that join with the access token and have none.

@@ -35,10 +35,10 @@ Examples:
 pub struct Args {
     /// The configuration file.
     config: PathBuf,
-    /// Number of node processes; cluster.nodes of the configuration when left out.
+    /// Number of node processes; by default cluster.nodes of the configuration.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     nodes: Option<u16>,
-    /// Threads per node; the machine's cores divided by the nodes when left out.
+    /// Threads per node; by default the machine's cores divided by the nodes.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
     /// Device of each node: auto, cpu or cuda:N.
@@ -53,7 +53,7 @@ pub struct Args {
     /// A TOML value for any key of the configuration.
     #[arg(long, value_name = "KEY.PATH=VALUE")]
     set: Vec<String>,
-    /// The run's directory; runs/NAME when left out, or runs/NAME-2 and so on if that exists.
+    /// The run's directory; by default runs/NAME, or runs/NAME-2 and so on if that exists.
     #[arg(long)]
     dir: Option<PathBuf>,
     /// Continue from the last checkpoint of the directory.
@@ -65,7 +65,7 @@ pub struct Args {
     /// Restart a node that ends unexpectedly, under its name.
     #[arg(long)]
     respawn: bool,
-    /// The address of the dashboard; localhost and port 7680, or a free one, when left out.
+    /// The address of the dashboard; by default localhost and port 7680, or a free one.
     #[arg(long, value_name = "ADDR")]
     http: Option<String>,
     /// Serve no dashboard and no metrics.

@@ -79,7 +79,7 @@ impl SupervisorConnector {
         deadline: Instant,
     ) -> Result<Connected, ProcessError> {
         loop {
-            // While the supervisor was away nobody could renew the certificate.
+            // The certificate could not be renewed without the supervisor.
             if self.endpoint.identity()?.remaining().is_zero() {
                 drop(self.rejoin().await);
             }

@@ -121,7 +121,7 @@ async fn read_messages(
                 }
             }
             Ok(Some(ToNode::Revoked(hashes))) => endpoint.revoke(hashes),
-            // Nobody waits for a second certificate.
+            // No caller waits for a second certificate.
             Ok(Some(ToNode::Renewed(certificate))) => drop(renewed.try_send(certificate)),
             Ok(Some(ToNode::Welcome(_) | ToNode::NameInUse)) => {}
             Ok(None) => return "it ended the control stream".to_owned(),

@@ -242,7 +242,7 @@ fn to_frame<B: Compute>(
     Ok(frames::frame(kind, epoch, step, sum, tensors)?)
 }
 
-/// Sends a root to learners. One that cannot be reached holds up nobody: the supervisor decides what
+/// Sends a root to learners. An unreachable learner delays no other: the supervisor decides what
 /// becomes of it.
 async fn update_learners<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Frame) {
     for learner in &learners {

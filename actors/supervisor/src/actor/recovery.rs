@@ -24,7 +24,7 @@ impl Recovery {
         checkpoints.truncate_after(durable.unwrap_or_default())?;
         let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
         if nodes_are_gone {
-            // Nobody holds the weights of later steps: they run again.
+            // No node holds the weights of later steps: those steps run again.
             store.truncate_after(durable.unwrap_or_default())?;
             persistent.members.clear();
         }
