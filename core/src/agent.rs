@@ -7,7 +7,8 @@
 //! - **A-2** messages of another epoch change nothing; state of another timeline is dropped;
 //! - **A-3** the gradients of a prepared step stay until the next assignment says whether it was committed,
 //!   so that a journaled commit that was missed can be applied;
-//! - **A-4** a shard counts as held only at the version that every other held shard has.
+//! - **A-4** a shard counts as held only at the version that every other held shard has; a copy whose gradient
+//!   did not come in time is dropped and requested again.
 //!
 //! A node that enters a placement and applies one step:
 //!
@@ -92,6 +93,10 @@ pub struct Agent {
     /// Shards in memory, each with its version.
     shards: BTreeMap<ShardId, Step>,
     pending_copies: BTreeMap<ShardId, PendingCopy>,
+    /// The shards that this node learns, each with its holders.
+    sources: BTreeMap<ShardId, Vec<NodeId>>,
+    /// Shards that it learns and whose gradient of the prepared step is not here.
+    missed: BTreeSet<ShardId>,
     /// Shards to copy that are in memory since an earlier placement.
     already_here: Vec<ShardId>,
     prepared: Option<(Epoch, Step)>,
@@ -112,6 +117,8 @@ impl Agent {
             state: EpochState::Stopped,
             shards: BTreeMap::new(),
             pending_copies: BTreeMap::new(),
+            sources: BTreeMap::new(),
+            missed: BTreeSet::new(),
             already_here: Vec::new(),
             prepared: None,
             effects: Vec::new(),
@@ -161,6 +168,8 @@ impl Agent {
                 self.on_copied(shard, outcome)
             }
             Event::Done(message) => self.on_done(message),
+            Event::NotInstalled { shard, failure } => self.on_not_installed(shard, failure),
+            Event::NotApplied { failure } => self.on_not_applied(&failure),
             Event::Failed { epoch, failure } if epoch == self.epoch => self.failed(failure),
             Event::SupervisorLost => self.stop_working(),
             //
@@ -231,15 +240,16 @@ impl Agent {
             assignment.learn.iter().partition(|(shard, _)| self.shards.contains_key(shard));
         self.already_here = here.into_iter().map(|(shard, _)| *shard).collect();
         let pending = pending.into_iter();
-        self.pending_copies = pending
-            .map(|(shard, from)| (*shard, PendingCopy { from: from.clone(), ..PendingCopy::default() }))
-            .collect();
+        self.pending_copies = pending.map(|(shard, from)| (*shard, PendingCopy::new(from.clone()))).collect();
+        self.sources = assignment.learn.iter().cloned().collect();
+        self.missed.clear();
         let (epoch, version) = (self.epoch, self.version);
         let absent = |(shard, source): &&(ShardId, Source)| {
             *source == Source::Held && !self.shards.contains_key(shard)
         };
         if assignment.shards.iter().any(|entry| absent(&entry)) {
-            return self.push(Effect::Report(NodeReport::Behind { epoch, version }));
+            let reason = "it does not have all shards that it is to hold".to_owned();
+            return self.push(Effect::Report(NodeReport::Behind { epoch, version, reason }));
         }
         let wanted: Vec<_> = assignment
             .shards
@@ -276,7 +286,7 @@ impl Agent {
         self.push(Effect::Report(NodeReport::Ready { epoch }));
         let shards = std::mem::take(&mut self.already_here);
         if !shards.is_empty() {
-            self.push(Effect::Report(NodeReport::Learned { epoch, shards }));
+            self.learned(shards);
         }
         self.copy_more();
     }
@@ -308,10 +318,12 @@ impl Agent {
 
     fn on_done(&mut self, message: NodeReport) {
         match &message {
-            NodeReport::Prepared { epoch, step, .. }
+            NodeReport::Prepared { epoch, step, norms, .. }
                 if *epoch == self.epoch && *step == self.version.next() && self.is_ready() =>
             {
                 self.prepared = Some((*epoch, *step));
+                let here: BTreeSet<ShardId> = norms.iter().map(|(shard, _)| *shard).collect();
+                self.missed = self.sources.keys().filter(|shard| !here.contains(shard)).copied().collect();
             }
             NodeReport::Validated { epoch, .. } if *epoch == self.epoch => {}
             _ => return,
@@ -321,19 +333,33 @@ impl Agent {
 
     fn on_commit(&mut self, epoch: Epoch, step: Step, update: Update) {
         // A repeated commit changes nothing.
-        if self.prepared == Some((epoch, step)) && step == self.version.next() {
-            self.apply(epoch, step, update);
+        if step != self.version.next() {
+            return;
         }
+        if self.prepared == Some((epoch, step)) {
+            self.apply(epoch, step, update);
+        } else if !self.placement.is_member(&self.id) {
+            self.miss_step(step);
+        } else {
+            return;
+        }
+        let learned = self.sources.keys().filter(|shard| self.shards.contains_key(shard)).copied().collect();
+        self.learned(learned);
+        self.copy_more();
     }
 
     fn apply(&mut self, epoch: Epoch, step: Step, update: Update) {
+        self.drop_missed();
         let behind = self.shards.iter().filter(|(_, at)| at.next() == step);
         let shards: Vec<ShardId> = behind.map(|(shard, _)| *shard).collect();
         for shard in &shards {
             self.shards.insert(*shard, step);
         }
         let mut stash = Vec::new();
-        for (shard, pending) in self.pending_copies.iter_mut().filter(|(_, pending)| pending.requested) {
+        let missed = &self.missed;
+        let stashing =
+            |(shard, pending): &(&ShardId, &mut PendingCopy)| pending.requested && !missed.contains(*shard);
+        for (shard, pending) in self.pending_copies.iter_mut().filter(stashing) {
             stash.push(*shard);
             pending.stash.push_back(step);
             if pending.stash.len() > STASH_MAX {

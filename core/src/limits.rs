@@ -41,6 +41,17 @@ pub const IMMEDIATE_ATTEMPTS_MAX: u32 = 4;
 /// stops a planner that alternates between two placements.
 pub const REPLAN_ROUNDS_MAX: u32 = 16;
 
+/// Attempts at a step that follow each other at once; later ones wait.
+pub const PROMPT_ATTEMPTS_MAX: u32 = 3;
+/// The wait before the first attempt that waits, in milliseconds; each later one is twice as long.
+pub const RETRY_MS: u64 = 250;
+/// The longest wait between two attempts at a step or at the last checkpoint, in milliseconds.
+pub const RETRY_MAX_MS: u64 = 10_000;
+/// How long a commit waits for learners once all members are prepared, in milliseconds.
+pub const LEARNER_GRACE_MS: u64 = 500;
+/// Commits in one placement that a learner may miss before it is fenced.
+pub const LEARNER_MISSES_MAX: u32 = 3;
+
 /// Reports of unreachable nodes within one step that fence a node. A single report may be a death that is
 /// about to be noticed anyway.
 pub const REPORTS_MAX: u32 = 2;

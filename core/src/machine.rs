@@ -3,8 +3,8 @@
 //! [`Machine::handle`] takes one [`Event`] and returns the [`Effect`]s to carry out, in order. It has no
 //! clock and does no I/O; its counterpart on a node is [`crate::agent`]. Its tests cite its invariants:
 //!
-//! - **M-1** a step is committed once, and only when every member and learner of the placement holds its
-//!   whole gradient;
+//! - **M-1** a step is committed once, and only when every member of the placement holds its whole gradient.
+//!   A learner that has it not in time copies again;
 //! - **M-2** a commit is journaled before any node learns of it, and never undone while a copy of every shard
 //!   exists;
 //! - **M-3** a report of another epoch changes nothing;
@@ -29,6 +29,7 @@
 //!     cluster: ClusterOptions { nodes: 2, ..ClusterOptions::default() },
 //!     checkpoint: CheckpointOptions::default(),
 //!     validation: ValidationOptions { rounds: 0, ..ValidationOptions::default() },
+//!     stay: false,
 //! };
 //! let shards = settings.architecture.shards();
 //! let mut machine = Machine::new(settings, Restored::default());
@@ -104,14 +105,14 @@ mod suspicion;
 mod target;
 mod types;
 
-pub use types::{Activity, Committed, Effect, Event, Notice, PersistentState, Restored, Settings};
+pub use types::{Activity, Committed, Effect, Event, LossCause, Notice, PersistentState, Restored, Settings};
 
 use crate::ids::{NodeId, ShardId, Step, Timeline};
 use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::placement::Placement;
 use crate::profile::Profile;
 use balance::Balance;
-use state::{Checkpoint, Gathering, Node, Phase, Replan, Retry};
+use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Phase, Replan, Retry};
 use std::collections::{BTreeMap, BTreeSet};
 use suspicion::Suspicion;
 
@@ -126,6 +127,8 @@ pub struct Machine {
     /// The last commit, for nodes that missed it; none after going back.
     last: Option<LastCommit>,
     durable: Option<Step>,
+    /// The checkpoint whose bytes are known to be intact.
+    verified: Option<Step>,
     validated: Option<Step>,
     /// The nodes that hold each shard at version `committed`; empty while no node holds anything.
     holders: BTreeMap<ShardId, BTreeSet<NodeId>>,
@@ -135,9 +138,15 @@ pub struct Machine {
     retry: Retry,
     replan: Replan,
     checkpoint: Option<Checkpoint>,
+    /// Attempts at checkpoints so far.
+    checkpoint_attempts: u64,
     checkpoint_requested: bool,
     stopping: bool,
     suspicion: Suspicion,
+    /// Learners of this placement that have missed gradients.
+    learners_late: BTreeMap<NodeId, LateLearner>,
+    /// Nodes of this placement whose processes have ended.
+    gone: BTreeSet<NodeId>,
     balance: Balance,
     effects: Vec<Effect>,
 }
@@ -147,6 +156,8 @@ impl Machine {
     #[must_use]
     pub fn new(settings: Settings, restored: Restored) -> Self {
         let Restored { durable, last, persistent } = restored;
+        // A checkpoint may be newer than what the database kept of the journal.
+        let last = last.filter(|last| durable.is_none_or(|durable| last.step >= durable));
         let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
         // A cluster that was complete resumes with the nodes that return; a new one waits for all nodes it
         // wants.
@@ -159,16 +170,26 @@ impl Machine {
             committed: last.map(|last| last.step).max(durable).unwrap_or_default(),
             last,
             durable,
+            verified: None,
             validated: None,
             holders: BTreeMap::new(),
-            phase: Phase::Gathering(Gathering { wanted_nodes, awaited, shortage: None }),
+            phase: Phase::Gathering(Gathering {
+                wanted_nodes,
+                awaited,
+                shortage: None,
+                pause_ms: 0,
+                verifying: false,
+            }),
             idle_ms: 0,
             retry: Retry::default(),
             replan: Replan::default(),
             checkpoint: None,
+            checkpoint_attempts: 0,
             checkpoint_requested: false,
             stopping: false,
             suspicion: Suspicion::default(),
+            learners_late: BTreeMap::new(),
+            gone: BTreeSet::new(),
             balance: Balance::default(),
             effects: Vec::new(),
         }
@@ -251,10 +272,11 @@ impl Machine {
                 Event::LinkMeasured { node, bandwidth, round_trip_s } => {
                     self.record_link(&node, bandwidth, round_trip_s);
                 }
-                Event::Lost { node, reason } => self.on_lost(&node, &reason),
+                Event::Lost { node, cause, reason } => self.on_lost(&node, cause, &reason),
                 Event::Reported { node, message } => self.on_report(node, message),
-                Event::CheckpointStored { step } => self.on_checkpoint_stored(step),
-                Event::CheckpointFailed { step, reason } => self.on_checkpoint_failed(step, reason),
+                Event::CheckpointStored { attempt } => self.on_checkpoint_stored(attempt),
+                Event::CheckpointFailed { attempt, reason } => self.on_checkpoint_failed(attempt, reason),
+                Event::CheckpointVerified { intact } => self.on_checkpoint_verified(intact),
                 Event::CheckpointRequested => self.checkpoint_requested = true,
                 Event::DrainRequested { node } => self.on_drain(node),
                 Event::StopRequested => self.on_stop_requested(),
@@ -276,23 +298,25 @@ impl Machine {
             NodeReport::Validated { epoch, round, lanes } if epoch == current => {
                 self.on_validated(node, round, lanes)
             }
-            NodeReport::Learned { epoch, shards } if epoch == current => self.on_learned(&node, &shards),
+            NodeReport::Learned { epoch, version, shards } if epoch == current => {
+                self.on_learned(&node, version, &shards)
+            }
+            NodeReport::LearnerUnreached { epoch, node: learner, reason } if epoch == current => {
+                self.on_learner_unreached(&node, &learner, &reason)
+            }
             NodeReport::CannotLearn { epoch, reason } if epoch == current => {
                 self.on_cannot_learn(&node, reason)
             }
-            NodeReport::Behind { epoch, version } if epoch == current => {
-                let reason =
-                    format!("its state is at step {version}, and the run is at step {}", self.committed);
+            NodeReport::Behind { epoch, version, reason } if epoch == current => {
+                let committed = self.committed;
+                let reason = format!("its state is at step {version}, the run at step {committed}: {reason}");
                 self.fence(&node, &reason);
             }
             NodeReport::Failed { epoch, reason, fatal, suspect } if epoch == current => {
                 self.on_failed(&node, &reason, fatal, suspect)
             }
             // A checkpoint may outlive its epoch.
-            NodeReport::CheckpointFailed { step, reason } if self.is_writing_checkpoint(step) => {
-                self.effects.push(Effect::DropCheckpoint { step });
-                self.on_checkpoint_failed(step, format!("{node}: {reason}"));
-            }
+            NodeReport::CheckpointFailed { step, reason } => self.on_shard_not_stored(&node, step, &reason),
             // M-3.
             _ => {}
         }
@@ -301,14 +325,16 @@ impl Machine {
     fn on_stop_requested(&mut self) {
         self.stopping = true;
         match self.phase {
+            // Nobody is here to ask for what a checkpoint lacks. The journal has every step, and nodes that
+            // return to the next supervisor have the state.
+            Phase::Gathering(_) if self.nodes.is_empty() => self.end(Effect::Done),
             // Nothing is in flight. Otherwise the last commit is only in the nodes' memory, and waits for a
             // placement.
-            Phase::Gathering(_) | Phase::Placing { .. }
-                if self.durable.unwrap_or_default() == self.committed =>
-            {
+            Phase::Gathering(_) | Phase::Placing { .. } if self.is_durable() => {
                 self.checkpoint = None;
-                self.finish_when_durable();
+                self.finish(Finish::Complete);
             }
+            Phase::Finishing(Finish::Empty) => self.finish(Finish::Complete),
             Phase::Validating(_) => self.advance(),
             _ => {}
         }
@@ -321,9 +347,10 @@ impl Machine {
             self.mark_placement_dirty();
         }
         self.watch_checkpoint(ms);
+        self.pass_grace(ms);
         match self.phase {
             Phase::Gathering(_) => self.gather(),
-            Phase::Finishing | Phase::Done => {}
+            Phase::Finishing(_) | Phase::Done => {}
             _ if self.idle_ms >= self.settings.cluster.step_timeout_ms => {
                 let limit = self.settings.cluster.step_timeout_ms;
                 let reason = format!("step {} made no progress within {limit} ms", self.committed.next());

@@ -175,10 +175,12 @@ pub enum NodeReport {
         /// The measurements of the lanes.
         lanes: Vec<(Lane, LaneReport)>,
     },
-    /// Copied shards are in memory, at the version of the last commit.
+    /// Copied shards are in memory. Repeated after every commit that the node applies as a learner.
     Learned {
         /// The placement's number.
         epoch: Epoch,
+        /// Their version.
+        version: Step,
         /// The shards.
         shards: Vec<ShardId>,
     },
@@ -195,6 +197,8 @@ pub enum NodeReport {
         epoch: Epoch,
         /// The last step that the node applied.
         version: Step,
+        /// The reason.
+        reason: String,
     },
     /// An operator drains this node: it waits until it is released.
     LeaveRequested,
@@ -215,5 +219,14 @@ pub enum NodeReport {
         fatal: bool,
         /// The unreachable node, if that is the reason.
         suspect: Option<NodeId>,
+    },
+    /// A gradient did not reach a learner.
+    LearnerUnreached {
+        /// The placement's number.
+        epoch: Epoch,
+        /// The learner.
+        node: NodeId,
+        /// The reason.
+        reason: String,
     },
 }

@@ -28,8 +28,8 @@
 //!     extra_replicas: &BTreeMap::new(),
 //!     moves_max: usize::MAX,
 //!     previous: None,
-//! });
-//! assert_eq!(plan.short, None);
+//! })
+//! .expect("room for the model");
 //! let lanes = |member: &Member| plan.placement.lanes_of(&member.node).len();
 //! assert_eq!(members.each_ref().map(lanes), [2, 6]);
 //! ```
@@ -74,9 +74,11 @@ const WORTHWHILE: f64 = 0.8;
 /// The ratio of network time to compute time above which plans with fewer nodes are tried.
 const NETWORK_BOUND: f64 = 0.5;
 
-/// The placement with the shortest predicted step.
-#[must_use]
-pub fn plan(request: &Request<'_>) -> Plan {
+/// The placement with the shortest predicted step. It fits into the memory of every node.
+///
+/// # Errors
+/// The missing memory, where no placement fits.
+pub fn plan(request: &Request<'_>) -> Result<Plan, Shortage> {
     let costs = Costs::new(request.architecture, request.training);
     let mut candidates = Candidates::new(request.members);
     let present = request.previous.map_or(1, |placement| placement.stages.len().max(1));
@@ -90,19 +92,26 @@ pub fn plan(request: &Request<'_>) -> Plan {
             best = Some(Incumbent { stages: count, plan });
         }
     }
-    if let Some(best) = best {
-        return with_fewer_nodes(&mut candidates, &costs, request, best);
+    match best {
+        Some(best) => Ok(with_fewer_nodes(&mut candidates, &costs, request, best)),
+        None => Err(candidates.shortage(&costs, experts::least_replicas(request.architecture))),
     }
-    let short = Some(candidates.shortage(&costs, experts::least_replicas(request.architecture)));
+}
+
+/// A placement as if every node had enough memory, for a report on a cluster that is too small.
+#[must_use]
+pub fn plan_without_memory(request: &Request<'_>) -> Plan {
+    let costs = Costs::new(request.architecture, request.training);
+    let mut candidates = Candidates::new(request.members);
     candidates.ignore_memory();
     // One stage of all nodes cannot fail where memory does not count.
     let placement = attempt(&candidates, &costs, request, 1, false).unwrap_or_default();
-    Plan { short, ..predicted(placement, request, &costs) }
+    predicted(placement, request, &costs)
 }
 
 fn predicted(placement: Placement, request: &Request<'_>, costs: &Costs) -> Plan {
     let prediction = predict(&placement, request.members, costs);
-    Plan { placement, prediction, short: None }
+    Plan { placement, prediction }
 }
 
 /// The best plan so far, with its number of stages.

@@ -1,5 +1,6 @@
 //! Background copies of shards for a later placement.
 
+use super::types::PendingCopy;
 use super::{Agent, Effect, Failure};
 use crate::ids::{ShardId, Step};
 use crate::limits::{COPIES_IN_FLIGHT_MAX, COPY_ATTEMPTS_MAX};
@@ -36,7 +37,7 @@ impl Agent {
                 self.pending_copies.remove(&shard);
                 self.shards.insert(shard, at.max(self.version));
                 self.push(Effect::Install { shard, version: at, replay });
-                self.push(Effect::Report(NodeReport::Learned { epoch, shards: vec![shard] }));
+                self.learned(vec![shard]);
                 self.copy_more();
             }
             _ if attempts < COPY_ATTEMPTS_MAX => {
@@ -59,5 +60,58 @@ impl Agent {
                 }));
             }
         }
+    }
+
+    /// Reports copies that are in memory.
+    pub(super) fn learned(&mut self, shards: Vec<ShardId>) {
+        if !shards.is_empty() {
+            let (epoch, version) = (self.epoch, self.version);
+            self.push(Effect::Report(NodeReport::Learned { epoch, version, shards }));
+        }
+    }
+
+    /// Drops copies whose gradients of the step to apply are not here, and requests them again. A-4.
+    pub(super) fn drop_missed(&mut self) {
+        let missed: Vec<ShardId> =
+            self.missed.iter().filter(|shard| self.shards.contains_key(shard)).copied().collect();
+        self.drop_copies(missed);
+    }
+
+    /// A learner that was not prepared in time: the run goes on without it. A-4.
+    pub(super) fn miss_step(&mut self, step: Step) {
+        let copies: Vec<ShardId> = self.shards.keys().copied().collect();
+        self.drop_copies(copies);
+        // A copy under way may still come at this step or a later one.
+        self.pending_copies.values_mut().for_each(|pending| pending.stash.clear());
+        (self.version, self.prepared) = (step, None);
+    }
+
+    fn drop_copies(&mut self, shards: Vec<ShardId>) {
+        if shards.is_empty() {
+            return;
+        }
+        for shard in &shards {
+            self.shards.remove(shard);
+            if let Some(from) = self.sources.get(shard) {
+                self.pending_copies.insert(*shard, PendingCopy::new(from.clone()));
+            }
+        }
+        self.push(Effect::Release(shards));
+    }
+
+    /// A copied shard could not be installed: it is not here.
+    pub(super) fn on_not_installed(&mut self, shard: ShardId, failure: Failure) {
+        self.shards.remove(&shard);
+        let epoch = self.epoch;
+        let reason = format!("{shard}: {}", failure.reason);
+        self.push(Effect::Report(NodeReport::CannotLearn { epoch, reason }));
+    }
+
+    /// Some shards may be a step ahead of others: none of them counts as held any more.
+    pub(super) fn on_not_applied(&mut self, failure: &Failure) {
+        let (epoch, version) = (self.epoch, self.version.previous());
+        let all: Vec<ShardId> = std::mem::take(&mut self.shards).into_keys().collect();
+        self.push(Effect::Release(all));
+        self.push(Effect::Report(NodeReport::Behind { epoch, version, reason: failure.reason.clone() }));
     }
 }

@@ -3,7 +3,8 @@
 use super::*;
 use crate::ids::{ExpertId, LayerId};
 use crate::limits::COPY_ATTEMPTS_MAX;
-use crate::messages::LastCommit;
+use crate::messages::{LastCommit, Norm};
+use std::sync::Arc;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };
 const EXPERT: ShardId = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
@@ -37,8 +38,15 @@ impl Harness {
     }
 
     fn prepare(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
-        let (norms, lanes) = (Vec::new(), Vec::new());
-        self.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, lanes, speed: None }))
+        self.prepare_with(epoch, step, &[ShardId::Embedding, EXPERT])
+    }
+
+    /// Prepares a step with the gradients of these shards.
+    fn prepare_with(&mut self, epoch: Epoch, step: Step, shards: &[ShardId]) -> &[Effect] {
+        let norm = Norm { squared: 1.0, finite: true };
+        let norms = shards.iter().map(|shard| (*shard, norm)).collect();
+        let message = NodeReport::Prepared { epoch, step, norms, lanes: Vec::new(), speed: None };
+        self.handle(Event::Done(message))
     }
 
     fn commit(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
@@ -73,7 +81,7 @@ fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) ->
     };
     let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
     Assignment {
-        placement: std::sync::Arc::new(Placement {
+        placement: Arc::new(Placement {
             epoch,
             stages: vec![stage],
             members,
@@ -151,7 +159,7 @@ fn a_prepared_step_that_was_never_committed_is_dropped_and_the_state_stays() {
 fn a_node_that_missed_a_commit_reports_it_and_begins_nothing() {
     let mut harness = Harness::entered(Epoch(1), Step(0), &[]);
     harness.assign(assignment(Epoch(2), Step(2), Source::Held, &[]));
-    assert_eq!(harness.reports(), [&NodeReport::Behind { epoch: Epoch(2), version: Step(2) }]);
+    assert!(matches!(harness.reports()[..], [NodeReport::Behind { epoch: Epoch(2), version: Step(2), .. }]));
     assert!(harness.begin(Epoch(2), Step(3)).is_empty());
 }
 
@@ -190,7 +198,7 @@ fn a_copy_that_is_steps_behind_catches_up_with_its_stashed_gradients() {
     harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
     let install = Effect::Install { shard: EXPERT, version: Step(5), replay: vec![Step(6), Step(7)] };
     assert!(harness.effects.contains(&install), "{:?}", harness.effects);
-    assert_eq!(harness.reports(), [&NodeReport::Learned { epoch: Epoch(1), shards: vec![EXPERT] }]);
+    assert_eq!(harness.reports(), [&learned(Step(7))]);
     assert_eq!(harness.agent.shards().get(&EXPERT), Some(&Step(7)));
 }
 
@@ -210,4 +218,85 @@ fn a_copy_that_is_too_far_behind_is_requested_a_bounded_number_of_times() {
     }
     harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(0)) });
     assert!(matches!(harness.reports()[..], [NodeReport::CannotLearn { .. }]), "{:?}", harness.effects);
+}
+
+fn learned(version: Step) -> NodeReport {
+    NodeReport::Learned { epoch: Epoch(1), version, shards: vec![EXPERT] }
+}
+
+/// A learner in placement 1, which `member` and not this node is a member of, with a copy at step 5.
+fn learner() -> Harness {
+    let mut harness = Harness::new();
+    let mut assignment = assignment(Epoch(1), Step(5), Source::Initial, &[EXPERT]);
+    assignment.shards.clear();
+    let placement = Arc::make_mut(&mut assignment.placement);
+    placement.members = vec![id("member")];
+    placement.stages.clear();
+    harness.assign(assignment);
+    harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
+    assert_eq!(harness.reports(), [&learned(Step(5))]);
+    harness
+}
+
+#[test]
+fn a_learner_that_is_prepared_applies_the_step_and_says_that_it_still_has_its_copy() {
+    let mut harness = learner();
+    harness.begin(Epoch(1), Step(6));
+    harness.prepare(Epoch(1), Step(6));
+    assert_eq!(applied(harness.commit(Epoch(1), Step(6))), [Step(6)]);
+    assert_eq!(harness.reports(), [&learned(Step(6))]);
+}
+
+///
+#[test]
+fn a_learner_that_misses_a_step_drops_its_copy_and_copies_again() {
+    let mut harness = learner();
+    harness.begin(Epoch(1), Step(6));
+    let effects = harness.commit(Epoch(1), Step(6));
+    let copies = |effect: &Effect| matches!(effect, Effect::Copy { shard, .. } if *shard == EXPERT);
+    assert!(matches!(effects, [Effect::Release(_), copy] if copies(copy)), "{effects:?}");
+    assert!(harness.agent.shards().is_empty());
+    // It takes part in the next step, and learns the shard at a later version.
+    assert!(matches!(harness.begin(Epoch(1), Step(7)), [Effect::Run { .. }]));
+    harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(6)) });
+    assert_eq!(harness.reports(), [&learned(Step(6))]);
+}
+
+///
+#[test]
+fn a_member_without_the_gradient_of_a_shard_that_it_learns_applies_the_others_and_copies_again() {
+    let mut harness = Harness::entered(Epoch(1), Step(5), &[EXPERT]);
+    harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
+    harness.begin(Epoch(1), Step(6));
+    harness.prepare_with(Epoch(1), Step(6), &[ShardId::Embedding]);
+    harness.commit(Epoch(1), Step(6));
+    let effects = &harness.effects;
+    assert!(matches!(&effects[0], Effect::Release(shards) if shards == &[EXPERT]), "{effects:?}");
+    let only_embedding =
+        |effect: &Effect| matches!(effect, Effect::Apply { shards, .. } if shards == &[ShardId::Embedding]);
+    assert!(only_embedding(&effects[1]), "{effects:?}");
+    assert!(matches!(&effects[2], Effect::Copy { shard, .. } if *shard == EXPERT), "{effects:?}");
+}
+
+#[test]
+fn a_copy_that_cannot_be_installed_is_not_learned() {
+    let mut harness = Harness::entered(Epoch(1), Step(5), &[EXPERT]);
+    harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
+    // The shell stops at the failed effect: the report after it is not sent.
+    let failure = Failure { reason: "no memory".into(), fatal: false, suspect: None };
+    harness.handle(Event::NotInstalled { shard: EXPERT, failure });
+    assert!(matches!(harness.reports()[..], [NodeReport::CannotLearn { .. }]), "{:?}", harness.effects);
+    assert!(!harness.agent.shards().contains_key(&EXPERT));
+}
+
+#[test]
+fn a_node_that_could_not_apply_a_step_holds_nothing_any_more() {
+    let mut harness = Harness::entered(Epoch(1), Step(5), &[]);
+    harness.begin(Epoch(1), Step(6));
+    harness.prepare(Epoch(1), Step(6));
+    harness.commit(Epoch(1), Step(6));
+    let failure = Failure { reason: "no memory".into(), fatal: false, suspect: None };
+    harness.handle(Event::NotApplied { failure });
+    assert!(matches!(harness.reports()[..], [NodeReport::Behind { version: Step(5), .. }]));
+    assert!(harness.agent.resident_state().shards.is_empty());
 }

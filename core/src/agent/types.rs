@@ -16,6 +16,12 @@ pub(super) struct PendingCopy {
     pub(super) stash: VecDeque<Step>,
 }
 
+impl PendingCopy {
+    pub(super) fn new(from: Vec<NodeId>) -> Self {
+        Self { from, ..Self::default() }
+    }
+}
+
 /// A failure on a node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -51,6 +57,18 @@ pub enum Event {
     /// This node's part of a step is complete: every lane and, in training, the whole gradient of every
     /// shard.
     Done(NodeReport),
+    /// [`Effect::Install`] failed; the effects after it were not carried out.
+    NotInstalled {
+        /// The shard.
+        shard: ShardId,
+        /// Why.
+        failure: Failure,
+    },
+    /// [`Effect::Apply`] failed, maybe for some shards only; the effects after it were not carried out.
+    NotApplied {
+        /// Why.
+        failure: Failure,
+    },
     /// Another operation failed.
     Failed {
         /// The placement's number.

@@ -1,9 +1,8 @@
 //! When checkpoints are written, and the end of a run, which waits for its last one.
 
-use super::state::{Checkpoint, Phase};
+use super::state::{Checkpoint, Finish, Phase};
 use super::{Effect, Machine, Notice};
 use crate::ids::{NodeId, ShardId, Step};
-use crate::limits::ATTEMPTS_MAX;
 use crate::messages::NodeCommand;
 use std::collections::BTreeMap;
 
@@ -12,88 +11,146 @@ impl Machine {
     pub(super) fn checkpoint_if_due(&mut self, last: bool) {
         let every = self.settings.checkpoint.every;
         let due = self.checkpoint_requested || last || (every > 0 && self.committed.is_multiple_of(every));
-        let durable = self.durable == Some(self.committed) || self.committed == Step(0);
-        if !due || durable || self.checkpoint.is_some() {
-            return;
+        if due && !self.is_durable() && self.checkpoint.is_none() {
+            self.begin_checkpoint();
         }
+    }
+
+    /// Whether nothing is committed after the last durable checkpoint.
+    pub(super) fn is_durable(&self) -> bool {
+        self.committed == self.durable.unwrap_or_default()
+    }
+
+    fn begin_checkpoint(&mut self) {
         self.checkpoint_requested = false;
         let (epoch, step) = (self.placement.epoch, self.committed);
-        self.checkpoint = Some(Checkpoint { step, elapsed_ms: 0 });
-        let shards = self.settings.architecture.shards();
-        let mut senders: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
-        for &shard in &shards {
-            if let Some(owner) = self.placement.owner(shard) {
-                senders.entry(owner.clone()).or_default().push(shard);
-            }
+        self.checkpoint_attempts += 1;
+        let attempt = self.checkpoint_attempts;
+        let shards = self.settings.architecture.shards().into_iter();
+        let senders: BTreeMap<ShardId, NodeId> =
+            shards.filter_map(|shard| Some((shard, self.checkpoint_sender(shard)?))).collect();
+        let mut commands: BTreeMap<NodeId, Vec<ShardId>> = BTreeMap::new();
+        for (&shard, node) in &senders {
+            commands.entry(node.clone()).or_default().push(shard);
         }
-        self.effects.push(Effect::OpenCheckpoint { step, epoch, shards });
-        for (node, shards) in senders {
+        let nodes = commands.keys().cloned().collect();
+        self.checkpoint = Some(Checkpoint { attempt, step, senders: nodes, elapsed_ms: 0 });
+        let timeline = self.timeline;
+        self.effects.push(Effect::OpenCheckpoint { attempt, step, epoch, timeline, senders });
+        for (node, shards) in commands {
             self.effects
                 .push(Effect::Send { node, message: NodeCommand::Checkpoint { epoch, step, shards } });
         }
     }
 
-    /// Whether the checkpoint of `step` is being written.
-    pub(super) fn is_writing_checkpoint(&self, step: Step) -> bool {
-        self.checkpoint.is_some_and(|checkpoint| checkpoint.step == step)
+    /// The node that stores a shard: its owner, or another holder while the placement changes.
+    fn checkpoint_sender(&self, shard: ShardId) -> Option<NodeId> {
+        let holders = self.holders.get(&shard)?;
+        let owner = self.placement.owner(shard).filter(|owner| holders.contains(*owner));
+        owner.or_else(|| holders.first()).cloned()
     }
 
-    pub(super) fn on_checkpoint_stored(&mut self, step: Step) {
+    /// Whether this attempt at a checkpoint is being written.
+    fn is_writing(&self, attempt: u64) -> bool {
+        self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.attempt == attempt)
+    }
+
+    pub(super) fn on_checkpoint_stored(&mut self, attempt: u64) {
         // An abandoned checkpoint that became durable after all does not count: if the run went back
         // meanwhile, the step may not exist.
-        if !self.is_writing_checkpoint(step) {
-            return;
-        }
+        let Some(checkpoint) = self.checkpoint.take_if(|c| c.attempt == attempt) else { return };
+        let step = checkpoint.step;
         self.durable = self.durable.max(Some(step));
+        self.verified = self.durable;
         self.notice(Notice::Checkpoint { step });
-        self.end_checkpoint(step);
+        self.release_drained();
+        self.finish_when_durable();
     }
 
-    pub(super) fn on_checkpoint_failed(&mut self, step: Step, reason: String) {
-        self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
-        let last = matches!(self.phase, Phase::Finishing) && step == self.committed;
-        if last && self.is_writing_checkpoint(step) {
-            let reason = format!("the last checkpoint (step {step}) could not be written: {reason}");
-            return self.end(Effect::Fatal { reason });
+    /// A node cannot store a shard.
+    pub(super) fn on_shard_not_stored(&mut self, node: &NodeId, step: Step, reason: &str) {
+        if let Some(checkpoint) = self.checkpoint.take_if(|c| c.step == step && c.senders.contains(node)) {
+            self.effects.push(Effect::DropCheckpoint { attempt: checkpoint.attempt });
+            self.checkpoint_failed(step, format!("{node}: {reason}"));
         }
-        self.end_checkpoint(step);
     }
 
-    /// Abandons a checkpoint that takes too long. The last one of a run starts over.
+    pub(super) fn on_checkpoint_failed(&mut self, attempt: u64, reason: String) {
+        if self.is_writing(attempt)
+            && let Some(checkpoint) = self.checkpoint.take()
+        {
+            self.checkpoint_failed(checkpoint.step, reason);
+        }
+    }
+
+    /// Abandons a checkpoint that takes too long, and repeats the last one of a run when its wait is over.
     pub(super) fn watch_checkpoint(&mut self, ms: u64) {
-        let Some(checkpoint) = &mut self.checkpoint else { return };
-        checkpoint.elapsed_ms = checkpoint.elapsed_ms.saturating_add(ms);
-        let Checkpoint { step, elapsed_ms } = *checkpoint;
-        let limit = self.settings.cluster.step_timeout_ms;
-        if elapsed_ms < limit {
-            return;
+        if let Some(checkpoint) = &mut self.checkpoint {
+            checkpoint.elapsed_ms = checkpoint.elapsed_ms.saturating_add(ms);
+            let limit = self.settings.cluster.step_timeout_ms;
+            if checkpoint.elapsed_ms >= limit {
+                let (attempt, step) = (checkpoint.attempt, checkpoint.step);
+                self.checkpoint = None;
+                self.effects.push(Effect::DropCheckpoint { attempt });
+                self.checkpoint_failed(step, format!("its shards did not arrive within {limit} ms"));
+            }
         }
-        let reason = format!("its shards did not arrive within {limit} ms");
-        self.effects.push(Effect::DropCheckpoint { step });
-        self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
-        self.retry.attempts += 1;
-        if self.retry.attempts > ATTEMPTS_MAX {
-            return self.end(Effect::Fatal { reason: format!("the checkpoint of step {step}: {reason}") });
-        }
-        self.checkpoint = None;
-        if matches!(self.phase, Phase::Finishing) {
-            // A node may have missed the last commit: a new epoch brings it.
-            self.abort(&format!("the checkpoint of step {step}: {reason}"));
+        if matches!(self.phase, Phase::Finishing(_)) && self.checkpoint.is_none() && self.retry.wait_ms == 0 {
+            self.checkpoint_if_due(true);
         }
     }
 
-    fn end_checkpoint(&mut self, step: Step) {
-        self.checkpoint.take_if(|checkpoint| checkpoint.step == step);
-        if matches!(self.phase, Phase::Finishing) {
-            self.checkpoint_if_due(true);
-            self.finish_when_durable();
+    /// The next checkpoint follows in its turn; the last one of a run is repeated.
+    fn checkpoint_failed(&mut self, step: Step, reason: String) {
+        self.notice(Notice::CheckpointFailed { step, reason: reason.clone() });
+        self.release_drained();
+        let Phase::Finishing(finish) = &self.phase else { return };
+        let why = match finish {
+            Finish::GiveUp(why) => format!("{why}; "),
+            Finish::Complete | Finish::Empty => String::new(),
+        };
+        match self.retry.after_failure() {
+            Some(wait_ms) => self.retry.wait_ms = wait_ms,
+            None => {
+                let reason = format!("{why}the checkpoint of step {step} could not be written: {reason}");
+                self.end(Effect::Fatal { reason });
+            }
         }
+    }
+
+    /// Writes a checkpoint of the last committed step, then does what `finish` says.
+    pub(super) fn finish(&mut self, finish: Finish) {
+        self.phase = Phase::Finishing(finish);
+        self.idle_ms = 0;
+        self.checkpoint_if_due(true);
+        self.finish_when_durable();
     }
 
     pub(super) fn finish_when_durable(&mut self) {
-        let durable = self.committed == Step(0) || self.durable == Some(self.committed);
-        if durable && self.checkpoint.is_none() {
-            self.end(Effect::Done);
+        let Phase::Finishing(finish) = &self.phase else { return };
+        if self.checkpoint.is_some() {
+            return;
         }
+        if !self.is_durable() {
+            return self.checkpoint_if_due(true);
+        }
+        match finish.clone() {
+            Finish::Complete => self.end(Effect::Done),
+            Finish::Empty => self.release_all(),
+            Finish::GiveUp(reason) => self.end(Effect::Fatal { reason }),
+        }
+    }
+
+    /// Ends a run that cannot go on. What the nodes hold is written to a checkpoint first.
+    pub(super) fn give_up(&mut self, reason: String) {
+        if self.is_durable() || self.lost_shard().is_some() {
+            return self.end(Effect::Fatal { reason });
+        }
+        if !matches!(self.phase, Phase::Gathering(_)) {
+            self.drop_step(&reason);
+        }
+        self.notice(Notice::GivingUp { step: self.committed, reason: reason.clone() });
+        self.retry = super::Retry::default();
+        self.finish(Finish::GiveUp(reason));
     }
 }

@@ -3,8 +3,8 @@
 
 use super::state::Phase;
 use super::{Effect, Machine, Notice};
-use crate::ids::NodeId;
-use crate::limits::{ATTEMPTS_MAX, IMMEDIATE_ATTEMPTS_MAX};
+use crate::ids::{NodeId, Step};
+use crate::limits::{IMMEDIATE_ATTEMPTS_MAX, LEARNER_MISSES_MAX};
 use std::cmp::Reverse;
 use std::collections::BTreeSet;
 
@@ -50,7 +50,7 @@ impl Machine {
     }
 
     /// Whether a node has the last copy of a shard.
-    fn has_last_copy(&self, node: &NodeId) -> bool {
+    pub(super) fn has_last_copy(&self, node: &NodeId) -> bool {
         self.holders.values().any(|nodes| nodes.len() == 1 && nodes.contains(node))
     }
 
@@ -62,13 +62,7 @@ impl Machine {
     /// A step, or the move to a placement, timed out: the missing nodes are fenced if they are dispensable,
     /// and the step is retried.
     pub(super) fn on_timeout(&mut self, reason: &str) {
-        let missing: BTreeSet<NodeId> = match &self.phase {
-            Phase::Placing { waiting } => waiting.clone(),
-            Phase::Training(reports) => {
-                self.voters().into_iter().filter(|node| !reports.prepared.contains_key(node)).collect()
-            }
-            _ => BTreeSet::new(),
-        };
+        let missing = self.awaited_nodes();
         let (members, learners): (Vec<NodeId>, Vec<NodeId>) =
             missing.into_iter().partition(|node| self.placement.is_member(node));
         // Where all members are missing, none of them is to blame.
@@ -83,12 +77,34 @@ impl Machine {
         }
     }
 
+    /// The nodes that the present phase waits for.
+    pub(super) fn awaited_nodes(&self) -> BTreeSet<NodeId> {
+        let without = |done: &dyn Fn(&NodeId) -> bool, nodes: BTreeSet<NodeId>| {
+            nodes.into_iter().filter(|node| !done(node)).collect()
+        };
+        match &self.phase {
+            Phase::Gathering(gathering) => gathering.awaited.clone(),
+            Phase::Placing { waiting } => waiting.clone(),
+            Phase::Training(reports) => without(&|n| reports.prepared.contains_key(n), self.voters()),
+            Phase::Validating(reports) => {
+                let members = self.placement.members.iter().cloned().collect();
+                without(&|n| reports.done.contains(n), members)
+            }
+            Phase::Finishing(_) => {
+                self.checkpoint.as_ref().map(|checkpoint| checkpoint.senders.clone()).unwrap_or_default()
+            }
+            Phase::Done => BTreeSet::new(),
+        }
+    }
+
     /// Fences a node: nothing that it still sends counts. It may rejoin without state.
     pub(super) fn fence(&mut self, node: &NodeId, reason: &str) {
         if self.nodes.remove(node).is_none() {
             return;
         }
         self.suspicion.suspend(node);
+        // Its state does not count any more.
+        self.gone.insert(node.clone());
         self.notice(Notice::Fenced { node: node.clone(), reason: reason.into() });
         self.effects.push(Effect::Fence { node: node.clone(), reason: reason.into() });
         self.on_node_removed(node, reason);
@@ -108,12 +124,37 @@ impl Machine {
         }
     }
 
-    /// Retries the step, unless the failure is permanent or attempts are exhausted.
-    fn retry_step(&mut self, reason: &str, fatal: bool) {
-        self.retry.attempts += 1;
-        if fatal || self.retry.attempts > ATTEMPTS_MAX {
-            return self.end(Effect::Fatal { reason: reason.into() });
+    /// A member could not send a gradient to a learner.
+    pub(super) fn on_learner_unreached(&mut self, by: &NodeId, learner: &NodeId, reason: &str) {
+        if self.placement.is_member(by) && self.nodes.contains_key(learner) {
+            self.on_cannot_learn(learner, format!("{by} cannot reach it: {reason}"));
         }
-        self.abort(reason);
+    }
+
+    /// A step was committed without a learner: its copies are worthless, and it copies again.
+    pub(super) fn on_learner_late(&mut self, node: &NodeId, step: Step) {
+        let misses = self.learners_late.entry(node.clone()).or_default();
+        misses.count += 1;
+        misses.is_behind = true;
+        let count = misses.count;
+        for shard in self.placement.learners.iter().filter(|(_, nodes)| nodes.contains(node)).map(|(s, _)| *s)
+        {
+            if let Some(holders) = self.holders.get_mut(&shard) {
+                holders.remove(node);
+            }
+        }
+        self.notice(Notice::LearnerLate { node: node.clone(), step });
+        if count >= LEARNER_MISSES_MAX {
+            self.on_cannot_learn(node, format!("it missed the gradients of {count} steps"));
+        }
+    }
+
+    /// Retries the step, unless the failure is permanent or attempts are exhausted. Later attempts wait.
+    fn retry_step(&mut self, reason: &str, fatal: bool) {
+        match self.retry.after_failure().filter(|_| !fatal) {
+            None => self.give_up(reason.into()),
+            Some(0) => self.abort(reason),
+            Some(ms) => self.abort_and_wait(reason, ms),
+        }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::state::{CapacityShortage, Gathering, Phase, Readiness};
 use super::{Effect, Machine, Notice};
-use crate::ids::{Epoch, NodeId};
+use crate::ids::{Epoch, NodeId, Step};
 use std::collections::BTreeSet;
 
 impl Machine {
@@ -11,7 +11,7 @@ impl Machine {
         if !matches!(self.phase, Phase::Gathering(_)) {
             return;
         }
-        if self.committed >= self.settings.training.last_step() && self.durable == Some(self.committed) {
+        if self.committed >= self.settings.training.last_step() && self.is_durable() {
             // The supervisor died after its last effect.
             return self.end(Effect::Done);
         }
@@ -23,7 +23,7 @@ impl Machine {
                 }
                 self.place("enough nodes have joined");
             }
-            Readiness::GiveUp(reason) => self.end(Effect::Fatal { reason }),
+            Readiness::GiveUp(reason) => self.give_up(reason),
         }
     }
 
@@ -31,11 +31,14 @@ impl Machine {
         let Phase::Gathering(gathering) = &self.phase else { return Readiness::Wait };
         let unchanged = |shortage: &CapacityShortage| shortage.nodes.iter().eq(self.nodes.keys());
         let is_short = gathering.shortage.as_ref().is_some_and(unchanged);
+        if gathering.verifying || self.idle_ms < gathering.pause_ms {
+            return Readiness::Wait;
+        }
         if !is_short && self.has_enough_nodes(gathering) {
             return Readiness::Start;
         }
         let limit = self.settings.cluster.gather_timeout_ms;
-        if self.idle_ms < limit {
+        if self.idle_ms < limit || self.settings.stay {
             return Readiness::Wait;
         }
         Readiness::GiveUp(match &gathering.shortage {
@@ -67,8 +70,45 @@ impl Machine {
             Phase::Gathering(gathering) => gathering.shortage.take(),
             _ => None,
         };
-        self.phase = Phase::Gathering(Gathering { wanted_nodes: 1, awaited, shortage });
+        let (pause_ms, verifying) = (0, false);
+        self.phase = Phase::Gathering(Gathering { wanted_nodes: 1, awaited, shortage, pause_ms, verifying });
         self.idle_ms = 0;
+    }
+
+    /// Drops the step in flight, and makes a new placement after `ms` milliseconds.
+    pub(super) fn abort_and_wait(&mut self, reason: &str, ms: u64) {
+        self.drop_step(reason);
+        self.start_gathering(BTreeSet::new());
+        if let Phase::Gathering(gathering) = &mut self.phase {
+            gathering.pause_ms = ms;
+        }
+    }
+
+    /// The link to a node with last copies of shards broke: the same step reruns when it has returned. After
+    /// `cluster.return_timeout_ms` the run goes back.
+    pub(super) fn wait_for_return(&mut self, node: NodeId, reason: &str) {
+        self.drop_step(reason);
+        self.start_gathering(BTreeSet::from([node]));
+    }
+
+    /// A checkpoint is about to be loaded: its bytes are read first, while nodes join.
+    pub(super) fn verify_checkpoint(&mut self, step: Step) {
+        if !matches!(self.phase, Phase::Gathering(_)) {
+            self.start_gathering(BTreeSet::new());
+        }
+        if let Phase::Gathering(gathering) = &mut self.phase {
+            gathering.verifying = true;
+            self.effects.push(Effect::VerifyCheckpoint { step });
+        }
+    }
+
+    pub(super) fn on_checkpoint_verified(&mut self, intact: Option<Step>) {
+        if let Phase::Gathering(gathering) = &mut self.phase
+            && std::mem::take(&mut gathering.verifying)
+        {
+            (self.durable, self.verified) = (intact, intact);
+            self.gather();
+        }
     }
 
     /// Waits for more memory to load lost shards into. A run that has not begun ends instead.
@@ -89,7 +129,7 @@ impl Machine {
     /// No node is connected. Nodes whose links broke may return with their state.
     pub(super) fn wait_for_nodes(&mut self) {
         let members = std::mem::take(&mut self.placement.members);
-        self.start_gathering(members.into_iter().collect());
+        self.start_gathering(members.into_iter().filter(|node| !self.gone.contains(node)).collect());
         self.placement.learners.clear();
         self.holders.clear();
     }
@@ -98,7 +138,7 @@ impl Machine {
     /// `cluster.node_timeout_ms`, for at most as long as a run waits for nodes.
     pub(super) fn wait_for_network(&mut self, suspect: NodeId, reason: &str) {
         if self.retry.blocked_ms >= self.settings.cluster.gather_timeout_ms {
-            return self.end(Effect::Fatal { reason: reason.into() });
+            return self.give_up(reason.into());
         }
         self.drop_step(reason);
         self.start_gathering(BTreeSet::from([suspect]));

@@ -1,10 +1,13 @@
 //! Membership: nodes that join, return, disconnect, drain and leave.
 
-use super::state::{Node, Phase};
-use super::{Effect, Machine, Notice};
+use super::state::{Finish, Node, Phase};
+use super::{Effect, LossCause, Machine, Notice, PersistentState};
 use crate::ids::NodeId;
 use crate::messages::{NodeCommand, ResidentState};
 use crate::profile::Profile;
+
+/// Bytes of a parameter.
+pub(super) const PARAMETER_BYTES: u64 = 4;
 
 impl Machine {
     pub(super) fn on_joined(
@@ -29,9 +32,16 @@ impl Machine {
             self.notice(Notice::Joined { node: node.clone(), capacity, address: address.clone() });
         }
         profile.scale(self.usual_speedup());
-        self.nodes.insert(node, Node { declared_capacity, profile, speed: None, address, draining: false });
+        self.gone.remove(&node);
+        let (draining, deferred) = (false, false);
+        self.nodes
+            .insert(node, Node { declared_capacity, profile, speed: None, address, draining, deferred });
         self.mark_placement_dirty();
-        self.gather();
+        match self.phase {
+            // The run goes on with the newcomer.
+            Phase::Finishing(Finish::Empty) => self.advance(),
+            _ => self.gather(),
+        }
     }
 
     /// Measured capacity of all nodes over their declared one, so that newcomers are compared fairly.
@@ -43,29 +53,47 @@ impl Machine {
         if declared > 0.0 { measured / declared } else { 1.0 }
     }
 
-    pub(super) fn on_lost(&mut self, node: &NodeId, reason: &str) {
-        if self.nodes.remove(node).is_none() {
-            return;
+    pub(super) fn on_lost(&mut self, node: &NodeId, cause: LossCause, reason: &str) {
+        if cause == LossCause::Ended {
+            self.gone.insert(node.clone());
         }
-        self.notice(Notice::Lost { node: node.clone(), reason: reason.into() });
-        self.on_node_removed(node, reason);
+        if self.nodes.remove(node).is_some() {
+            self.notice(Notice::Lost { node: node.clone(), reason: reason.into() });
+            self.on_node_removed(node, reason);
+        }
+        // It is waited for no longer, whenever it was lost.
+        if let (LossCause::Ended, Phase::Gathering(gathering)) = (cause, &mut self.phase) {
+            gathering.awaited.remove(node);
+            self.gather();
+        }
     }
 
     /// The consequences of a removed node, whatever the cause.
     pub(super) fn on_node_removed(&mut self, node: &NodeId, reason: &str) {
+        let has_last_copy = self.has_last_copy(node);
         self.forget_holder(node);
         let (member, learner) = (self.placement.is_member(node), self.placement.is_learning(node));
-        if member && let Some(checkpoint) = self.checkpoint.take() {
-            self.effects.push(Effect::DropCheckpoint { step: checkpoint.step });
-        }
-        if matches!(self.phase, Phase::Gathering(_)) {
-            return;
+        let reason = format!("{node} is lost: {reason}");
+        if let Some(checkpoint) = self.checkpoint.take_if(|checkpoint| checkpoint.senders.contains(node)) {
+            self.effects.push(Effect::DropCheckpoint { attempt: checkpoint.attempt });
+            self.notice(Notice::CheckpointFailed { step: checkpoint.step, reason: reason.clone() });
         }
         self.mark_placement_dirty();
-        if member {
-            self.abort(&format!("{node} is lost: {reason}"));
-        } else if learner {
-            self.on_learner_removed(node);
+        // Going back is the last resort: a node whose link broke returns with its state.
+        let may_return = has_last_copy && !self.gone.contains(node);
+        match &mut self.phase {
+            Phase::Gathering(gathering) if may_return => _ = gathering.awaited.insert(node.clone()),
+            Phase::Gathering(_) | Phase::Done => {}
+            Phase::Finishing(Finish::GiveUp(why)) if has_last_copy => {
+                let reason = format!("{why}; then {reason}");
+                self.end(Effect::Fatal { reason });
+            }
+            // The others hold everything: the last checkpoint is repeated with them.
+            Phase::Finishing(Finish::GiveUp(_) | Finish::Empty) if !has_last_copy => {}
+            _ if may_return => self.wait_for_return(node.clone(), &reason),
+            _ if member => self.abort(&reason),
+            _ if learner => self.on_learner_removed(node),
+            _ => {}
         }
     }
 
@@ -90,31 +118,72 @@ impl Machine {
         }
     }
 
+    /// Every node may leave, at the latest once a checkpoint has what it holds.
+
     pub(super) fn on_drain(&mut self, node: NodeId) {
-        let others = self.nodes.iter().any(|(name, n)| name != &node && !n.draining);
-        let Some(known) = self.nodes.get_mut(&node) else { return };
-        if known.draining {
-            return;
-        }
-        if !others {
-            let reason = format!("{node} is the last node: stop the run instead of draining it");
-            return self.notice(Notice::MigrationFailed { node, reason });
-        }
+        let Some(known) = self.nodes.get_mut(&node).filter(|known| !known.draining) else { return };
         known.draining = true;
         self.mark_placement_dirty();
-        self.notice(Notice::Draining { node });
+        let bytes = self.bytes_on(&node);
+        self.notice(Notice::Draining { node, bytes });
+        if let Phase::Gathering(_) = self.phase {
+            self.release_drained();
+            if self.are_all_leaving() && self.lost_shard().is_none() {
+                self.empty();
+            }
+        }
     }
 
-    /// Releases draining nodes that have no part in the placement.
+    /// Bytes of the weights that a node holds.
+    fn bytes_on(&self, node: &NodeId) -> u64 {
+        let held = self.holders.iter().filter(|(_, nodes)| nodes.contains(node));
+        held.map(|(shard, _)| self.settings.architecture.shard_parameters(*shard) * PARAMETER_BYTES).sum()
+    }
+
+    /// Whether there are nodes, and all of them leave.
+    pub(super) fn are_all_leaving(&self) -> bool {
+        !self.nodes.is_empty() && self.nodes.values().all(|node| node.draining)
+    }
+
+    /// All nodes leave: a checkpoint takes over what they hold.
+    pub(super) fn empty(&mut self) {
+        self.notice(Notice::Emptying { step: self.committed });
+        self.finish(Finish::Empty);
+    }
+
+    /// Releases draining nodes that have no part in the placement and store nothing for a checkpoint.
     pub(super) fn release_drained(&mut self) {
-        let voters = self.placement.voters();
-        let drained = self.nodes.iter().filter(|(name, node)| node.draining && !voters.contains(*name));
+        let voters = match &self.phase {
+            // The placement is over. Its members are needed as long as they hold something.
+            Phase::Gathering(_) => self.holders.values().flatten().cloned().collect(),
+            _ => self.placement.voters(),
+        };
+        let stores = |name: &NodeId| self.checkpoint.as_ref().is_some_and(|c| c.senders.contains(name));
+        let drained = self
+            .nodes
+            .iter()
+            .filter(|(name, node)| node.draining && !voters.contains(*name) && !stores(name));
         for node in drained.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
-            self.nodes.remove(&node);
-            self.forget_holder(&node);
-            let reason = "drained".into();
-            self.effects.push(Effect::Send { node: node.clone(), message: NodeCommand::Leave { reason } });
-            self.notice(Notice::Left { node });
+            self.release(node);
         }
+    }
+
+    /// All nodes leave. The run waits for others, who load the checkpoint.
+    pub(super) fn release_all(&mut self) {
+        for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
+            self.release(node);
+        }
+        self.placement.members.clear();
+        let (epoch, timeline) = (self.placement.epoch, self.timeline);
+        self.effects.push(Effect::Persist(PersistentState { epoch, timeline, members: Vec::new() }));
+        self.wait_for_nodes();
+    }
+
+    fn release(&mut self, node: NodeId) {
+        self.nodes.remove(&node);
+        self.forget_holder(&node);
+        let reason = "drained".into();
+        self.effects.push(Effect::Send { node: node.clone(), message: NodeCommand::Leave { reason } });
+        self.notice(Notice::Left { node });
     }
 }

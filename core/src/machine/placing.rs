@@ -8,7 +8,7 @@
 
 use super::state::Phase;
 use super::{Effect, Machine, Notice, PersistentState};
-use crate::ids::{NodeId, ShardId};
+use crate::ids::{NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, Source};
 use crate::placement::Placement;
 use std::collections::BTreeSet;
@@ -36,9 +36,7 @@ impl Machine {
 
     /// Begins a better placement at a boundary between steps, if there is one. Returns whether it did.
     pub(super) fn replan_if_dirty(&mut self) -> bool {
-        let draining = self.nodes.values().any(|node| node.draining);
-        // A draining node may still be sending its shards to the checkpoint.
-        if !self.replan.dirty || self.suspicion.is_paused() || (draining && self.checkpoint.is_some()) {
+        if !self.replan.dirty || self.suspicion.is_paused() {
             return false;
         }
         self.replan.dirty = false;
@@ -50,7 +48,8 @@ impl Machine {
             let shards = self.placement.learners.values().map(BTreeSet::len).sum();
             self.notice(Notice::Migrated { epoch, step, shards });
         }
-        let next = self.next_placement();
+        // While every shard is held, there is a placement.
+        let Ok(next) = self.next_placement() else { return false };
         let learning = self.placement.learning_nodes();
         let unchanged = next.has_same_layout(&self.placement)
             && next.learners == self.placement.learners
@@ -68,16 +67,26 @@ impl Machine {
         if self.nodes.is_empty() {
             return self.wait_for_nodes();
         }
-        self.go_back_if_a_shard_is_lost();
-        if let Some(reason) = self.capacity_shortfall() {
-            return self.wait_for_capacity(reason);
+        if let Some(step) = self.unverified_checkpoint() {
+            return self.verify_checkpoint(step);
         }
-        let next = self.next_placement();
-        self.begin_epoch(next, cause.into());
+        self.go_back_if_a_shard_is_lost();
+        match self.next_placement() {
+            Ok(next) => self.begin_epoch(next, cause.into()),
+            Err(short) => self.wait_for_capacity(self.shortage_reason(short)),
+        }
+    }
+
+    /// The checkpoint that nodes would load now, if its bytes are not known to be intact.
+    fn unverified_checkpoint(&self) -> Option<Step> {
+        let is_loaded = self.holders.is_empty() || self.lost_shard().is_some();
+        self.durable.filter(|&step| is_loaded && self.verified != Some(step))
     }
 
     fn begin_epoch(&mut self, placement: Placement, cause: String) {
         self.placement = placement;
+        self.learners_late.clear();
+        self.gone.clear();
         self.idle_ms = 0;
         // The budget for moves may have left something over.
         self.replan.dirty = self.placement.learners.is_empty();
@@ -148,8 +157,15 @@ impl Machine {
         self.advance();
     }
 
-    /// M-5.
-    pub(super) fn on_learned(&mut self, node: &NodeId, shards: &[ShardId]) {
+    /// M-5. Copies of another version are of a step that the learner has missed or not yet applied.
+    pub(super) fn on_learned(&mut self, node: &NodeId, version: Step, shards: &[ShardId]) {
+        // It receives gradients again: the next commit waits for it.
+        if let Some(late) = self.learners_late.get_mut(node) {
+            late.is_behind = false;
+        }
+        if version != self.committed {
+            return;
+        }
         for shard in shards {
             if self.placement.learners.get(shard).is_some_and(|nodes| nodes.contains(node)) {
                 self.holders.entry(*shard).or_default().insert(node.clone());
@@ -184,7 +200,12 @@ impl Machine {
         if self.committed != checkpoint {
             self.timeline = self.timeline.next();
             self.notice(Notice::WentBack { from: self.committed, to: checkpoint, shard });
-            self.effects.push(Effect::GoBack { step: checkpoint });
+            if let Some(abandoned) = self.checkpoint.take() {
+                self.effects.push(Effect::DropCheckpoint { attempt: abandoned.attempt });
+            }
+            let (epoch, timeline) = (self.placement.epoch, self.timeline);
+            let state = PersistentState { epoch, timeline, members: self.placement.members.clone() };
+            self.effects.push(Effect::GoBack { step: checkpoint, state });
             self.last = None;
             self.committed = checkpoint;
             self.validated = self.validated.filter(|&step| step <= checkpoint);
@@ -197,7 +218,8 @@ impl Machine {
         let voters = next.voters();
         let is_new = |n: &&NodeId| self.nodes.contains_key(*n) && !self.placement.members.contains(n);
         let new: Vec<&NodeId> = voters.iter().filter(is_new).collect();
-        let draining: Vec<&NodeId> = self.nodes.iter().filter(|(_, n)| n.draining).map(|(n, _)| n).collect();
+        let draining: Vec<&NodeId> =
+            self.nodes.iter().filter(|(_, n)| n.is_leaving()).map(|(n, _)| n).collect();
         let list = |names: &[&NodeId]| names.iter().map(|n| n.0.as_str()).collect::<Vec<_>>().join(", ");
         match (new.is_empty(), draining.is_empty()) {
             (false, _) => format!("{} joins", list(&new)),

@@ -4,6 +4,7 @@
 //! number of steps pass between two checks. No placement changes the mathematics.
 
 use super::balance::average;
+use super::nodes::PARAMETER_BYTES;
 use super::state::Node;
 use super::{Machine, Notice};
 use crate::costs::Costs;
@@ -14,8 +15,6 @@ use crate::planner::{self, Member, predict};
 const CHECK_EVERY: u64 = 16;
 /// Another distribution of lanes must promise a step shorter by this factor.
 const WORTHWHILE: f64 = 0.85;
-/// Bytes of a parameter that moves with its expert.
-const PARAMETER_BYTES: u64 = 4;
 
 impl Machine {
     pub(super) fn record_speed(&mut self, node: &NodeId, speed: Option<f64>) {
@@ -83,7 +82,7 @@ impl Machine {
         let costs = Costs::new(&self.settings.architecture, &self.settings.training);
         let members = self.measured_members(&costs);
         let before = predict(&self.placement, &members, &costs).step_s;
-        let plan = self.request(&members, Some(&self.placement), planner::plan);
+        let plan = self.request(&members, Some(&self.placement), planner::plan).ok()?;
         let after = plan.prediction.step_s;
         if after >= WORTHWHILE * before {
             return None;

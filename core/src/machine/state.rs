@@ -2,7 +2,7 @@
 
 use super::types::Activity;
 use crate::ids::{Lane, NodeId, ShardId, Step};
-use crate::limits::REPLAN_ROUNDS_MAX;
+use crate::limits::{ATTEMPTS_MAX, PROMPT_ATTEMPTS_MAX, REPLAN_ROUNDS_MAX, RETRY_MAX_MS, RETRY_MS};
 use crate::messages::{LaneReport, Norm};
 use crate::profile::Profile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +18,15 @@ pub(super) struct Node {
     pub(super) speed: Option<f64>,
     pub(super) address: String,
     pub(super) draining: bool,
+    /// Whether its drain waits until the others have room for its shards.
+    pub(super) deferred: bool,
+}
+
+impl Node {
+    /// Whether others take over what it has: it is being drained, and there is room.
+    pub(super) fn is_leaving(&self) -> bool {
+        self.draining && !self.deferred
+    }
 }
 
 /// The phase of a run.
@@ -31,10 +40,21 @@ pub(super) enum Phase {
     Training(StepReports),
     /// The held-out loss is being measured.
     Validating(ValidationReports),
-    /// The last checkpoint is being written.
-    Finishing,
+    /// All nodes leave, or the run ends: a checkpoint of the last committed step is being written.
+    Finishing(Finish),
     /// The run is over.
     Done,
+}
+
+/// What follows the last checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Finish {
+    /// The run is complete, or stopped by an operator.
+    Complete,
+    /// All nodes leave, and the run waits for others.
+    Empty,
+    /// The run cannot go on, for this reason.
+    GiveUp(String),
 }
 
 impl Phase {
@@ -44,7 +64,7 @@ impl Phase {
             Self::Placing { .. } => Activity::Placing,
             Self::Training(_) => Activity::Training,
             Self::Validating(_) => Activity::Validating,
-            Self::Finishing => Activity::Finishing,
+            Self::Finishing(_) => Activity::Finishing,
             Self::Done => Activity::Done,
         }
     }
@@ -59,6 +79,19 @@ pub(super) struct Gathering {
     pub(super) awaited: BTreeSet<NodeId>,
     /// The last attempt to place the model, if it failed for want of memory.
     pub(super) shortage: Option<CapacityShortage>,
+    /// Milliseconds before which nothing starts.
+    pub(super) pause_ms: u64,
+    /// Whether a checkpoint is being read, to be loaded if it is intact.
+    pub(super) verifying: bool,
+}
+
+/// A learner that has missed gradients in the present placement.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LateLearner {
+    /// Commits that did not wait for it.
+    pub(super) count: u32,
+    /// Whether it has not reported a copy since: commits do not wait for it.
+    pub(super) is_behind: bool,
 }
 
 /// A model that does not fit on the nodes at hand.
@@ -86,6 +119,8 @@ pub(super) struct StepReports {
     /// The norms of each node that has prepared the step.
     pub(super) prepared: BTreeMap<NodeId, Vec<(ShardId, Norm)>>,
     pub(super) lanes: BTreeMap<Lane, LaneReport>,
+    /// Milliseconds since all members were prepared: the commit waits for learners only.
+    pub(super) grace_ms: u64,
 }
 
 /// The reports of a validation.
@@ -99,27 +134,46 @@ pub(super) struct ValidationReports {
 }
 
 /// A checkpoint that is being written.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Checkpoint {
+    /// Tells it from other attempts at the same step.
+    pub(super) attempt: u64,
     pub(super) step: Step,
+    /// The nodes that store its shards.
+    pub(super) senders: BTreeSet<NodeId>,
     /// Milliseconds since it began.
     pub(super) elapsed_ms: u64,
 }
 
-/// Attempts at the step after the last commit.
+/// Attempts at the step after the last commit, or at the last checkpoint.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Retry {
     pub(super) attempts: u32,
     /// Milliseconds since the first failed attempt.
     pub(super) blocked_ms: u64,
+    /// Milliseconds until the next attempt at the last checkpoint.
+    pub(super) wait_ms: u64,
 }
 
 impl Retry {
     /// Lets time pass.
     pub(super) fn pass(&mut self, ms: u64) {
+        self.wait_ms = self.wait_ms.saturating_sub(ms);
         if self.attempts > 0 {
             self.blocked_ms = self.blocked_ms.saturating_add(ms);
         }
+    }
+
+    /// Counts a failed attempt. Returns the wait before the next one in milliseconds, or `None` after too
+    /// many.
+    pub(super) fn after_failure(&mut self) -> Option<u64> {
+        self.attempts += 1;
+        let doublings = self.attempts.saturating_sub(PROMPT_ATTEMPTS_MAX + 1).min(u64::BITS - 1);
+        let wait = match self.attempts > PROMPT_ATTEMPTS_MAX {
+            true => RETRY_MS.checked_shl(doublings).map_or(RETRY_MAX_MS, |ms| ms.min(RETRY_MAX_MS)),
+            false => 0,
+        };
+        (self.attempts <= ATTEMPTS_MAX).then_some(wait)
     }
 }
 

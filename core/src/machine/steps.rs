@@ -1,8 +1,9 @@
 //! From one boundary between steps to the next: begin, prepared, commit; and the held-out loss between steps.
 
-use super::state::{Phase, Retry, StepReports, ValidationReports};
+use super::state::{Finish, Phase, Retry, StepReports, ValidationReports};
 use super::{Committed, Effect, Machine, Notice};
 use crate::ids::{Lane, NodeId, ShardId, Step};
+use crate::limits::LEARNER_GRACE_MS;
 use crate::messages::{LaneReport, LastCommit, NodeCommand, Norm, Pass};
 use crate::schedule::Update;
 use crate::tree::fold_numbers;
@@ -18,8 +19,10 @@ impl Machine {
         }
         self.checkpoint_if_due(over);
         if over {
-            self.phase = Phase::Finishing;
-            return self.finish_when_durable();
+            return self.finish(Finish::Complete);
+        }
+        if self.are_all_leaving() {
+            return self.empty();
         }
         if self.replan_if_dirty() {
             return;
@@ -75,22 +78,42 @@ impl Machine {
         self.commit_if_prepared();
     }
 
+    /// Commits when every member is prepared, and with it every learner that takes no longer than its grace.
     pub(super) fn commit_if_prepared(&mut self) {
         let Phase::Training(reports) = &mut self.phase else { return };
         // A disconnected node aborts the step if it was a member, so that this cheap test comes first.
-        if reports.prepared.len() < self.placement.members.len() {
+        if reports.prepared.len() < self.placement.members.len()
+            || !self.placement.members.iter().all(|node| reports.prepared.contains_key(node))
+        {
             return;
         }
-        let prepared = &reports.prepared;
-        let voters = self.placement.voters();
-        if voters.iter().all(|node| prepared.contains_key(node) || !self.nodes.contains_key(node)) {
-            let reports = std::mem::take(reports);
-            self.commit(reports);
+        let is_late = |node: &NodeId| self.learners_late.get(node).is_some_and(|late| late.is_behind);
+        let missing: Vec<NodeId> = self
+            .placement
+            .learning_nodes()
+            .into_iter()
+            .filter(|node| !reports.prepared.contains_key(node) && self.nodes.contains_key(node))
+            .collect();
+        if reports.grace_ms < LEARNER_GRACE_MS && missing.iter().any(|node| !is_late(node)) {
+            return;
+        }
+        let reports = std::mem::take(reports);
+        self.commit(reports, &missing);
+    }
+
+    /// The time that a commit waits for learners.
+    pub(super) fn pass_grace(&mut self, ms: u64) {
+        let Phase::Training(reports) = &mut self.phase else { return };
+        if reports.prepared.len() >= self.placement.members.len()
+            && self.placement.members.iter().all(|node| reports.prepared.contains_key(node))
+        {
+            reports.grace_ms = reports.grace_ms.saturating_add(ms);
+            self.commit_if_prepared();
         }
     }
 
-    /// M-1, M-2: every voter holds the whole gradient; the step becomes part of the run.
-    fn commit(&mut self, reports: StepReports) {
+    /// M-1, M-2: every member holds the whole gradient; the step becomes part of the run.
+    fn commit(&mut self, reports: StepReports, late: &[NodeId]) {
         let (step, epoch) = (self.committed.next(), self.placement.epoch);
         let norms = self.merge_norms(step, &reports.prepared);
         let committed = self.committed_record(step, &norms, &reports.lanes);
@@ -104,8 +127,25 @@ impl Machine {
         for node in self.voters() {
             self.effects.push(Effect::Send { node, message: NodeCommand::Commit { epoch, step, update } });
         }
+        self.forget_missed_copies(&reports.prepared);
+        for node in late {
+            self.on_learner_late(node, step);
+        }
         self.rebalance_if_worthwhile();
         self.advance();
+    }
+
+    /// A learner without a shard's gradient of the committed step has no copy of it any more.
+    fn forget_missed_copies(&mut self, prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>) {
+        for (shard, learners) in &self.placement.learners {
+            let Some(holders) = self.holders.get_mut(shard) else { continue };
+            for node in learners.iter().filter(|node| !self.placement.holds(node, *shard)) {
+                let has = |norms: &Vec<(ShardId, Norm)>| norms.iter().any(|(at, _)| at == shard);
+                if !prepared.get(node).is_some_and(has) {
+                    holders.remove(node);
+                }
+            }
+        }
     }
 
     /// The record of a step from its norms by shard and its reports by lane.

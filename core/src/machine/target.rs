@@ -1,24 +1,33 @@
 //! The next placement: the planner's target, or the placement on the way to it.
 
-use super::Machine;
+use super::state::Node;
+use super::{Machine, Notice};
 use crate::ids::{Epoch, NodeId, ShardId};
 use crate::placement::Placement;
-use crate::planner::{self, Member, Request};
+use crate::planner::{self, Member, Request, Shortage};
 use std::collections::BTreeSet;
 
 impl Machine {
     /// The target, if every shard of it is on its node; otherwise the surviving placement, with learners for
-    /// the rest.
-    pub(super) fn next_placement(&self) -> Placement {
-        let target = self.target();
+    /// the rest. While every shard is held, nodes whose memory is too small for any placement stay as they
+    /// are.
+    ///
+    /// # Errors
+    /// The missing memory, where shards that must be loaded do not fit.
+    pub(super) fn next_placement(&mut self) -> Result<Placement, Shortage> {
+        let target = match self.target() {
+            Ok(target) => target,
+            Err(_) if self.are_all_held() => return Ok(self.surviving_placement(self.placement.epoch.next())),
+            Err(shortage) => return Err(shortage),
+        };
         if self.holders.is_empty() {
-            return target;
+            return Ok(target);
         }
         let shards = self.settings.architecture.shards();
         let is_here =
             |&shard: &ShardId| target.holders_unordered(shard).iter().all(|node| self.is_holder(shard, node));
         if shards.iter().all(is_here) {
-            return target;
+            return Ok(target);
         }
         let mut surviving = self.surviving_placement(target.epoch);
         for shard in shards {
@@ -29,24 +38,65 @@ impl Machine {
             }
         }
         // Where every node fetches its missing shards before the next step, nothing is left to learn.
-        if surviving.learners.is_empty() { target } else { surviving }
+        Ok(if surviving.learners.is_empty() { target } else { surviving })
     }
 
-    /// The planner's choice for all usable nodes.
-    fn target(&self) -> Placement {
-        let usable = |node: &&NodeId| !self.nodes[*node].draining && !self.suspicion.is_suspended(node);
-        let mut names: Vec<&NodeId> = self.nodes.keys().filter(usable).collect();
-        if names.is_empty() {
-            names = self.nodes.keys().collect();
+    /// The planner's choice: without nodes that leave or are suspended, if the others have room.
+    fn target(&mut self) -> Result<Placement, Shortage> {
+        let of = |usable: &dyn Fn(&NodeId, &Node) -> bool| -> Vec<NodeId> {
+            let usable = self.nodes.iter().filter(|(name, node)| usable(name, node));
+            usable.map(|(name, _)| name.clone()).collect()
+        };
+        let is_suspended = |name: &NodeId| self.suspicion.is_suspended(name);
+        let choices = [
+            of(&|name, node| !node.draining && !is_suspended(name)),
+            of(&|name, node| !node.draining || !is_suspended(name)),
+            of(&|_, _| true),
+        ];
+        let mut short = None;
+        for (attempt, names) in choices.into_iter().enumerate().filter(|(_, names)| !names.is_empty()) {
+            match self.plan(&names) {
+                Ok(placement) => {
+                    self.defer_drains(attempt > 0, short);
+                    return Ok(placement);
+                }
+                Err(shortage) => short = short.or(Some(shortage)),
+            }
         }
-        let members = self.members(names);
-        let plan = |previous| self.request(&members, previous, planner::plan).placement;
+        self.defer_drains(true, short);
+        Err(short.unwrap_or(Shortage { bytes: 0, layer: None }))
+    }
+
+    fn plan(&self, names: &[NodeId]) -> Result<Placement, Shortage> {
+        let members = self.members(names.iter().collect());
+        let plan = |previous| Ok(self.request(&members, previous, planner::plan)?.placement);
         match self.placement.members.is_empty() {
             false => plan(Some(&self.placement)),
             true if self.holders.is_empty() => plan(None),
             // A restarted supervisor: the nodes' state shows the previous placement.
             true => plan(Some(&self.surviving_placement(self.placement.epoch))),
         }
+    }
+
+    /// Records whether the drains wait for room, and says so once.
+    fn defer_drains(&mut self, deferred: bool, short: Option<Shortage>) {
+        let lonely = self.are_all_leaving();
+        let mut notices = Vec::new();
+        for (node, known) in self.nodes.iter_mut().filter(|(_, known)| known.draining) {
+            let was = std::mem::replace(&mut known.deferred, deferred && !lonely);
+            if let (true, false, Some(short)) = (known.deferred, was, short) {
+                let reason =
+                    format!("without {node} the model does not fit: {short}; it leaves when there is room");
+                notices.push(Notice::DrainDeferred { node: node.clone(), reason });
+            }
+        }
+        notices.into_iter().for_each(|notice| self.notice(notice));
+    }
+
+    /// Whether a node holds each shard.
+    fn are_all_held(&self) -> bool {
+        let held = |shard: &ShardId| self.holders.get(shard).is_some_and(|nodes| !nodes.is_empty());
+        self.settings.architecture.shards().iter().all(held)
     }
 
     /// A placement in which every node keeps its shards, so that the next step starts at once.
@@ -58,22 +108,15 @@ impl Machine {
         placement
     }
 
-    /// The reason why lost shards cannot be loaded on the nodes at hand. While every shard is held the run
-    /// goes on, whatever the estimate of memory says.
-    pub(super) fn capacity_shortfall(&self) -> Option<String> {
-        let held = |shard: &ShardId| self.holders.get(shard).is_some_and(|nodes| !nodes.is_empty());
-        if self.settings.architecture.shards().iter().all(held) {
-            return None;
-        }
-        let members = self.members(self.nodes.keys().collect());
-        let short = self.request(&members, None, planner::plan).short?;
+    /// Why shards cannot be loaded on the nodes at hand.
+    pub(super) fn shortage_reason(&self, short: Shortage) -> String {
         let parameters = self.settings.architecture.parameters();
-        let names: Vec<&str> = members.iter().map(|m| m.node.0.as_str()).collect();
-        Some(format!(
+        let names: Vec<&str> = self.nodes.keys().map(|node| node.0.as_str()).collect();
+        format!(
             "the model ({parameters} parameters, with gradients, optimizer state and activations) does not fit on {}: {short}; \
              add nodes with more memory, or choose a smaller model",
             names.join(", "),
-        ))
+        )
     }
 
     fn members(&self, names: Vec<&NodeId>) -> Vec<Member> {

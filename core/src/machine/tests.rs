@@ -4,8 +4,8 @@
 use super::*;
 use crate::architecture::presets;
 use crate::ids::{Epoch, Lane};
-use crate::limits::ATTEMPTS_MAX;
-use crate::messages::{LaneReport, Norm};
+use crate::limits::{ATTEMPTS_MAX, LEARNER_GRACE_MS, LEARNER_MISSES_MAX, RETRY_MS};
+use crate::messages::{LaneReport, Norm, Source};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::schedule::{Schedule, Update};
 
@@ -29,6 +29,7 @@ fn settings(nodes: usize) -> Settings {
         cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },
         checkpoint: CheckpointOptions { every: 3, keep: 2 },
         validation: ValidationOptions { every: 0, rounds: 0 },
+        stay: false,
     }
 }
 
@@ -104,6 +105,23 @@ impl Harness {
         &self.effects
     }
 
+    /// Every learner has copied its shards.
+    fn learn_all(&mut self) {
+        self.all_ready();
+        let (epoch, version) = (self.machine.placement().epoch, self.machine.committed());
+        let learners = self.machine.placement().learners.clone();
+        for (shard, nodes) in learners {
+            for node in nodes {
+                let message = NodeReport::Learned { epoch, version, shards: vec![shard] };
+                self.handle(Event::Reported { node, message });
+            }
+        }
+    }
+
+    fn is_fatal(&self) -> bool {
+        self.effects.iter().any(|effect| matches!(effect, Effect::Fatal { .. }))
+    }
+
     fn notices(&self) -> impl Iterator<Item = &Notice> {
         self.effects.iter().filter_map(|effect| match effect {
             Effect::Notice(notice) => Some(notice),
@@ -165,7 +183,9 @@ fn a_message_of_another_epoch_changes_nothing() {
         run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
         let failed = NodeReport::Failed { epoch, reason: "late".into(), fatal: true, suspect: None };
         assert!(run.report(1, failed).is_empty());
-        assert!(run.report(1, NodeReport::Behind { epoch, version: Step(0) }).is_empty());
+        assert!(
+            run.report(1, NodeReport::Behind { epoch, version: Step(0), reason: String::new() }).is_empty()
+        );
     }
     let message = run.prepared(2);
     run.report(2, message);
@@ -222,20 +242,27 @@ fn a_failed_checkpoint_is_reported_and_the_next_one_is_written() {
 fn a_step_without_progress_is_retried_a_bounded_number_of_times() {
     let mut run = Harness::training(2);
     let ms = run.machine.settings.cluster.step_timeout_ms;
+    let mut waited = 0;
     for _ in 0..ATTEMPTS_MAX {
         run.handle(Event::Tick { ms });
-        assert!(run.notices().any(|notice| matches!(notice, Notice::Aborted { step: Step(1), .. })));
+        let aborted = |notice: &Notice| matches!(notice, Notice::Aborted { step: Step(1), .. });
+        assert!(run.notices().any(aborted), "{:?}", run.effects);
+        while run.machine.activity() == Activity::Gathering {
+            run.handle(Event::Tick { ms: RETRY_MS });
+            waited += RETRY_MS;
+        }
         run.all_ready();
     }
     run.handle(Event::Tick { ms });
-    assert!(run.effects.iter().any(|effect| matches!(effect, Effect::Fatal { .. })));
+    assert!(run.is_fatal());
+    assert!(waited > 60_000, "quick failures do not end a run within seconds: {waited} ms");
 }
 
 #[test]
 fn a_death_copies_nothing_before_the_next_step() {
     let mut run = Harness::training(3);
     run.step(3);
-    run.handle(Event::Lost { node: id(2), reason: "killed".into() });
+    run.handle(Event::Lost { node: id(2), cause: LossCause::Ended, reason: "killed".into() });
     let placed = run.notices().find_map(|notice| match notice {
         Notice::Placed { fetched, learning, nodes, .. } => Some((*fetched, *learning > 0, nodes.clone())),
         _ => None,
@@ -306,12 +333,265 @@ fn a_restarted_supervisor_waits_for_its_nodes_and_resumes_with_those_that_return
     assert!(run.effects.iter().any(begins), "{:?}", run.effects);
 }
 
+/// The number of the checkpoint that the last effects open, and its step.
+fn opened(run: &Harness) -> (u64, Step) {
+    let opened = run.effects.iter().find_map(|effect| match effect {
+        Effect::OpenCheckpoint { attempt, step, .. } => Some((*attempt, *step)),
+        _ => None,
+    });
+    opened.expect("a checkpoint is opened")
+}
+
+fn left(run: &Harness) -> Vec<NodeId> {
+    let node = |notice: &Notice| match notice {
+        Notice::Left { node } => Some(node.clone()),
+        _ => None,
+    };
+    run.notices().filter_map(node).collect()
+}
+
 #[test]
-fn the_last_node_cannot_be_drained() {
+fn the_last_node_leaves_once_a_checkpoint_has_what_it_holds_and_the_run_waits_for_others() {
+    let mut run = Harness::training(1);
+    run.step(1);
+    run.handle(Event::DrainRequested { node: id(1) });
+    run.step(1);
+    let (attempt, step) = opened(&run);
+    assert_eq!((step, left(&run)), (Step(2), vec![]), "not before the checkpoint is durable");
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(left(&run), [id(1)]);
+    assert_eq!(run.machine.activity(), Activity::Gathering);
+    // Another node goes on where the last one stopped.
+    run.join(2, ResidentState::default());
+    let loads = |(_, source): &(ShardId, Source)| *source == Source::Checkpoint(Step(2));
+    let assigned = run.effects.iter().find_map(|effect| match effect {
+        Effect::Send { message: NodeCommand::Assign(assignment), .. } => {
+            Some(assignment.shards.iter().all(loads))
+        }
+        _ => None,
+    });
+    assert_eq!(assigned, Some(true), "{:?}", run.effects);
+}
+
+#[test]
+fn nodes_that_all_leave_at_once_are_released_together_after_one_checkpoint() {
+    let mut run = Harness::training(2);
+    run.step(2);
+    run.handle(Event::DrainRequested { node: id(1) });
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.step(2);
+    let (attempt, _) = opened(&run);
+    assert!(run.notices().any(|notice| matches!(notice, Notice::Emptying { step: Step(2) })));
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(left(&run), [id(1), id(2)]);
+    let gather = run.machine.settings.cluster.gather_timeout_ms;
+    run.machine.settings.stay = true;
+    run.handle(Event::Tick { ms: 10 * gather });
+    assert_eq!(run.machine.activity(), Activity::Gathering, "with `stay` the run waits as long as it takes");
+    run.machine.settings.stay = false;
+    run.handle(Event::Tick { ms: 1 });
+    assert!(run.is_fatal());
+}
+
+#[test]
+fn a_newcomer_takes_over_while_all_others_leave() {
     let mut run = Harness::training(1);
     run.handle(Event::DrainRequested { node: id(1) });
-    assert!(run.notices().any(|notice| matches!(notice, Notice::MigrationFailed { .. })));
-    assert_eq!(run.machine.node_state(&id(1)), "member");
+    run.step(1);
+    opened(&run);
+    run.join(2, ResidentState::default());
+    assert!(run.machine.placement().is_learning(&id(2)), "{:?}", run.machine.placement());
+}
+
+#[test]
+fn a_draining_node_stays_linked_until_its_shards_are_in_the_checkpoint_and_the_placement_does_not_wait() {
+    let mut run = Harness::training(3);
+    run.step(3);
+    run.step(3);
+    run.step(3);
+    let (attempt, step) = opened(&run);
+    assert_eq!(step, Step(3), "a checkpoint is under way, and the next one follows at once");
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.step(3);
+    run.learn_all();
+    run.step(3);
+    assert_eq!(run.machine.placement().members, [id(1), id(3)], "the drain goes on");
+    assert_eq!(left(&run), [], "it still stores its shards");
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(left(&run), [id(2)]);
+}
+
+#[test]
+fn a_drain_for_which_there_is_no_room_waits_with_the_shortage_in_numbers() {
+    let mut settings = settings(2);
+    (settings.cluster.replication, settings.checkpoint.every) = (1, 0);
+    let costs = crate::costs::Costs::new(&settings.architecture, &settings.training);
+    let in_flight = crate::costs::lanes_in_flight(1);
+    // Room for all layers and three of four experts.
+    let memory_bytes = costs.stage_bytes(costs.all_layers(), in_flight) + 3 * costs.expert_bytes;
+    let mut run = Harness::new(settings, Restored::default());
+    let join = |run: &mut Harness, node: usize| {
+        let (node, held) = (id(node), ResidentState::default());
+        let profile = Box::new(Profile { memory_bytes, ..Profile::relative(1.0) });
+        run.handle(Event::Joined { address: String::new(), node, profile, held });
+    };
+    join(&mut run, 1);
+    join(&mut run, 2);
+    run.all_ready();
+    run.step(2);
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.step(2);
+    let deferred = run.notices().find_map(|notice| match notice {
+        Notice::DrainDeferred { node, reason } => Some((node.clone(), reason.clone())),
+        _ => None,
+    });
+    assert!(
+        deferred.is_some_and(|(node, reason)| node == id(2) && reason.contains("GiB")),
+        "{:?}",
+        run.effects
+    );
+    assert_eq!(run.machine.placement().members, [id(1), id(2)]);
+    let held = run.machine.placement().experts.values().filter(|holders| holders.contains(&id(1))).count();
+    assert!(held <= 3, "no node gets more than fits");
+    // As soon as there is room, the drain is carried out.
+    join(&mut run, 3);
+    run.step(2);
+    run.learn_all();
+    run.step(3);
+    assert_eq!(left(&run), [id(2)], "{:?}", run.effects);
+}
+
+#[test]
+fn a_run_that_gives_up_first_writes_a_checkpoint_of_what_the_nodes_hold() {
+    let failed = |run: &Harness| NodeReport::Failed {
+        epoch: run.machine.placement().epoch,
+        reason: "its device is full".into(),
+        fatal: true,
+        suspect: None,
+    };
+    let mut run = Harness::training(1);
+    run.step(1);
+    let fatal = failed(&run);
+    run.report(1, fatal);
+    assert!(!run.is_fatal(), "step 1 is in the memory of node 1 only");
+    let (attempt, step) = opened(&run);
+    assert_eq!(step, Step(1));
+    // A failure of that checkpoint is retried.
+    run.handle(Event::CheckpointFailed { attempt, reason: "disk full".into() });
+    run.handle(Event::Tick { ms: 1 });
+    let (attempt, _) = opened(&run);
+    run.handle(Event::CheckpointStored { attempt });
+    assert!(run.is_fatal());
+    assert_eq!(run.machine.durable(), Some(Step(1)));
+}
+
+#[test]
+fn a_checkpoint_that_the_run_has_abandoned_is_not_counted() {
+    let mut run = Harness::training(3);
+    for _ in 0..3 {
+        run.step(3);
+    }
+    let (attempt, _) = opened(&run);
+    for node in 1..=3 {
+        run.handle(Event::Lost { node: id(node), cause: LossCause::Ended, reason: "killed".into() });
+    }
+    run.join(4, ResidentState::default());
+    assert_eq!(run.machine.committed(), Step(0), "the run went back");
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(run.machine.durable(), None);
+}
+
+#[test]
+fn the_run_waits_for_a_sole_holder_whose_link_broke_and_goes_back_only_if_it_does_not_return() {
+    let lose = |cause| {
+        let mut run = Harness::training(1);
+        run.step(1);
+        let shards = run.machine.settings.architecture.shards();
+        run.handle(Event::Lost { node: id(1), cause, reason: "its link ended".into() });
+        let went_back = |run: &Harness| run.notices().any(|notice| matches!(notice, Notice::WentBack { .. }));
+        assert!(!went_back(&run));
+        run.join(2, ResidentState::default());
+        (run, shards, went_back)
+    };
+    // It returns with its state: nothing is lost.
+    let (mut run, shards, _) = lose(LossCause::Unlinked);
+    assert_eq!(run.machine.activity(), Activity::Gathering, "node 1 may return");
+    run.join(1, ResidentState { timeline: Timeline(0), version: Step(1), shards, prepared: None });
+    assert_eq!((run.machine.committed(), run.machine.activity()), (Step(1), Activity::Placing));
+    // It does not.
+    let (mut run, _, went_back) = lose(LossCause::Unlinked);
+    run.handle(Event::Tick { ms: run.machine.settings.cluster.return_timeout_ms });
+    assert!(went_back(&run));
+    // Its process is known to have ended: there is nothing to wait for.
+    let (run, _, went_back) = lose(LossCause::Ended);
+    assert!(went_back(&run));
+}
+
+#[test]
+fn a_checkpoint_is_verified_before_it_is_loaded_and_not_when_nodes_return_with_their_state() {
+    let persistent = PersistentState { epoch: Epoch(4), timeline: Timeline(0), members: vec![id(1)] };
+    let update = Update::decide(1.0, true, 6, 0.1, None).0;
+    let last = Some(LastCommit { epoch: Epoch(4), step: Step(5), update });
+    let restored = || Restored { durable: Some(Step(3)), last, persistent: persistent.clone() };
+    let is_verified = |e: &Effect| matches!(e, Effect::VerifyCheckpoint { step: Step(3) });
+    let mut run = Harness::new(settings(1), restored());
+    let shards = run.machine.settings.architecture.shards();
+    run.join(1, ResidentState { timeline: Timeline(0), version: Step(5), shards, prepared: None });
+    assert!(!run.effects.iter().any(is_verified), "{:?}", run.effects);
+    assert_eq!(run.machine.activity(), Activity::Placing);
+
+    let mut run = Harness::new(settings(1), restored());
+    run.join(2, ResidentState::default());
+    run.handle(Event::Tick { ms: run.machine.settings.cluster.return_timeout_ms });
+    assert!(run.effects.iter().any(is_verified), "{:?}", run.effects);
+    assert_eq!(run.machine.committed(), Step(5), "nothing is undone before it is known to be intact");
+    // However long that takes.
+    run.handle(Event::Tick { ms: 10 * run.machine.settings.cluster.gather_timeout_ms });
+    assert_eq!(run.machine.activity(), Activity::Gathering);
+    run.handle(Event::CheckpointVerified { intact: Some(Step(3)) });
+    assert_eq!((run.machine.committed(), run.machine.activity()), (Step(3), Activity::Placing));
+}
+
+#[test]
+fn a_node_that_hangs_in_a_validation_is_fenced() {
+    let mut settings = settings(3);
+    settings.validation.rounds = 1;
+    let mut run = Harness::new(settings, Restored::default());
+    for node in 1..=3 {
+        run.join(node, ResidentState::default());
+    }
+    run.all_ready();
+    assert_eq!(run.machine.activity(), Activity::Validating);
+    let epoch = run.machine.placement().epoch;
+    for node in [1, 3] {
+        run.report(node, NodeReport::Validated { epoch, round: 0, lanes: Vec::new() });
+    }
+    let ms = run.machine.settings.cluster.step_timeout_ms;
+    run.handle(Event::Tick { ms });
+    assert_eq!(fenced(&run), [id(2)]);
+}
+
+#[test]
+fn a_learner_that_receives_no_gradients_delays_a_step_by_its_grace_and_is_fenced() {
+    let mut run = Harness::training(2);
+    run.step(2);
+    run.join(3, ResidentState::default());
+    run.step(2);
+    run.all_ready();
+    assert!(run.machine.placement().is_learning(&id(3)));
+    let before = run.machine.committed();
+    for _ in 0..4 * LEARNER_MISSES_MAX {
+        run.step(2);
+        run.handle(Event::Tick { ms: LEARNER_GRACE_MS });
+        if fenced(&run) == [id(3)] {
+            assert!(run.machine.committed() > before);
+            return;
+        }
+        let (epoch, version) = (run.machine.placement().epoch, run.machine.committed());
+        let shards = run.machine.settings.architecture.shards();
+        run.report(3, NodeReport::Learned { epoch, version, shards });
+    }
+    panic!("it is never fenced");
 }
 
 fn fenced(run: &Harness) -> Vec<NodeId> {
@@ -353,7 +633,7 @@ fn a_failing_node_is_fenced_while_others_hold_its_shards() {
     run.step(1);
     let fatal = failed(&run, true);
     run.report(1, fatal);
-    assert!(run.effects.iter().any(|effect| matches!(effect, Effect::Fatal { .. })));
+    assert!(fenced(&run).is_empty());
 }
 
 #[test]

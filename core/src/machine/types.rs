@@ -7,6 +7,7 @@ use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, Validat
 use crate::profile::Profile;
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -21,12 +22,14 @@ pub struct Settings {
     pub checkpoint: CheckpointOptions,
     /// Measurements of the held-out loss.
     pub validation: ValidationOptions,
+    /// Whether the run waits for nodes for as long as it takes, instead of `cluster.gather_timeout_ms`.
+    pub stay: bool,
 }
 
 /// The state on disk when a supervisor starts; empty in a new run.
 #[derive(Clone, Debug, Default)]
 pub struct Restored {
-    /// The last durable checkpoint.
+    /// The newest checkpoint in the catalogue. Its bytes are verified when they are about to be used.
     pub durable: Option<Step>,
     /// The last journaled commit.
     pub last: Option<LastCommit>,
@@ -72,6 +75,8 @@ pub enum Event {
     Lost {
         /// The node.
         node: NodeId,
+        /// What is known of its process.
+        cause: LossCause,
         /// The reason.
         reason: String,
     },
@@ -84,15 +89,20 @@ pub enum Event {
     },
     /// A checkpoint is durable and catalogued.
     CheckpointStored {
-        /// Its step.
-        step: Step,
+        /// The number of the attempt.
+        attempt: u64,
     },
     /// A checkpoint could not be written.
     CheckpointFailed {
-        /// Its step.
-        step: Step,
+        /// The number of the attempt.
+        attempt: u64,
         /// The reason.
         reason: String,
+    },
+    /// The answer to [`Effect::VerifyCheckpoint`].
+    CheckpointVerified {
+        /// The newest intact checkpoint: the requested one, or one before it that an operator has allowed.
+        intact: Option<Step>,
     },
     /// An operator asks for a checkpoint at the next boundary between steps.
     CheckpointRequested,
@@ -108,6 +118,15 @@ pub enum Event {
         /// Milliseconds since the previous tick.
         ms: u64,
     },
+}
+
+/// What is known of the process of a node that disconnected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LossCause {
+    /// It has ended, and its state with it.
+    Ended,
+    /// Its link ended or is silent. The process may live, and return with its state.
+    Unlinked,
 }
 
 /// One committed step, for the journal and the metrics.
@@ -150,8 +169,12 @@ pub enum Notice {
     Lost { node: NodeId, reason: String },
     /// A node was fenced; it may rejoin without state.
     Fenced { node: NodeId, reason: String },
-    /// A node is being drained.
-    Draining { node: NodeId },
+    /// A node is being drained: others take over `bytes` of state, or a checkpoint does.
+    Draining { node: NodeId, bytes: u64 },
+    /// A drain waits: the other nodes have no room for the node's shards. It is carried out when they have.
+    DrainDeferred { node: NodeId, reason: String },
+    /// All nodes leave: they are released once a checkpoint of `step` is durable.
+    Emptying { step: Step },
     /// A drained node left.
     Left { node: NodeId },
     /// A new placement. `fetched` shards are loaded before the next step and `learning` in the background;
@@ -170,6 +193,8 @@ pub enum Notice {
     },
     /// All background copies are complete; the next placement uses them.
     Migrated { epoch: Epoch, step: Step, shards: usize },
+    /// Steps are committed without a learner: it does not receive every gradient in time.
+    LearnerLate { node: NodeId, step: Step },
     /// Shards could not be copied to a node.
     MigrationFailed { node: NodeId, reason: String },
     /// Measured speeds or expert loads call for another placement.
@@ -184,6 +209,8 @@ pub enum Notice {
     Checkpoint { step: Step },
     /// A checkpoint could not be written.
     CheckpointFailed { step: Step, reason: String },
+    /// The run cannot go on. What the nodes hold is written to a checkpoint first.
+    GivingUp { step: Step, reason: String },
     /// Two replicas of a shard hold different gradients.
     ReplicasDiffer { step: Step, shard: ShardId },
 }
@@ -200,12 +227,20 @@ pub enum Effect {
     Journal(Box<Committed>),
     /// Make this state durable before the next effect.
     Persist(PersistentState),
-    /// Open a checkpoint of `step` that is complete when all of `shards` are stored.
-    OpenCheckpoint { step: Step, epoch: Epoch, shards: Vec<ShardId> },
+    /// Open a checkpoint of `step` that is complete when all of `shards` are stored, each by its sender.
+    OpenCheckpoint {
+        attempt: u64,
+        step: Step,
+        epoch: Epoch,
+        timeline: Timeline,
+        senders: BTreeMap<ShardId, NodeId>,
+    },
     /// Abandon an incomplete checkpoint.
-    DropCheckpoint { step: Step },
-    /// Delete all committed steps after `step`.
-    GoBack { step: Step },
+    DropCheckpoint { attempt: u64 },
+    /// Read all bytes of a checkpoint, off the event loop, then report [`Event::CheckpointVerified`].
+    VerifyCheckpoint { step: Step },
+    /// Delete all committed steps after `step`, and make `state` durable in the same transaction.
+    GoBack { step: Step, state: PersistentState },
     /// The held-out loss after `step`.
     Validated { step: Step, loss: f64, tokens: u64 },
     /// Tell the operator.

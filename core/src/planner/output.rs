@@ -14,8 +14,6 @@ pub struct Plan {
     pub placement: Placement,
     /// Its predicted step.
     pub prediction: Prediction,
-    /// The missing memory, where the model does not fit: such a placement ignores memory.
-    pub short: Option<Shortage>,
 }
 
 impl Plan {
