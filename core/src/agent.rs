@@ -292,7 +292,8 @@ impl Agent {
     }
 
     fn on_begin(&mut self, epoch: Epoch, step: Step, pass: Pass, lanes: Vec<(Lane, Vec<u32>)>) {
-        if !self.is_ready() {
+        // A repeated command changes nothing: the gradients of a prepared step wait for its commit. A-3.
+        if !self.is_ready() || self.prepared == Some((epoch, step)) {
             return;
         }
         if step != self.version.next() {

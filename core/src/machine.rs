@@ -145,6 +145,9 @@ pub struct Machine {
     suspicion: Suspicion,
     /// Learners of this placement that have missed gradients.
     learners_late: BTreeMap<NodeId, LateLearner>,
+    /// Nodes whose links broke since the last commit, each with the shards that it holds at version
+    /// `committed`: they may return with them.
+    away: BTreeMap<NodeId, BTreeSet<ShardId>>,
     /// Nodes of this placement whose processes have ended.
     gone: BTreeSet<NodeId>,
     balance: Balance,
@@ -189,6 +192,7 @@ impl Machine {
             stopping: false,
             suspicion: Suspicion::default(),
             learners_late: BTreeMap::new(),
+            away: BTreeMap::new(),
             gone: BTreeSet::new(),
             balance: Balance::default(),
             effects: Vec::new(),

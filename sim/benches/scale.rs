@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::Instant;
 use volary_core::architecture::presets;
-use volary_core::machine::{Effect, Event, Machine, Restored, Settings};
+use volary_core::machine::{Effect, Event, LossCause, Machine, Restored, Settings};
 use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, ResidentState};
 use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use volary_core::profile::Profile;
@@ -52,6 +52,7 @@ fn settings(nodes: usize) -> Settings {
         cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },
         checkpoint: CheckpointOptions { every: 0, keep: 1 },
         validation: ValidationOptions { every: 0, rounds: 0 },
+        stay: false,
     }
 }
 
@@ -120,7 +121,7 @@ impl Cluster {
                 answers.push(NodeReport::Ready { epoch });
                 if !assignment.learn.is_empty() {
                     let shards = assignment.learn.iter().map(|(shard, _)| *shard).collect();
-                    answers.push(NodeReport::Learned { epoch, shards });
+                    answers.push(NodeReport::Learned { epoch, version: assignment.version, shards });
                 }
             }
             NodeCommand::Begin { epoch, step, lanes, .. } => {
@@ -155,7 +156,8 @@ fn play(nodes: usize) {
             let place = random.below(cluster.alive.len() as u64) as usize;
             let victim = cluster.alive.iter().nth(place).cloned().expect("a node");
             cluster.alive.remove(&victim);
-            effects = cluster.handle(Event::Lost { node: victim, reason: "churn".into() });
+            effects =
+                cluster.handle(Event::Lost { node: victim, cause: LossCause::Ended, reason: "churn".into() });
             effects.extend(cluster.join());
         }
         cluster.run(effects, 2);

@@ -19,6 +19,7 @@ pub(crate) struct Disk {
 /// A checkpoint that is being written.
 #[derive(Debug)]
 pub(crate) struct PendingCheckpoint {
+    pub(crate) attempt: u64,
     pub(crate) step: Step,
     pub(crate) wanted: BTreeSet<ShardId>,
     pub(crate) stored: BTreeSet<ShardId>,

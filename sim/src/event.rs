@@ -29,7 +29,9 @@ pub(crate) enum Event {
     /// A node reads a shard from a peer in the background.
     ReadCopy { node: NodeId, process: u64, epoch: Epoch, shard: ShardId, from: Vec<NodeId> },
     /// A checkpoint is durable.
-    Stored { life: u64, step: Step },
+    Stored { life: u64, attempt: u64, step: Step },
+    /// All bytes of a checkpoint have been read.
+    Verified { life: u64, step: Step },
     /// The supervisor's clock.
     Tick { life: u64 },
     /// The supervisor restarts.

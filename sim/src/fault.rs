@@ -15,6 +15,8 @@ pub enum Fault {
     Cut(NodeId, NodeId, u64),
     /// A new node joins.
     Join,
+    /// A new node joins that reaches the supervisor, and that no other node reaches.
+    JoinHidden,
     /// A dead node restarts under its name.
     Respawn(NodeId),
     /// An operator drains a node.

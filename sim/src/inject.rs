@@ -26,10 +26,14 @@ impl World {
             Fault::Cut(a, b, ms) => {
                 self.cuts.insert((a, b), self.now + ms);
             }
-            Fault::Join => self.join(None),
+            Fault::Join => _ = self.join(None),
+            Fault::JoinHidden => {
+                let node = self.join(None);
+                self.hidden.insert(node);
+            }
             Fault::Respawn(node) => {
                 if !self.nodes.contains_key(&node) {
-                    self.join(Some(node));
+                    _ = self.join(Some(node));
                 }
             }
             Fault::Drain(node) => self.machine_event(machine::Event::DrainRequested { node }),

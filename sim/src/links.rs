@@ -3,7 +3,7 @@
 use crate::event::Event;
 use crate::limits::{REDIAL_MS, RESTART_MS, TICK_MS};
 use crate::world::World;
-use volary_core::machine::{self, Machine};
+use volary_core::machine::{self, LossCause, Machine};
 use volary_core::messages::NodeReport;
 use volary_core::{NodeId, agent};
 
@@ -35,7 +35,10 @@ impl World {
     pub(crate) fn on_link_ended(&mut self, node: NodeId, session: u64) {
         if self.is_linked(&node, session) {
             self.sessions.remove(&node);
-            self.machine_event(machine::Event::Lost { node, reason: "its link ended".into() });
+            // The process noticed it first, lives and has not noticed yet, or is gone.
+            let lives = self.nodes.get(&node).is_some_and(|n| n.session.is_none_or(|at| at == session));
+            let cause = if lives { LossCause::Unlinked } else { LossCause::Ended };
+            self.machine_event(machine::Event::Lost { node, cause, reason: "its link ended".into() });
         }
     }
 
@@ -58,7 +61,8 @@ impl World {
             return self.put(self.now + REDIAL_MS, Event::Dial { node, process });
         }
         if self.sessions.remove(&node).is_some() {
-            self.machine_event(machine::Event::Lost { node: node.clone(), reason: "it reconnected".into() });
+            let (cause, reason) = (LossCause::Unlinked, "it reconnected".to_owned());
+            self.machine_event(machine::Event::Lost { node: node.clone(), cause, reason });
         }
         let Some(machine) = &self.machine else {
             return self.put(self.now + REDIAL_MS, Event::Dial { node, process });
@@ -93,7 +97,7 @@ impl World {
                 reported
                     .extend(self.nodes.get(node).into_iter().flat_map(|n| n.agent.resident_state().shards));
             }
-            NodeReport::Learned { epoch, shards } if *epoch == current => reported.extend(shards),
+            NodeReport::Learned { epoch, shards, .. } if *epoch == current => reported.extend(shards),
             _ => {}
         }
     }

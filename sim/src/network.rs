@@ -29,7 +29,8 @@ impl World {
         let cut = |a: &NodeId, b: &NodeId| {
             self.cuts.get(&(a.clone(), b.clone())).is_some_and(|&until| until > self.now)
         };
-        speaks(a) && speaks(b) && !cut(a, b) && !cut(b, a)
+        let hidden = self.hidden.contains(a) || self.hidden.contains(b);
+        speaks(a) && speaks(b) && !cut(a, b) && !cut(b, a) && !hidden
     }
 
     /// Whether the supervisor has this link to a node.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use volary_core::agent::Agent;
+use volary_core::messages::Pass;
 use volary_core::placement::Placement;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
@@ -27,8 +28,29 @@ pub(crate) struct Node {
     pub(crate) fetched: BTreeMap<ShardId, (Step, u64)>,
     /// Gradients of shards that are being copied.
     pub(crate) stash: BTreeMap<ShardId, Vec<(Step, u64)>>,
-    /// The step in progress, with its lanes.
-    pub(crate) work: Option<(Epoch, Step, Vec<Lane>)>,
+    /// The pass in progress.
+    pub(crate) work: Option<Work>,
+}
+
+/// A pass in progress.
+#[derive(Clone, Debug)]
+pub(crate) struct Work {
+    pub(crate) epoch: Epoch,
+    pub(crate) step: Step,
+    pub(crate) pass: Pass,
+    pub(crate) lanes: Vec<Lane>,
+}
+
+impl Work {
+    /// Passes in their order.
+    pub(crate) fn at(&self) -> (Epoch, Step, Option<u64>) {
+        let round = match self.pass {
+            Pass::Validate { round } => Some(round),
+            // After the validations before the step.
+            Pass::Train => Some(u64::MAX),
+        };
+        (self.epoch, self.step, round)
+    }
 }
 
 /// A hash of two numbers.
@@ -36,9 +58,9 @@ pub(crate) fn mix(a: u64, b: u64) -> u64 {
     Stream::new(a, Purpose::Faults, &[b]).next_u64()
 }
 
-/// The loss of a lane in a step.
-pub(crate) fn lane_loss(step: Step, lane: Lane) -> f64 {
-    Stream::new(9, Purpose::Faults, &[step.0, lane.0.into()]).next_f64()
+/// A measurement of a lane, or of a shard, in a step: a function of the weights.
+pub(crate) fn measured(step: Step, place: u64, weights: u64) -> f64 {
+    Stream::new(9, Purpose::Faults, &[step.0, place, weights]).next_f64()
 }
 
 /// Tokens per expert of one lane and layer: expert 1 has more than half.

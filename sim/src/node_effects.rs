@@ -2,12 +2,12 @@
 
 use crate::event::Event;
 use crate::limits::SILENCE_MS;
-use crate::node::{gradient, lane_loss, mix, shard_hash, uneven_load};
+use crate::node::{Node, Work, gradient, measured, mix, shard_hash, uneven_load};
 use crate::world::World;
 use volary_core::agent::{self, Effect, Failure, STASH_MAX};
 use volary_core::messages::{Assignment, LaneReport, NodeReport, Norm, Pass, Source};
 use volary_core::placement::Placement;
-use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
 
 impl World {
     /// The correct state of a shard after a step.
@@ -53,8 +53,8 @@ impl World {
             Effect::Install { shard, version, replay } => self.install(id, shard, version, &replay),
             Effect::Release(shards) => node.weights.retain(|shard, _| !shards.contains(shard)),
             Effect::Run { epoch, step, pass, lanes } => {
-                assert_eq!(pass, Pass::Train);
-                node.work = Some((epoch, step, lanes.into_iter().map(|(lane, _)| lane).collect()));
+                let lanes = lanes.into_iter().map(|(lane, _)| lane).collect();
+                node.work = Some(Work { epoch, step, pass, lanes });
                 let (least, most) = ((30.0 / node.speed) as u64, (120.0 / node.speed) as u64);
                 let node = id.clone();
                 self.after(least, most, Event::Work { node, process, epoch, step, since: now });
@@ -189,18 +189,23 @@ impl World {
         self.after(5, 80, Event::CheckpointShards { node: id.clone(), session, step, shards });
     }
 
-    /// Ends a node's part of a step, once all members have begun it and are reachable. [`World::dispatch`]
+    /// Ends a node's part of a pass, once all members have begun it and are reachable. [`World::dispatch`]
     /// has checked that the process runs.
     pub(crate) fn work(&mut self, id: &NodeId, process: u64, epoch: Epoch, step: Step, since: u64) {
         let Some(node) = self.nodes.get(id).filter(|n| n.process == process) else { return };
         let retry = Event::Work { node: id.clone(), process, epoch, step, since };
-        let Some((_, _, lanes)) = node.work.clone().filter(|w| (w.0, w.1) == (epoch, step)) else { return };
+        let Some(work) = node.work.clone().filter(|w| (w.epoch, w.step) == (epoch, step)) else { return };
+        let held = node.agent.resident_state();
+        if held.version >= step || held.prepared == Some((epoch, step)) {
+            // Its command came twice.
+            return;
+        }
         let others = || node.placement.members.iter().filter(|member| *member != id);
         let broken = others().find(|member| !self.reachable(id, member)).cloned();
         let begun = |member: &NodeId| {
             let at = self.nodes.get(member).map(|n| (n.work.as_ref(), n.agent.resident_state()));
-            at.is_some_and(|(work, held)| {
-                work.is_some_and(|w| (w.0, w.1) >= (epoch, step))
+            at.is_some_and(|(theirs, held)| {
+                theirs.is_some_and(|theirs| theirs.at() >= work.at())
                     || held.prepared == Some((epoch, step))
                     || held.version >= step
             })
@@ -216,26 +221,62 @@ impl World {
         if early {
             return self.put(self.now + 20, retry);
         }
-        let kept = self
-            .settings
-            .architecture
-            .shards()
-            .into_iter()
-            .filter(|s| node.placement.holds_or_learns(id, *s));
-        let (experts, layers) =
-            (self.settings.architecture.experts, self.settings.architecture.moe_layers().count());
-        let load = vec![uneven_load(experts); layers];
-        let report = |lane| {
-            (lane, LaneReport { loss: lane_loss(step, lane), load: load.clone(), ..LaneReport::default() })
+        // A member that is in another placement by now refuses what this node sends.
+        let is_over = others().any(|member| self.nodes.get(member).is_some_and(|n| n.agent.epoch() > epoch));
+        if is_over {
+            let failure = Failure { reason: "the placement is over".into(), fatal: false, suspect: None };
+            return self.node_event(id, agent::Event::Failed { epoch, failure });
+        }
+        let message = self.report(id, node, &work);
+        self.node_event(id, agent::Event::Done(message));
+    }
+
+    /// What a node reports after a pass.
+    fn report(&self, id: &NodeId, node: &Node, work: &Work) -> NodeReport {
+        let &Work { epoch, step, pass, .. } = work;
+        let placement = &node.placement;
+        let architecture = &self.settings.architecture;
+        let load = vec![uneven_load(architecture.experts); architecture.moe_layers().count()];
+        let lane_report = |&lane: &Lane| {
+            let loss = measured(step, lane.0.into(), self.weights_of_lane(placement, lane, step));
+            (lane, LaneReport { loss, load: load.clone(), ..LaneReport::default() })
         };
-        let message = NodeReport::Prepared {
+        let lanes = work.lanes.iter().map(lane_report).collect();
+        if let Pass::Validate { round } = pass {
+            return NodeReport::Validated { epoch, round, lanes };
+        }
+        let norm = |shard: ShardId| {
+            let owner = placement.owner(shard).and_then(|owner| self.weight(owner, shard, step))?;
+            let squared = measured(step, shard_hash(shard), owner);
+            Some((shard, Norm { squared, finite: true }))
+        };
+        let kept = architecture.shards().into_iter().filter(|s| placement.holds_or_learns(id, *s));
+        NodeReport::Prepared {
             epoch,
             step,
-            norms: kept.map(|shard| (shard, Norm { squared: step.0 as f64, finite: true })).collect(),
-            lanes: lanes.into_iter().map(report).collect(),
+            norms: kept.filter_map(norm).collect(),
+            lanes,
             speed: Some(node.speed),
+        }
+    }
+
+    /// The number that stands for all weights that a lane meets, on the nodes that serve it.
+    fn weights_of_lane(&self, placement: &Placement, lane: Lane, step: Step) -> u64 {
+        let node = |shard: ShardId| match shard {
+            ShardId::Expert { .. } => placement.serving_replica(shard, lane),
+            _ => placement.stage_of(shard.layer())?.stage_node(lane),
         };
-        self.node_event(id, agent::Event::Done(message));
+        self.settings.architecture.shards().into_iter().fold(0, |sum, shard| {
+            let Some(node) = node(shard) else { panic!("nobody serves {shard} to lane {lane}") };
+            let weight = self.weight(node, shard, step);
+            mix(sum, weight.unwrap_or_else(|| panic!("{node} serves {shard} and has another version")))
+        })
+    }
+
+    /// The number that stands for a node's copy of a shard before a step.
+    fn weight(&self, node: &NodeId, shard: ShardId, step: Step) -> Option<u64> {
+        let (version, value) = self.nodes.get(node)?.weights.get(&shard)?;
+        (version.next() == step).then_some(*value)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Random schedules of faults.
 
 use crate::fault::{Fault, NetworkFaults};
+use crate::limits::{END_CHECK_MS, END_CHECKS};
 use crate::world::World;
 use volary_core::NodeId;
 use volary_core::machine::Notice;
@@ -53,8 +54,13 @@ pub fn schedule(seed: u64, mut world: World, kinds: Kinds, faults: u64, ms: u64)
     if matches!(world.notices.iter().rev().find(placed_or_not), Some(Notice::NoRoom { .. })) {
         (world.alive().len()..world.settings.cluster.nodes).for_each(|_| world.inject(Fault::Join));
     }
-    let end = world.now() + 1_200_000;
-    world.run_until(end);
+    for _ in 0..END_CHECKS {
+        world.run_until(world.now() + END_CHECK_MS);
+        // Those who left in good order are followed by others.
+        if world.alive().is_empty() {
+            world.inject(Fault::Join);
+        }
+    }
     world
 }
 

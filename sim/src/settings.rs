@@ -23,7 +23,8 @@ pub fn settings(steps: u64, nodes: usize, replication: usize) -> Settings {
         },
         cluster: ClusterOptions { nodes, replication, step_timeout_ms: 10_000, ..ClusterOptions::default() },
         checkpoint: CheckpointOptions { every: 5, keep: 2 },
-        validation: ValidationOptions { every: 0, rounds: 0 },
+        validation: ValidationOptions { every: 7, rounds: 2 },
+        stay: false,
     }
 }
 

@@ -2,9 +2,10 @@
 
 use crate::disk::PendingCheckpoint;
 use crate::event::Event;
+use crate::limits::VERIFY_MS;
 use crate::world::World;
 use std::collections::BTreeSet;
-use volary_core::machine::{self, Committed, Effect};
+use volary_core::machine::{self, Committed, Effect, PersistentState};
 use volary_core::messages::NodeCommand;
 use volary_core::{NodeId, ShardId, Step};
 
@@ -16,19 +17,29 @@ impl World {
             Effect::Journal(committed) => self.journal_step(*committed),
             Effect::Persist(persistent) => {
                 assert!(
-                    persistent.epoch > self.disk.persistent.epoch,
+                    persistent.epoch > self.disk.persistent.epoch || persistent.members.is_empty(),
                     "the number of an epoch is used twice"
                 );
                 self.disk.persistent = persistent;
             }
-            Effect::OpenCheckpoint { step, shards, .. } => {
-                let (wanted, stored) = (shards.into_iter().collect(), BTreeSet::new());
-                self.disk.pending = Some(PendingCheckpoint { step, wanted, stored });
+            Effect::OpenCheckpoint { attempt, step, senders, .. } => {
+                let wanted: BTreeSet<ShardId> = senders.into_keys().collect();
+                assert_eq!(
+                    wanted.len(),
+                    self.settings.architecture.shards().len(),
+                    "every shard has a sender"
+                );
+                let stored = BTreeSet::new();
+                self.disk.pending = Some(PendingCheckpoint { attempt, step, wanted, stored });
             }
-            Effect::DropCheckpoint { step } => {
-                self.disk.pending.take_if(|pending| pending.step == step);
+            Effect::DropCheckpoint { attempt } => {
+                self.disk.pending.take_if(|pending| pending.attempt == attempt);
             }
-            Effect::GoBack { step } => self.go_back(step),
+            Effect::VerifyCheckpoint { step } => {
+                let life = self.life;
+                self.after(1, VERIFY_MS, Event::Verified { life, step });
+            }
+            Effect::GoBack { step, state } => self.go_back(step, state),
             Effect::Validated { .. } => {}
             Effect::Notice(notice) => {
                 if self.traced {
@@ -66,11 +77,13 @@ impl World {
         self.disk.journal.insert(committed.step, committed);
     }
 
-    /// M-4, and its converse: never while the connected nodes have a copy of every shard.
-    fn go_back(&mut self, step: Step) {
+    /// M-4, and its converse: never while the living nodes have a copy of every shard.
+    fn go_back(&mut self, step: Step, state: PersistentState) {
         // An abandoned checkpoint that became durable after all is skipped.
         assert!(step <= self.disk.durable.unwrap_or_default());
+        assert!(state.timeline > self.disk.persistent.timeline, "every going-back begins a new timeline");
         self.disk.durable = (step > Step(0)).then_some(step);
+        self.disk.persistent = state;
         let committed = self.disk.last_step();
         let last = self.disk.restored().last;
         let has = |node: &NodeId, shard: &ShardId| {
@@ -84,14 +97,8 @@ impl World {
             });
             held.shards.contains(shard) && (held.version == committed || rolls)
         };
-        let linked: Vec<&NodeId> = self
-            .sessions
-            .iter()
-            .filter(|(node, session)| self.nodes.get(*node).is_some_and(|n| n.session == Some(**session)))
-            .map(|(node, _)| node)
-            .collect();
         let shards = self.settings.architecture.shards();
-        let lost = shards.iter().any(|shard| !linked.iter().any(|node| has(node, shard)));
+        let lost = shards.iter().any(|shard| !self.nodes.keys().any(|node| has(node, shard)));
         // With lost messages the supervisor may not know of a copy.
         assert!(
             lost || self.lossy,
@@ -104,17 +111,18 @@ impl World {
         let Some(pending) = self.disk.pending.as_mut().filter(|pending| pending.step == step) else { return };
         pending.stored.extend(shards);
         if pending.stored.len() == pending.wanted.len() {
+            let attempt = pending.attempt;
             self.disk.pending = None;
             let life = self.life;
-            self.after(5, 60, Event::Stored { life, step });
+            self.after(5, 60, Event::Stored { life, attempt, step });
         }
     }
 
-    pub(crate) fn stored(&mut self, life: u64, step: Step) {
+    pub(crate) fn stored(&mut self, life: u64, attempt: u64, step: Step) {
         if self.life != life || self.machine.is_none() || self.disk.last_step() < step {
             return;
         }
         self.disk.durable = self.disk.durable.max(Some(step));
-        self.machine_event(machine::Event::CheckpointStored { step });
+        self.machine_event(machine::Event::CheckpointStored { attempt });
     }
 }

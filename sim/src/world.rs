@@ -47,6 +47,8 @@ pub struct World {
     pub(crate) disk: Disk,
     pub(crate) nodes: BTreeMap<NodeId, Node>,
     pub(crate) cuts: BTreeMap<(NodeId, NodeId), u64>,
+    /// Nodes that reach the supervisor, and that no other node reaches.
+    pub(crate) hidden: BTreeSet<NodeId>,
     pub(crate) network: NetworkFaults,
     /// Whether messages could ever be lost.
     pub(crate) lossy: bool,
@@ -96,6 +98,7 @@ impl World {
             disk: Disk::default(),
             nodes: BTreeMap::new(),
             cuts: BTreeMap::new(),
+            hidden: BTreeSet::new(),
             network: NetworkFaults::default(),
             lossy: false,
             processes: 0,
@@ -109,7 +112,7 @@ impl World {
         };
         world.start_supervisor();
         for _ in 0..nodes {
-            world.join(None);
+            _ = world.join(None);
         }
         world
     }
@@ -192,8 +195,8 @@ impl World {
         self.sequence
     }
 
-    /// Starts a node that joins, under a new name unless one is given.
-    pub(crate) fn join(&mut self, name: Option<NodeId>) {
+    /// Starts a node that joins, under a new name unless one is given. Returns its name.
+    pub(crate) fn join(&mut self, name: Option<NodeId>) -> NodeId {
         let node = name.unwrap_or_else(|| {
             loop {
                 self.named += 1;
@@ -206,7 +209,8 @@ impl World {
         self.processes += 1;
         self.nodes.insert(node.clone(), Node::new(node.clone(), self.processes));
         let process = self.processes;
-        self.after(1, 50, Event::Dial { node, process });
+        self.after(1, 50, Event::Dial { node: node.clone(), process });
+        node
     }
 
     fn dispatch(&mut self, event: Event) {
@@ -239,7 +243,12 @@ impl World {
             Event::ReadCopy { node, process, epoch, shard, from } => {
                 self.read_copy(&node, process, epoch, shard, &from)
             }
-            Event::Stored { life, step } => self.stored(life, step),
+            Event::Stored { life, attempt, step } => self.stored(life, attempt, step),
+            Event::Verified { life, step } => {
+                if self.life == life {
+                    self.machine_event(machine::Event::CheckpointVerified { intact: Some(step) });
+                }
+            }
             Event::Tick { life } => {
                 if self.life == life && self.machine.is_some() {
                     self.machine_event(machine::Event::Tick { ms: TICK_MS });

@@ -1,7 +1,8 @@
 //! Volary's guarantees for each fault, in simulated time.
 #![expect(clippy::expect_used, reason = "tests")]
 
-use volary_core::machine::Notice;
+use volary_core::limits::LEARNER_GRACE_MS;
+use volary_core::machine::{Notice, Settings};
 use volary_core::{ExpertId, LayerId, NodeId, ShardId, Step};
 use volary_sim::{Fault, World, deep_settings, room_for_half, settings};
 
@@ -13,12 +14,24 @@ fn id(number: usize) -> NodeId {
     NodeId::new(format!("n{number}"))
 }
 
+/// Without validations, so that the time between two commits is that of a step.
+fn unvalidated(mut settings: Settings) -> Settings {
+    settings.validation.rounds = 0;
+    settings
+}
+
 fn world(seed: u64, nodes: usize, replication: usize) -> World {
-    World::new(seed, settings(STEPS, nodes, replication), nodes)
+    World::new(seed, unvalidated(settings(STEPS, nodes, replication)), nodes)
 }
 
 fn undisturbed() -> Vec<(Step, u64)> {
     let mut world = world(1, 1, 1);
+    end(&mut world);
+    world.journal()
+}
+
+fn undisturbed_deep() -> Vec<(Step, u64)> {
+    let mut world = World::new(1, unvalidated(deep_settings(STEPS, 1, 1)), 1);
     end(&mut world);
     world.journal()
 }
@@ -218,8 +231,66 @@ fn a_slow_node_gets_fewer_lanes_and_a_hot_expert_more_replicas() {
     assert!(reasons.len() <= 4, "placements do not oscillate: {reasons:?}");
 }
 
+#[test]
+fn a_newcomer_that_no_node_reaches_delays_no_step_by_more_than_its_grace() {
+    for seed in 0..100 {
+        let world = with_fault(seed, 2, 2, Fault::JoinHidden);
+        assert_no_step_repeated(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::Aborted { .. })), "seed {seed}");
+        let limit = 2 * ORDINARY_MS + LEARNER_GRACE_MS + volary_sim::limits::TICK_MS;
+        assert!(longest_gap(&world) <= limit, "seed {seed}: {}", longest_gap(&world));
+        assert!(has(&world, |n| matches!(n, Notice::Fenced { .. })), "seed {seed}");
+    }
+}
+
+/// As a kubelet does: both get a notice, and whoever is still there is killed later.
+#[test]
+fn a_run_scaled_to_zero_loses_nothing_and_goes_on_with_the_next_node() {
+    for seed in 0..200 {
+        let mut world = world(seed, 2, 1);
+        world.run_until_step(Step(9));
+        world.at(world.now() + seed % 50, Fault::Drain(id(1)));
+        world.at(world.now() + seed, Fault::Drain(id(2)));
+        world.run_until(world.now() + 10_000);
+        assert!(world.alive().is_empty(), "seed {seed}: {:?} have not left", world.alive());
+        world.at(world.now() + 60_000, Fault::Join);
+        end(&mut world);
+        assert_eq!(world.journal(), undisturbed(), "seed {seed}");
+        assert_no_step_repeated(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })), "seed {seed}");
+    }
+}
+
+/// The sole holder of some shards lives, and dials again.
+#[test]
+fn a_broken_link_of_a_sole_holder_costs_no_step() {
+    for seed in 0..100 {
+        let world = with_fault(seed, 3, 1, Fault::Partition(id(2), 3_000));
+        assert_no_step_repeated(&world);
+        assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })), "seed {seed}");
+        assert!(has(&world, |n| matches!(n, Notice::Returned { .. })), "seed {seed}");
+    }
+}
+
+/// A checkpoint is under way at all times.
+#[test]
+fn a_drain_happens_while_checkpoints_are_written_at_every_step() {
+    for seed in 0..100 {
+        let mut settings = unvalidated(settings(STEPS, 3, 2));
+        settings.checkpoint.every = 1;
+        let mut world = World::new(seed, settings, 3);
+        world.run_until_step(Step(9));
+        world.at(world.now() + 30, Fault::Drain(id(2)));
+        world.run_until_step(Step(20));
+        assert!(world.left.contains(&id(2)), "seed {seed}");
+        end(&mut world);
+        assert_eq!(world.journal(), undisturbed(), "seed {seed}");
+    }
+}
+
 fn spread(seed: u64, nodes: usize) -> World {
-    let mut world = World::with_profiles(seed, deep_settings(STEPS, nodes, 2), nodes, room_for_half);
+    let settings = unvalidated(deep_settings(STEPS, nodes, 2));
+    let mut world = World::with_profiles(seed, settings, nodes, room_for_half);
     world.run_until_step(Step(9));
     let stages = world.placement().expect("a supervisor").stages.len();
     assert_eq!(stages, 2, "no node has room for all layers");
@@ -239,7 +310,7 @@ fn a_model_in_stages_survives_every_fault() {
         let mut world = spread(seed, 5);
         world.at(world.now() + 30, faults(seed));
         end(&mut world);
-        assert_eq!(world.journal(), undisturbed(), "seed {seed}");
+        assert_eq!(world.journal(), undisturbed_deep(), "seed {seed}");
         assert_no_step_repeated(&world);
         assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })), "seed {seed}");
         let placement = world.placement().expect("a supervisor");
@@ -265,6 +336,6 @@ fn replicas_are_in_different_zones_before_and_after_a_death() {
         world.at(world.now() + 30, Fault::Kill(id(1 + seed as usize % 6)));
         end(&mut world);
         apart(&world, "after");
-        assert_eq!(world.journal(), undisturbed(), "seed {seed}");
+        assert_eq!(world.journal(), undisturbed_deep(), "seed {seed}");
     }
 }

@@ -23,8 +23,8 @@ use volary_sim::{Kinds, World, deep_settings, room_for_half, schedule, settings}
 
 const STEPS: u64 = 30;
 
-fn undisturbed() -> Vec<(Step, u64)> {
-    let mut world = World::new(1, settings(STEPS, 1, 1), 1);
+fn undisturbed(settings: Settings) -> Vec<(Step, u64)> {
+    let mut world = World::new(1, settings, 1);
     world.run_until(600_000);
     assert!(world.done, "{world:?}");
     world.journal()
@@ -35,6 +35,15 @@ fn undisturbed() -> Vec<(Step, u64)> {
 struct Cluster {
     settings: fn(u64) -> Settings,
     profiles: fn(&NodeId) -> Profile,
+}
+
+impl Cluster {
+    /// The same run on one node.
+    fn alone(&self) -> Settings {
+        let mut settings = (self.settings)(0);
+        settings.cluster.nodes = 1;
+        settings
+    }
 }
 
 const ALIKE: Cluster = Cluster { settings: cluster, profiles: |_| Profile::relative(1.0) };
@@ -75,7 +84,7 @@ fn all(seeds: std::ops::Range<u64>, kinds: Kinds) -> Vec<World> {
 }
 
 fn all_of(seeds: std::ops::Range<u64>, kinds: Kinds, cluster: Cluster) -> Vec<World> {
-    let expected = undisturbed();
+    let expected = undisturbed(cluster.alone());
     let mut failed = Vec::new();
     let mut worlds = Vec::new();
     for seed in seeds {

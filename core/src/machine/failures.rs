@@ -10,6 +10,10 @@ use std::collections::BTreeSet;
 
 impl Machine {
     pub(super) fn on_failed(&mut self, node: &NodeId, reason: &str, fatal: bool, suspect: Option<NodeId>) {
+        if matches!(self.phase, Phase::Gathering(_)) {
+            // The step is dropped already.
+            return;
+        }
         if !self.placement.is_member(node) {
             // A learner has no part in the step yet, and must not stop the run.
             return self.on_cannot_learn(node, reason.to_owned());

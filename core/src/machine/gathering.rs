@@ -2,7 +2,7 @@
 
 use super::state::{CapacityShortage, Gathering, Phase, Readiness};
 use super::{Effect, Machine, Notice};
-use crate::ids::{Epoch, NodeId, Step};
+use crate::ids::{Epoch, NodeId, ShardId, Step};
 use std::collections::BTreeSet;
 
 impl Machine {
@@ -21,6 +21,7 @@ impl Machine {
                 if let Phase::Gathering(gathering) = &mut self.phase {
                     gathering.awaited.clear();
                 }
+                self.away.clear();
                 self.place("enough nodes have joined");
             }
             Readiness::GiveUp(reason) => self.give_up(reason),
@@ -51,16 +52,18 @@ impl Machine {
         })
     }
 
-    /// A new run waits for all nodes that it wants. One that has begun goes on with fewer: once no shard is
-    /// lost and silent nodes would have timed out, or once returning nodes had their time.
+    /// A run waits for all nodes that it wants. One that has begun goes on with fewer: once no shard is lost
+    /// and silent nodes would have timed out, or once returning nodes had their time.
     fn has_enough_nodes(&self, gathering: &Gathering) -> bool {
         if self.nodes.len() >= gathering.wanted_nodes && gathering.awaited.is_empty() {
             return true;
         }
         let cluster = &self.settings.cluster;
-        let complete = self.idle_ms >= cluster.node_timeout_ms && self.lost_shard().is_none();
-        let may_start_early = !self.nodes.is_empty() && gathering.wanted_nodes == 1;
-        may_start_early && (complete || self.idle_ms >= cluster.return_timeout_ms)
+        let is_complete = || gathering.wanted_nodes == 1 && self.lost_shard().is_none();
+        let had_their_time = self.idle_ms >= cluster.return_timeout_ms
+            || (self.idle_ms >= cluster.node_timeout_ms && is_complete());
+        let has_begun = self.placement.epoch > Epoch(0);
+        has_begun && !self.nodes.is_empty() && had_their_time
     }
 
     /// Waits for at least one node and for those in `awaited`. A capacity shortage stays known until the
@@ -84,11 +87,18 @@ impl Machine {
         }
     }
 
-    /// The link to a node with last copies of shards broke: the same step reruns when it has returned. After
-    /// `cluster.return_timeout_ms` the run goes back.
-    pub(super) fn wait_for_return(&mut self, node: NodeId, reason: &str) {
-        self.drop_step(reason);
-        self.start_gathering(BTreeSet::from([node]));
+    /// Going back is the last resort: where every shard without a holder is held by a node whose link broke,
+    /// the run waits for those nodes, for at most `cluster.return_timeout_ms`. Returns whether it does.
+    pub(super) fn wait_for_return(&mut self) -> bool {
+        let lost = self.lost_shards();
+        let holds = |shard: &ShardId| self.away.values().any(|held| held.contains(shard));
+        if lost.is_empty() || !lost.iter().all(holds) {
+            return false;
+        }
+        let of_lost = |held: &BTreeSet<ShardId>| lost.iter().any(|shard| held.contains(shard));
+        let awaited = self.away.iter().filter(|(_, held)| of_lost(held)).map(|(node, _)| node.clone());
+        self.start_gathering(awaited.collect());
+        true
     }
 
     /// A checkpoint is about to be loaded: its bytes are read first, while nodes join.
@@ -129,7 +139,8 @@ impl Machine {
     /// No node is connected. Nodes whose links broke may return with their state.
     pub(super) fn wait_for_nodes(&mut self) {
         let members = std::mem::take(&mut self.placement.members);
-        self.start_gathering(members.into_iter().filter(|node| !self.gone.contains(node)).collect());
+        let may_return = members.into_iter().chain(self.away.keys().cloned());
+        self.start_gathering(may_return.filter(|node| !self.gone.contains(node)).collect());
         self.placement.learners.clear();
         self.holders.clear();
     }

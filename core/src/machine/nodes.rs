@@ -2,9 +2,10 @@
 
 use super::state::{Finish, Node, Phase};
 use super::{Effect, LossCause, Machine, Notice, PersistentState};
-use crate::ids::NodeId;
+use crate::ids::{NodeId, ShardId};
 use crate::messages::{NodeCommand, ResidentState};
 use crate::profile::Profile;
+use std::collections::BTreeSet;
 
 /// Bytes of a parameter.
 pub(super) const PARAMETER_BYTES: u64 = 4;
@@ -33,6 +34,7 @@ impl Machine {
         }
         profile.scale(self.usual_speedup());
         self.gone.remove(&node);
+        self.away.remove(&node);
         let (draining, deferred) = (false, false);
         self.nodes
             .insert(node, Node { declared_capacity, profile, speed: None, address, draining, deferred });
@@ -56,6 +58,7 @@ impl Machine {
     pub(super) fn on_lost(&mut self, node: &NodeId, cause: LossCause, reason: &str) {
         if cause == LossCause::Ended {
             self.gone.insert(node.clone());
+            self.away.remove(node);
         }
         if self.nodes.remove(node).is_some() {
             self.notice(Notice::Lost { node: node.clone(), reason: reason.into() });
@@ -71,7 +74,10 @@ impl Machine {
     /// The consequences of a removed node, whatever the cause.
     pub(super) fn on_node_removed(&mut self, node: &NodeId, reason: &str) {
         let has_last_copy = self.has_last_copy(node);
-        self.forget_holder(node);
+        let held = self.forget_holder(node);
+        if !self.gone.contains(node) {
+            self.away.insert(node.clone(), held);
+        }
         let (member, learner) = (self.placement.is_member(node), self.placement.is_learning(node));
         let reason = format!("{node} is lost: {reason}");
         if let Some(checkpoint) = self.checkpoint.take_if(|checkpoint| checkpoint.senders.contains(node)) {
@@ -79,10 +85,10 @@ impl Machine {
             self.notice(Notice::CheckpointFailed { step: checkpoint.step, reason: reason.clone() });
         }
         self.mark_placement_dirty();
-        // Going back is the last resort: a node whose link broke returns with its state.
-        let may_return = has_last_copy && !self.gone.contains(node);
         match &mut self.phase {
-            Phase::Gathering(gathering) if may_return => _ = gathering.awaited.insert(node.clone()),
+            Phase::Gathering(gathering) if has_last_copy && !self.gone.contains(node) => {
+                gathering.awaited.insert(node.clone());
+            }
             Phase::Gathering(_) | Phase::Done => {}
             Phase::Finishing(Finish::GiveUp(why)) if has_last_copy => {
                 let reason = format!("{why}; then {reason}");
@@ -90,17 +96,16 @@ impl Machine {
             }
             // The others hold everything: the last checkpoint is repeated with them.
             Phase::Finishing(Finish::GiveUp(_) | Finish::Empty) if !has_last_copy => {}
-            _ if may_return => self.wait_for_return(node.clone(), &reason),
-            _ if member => self.abort(&reason),
+            _ if member || has_last_copy => self.abort(&reason),
             _ if learner => self.on_learner_removed(node),
             _ => {}
         }
     }
 
-    fn forget_holder(&mut self, node: &NodeId) {
-        for nodes in self.holders.values_mut() {
-            nodes.remove(node);
-        }
+    /// Returns what it held.
+    fn forget_holder(&mut self, node: &NodeId) -> BTreeSet<ShardId> {
+        let held = self.holders.iter_mut().filter_map(|(shard, nodes)| nodes.remove(node).then_some(*shard));
+        held.collect()
     }
 
     /// No other node depends on a learner: the step goes on without it.

@@ -67,6 +67,9 @@ impl Machine {
         if self.nodes.is_empty() {
             return self.wait_for_nodes();
         }
+        if self.wait_for_return() {
+            return;
+        }
         if let Some(step) = self.unverified_checkpoint() {
             return self.verify_checkpoint(step);
         }
@@ -186,11 +189,16 @@ impl Machine {
     /// A shard of which no copy exists: neither in memory nor, at the committed version, in a checkpoint or
     /// the seed.
     pub(super) fn lost_shard(&self) -> Option<ShardId> {
-        if self.committed == self.durable.unwrap_or_default() && self.holders.is_empty() {
-            return None;
+        self.lost_shards().first().copied()
+    }
+
+    /// All of them; see [`Machine::lost_shard`].
+    pub(super) fn lost_shards(&self) -> Vec<ShardId> {
+        if self.is_durable() && self.holders.is_empty() {
+            return Vec::new();
         }
         let nowhere = |shard: &ShardId| self.holders.get(shard).is_none_or(BTreeSet::is_empty);
-        self.settings.architecture.shards().into_iter().find(nowhere)
+        self.settings.architecture.shards().into_iter().filter(nowhere).collect()
     }
 
     /// M-4.
@@ -211,6 +219,7 @@ impl Machine {
             self.validated = self.validated.filter(|&step| step <= checkpoint);
         }
         self.holders.clear();
+        self.away.clear();
     }
 
     /// The cause of a placement at a boundary, for the log.

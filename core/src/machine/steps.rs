@@ -121,6 +121,7 @@ impl Machine {
         self.record_load(&committed.load);
         self.effects.push(Effect::Journal(Box::new(committed)));
         self.committed = step;
+        self.away.clear();
         self.last = Some(LastCommit { epoch, step, update });
         self.retry = Retry::default();
         self.suspicion.clear();
