@@ -25,6 +25,8 @@ impl World {
         self.effects_until_death = None;
         self.disk.pending = None;
         self.sessions.clear();
+        // The next one learns of copies from the nodes that return to it.
+        self.reported.clear();
         let sessions = self.nodes.iter().filter_map(|(node, known)| Some((node.clone(), known.session?)));
         for (node, session) in sessions.collect::<Vec<_>>() {
             self.after(1, 20, Event::LinkEndsForNode { node, session });

@@ -62,6 +62,8 @@ impl World {
     }
 
     fn fence(&mut self, node: &NodeId) {
+        // Its copies do not count any more.
+        self.reported.remove(node);
         if let Some(session) = self.sessions.remove(node) {
             self.after(1, 20, Event::LinkEndsForNode { node: node.clone(), session });
         }

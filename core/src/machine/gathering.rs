@@ -21,7 +21,10 @@ impl Machine {
                 if let Phase::Gathering(gathering) = &mut self.phase {
                     gathering.awaited.clear();
                 }
-                self.away.clear();
+                if self.idle_ms >= self.settings.cluster.return_timeout_ms {
+                    // They had their time.
+                    self.away.clear();
+                }
                 self.place("enough nodes have joined");
             }
             Readiness::GiveUp(reason) => self.give_up(reason),

@@ -17,15 +17,12 @@ pub(super) struct Recovery {
 }
 
 impl Recovery {
-    /// Reads the journal and the newest intact checkpoint. What is damaged, or newer than it, is removed;
-    /// with no node left in memory, the journal too goes back to the checkpoint.
+    /// Reads the end of the journal and the catalogue. It changes nothing and reads no checkpoint: nodes that
+    /// return with their state need none, and the machine asks for one before it is loaded.
     pub(super) fn load(store: &Store, checkpoints: &Checkpoints, nodes_are_gone: bool) -> Result<Self> {
-        let durable = checkpoints.latest_intact()?.map(|record| record.step);
-        checkpoints.truncate_after(durable.unwrap_or_default())?;
+        let durable = checkpoints.latest()?.map(|record| record.step);
         let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
         if nodes_are_gone {
-            // No node holds the weights of later steps: those steps run again.
-            store.truncate_after(durable.unwrap_or_default())?;
             persistent.members.clear();
         }
         let last: Option<Committed> = match store.last_committed()? {
@@ -42,4 +39,26 @@ impl Recovery {
 /// Makes the machine's persistent state durable.
 pub(super) fn persist(store: &Store, state: &PersistentState) -> Result<()> {
     store.put(Table::Facts, CLUSTER, state)
+}
+
+/// The newest intact checkpoint up to `step`, by all of its bytes. One that is damaged stops the supervisor,
+/// unless an operator has allowed to go back past it: then it is set aside.
+pub(super) fn newest_intact(
+    checkpoints: &Checkpoints,
+    step: Step,
+    may_go_back: bool,
+) -> crate::error::Result<Option<Step>> {
+    let steps = checkpoints.steps()?.into_iter().filter(|at| *at <= step);
+    for step in steps.rev() {
+        match checkpoints.verify(step) {
+            Ok(()) => return Ok(Some(step)),
+            Err(damage) if damage.is_damage() && may_go_back => {
+                tracing::error!(%step, %damage, "a damaged checkpoint is set aside; the run goes back past it");
+                checkpoints.set_aside(step)?;
+            }
+            Err(damage) if damage.is_damage() => return Err(Error::DamagedCheckpoint { step, damage }),
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
 }
