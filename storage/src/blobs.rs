@@ -121,7 +121,7 @@ impl<D: Disk> BlobStore<D> {
     /// # Errors
     /// [`Error::NoBlob`], [`Error::DamagedBlob`] or [`Error::Io`].
     pub fn get(&self, digest: &Digest) -> Result<Vec<u8>> {
-        let read = read_blob(&self.folder, digest);
+        let read = read_blob_on(&self.disk, &self.folder, digest);
         if matches!(read, Err(Error::DamagedBlob { .. })) {
             self.damaged.lock().insert(*digest);
         }
@@ -205,6 +205,7 @@ impl<D: Disk> BlobStore<D> {
 pub(crate) fn replace(disk: &impl Disk, temporary: &Path, path: &Path, bytes: &[u8]) -> Result<()> {
     let written = disk
         .write(temporary, bytes)
+        .and_then(|()| disk.sync_file(temporary))
         .map_err(|e| Error::io("write", temporary, e))
         .and_then(|()| disk.rename(temporary, path).map_err(|e| Error::io("rename", temporary, e)));
     if written.is_err()
@@ -221,8 +222,12 @@ pub(crate) fn replace(disk: &impl Disk, temporary: &Path, path: &Path, bytes: &[
 /// # Errors
 /// [`Error::NoBlob`], [`Error::DamagedBlob`] or [`Error::Io`].
 pub fn read_blob(folder: &Path, digest: &Digest) -> Result<Vec<u8>> {
+    read_blob_on(&RealDisk, folder, digest)
+}
+
+fn read_blob_on(disk: &impl Disk, folder: &Path, digest: &Digest) -> Result<Vec<u8>> {
     let path = blob_path(folder, digest);
-    let bytes = match fs::read(&path) {
+    let bytes = match disk.read(&path) {
         Ok(bytes) => bytes,
         Err(e) => return Err(missing_or("read", path, e)),
     };

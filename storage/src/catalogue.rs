@@ -44,6 +44,11 @@ impl Catalogue {
         Self { store }
     }
 
+    #[cfg(test)]
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// The steps with an entry, ascending.
     pub(crate) fn steps(&self) -> Result<Vec<Step>> {
         let step = |key: sled::Result<sled::IVec>| {

@@ -4,6 +4,9 @@
 //! Each entry has a manifest, written after the entry and removed before it. A manifest without an entry
 //! therefore means that the database has lost the entry, and opening restores it. An entry without a manifest
 //! means a crash in between, and opening writes the manifest.
+//!
+//! Opening reads no blobs: a checkpoint is verified when it is about to be used. Nothing is deleted because it
+//! cannot be read; what is proven to be damaged is set aside, for people to look at.
 
 use crate::blobs::{BlobStore, RemovedReport};
 use crate::catalogue::Catalogue;
@@ -17,7 +20,7 @@ use crate::pending::Pending;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
-use volary_core::{Epoch, ShardId, Step};
+use volary_core::{Epoch, ShardId, Step, Timeline};
 
 /// The run's checkpoints. Clones are handles of the same catalogue.
 #[derive(Debug)]
@@ -46,7 +49,8 @@ impl<D: Disk> Checkpoints<D> {
     /// Opens the catalogue and reconciles it with the manifests.
     ///
     /// # Errors
-    /// [`Error::Io`] or [`Error::Database`] when a read or write fails.
+    /// [`Error::Io`] or [`Error::Database`] when a read or write fails, [`Error::NoBlobs`] when the newest
+    /// checkpoint has no blob at all.
     pub fn open(dir: &RunDir, store: Store, blobs: BlobStore<D>) -> Result<Self> {
         let inner = Inner {
             dir: dir.clone(),
@@ -60,6 +64,7 @@ impl<D: Disk> Checkpoints<D> {
             tracing::warn!(%step, "restored a checkpoint from its manifest; the database had lost it");
         }
         checkpoints.write_missing_manifests()?;
+        checkpoints.check_folder_of_blobs()?;
         checkpoints.inner.catalogue.remove_pages(None)?;
         Ok(checkpoints)
     }
@@ -67,12 +72,11 @@ impl<D: Disk> Checkpoints<D> {
     /// Begins a checkpoint of exactly these shards.
     pub fn begin(
         &self,
-        step: Step,
-        epoch: Epoch,
+        at: (Step, Timeline, Epoch),
         config_hash: Digest,
         expected: impl IntoIterator<Item = ShardId>,
     ) -> Pending<D> {
-        Pending::new(self.clone(), step, epoch, config_hash, expected.into_iter().collect())
+        Pending::new(self.clone(), at, config_hash, expected.into_iter().collect())
     }
 
     /// The newest checkpoint.
@@ -81,20 +85,6 @@ impl<D: Disk> Checkpoints<D> {
     /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn latest(&self) -> Result<Option<CheckpointRecord>> {
         self.steps()?.last().map(|step| self.at(*step)).transpose()
-    }
-
-    /// The newest intact checkpoint, by its bytes. It logs a warning for each newer, damaged one.
-    ///
-    /// # Errors
-    /// [`Error::Database`] or [`Error::DamagedRecord`].
-    pub fn latest_intact(&self) -> Result<Option<CheckpointRecord>> {
-        for step in self.steps()?.into_iter().rev() {
-            match self.verify(step) {
-                Ok(()) => return self.at(step).map(Some),
-                Err(error) => tracing::warn!(%step, %error, "checkpoint is damaged; trying the previous one"),
-            }
-        }
-        Ok(None)
     }
 
     /// The checkpoint at a step.
@@ -138,17 +128,36 @@ impl<D: Disk> Checkpoints<D> {
         self.at(step)?.digest(|digest| self.inner.blobs.get(digest))
     }
 
-    /// Removes all but the newest `keep` checkpoints, and all unreferenced blobs.
+    /// Removes all but the newest `keep` checkpoints and the one that `must_stay`, and all unreferenced blobs.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Database`] or [`Error::DamagedRecord`].
-    pub fn retain(&self, keep: usize) -> Result<RemovedReport> {
+    pub fn retain(&self, keep: usize, must_stay: Option<Step>) -> Result<RemovedReport> {
         let _changing = self.inner.changing.lock();
         let steps = self.steps()?;
-        for step in &steps[..steps.len().saturating_sub(keep)] {
+        let old = &steps[..steps.len().saturating_sub(keep)];
+        for step in old.iter().filter(|step| Some(**step) != must_stay) {
             self.remove(*step)?;
         }
         self.remove_unreferenced()
+    }
+
+    /// Takes a checkpoint out of the catalogue. Its manifest is renamed, and its blobs stay, until somebody
+    /// removes the manifest.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::Database`].
+    pub fn set_aside(&self, step: Step) -> Result<()> {
+        let _changing = self.inner.changing.lock();
+        let Inner { dir, catalogue, blobs, .. } = &*self.inner;
+        manifest::set_aside(blobs.disk(), dir, step)?;
+        catalogue.remove(step)
+    }
+
+    /// Removes a checkpoint that is void.
+    pub(crate) fn discard(&self, step: Step) -> Result<()> {
+        let _changing = self.inner.changing.lock();
+        self.remove(step)
     }
 
     /// Removes all checkpoints after `step`, newest first, for a rollback to it; returns their number.
@@ -164,27 +173,38 @@ impl<D: Disk> Checkpoints<D> {
         Ok(newer.len())
     }
 
-    /// Restores all catalogue entries that are lost but have a manifest and intact blobs; returns their
-    /// steps.
+    /// Restores all catalogue entries that are lost but have a manifest, and returns their steps. A damaged
+    /// manifest is set aside.
     ///
     /// # Errors
-    /// [`Error::Io`], [`Error::Database`] or [`Error::Unstorable`].
+    /// [`Error::Io`], [`Error::Database`], [`Error::Format`] or [`Error::Unstorable`].
     pub fn rebuild_catalogue(&self) -> Result<Vec<Step>> {
+        let Inner { dir, catalogue, blobs, .. } = &*self.inner;
         let mut rebuilt = Vec::new();
-        for step in manifest::steps(&self.inner.dir)? {
-            if self.inner.catalogue.contains(step)? {
+        for step in manifest::steps(dir)? {
+            if catalogue.contains(step)? {
                 continue;
             }
-            match self.intact_manifest(step) {
+            match manifest::read_on(blobs.disk(), dir, step) {
                 Ok(Some(record)) => {
-                    self.inner.catalogue.insert(&record)?;
+                    catalogue.insert(&record)?;
                     rebuilt.push(step);
                 }
                 Ok(None) => {}
-                Err(error) => tracing::warn!(%step, %error, "cannot restore a checkpoint"),
+                Err(error) if error.is_damage() => {
+                    tracing::warn!(%step, %error, "a checkpoint is set aside");
+                    manifest::set_aside(blobs.disk(), dir, step)?;
+                }
+                Err(error) => return Err(error),
             }
         }
         Ok(rebuilt)
+    }
+
+    /// The run's database.
+    #[cfg(test)]
+    pub(crate) fn store(&self) -> &Store {
+        self.inner.catalogue.store()
     }
 
     /// The blobs, for [`Pending`].
@@ -218,26 +238,44 @@ impl<D: Disk> Checkpoints<D> {
             None => record,
         };
         self.inner.catalogue.insert(&record)?;
-        manifest::write(self.inner.blobs.disk(), &self.inner.dir, &record)?;
+        // It exists from here on. Opening writes a manifest that is missing.
+        if let Err(error) = manifest::write(self.inner.blobs.disk(), &self.inner.dir, &record) {
+            tracing::warn!(step = %record.step, %error, "a checkpoint has no manifest yet");
+        }
         Ok(record)
     }
 
-    fn intact_manifest(&self, step: Step) -> Result<Option<CheckpointRecord>> {
-        let Some(record) = manifest::read(&self.inner.dir, step)? else { return Ok(None) };
-        record.digest(|digest| self.inner.blobs.get(digest))?;
-        Ok(Some(record))
+    /// A folder without any blob of the newest checkpoint is not the folder of this run: a file system that is
+    /// not mounted looks like that.
+    fn check_folder_of_blobs(&self) -> Result<()> {
+        let Some(record) = self.latest()? else { return Ok(()) };
+        for blob in record.shards.values() {
+            match self.inner.blobs.len(&blob.digest) {
+                Ok(_) => return Ok(()),
+                Err(Error::NoBlob { .. }) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(Error::NoBlobs { folder: self.inner.blobs.folder().to_owned(), step: record.step })
     }
 
+    /// Repairs entries and manifests from each other.
     fn write_missing_manifests(&self) -> Result<()> {
-        let Inner { dir, blobs, .. } = &*self.inner;
+        let Inner { dir, blobs, catalogue, .. } = &*self.inner;
         for step in self.steps()? {
-            if matches!(manifest::read(dir, step), Ok(Some(_))) {
-                continue;
-            }
-            match self.at(step) {
-                Ok(record) => manifest::write(blobs.disk(), dir, &record)?,
-                // Reads of this checkpoint will fail; the others are not affected.
-                Err(error) => tracing::warn!(%step, %error, "the catalogue entry of a checkpoint is damaged"),
+            let (entry, manifest) = (self.at(step), manifest::read_on(blobs.disk(), dir, step));
+            match (entry, manifest) {
+                (Ok(_), Ok(Some(_))) => {}
+                (Ok(record), Ok(None)) => manifest::write(blobs.disk(), dir, &record)?,
+                (Ok(record), Err(error)) if error.is_damage() => {
+                    manifest::write(blobs.disk(), dir, &record)?;
+                }
+                (Err(error), Ok(Some(record))) if error.is_damage() => catalogue.insert(&record)?,
+                (Err(error), Ok(None)) if error.is_damage() => {
+                    tracing::warn!(%step, %error, "a checkpoint without a manifest is left out");
+                    catalogue.remove(step)?;
+                }
+                (Err(error), _) | (_, Err(error)) => return Err(error),
             }
         }
         Ok(())
@@ -256,6 +294,15 @@ impl<D: Disk> Checkpoints<D> {
         let mut referenced: HashSet<Digest> = pinned.keys().copied().collect();
         for step in self.steps()? {
             referenced.extend(self.at(step)?.shards.values().map(|blob| blob.digest));
+        }
+        match manifest::all_aside(self.inner.blobs.disk(), &self.inner.dir) {
+            Ok(aside) => {
+                referenced.extend(aside.iter().flat_map(|record| record.shards.values().map(|b| b.digest)));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no blobs are removed while a checkpoint that was set aside is unreadable");
+                return Ok(RemovedReport::default());
+            }
         }
         let removed = self.inner.blobs.remove_unreferenced(&referenced);
         drop(pinned);

@@ -5,24 +5,29 @@
 use crate::error::{Error, Result};
 use crate::limits::{CACHE_BYTES, DATABASE_LOCK_MAX, DATABASE_LOCK_RETRY, SEGMENT_BYTES};
 use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Instant;
+
+/// Makes a file's content durable; [`File::sync_all`] but in tests.
+pub(crate) type SyncFile = fn(&File) -> io::Result<()>;
 
 /// An open database.
 #[derive(Debug)]
 pub(crate) struct Database {
     sled: sled::Db,
     file: File,
+    sync: SyncFile,
     directory: PathBuf,
 }
 
 impl Database {
-    pub(crate) fn open(directory: PathBuf) -> Result<Self> {
+    pub(crate) fn open(directory: PathBuf, sync: SyncFile) -> Result<Self> {
         let sled = open(&directory)?;
         let path = directory.join("db");
         let file = File::open(&path).map_err(|e| Error::io("open", &path, e))?;
-        Ok(Self { sled, file, directory })
+        Ok(Self { sled, file, sync, directory })
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -42,7 +47,7 @@ impl Database {
     pub(crate) fn make_durable(&self) -> Result<()> {
         self.sled.flush().map_err(|e| self.failed("flush", e))?;
         // sled's flush is a request to the kernel (sync_file_range), not an fsync.
-        self.file.sync_all().map_err(|e| Error::io("sync", &self.directory.join("db"), e))
+        (self.sync)(&self.file).map_err(|e| Error::io("sync", &self.directory.join("db"), e))
     }
 
     /// The names of a new database's files are durable once their directories are synced.

@@ -1,16 +1,29 @@
-//! The file operations of blobs and manifests as a trait, so that tests can inject a full or crashing disk.
+//! The file operations of blobs and manifests as a trait, so that tests can inject a slow, full, failing or
+//! crashing disk.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 /// File operations. A successful one is complete; a failed one may be partial.
 pub trait Disk: Send + Sync + 'static {
-    /// Writes a new file durably.
+    /// Reads a file.
     ///
     /// # Errors
-    /// When a write or sync fails; part of the file may exist.
+    /// When the operating system fails, or the file does not exist.
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>>;
+
+    /// Writes a new file.
+    ///
+    /// # Errors
+    /// When a write fails; part of the file may exist.
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()>;
+
+    /// Makes the content of a file durable.
+    ///
+    /// # Errors
+    /// When the sync fails, or the file does not exist.
+    fn sync_file(&self, path: &Path) -> io::Result<()>;
 
     /// Renames a file, replacing an existing one.
     ///
@@ -36,10 +49,16 @@ pub trait Disk: Send + Sync + 'static {
 pub struct RealDisk;
 
 impl Disk for RealDisk {
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        fs::read(path)
+    }
+
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
-        let mut file = File::create(path)?;
-        file.write_all(bytes)?;
-        file.sync_all()
+        fs::write(path, bytes)
+    }
+
+    fn sync_file(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

@@ -145,6 +145,17 @@ pub enum Error {
         /// Its path.
         path: PathBuf,
     },
+    /// None of a checkpoint's blobs is in the folder of blobs.
+    #[error(
+        "{} has none of the blobs of the checkpoint at step {step}: is its file system mounted?",
+        folder.display()
+    )]
+    NoBlobs {
+        /// The folder.
+        folder: PathBuf,
+        /// The checkpoint.
+        step: Step,
+    },
     /// The content of a blob does not match its digest.
     #[error("the blob {} is damaged: its {bytes} bytes have the digest {found}", path.display())]
     DamagedBlob {
@@ -218,6 +229,20 @@ impl Error {
             Self::NoSpace { path, .. } => Self::NoSpace { what: subject(), path },
             other => other,
         }
+    }
+
+    /// Whether what was read is proven to be damaged or incomplete. Other errors may pass, and are no reason to
+    /// give anything up.
+    #[must_use]
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            Self::DamagedRecord { .. }
+                | Self::DamagedBlob { .. }
+                | Self::DamagedManifest { .. }
+                | Self::NoBlob { .. }
+                | Self::NoShard { .. }
+        )
     }
 
     /// A failure of the database. A full disk has a variant of its own.

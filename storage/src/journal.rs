@@ -2,25 +2,34 @@
 //!
 //! sled may silently lose the end of a damaged log: each record has a checksum, and opening checks the
 //! sequence of steps.
+//!
+//! The journal begins after its *base*: steps up to it are pruned, or known by a checkpoint only.
 
 use crate::catalogue::{CATALOGUE, CATALOGUE_PAGES};
-use crate::database::Database;
+use crate::database::{Database, SyncFile};
 use crate::digest::Digest;
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
+use crate::limits::PRUNED_AT_ONCE_MAX;
 use crate::record::{self, Place};
 use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use sled::transaction::{TransactionError, Transactional, TransactionalTree};
+use std::fs::File;
 use std::sync::Arc;
 use volary_core::Step;
 
 /// The format of run directories of this version.
-pub const FORMAT: u16 = 4;
+pub const FORMAT: u16 = 5;
 
 const JOURNAL: &str = "journal";
 const RUN: &str = "run";
 const IDENTITY: &[u8] = b"identity";
+const BASE: &[u8] = b"base";
+
+/// The trees of one transaction: the journal, the run's own records, its facts.
+type Trees<'a> = (&'a TransactionalTree, &'a TransactionalTree, &'a TransactionalTree);
 
 /// The identity of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,7 +65,11 @@ impl Store {
     /// # Errors
     /// [`Error::Database`], [`Error::Io`], [`Error::DamagedRecord`] or [`Error::Gap`].
     pub fn open(dir: &RunDir) -> Result<Self> {
-        let database = Database::open(dir.state())?;
+        Self::open_with(dir, File::sync_all)
+    }
+
+    pub(crate) fn open_with(dir: &RunDir, sync: SyncFile) -> Result<Self> {
+        let database = Database::open(dir.state(), sync)?;
         let store = Self {
             journal: database.tree(JOURNAL)?,
             catalogue: database.tree(CATALOGUE)?,
@@ -163,13 +176,19 @@ impl Store {
         self.read(&self.journal, JOURNAL, &step.0.to_be_bytes())
     }
 
-    /// The last committed step.
+    /// The last committed step: that of the last record, or the base.
     ///
     /// # Errors
     /// [`Error::Database`] or [`Error::DamagedRecord`].
     pub fn last_committed(&self) -> Result<Option<Step>> {
         let last = self.journal.last().map_err(|e| self.failed("read the journal's end", e))?;
-        last.map(|(key, _)| step_of(JOURNAL, &key)).transpose()
+        let last = last.map(|(key, _)| step_of(JOURNAL, &key)).transpose()?;
+        Ok(last.max(self.base()?))
+    }
+
+    /// The step before the first record, if records before it are pruned or lost.
+    fn base(&self) -> Result<Option<Step>> {
+        self.read(&self.run, RUN, BASE)
     }
 
     /// All committed steps from `from` on, ascending.
@@ -184,21 +203,48 @@ impl Store {
         })
     }
 
-    /// Removes all steps after `step` atomically, for a rollback to a checkpoint; returns their number.
+    /// Goes back to `step`: removes all steps after it and stores a fact about the run, both in one durable
+    /// transaction. Returns the number of removed steps.
     ///
     /// # Errors
-    /// [`Error::Database`], [`Error::Io`] or [`Error::NoSpace`].
-    pub fn truncate_after(&self, step: Step) -> Result<usize> {
-        let Some(first) = step.0.checked_add(1) else { return Ok(0) };
-        self.remove_steps(self.journal.range(first.to_be_bytes()..))
+    /// [`Error::Unstorable`], [`Error::Database`], [`Error::Io`] or [`Error::NoSpace`].
+    pub fn go_back<T: Serialize>(&self, step: Step, fact: &str, value: &T) -> Result<usize> {
+        let _guard = self.committing.lock();
+        let first = step.next().0.to_be_bytes();
+        let removed = self.keys(self.journal.range(first..), usize::MAX)?;
+        let fact = (fact, record::seal(crate::table::fact(fact), value)?);
+        // Records from a base after `step` on are gone: the journal begins anew.
+        let base = self.base()?.filter(|base| *base > step).map(|_| step);
+        self.transact(&removed, base, Some(fact))?;
+        Ok(removed.len())
     }
 
-    /// Removes all steps before `step` atomically, when no checkpoint needs them; returns their number.
+    /// Makes `step`, which a checkpoint has and the journal lacks, the base of the journal. What the journal
+    /// has are earlier steps.
+    ///
+    /// # Errors
+    /// [`Error::OutOfOrder`] when the journal is not behind `step`; otherwise as [`Store::go_back`].
+    pub fn rebase(&self, step: Step) -> Result<()> {
+        let _guard = self.committing.lock();
+        if let Some(last) = self.last_committed()?.filter(|last| *last >= step) {
+            return Err(Error::OutOfOrder { step, last });
+        }
+        let removed = self.keys(self.journal.iter(), usize::MAX)?;
+        self.transact(&removed, Some(step), None)
+    }
+
+    /// Removes steps before `step`, at most [`PRUNED_AT_ONCE_MAX`] of them, when neither a checkpoint nor a
+    /// reader needs them. Returns their number.
     ///
     /// # Errors
     /// [`Error::Database`], [`Error::Io`] or [`Error::NoSpace`].
     pub fn prune_before(&self, step: Step) -> Result<usize> {
-        self.remove_steps(self.journal.range(..step.0.to_be_bytes()))
+        let _guard = self.committing.lock();
+        let removed = self.keys(self.journal.range(..step.0.to_be_bytes()), PRUNED_AT_ONCE_MAX)?;
+        let Some(last) = removed.last() else { return Ok(0) };
+        let base = step_of(JOURNAL, last)?;
+        self.transact(&removed, Some(base), None)?;
+        Ok(removed.len())
     }
 
     /// Makes all writes so far durable.
@@ -226,21 +272,44 @@ impl Store {
         self.journal.contains_key(step.0.to_be_bytes()).map_err(|e| self.failed("read the journal", e))
     }
 
-    fn remove_steps(&self, steps: sled::Iter) -> Result<usize> {
-        let _guard = self.committing.lock();
-        let mut batch = sled::Batch::default();
-        let mut count = 0;
-        for key in steps.keys() {
-            batch.remove(key.map_err(|e| self.failed("read the journal", e))?);
-            count += 1;
-        }
-        self.journal.apply_batch(batch).map_err(|e| self.failed("remove steps", e))?;
-        self.make_durable()?;
-        Ok(count)
+    fn keys(&self, steps: sled::Iter, most: usize) -> Result<Vec<sled::IVec>> {
+        let keys = steps.keys().take(most);
+        keys.collect::<sled::Result<_>>().map_err(|e| self.failed("read the journal", e))
+    }
+
+    /// Removes steps, and writes a new base and a fact, all or nothing.
+    fn transact(
+        &self,
+        removed: &[sled::IVec],
+        base: Option<Step>,
+        fact: Option<(&str, Vec<u8>)>,
+    ) -> Result<()> {
+        let base = base.map(|base| record::seal(Place { tree: RUN, key: BASE }, &base)).transpose()?;
+        let change = |(journal, run, facts): &Trees<'_>| {
+            for key in removed {
+                journal.remove(key)?;
+            }
+            if let Some(base) = &base {
+                run.insert(BASE, base.as_slice())?;
+            }
+            if let Some((name, value)) = &fact {
+                facts.insert(name.as_bytes(), value.as_slice())?;
+            }
+            Ok(())
+        };
+        let changed: sled::transaction::TransactionResult<(), sled::Error> =
+            (&self.journal, &self.run, &self.facts)
+                .transaction(|trees| change(&(&trees.0, &trees.1, &trees.2)));
+        changed.map_err(|error| match error {
+            TransactionError::Abort(error) | TransactionError::Storage(error) => {
+                self.failed("change the journal", error)
+            }
+        })?;
+        self.make_durable()
     }
 
     fn check_steps(&self) -> Result<()> {
-        let mut previous: Option<Step> = None;
+        let mut previous = self.base()?;
         for item in &self.journal {
             let (key, bytes) = item.map_err(|e| self.failed("read the journal", e))?;
             let step = step_of(JOURNAL, &key)?;

@@ -6,6 +6,7 @@ use crate::testing::{TestRun, config};
 use crate::{Error, RunIdentity, Store, Table};
 use serde::{Deserialize, Serialize};
 use std::fs;
+use std::sync::atomic::{AtomicU64, Ordering};
 use volary_core::Step;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,31 @@ fn committed_steps_survive_reopening() {
     assert_eq!(store.committed::<Committed>(Step(301)).unwrap(), None);
     let all: Vec<(Step, Committed)> = store.committed_range(Step(254)).map(Result::unwrap).collect();
     assert_eq!(all, (254..=300).map(|s| (Step(s), value(s))).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_commit_returns_only_after_the_file_of_the_database_is_synced() {
+    static SYNCS: AtomicU64 = AtomicU64::new(0);
+    let run = TestRun::new();
+    let store = Store::open_with(&run.dir, |file| {
+        SYNCS.fetch_add(1, Ordering::Relaxed);
+        file.sync_all()
+    })
+    .unwrap();
+    let mut before = SYNCS.load(Ordering::Relaxed);
+    assert!(before > 0, "opening makes durable what an earlier process may not have");
+    let mut synced = |what: &str| {
+        let now = SYNCS.load(Ordering::Relaxed);
+        assert!(now > std::mem::replace(&mut before, now), "{what}");
+    };
+    store.commit(Step(1), &value(1)).unwrap();
+    synced("a commit");
+    store.put(Table::Facts, "cluster", &1u64).unwrap();
+    synced("a fact");
+    store.go_back(Step(0), "cluster", &2u64).unwrap();
+    synced("a going-back");
+    let failing = Store::open_with(&run.dir, |_| Err(std::io::Error::from_raw_os_error(5)));
+    assert!(failing.is_err(), "a sync that fails is an error");
 }
 
 #[test]
@@ -112,14 +138,49 @@ fn a_run_may_recommit_steps_after_a_rollback() {
     let run = TestRun::new();
     let store = Store::open(&run.dir).unwrap();
     committed_to(&store, 9);
-    assert_eq!(store.truncate_after(Step(6)).unwrap(), 3);
-    assert_eq!(store.truncate_after(Step(6)).unwrap(), 0);
+    assert_eq!(store.go_back(Step(6), "cluster", &0u64).unwrap(), 3);
+    assert_eq!(store.go_back(Step(6), "cluster", &0u64).unwrap(), 0);
     store.commit(Step(7), &value(70)).unwrap();
     assert_eq!(store.prune_before(Step(5)).unwrap(), 4);
     drop(store);
     let store = Store::open(&run.dir).unwrap();
     let steps: Vec<Step> = store.committed_range::<Committed>(Step(0)).map(|item| item.unwrap().0).collect();
     assert_eq!(steps, [5, 6, 7].map(Step));
+}
+
+#[test]
+fn a_run_may_go_back_before_the_first_step_of_its_journal() {
+    let run = TestRun::new();
+    let store = Store::open(&run.dir).unwrap();
+    committed_to(&store, 9);
+    store.prune_before(Step(8)).unwrap();
+    store.go_back(Step(3), "cluster", &0u64).unwrap();
+    assert_eq!(store.last_committed().unwrap(), Some(Step(3)));
+    store.commit(Step(4), &value(4)).unwrap();
+    drop(store);
+    assert_eq!(Store::open(&run.dir).unwrap().last_committed().unwrap(), Some(Step(4)));
+}
+
+/// sled keeps what is pruned until it rewrites a segment: the size is bounded, not minimal.
+#[test]
+fn a_journal_that_is_pruned_stays_small_over_many_steps() {
+    let run = TestRun::new();
+    let store = Store::open_with(&run.dir, |_| Ok(())).unwrap();
+    let mut largest = 0;
+    for step in (1..=30_000).map(Step) {
+        store.commit(step, &value(step.0)).unwrap();
+        if step.is_multiple_of(100) && step.0 > 500 {
+            while store.prune_before(Step(step.0 - 500)).unwrap() > 0 {}
+        }
+        if step.is_multiple_of(5_000) {
+            largest = largest.max(store.bytes_on_disk());
+        }
+    }
+    assert!(largest <= 64 << 20, "{largest} bytes on disk");
+    drop(store);
+    let store = Store::open(&run.dir).unwrap();
+    assert_eq!(store.last_committed().unwrap(), Some(Step(30_000)));
+    assert!(store.journal.len() <= 600, "{} records", store.journal.len());
 }
 
 #[test]

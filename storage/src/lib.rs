@@ -13,6 +13,7 @@
 //! | [`blobs`] | tensors, named by their BLAKE3 digests | files in `blobs/` |
 //! | [`checkpoint`], [`pending`] | the run's checkpoints, and a checkpoint in progress | |
 //! | `catalogue` | the entries of checkpoints | sled in `state/` |
+//! | `reconcile` | a catalogue and a journal that a crash left apart | |
 //! | [`manifest`], [`reader`] | the catalogue for processes without access to sled | `checkpoints/*.json` |
 //! | [`digest`] | BLAKE3 digests | |
 //! | [`disk`] | file operations, as a trait for fault injection | |
@@ -24,7 +25,7 @@
 //! durable before its manifest. Removal takes the reverse order.
 //!
 //! ```
-//! use volary_core::{Epoch, LayerId, ShardId, Step};
+//! use volary_core::{Epoch, LayerId, ShardId, Step, Timeline};
 //! use volary_storage::{BlobStore, CheckpointReader, Checkpoints, Digest, RunDir, Store};
 //!
 //! let directory = tempfile::tempdir()?;
@@ -34,7 +35,7 @@
 //!
 //! let checkpoints = Checkpoints::open(&run, store.clone(), BlobStore::open(run.blobs())?)?;
 //! let shards = [ShardId::Embedding, ShardId::Dense { layer: LayerId(0) }];
-//! let pending = checkpoints.begin(Step(1), Epoch(1), Digest::of(b"configuration"), shards);
+//! let pending = checkpoints.begin((Step(1), Timeline(0), Epoch(1)), Digest::of(b"configuration"), shards);
 //! pending.add(ShardId::Embedding, &[0; 8])?;
 //! pending.add(ShardId::Dense { layer: LayerId(0) }, &[1; 8])?;
 //! pending.complete()?;
@@ -62,6 +63,7 @@ pub mod lock;
 pub mod manifest;
 pub mod pending;
 pub mod reader;
+mod reconcile;
 mod record;
 pub mod table;
 
@@ -69,6 +71,8 @@ pub mod table;
 mod blobs_tests;
 #[cfg(test)]
 mod checkpoint_tests;
+#[cfg(test)]
+mod crash_tests;
 #[cfg(test)]
 mod journal_tests;
 #[cfg(test)]
@@ -86,6 +90,7 @@ pub use lock::RunLock;
 pub use manifest::{BlobRef, CheckpointDigest, CheckpointRecord};
 pub use pending::Pending;
 pub use reader::CheckpointReader;
+pub use reconcile::{Reconciled, reconcile};
 pub use table::Table;
 
 /// Reads bytes as a checkpoint's manifest, for fuzzing.

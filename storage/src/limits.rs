@@ -15,6 +15,10 @@ pub const CACHE_BYTES: u64 = 8 * 1024 * 1024;
 pub const DATABASE_LOCK_MAX: Duration = Duration::from_secs(2);
 /// Interval of attempts to get that lock.
 pub const DATABASE_LOCK_RETRY: Duration = Duration::from_millis(20);
+/// Committed steps that the journal keeps, at least, for readers of the run's recent past.
+pub const JOURNAL_STEPS_KEPT: u64 = 4_096;
+/// Steps that are removed from the journal in one transaction.
+pub const PRUNED_AT_ONCE_MAX: usize = 1_024;
 /// Shards in one record of the catalogue: each takes about forty bytes, and a record has
 /// [`RECORD_BYTES_MAX`].
 pub const SHARDS_PER_RECORD: usize = 2_000;

@@ -3,7 +3,7 @@
 
 use crate::blobs;
 use crate::digest::Digest;
-use crate::disk::Disk;
+use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -11,10 +11,13 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step, Timeline};
 
 /// The format of checkpoints of this version.
-pub const FORMAT: u16 = 1;
+pub const FORMAT: u16 = 2;
+
+/// The extension of manifests that are set aside.
+const ASIDE: &str = "json.damaged";
 
 /// The blob of a shard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +35,9 @@ pub struct CheckpointRecord {
     pub format: u16,
     /// The last step in the weights.
     pub step: Step,
+    /// The run's timeline at its time: after a return to a checkpoint, later checkpoints of an earlier timeline
+    /// are void.
+    pub timeline: Timeline,
     /// The placement epoch at its time; the content does not depend on it.
     pub epoch: Epoch,
     /// The digest of the options that determine the weights.
@@ -160,23 +166,56 @@ pub(crate) fn remove(disk: &impl Disk, dir: &RunDir, step: Step) -> Result<()> {
 
 /// The verified record in a manifest; `None` without a manifest.
 pub(crate) fn read(dir: &RunDir, step: Step) -> Result<Option<CheckpointRecord>> {
-    let path = dir.manifest(step);
-    let text = match fs::read(&path) {
+    read_on(&RealDisk, dir, step)
+}
+
+/// [`read`] on another disk.
+pub(crate) fn read_on(disk: &impl Disk, dir: &RunDir, step: Step) -> Result<Option<CheckpointRecord>> {
+    read_file(disk, &dir.manifest(step), step)
+}
+
+fn read_file(disk: &impl Disk, path: &Path, step: Step) -> Result<Option<CheckpointRecord>> {
+    let text = match disk.read(path) {
         Ok(text) => text,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(e) => return Err(Error::io("read", &path, e)),
+        Err(e) => return Err(Error::io("read", path, e)),
     };
-    parse(&path, step, &text).map(Some)
+    parse(path, step, &text).map(Some)
+}
+
+/// Sets a checkpoint's manifest aside, durably: it counts no longer, and nothing is lost.
+pub(crate) fn set_aside(disk: &impl Disk, dir: &RunDir, step: Step) -> Result<()> {
+    let path = dir.manifest(step);
+    match disk.rename(&path, &path.with_extension(ASIDE)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("set aside", &path, e)),
+        _ => sync(disk, dir),
+    }
+}
+
+/// The records that were set aside.
+///
+/// # Errors
+/// [`Error::DamagedManifest`] when one cannot be read.
+pub(crate) fn all_aside(disk: &impl Disk, dir: &RunDir) -> Result<Vec<CheckpointRecord>> {
+    let mut records = Vec::new();
+    for step in steps_with(dir, &format!(".{ASIDE}"))? {
+        records.extend(read_file(disk, &dir.manifest(step).with_extension(ASIDE), step)?);
+    }
+    Ok(records)
 }
 
 /// The steps with a manifest, damaged or not, ascending.
 pub(crate) fn steps(dir: &RunDir) -> Result<Vec<Step>> {
+    steps_with(dir, ".json")
+}
+
+fn steps_with(dir: &RunDir, extension: &str) -> Result<Vec<Step>> {
     let folder = dir.checkpoints();
     let listed = fs::read_dir(&folder).and_then(|entries| {
         entries.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
     });
     let names: Vec<String> = listed.map_err(|e| Error::io("list", &folder, e))?;
-    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(".json")?.parse().ok().map(Step);
+    let step = |name: &String| name.strip_prefix("step-")?.strip_suffix(extension)?.parse().ok().map(Step);
     let mut steps: Vec<Step> = names.iter().filter_map(step).collect();
     steps.sort_unstable();
     Ok(steps)
@@ -217,6 +256,7 @@ pub(crate) fn fuzz_seed() -> Vec<u8> {
     let record = CheckpointRecord {
         format: FORMAT,
         step: Step(1),
+        timeline: Timeline(4),
         epoch: Epoch(2),
         config_hash: Digest::of(b"config"),
         created_unix_ms: 3,
@@ -248,7 +288,7 @@ mod tests {
     fn the_layout_of_a_manifest_is_fixed() {
         assert_eq!(
             Digest::of(&fuzz_seed()).to_string(),
-            "2ebc68e182c0f20cf1e02a3f5090df7d8ddd4b98c5b016633315965acb241157"
+            "f45924ddc2639cb219773ea61349ab845ff3f90867ba91038d26237c423b8cc4"
         );
     }
 }

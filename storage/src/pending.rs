@@ -9,13 +9,14 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::time::{SystemTime, UNIX_EPOCH};
-use volary_core::{Epoch, ShardId, Step};
+use volary_core::{Epoch, ShardId, Step, Timeline};
 
 /// A checkpoint in progress. If it is dropped before it is complete, the next retention removes its blobs.
 #[derive(Debug)]
 pub struct Pending<D: Disk = RealDisk> {
     checkpoints: Checkpoints<D>,
     step: Step,
+    timeline: Timeline,
     epoch: Epoch,
     config_hash: Digest,
     expected: BTreeSet<ShardId>,
@@ -25,12 +26,11 @@ pub struct Pending<D: Disk = RealDisk> {
 impl<D: Disk> Pending<D> {
     pub(crate) fn new(
         checkpoints: Checkpoints<D>,
-        step: Step,
-        epoch: Epoch,
+        (step, timeline, epoch): (Step, Timeline, Epoch),
         config_hash: Digest,
         expected: BTreeSet<ShardId>,
     ) -> Self {
-        Self { checkpoints, step, epoch, config_hash, expected, added: Mutex::default() }
+        Self { checkpoints, step, timeline, epoch, config_hash, expected, added: Mutex::default() }
     }
 
     /// The step of the weights.
@@ -88,6 +88,7 @@ impl<D: Disk> Pending<D> {
         let record = CheckpointRecord {
             format: manifest::FORMAT,
             step: self.step,
+            timeline: self.timeline,
             epoch: self.epoch,
             config_hash: self.config_hash,
             created_unix_ms: unix_ms(),

@@ -104,6 +104,11 @@ impl Store {
     }
 }
 
+/// The place of a fact.
+pub(crate) fn fact(name: &str) -> Place<'_> {
+    place(Table::Facts, name)
+}
+
 fn place(table: Table, name: &str) -> Place<'_> {
     Place { tree: table.name(), key: name.as_bytes() }
 }

@@ -6,13 +6,18 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
-use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step, Timeline};
 
 /// Logs operations. From operation `full_from` on, the disk is full and writes are partial.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct TestDisk {
     pub(crate) log: Arc<Mutex<Vec<String>>>,
     pub(crate) full_from: Arc<Mutex<Option<usize>>>,
+    /// Reads so far.
+    pub(crate) reads: Arc<AtomicUsize>,
+    /// Whether every read fails.
+    pub(crate) unreadable: Arc<AtomicBool>,
 }
 
 impl TestDisk {
@@ -37,6 +42,19 @@ impl TestDisk {
 }
 
 impl Disk for TestDisk {
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        if self.unreadable.load(Ordering::Relaxed) {
+            // EIO.
+            return Err(io::Error::from_raw_os_error(5));
+        }
+        RealDisk.read(path)
+    }
+
+    fn sync_file(&self, path: &Path) -> io::Result<()> {
+        RealDisk.sync_file(path)
+    }
+
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         if self.log("write", path) {
             fs::write(path, &bytes[..bytes.len() / 2])?;
@@ -61,6 +79,13 @@ impl Disk for TestDisk {
     }
 }
 
+impl Store {
+    /// The store of open checkpoints.
+    pub(crate) fn open_twin<D: Disk>(checkpoints: &Checkpoints<D>) -> Self {
+        checkpoints.store().clone()
+    }
+}
+
 /// A run in a temporary directory.
 pub(crate) struct TestRun {
     _temp: tempfile::TempDir,
@@ -76,8 +101,12 @@ impl TestRun {
     }
 
     pub(crate) fn checkpoints(&self) -> Checkpoints<TestDisk> {
-        let blobs = BlobStore::open_on(self.dir.blobs(), self.disk.clone()).unwrap();
-        Checkpoints::open(&self.dir, Store::open(&self.dir).unwrap(), blobs).unwrap()
+        self.try_checkpoints().unwrap()
+    }
+
+    pub(crate) fn try_checkpoints(&self) -> crate::Result<Checkpoints<TestDisk>> {
+        let blobs = BlobStore::open_on(self.dir.blobs(), self.disk.clone())?;
+        Checkpoints::open(&self.dir, Store::open(&self.dir)?, blobs)
     }
 }
 
@@ -104,7 +133,7 @@ pub(crate) fn write_in_order<D: Disk>(
     step: Step,
     order: impl IntoIterator<Item = ShardId>,
 ) -> crate::Result<()> {
-    let pending = checkpoints.begin(step, Epoch(1), config(), shards());
+    let pending = checkpoints.begin((step, Timeline(0), Epoch(1)), config(), shards());
     for shard in order {
         pending.add(shard, &bytes_of(shard, step))?;
     }

@@ -12,7 +12,7 @@ use std::process::{Command, abort};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step};
+use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step, Timeline};
 use volary_storage::{
     BlobStore, CheckpointReader, Checkpoints, Digest, Disk, JsonLines, RealDisk, RunDir, Store,
 };
@@ -41,6 +41,15 @@ impl CrashingDisk {
 }
 
 impl Disk for CrashingDisk {
+    fn read(&self, path: &Path) -> io::Result<Vec<u8>> {
+        RealDisk.read(path)
+    }
+
+    fn sync_file(&self, path: &Path) -> io::Result<()> {
+        self.maybe_crash();
+        RealDisk.sync_file(path)
+    }
+
     fn write(&self, path: &Path, bytes: &[u8]) -> io::Result<()> {
         if self.is_crash() {
             File::create(path)?.write_all(&bytes[..bytes.len() / 3])?;
@@ -118,13 +127,13 @@ fn work(dir: &RunDir, disk: CrashingDisk) {
         if step.is_multiple_of(EVERY) {
             checkpoint(&checkpoints, step);
             writeln!(acknowledged, "checkpoint {step}").unwrap();
-            checkpoints.retain(2).unwrap();
+            checkpoints.retain(2, None).unwrap();
         }
     }
 }
 
 fn checkpoint<D: Disk>(checkpoints: &Checkpoints<D>, step: Step) {
-    let pending = checkpoints.begin(step, Epoch(1), Digest::of(b"config"), shards());
+    let pending = checkpoints.begin((step, Timeline(0), Epoch(1)), Digest::of(b"config"), shards());
     for shard in shards() {
         pending.add(shard, &bytes_of(shard, step)).unwrap();
     }
