@@ -28,6 +28,8 @@ pub enum RefusalCode {
     AccessTokenWrongRole = 113,
     /// The run has ended.
     RunEnded = 120,
+    /// The supervisor is starting: retry in a moment.
+    Starting = 121,
     /// The two ends have different protocol versions.
     Version = 130,
     /// The role needs a supervisor, and this process is a node.
@@ -41,7 +43,7 @@ pub enum RefusalCode {
 }
 
 impl RefusalCode {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 16] = [
         Self::NameInUse,
         Self::CertificateUnknown,
         Self::CertificateRevoked,
@@ -52,6 +54,7 @@ impl RefusalCode {
         Self::AccessTokenUsedUp,
         Self::AccessTokenWrongRole,
         Self::RunEnded,
+        Self::Starting,
         Self::Version,
         Self::NotASupervisor,
         Self::NotANode,

@@ -34,7 +34,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
-use volary_core::agent::{Agent, Effect, Event};
+use volary_core::agent::{Agent, Effect, Event, Failure};
 use volary_core::compute::Compute;
 use volary_core::messages::{Assignment, NodeCommand, NodeReport, Source};
 use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
@@ -49,6 +49,13 @@ pub enum NodeEnd {
     Left(String),
     /// The supervisor cannot be reached any more; with the reason.
     SupervisorLost(String),
+    /// Others cannot reach it at the address that it announces.
+    Unreachable {
+        /// The address.
+        address: String,
+        /// The reason.
+        reason: String,
+    },
 }
 
 /// What the agent starts from.
@@ -137,6 +144,9 @@ impl<B: Compute> Actor for AgentActor<B> {
             }
             NodeMsg::ResidentState { reply } => respond(reply, state.agent.resident_state()),
             NodeMsg::LeaveRequested => state.report(NodeReport::LeaveRequested).await,
+            NodeMsg::Unreachable { address, reason } => {
+                state.leave(NodeEnd::Unreachable { address, reason });
+            }
         }
         Ok(())
     }
@@ -153,6 +163,15 @@ impl<B: Compute> Actor for AgentActor<B> {
             state.on_failed(epoch, &error).await;
         }
         Ok(())
+    }
+}
+
+/// The event that a failure of an effect becomes.
+fn on_failure(effect: &Effect, epoch: Epoch) -> Box<dyn FnOnce(Failure) -> Event + Send> {
+    match *effect {
+        Effect::Apply { .. } => Box::new(|failure| Event::NotApplied { failure }),
+        Effect::Install { shard, .. } => Box::new(move |failure| Event::NotInstalled { shard, failure }),
+        _ => Box::new(move |failure| Event::Failed { epoch, failure }),
     }
 }
 
@@ -217,15 +236,18 @@ impl<B: Compute> AgentState<B> {
         self.on_event(Event::Command(command)).await;
     }
 
+    /// Carries out what the agent decides. The effects after one that fails are not carried out: they may say
+    /// that it succeeded. The failure is the agent's next event.
     async fn on_event(&mut self, event: Event) {
-        // A failure of an effect is the next event once all effects are carried out.
-        let mut next = vec![event];
-        while let Some(event) = next.pop() {
+        let mut next = Some(event);
+        while let Some(event) = next.take() {
             for effect in self.agent.handle(event) {
                 let epoch = self.agent.epoch();
+                let failed = on_failure(&effect, epoch);
                 if let Err(error) = self.carry_out(effect).await {
                     tracing::error!(%epoch, %error, "an effect failed");
-                    next.push(Event::Failed { epoch, failure: error.failure() });
+                    next = Some(failed(error.failure()));
+                    break;
                 }
             }
         }
@@ -254,7 +276,7 @@ impl<B: Compute> AgentState<B> {
             Effect::Release(shards) => self.replicas.release(&shards),
             Effect::Run { epoch, step, pass, lanes } => self.run(epoch, step, pass, lanes).await?,
             Effect::Store { epoch, step, shards } => self.store(epoch, step, shards).await,
-            Effect::Leave { reason } => self.leave(reason),
+            Effect::Leave { reason } => self.leave(NodeEnd::Left(reason)),
         }
         Ok(())
     }
@@ -327,10 +349,10 @@ impl<B: Compute> AgentState<B> {
         });
     }
 
-    fn leave(&mut self, reason: String) {
+    fn leave(&mut self, how: NodeEnd) {
         if let Some(end) = self.end.take() {
             // The process may be ending by itself.
-            drop(end.send(NodeEnd::Left(reason)));
+            drop(end.send(how));
         }
         self.me.stop(None);
     }

@@ -14,6 +14,8 @@ pub(crate) const ANSWERS_MAX: usize = 1024;
 pub(crate) const LINK_REPORT_INTERVAL: Duration = Duration::from_secs(2);
 /// The longest wait for the supervisor's welcome.
 pub(crate) const WELCOME_MAX: Duration = Duration::from_secs(10);
+/// How long a supervisor whose canary connection has ended may take to answer before it counts as dead.
+pub(crate) const CANARY_PING_MAX: Duration = Duration::from_millis(100);
 /// Milliseconds of silence after which a node closes a link, unless the other end asks for less.
 pub(crate) const IDLE_MS: u64 = 10_000;
 /// Time between two attempts to reach a supervisor that does not answer.
@@ -22,6 +24,8 @@ pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 /// How long a node tries to reach its supervisor for the first time.
 pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
+/// How long a node waits for a supervisor that says that it is starting.
+pub(crate) const STARTING_MAX: Duration = Duration::from_secs(3_600);
 /// Batches of spans queued for the supervisor.
 pub(crate) const SPAN_BATCHES_AHEAD: usize = 64;
 /// Control messages queued for the supervisor.

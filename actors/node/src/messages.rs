@@ -70,6 +70,8 @@ pub(crate) enum NodeMsg {
     ResidentState { reply: RpcReplyPort<ResidentState> },
     /// The process was asked to leave.
     LeaveRequested,
+    /// The supervisor cannot dial this node.
+    Unreachable { address: String, reason: String },
 }
 
 /// The link to a supervisor, for as long as it holds.

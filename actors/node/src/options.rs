@@ -24,6 +24,9 @@ pub struct NodeOptions {
     /// The address on which peers reach it; by default this machine's address towards the supervisor
     /// and any port.
     pub listen: Option<SocketAddr>,
+    /// The address that is announced to peers; by default the one on which it listens or, where that is
+    /// unspecified, this machine's address towards the supervisor.
+    pub advertise: Option<SocketAddr>,
     /// Its device, as `cpu` or `cuda:0`.
     pub device: String,
     /// Threads of its device executor.

@@ -28,7 +28,7 @@ use setup::{measure_profile, register_scrape_hooks, start_telemetry};
 use std::marker::PhantomData;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use volary_core::NodeId;
@@ -113,7 +113,7 @@ impl<B: Compute> NodeProcess<B> {
         let endpoint = options.network.bind(listen, identity, ClientAuth::Required, transport)?;
         let faults = options.faults.take();
         let mut connector = SupervisorConnector::new(name.clone(), endpoint.clone(), options);
-        let first = connector.connect(ResidentState::default(), Instant::now() + DIAL_MAX).await?;
+        let first = connector.connect(ResidentState::default(), DIAL_MAX).await?;
         let (run, options) = (first.run.clone(), connector.options());
         tracing::info!(node = %name, run = run.run, device = options.device, "joined");
         endpoint.set_idle_timeout(run.node_timeout_ms)?;
@@ -195,11 +195,11 @@ impl<B: Compute> NodeProcess<B> {
 
     /// Waits for the supervisor to return, for at most the run's `cluster.supervisor_timeout_ms`.
     async fn reconnect(&mut self, reason: &str) -> Next {
-        let deadline = Instant::now() + Duration::from_millis(self.run.supervisor_timeout_ms);
+        let patience = Duration::from_millis(self.run.supervisor_timeout_ms);
         let connected = tokio::select! {
             biased;
             end = &mut self.ended => return Next::Node(agent_end(end)),
-            connected = self.connector.reconnect(&self.agent, deadline) => connected,
+            connected = self.connector.reconnect(&self.agent, patience) => connected,
             Some(()) = self.leave.recv() => return Next::Node(leave_at_once()),
         };
         match connected {

@@ -86,6 +86,17 @@ pub enum ToNode {
     Revoked(Vec<[u8; 32]>),
     /// A command of the step and recovery protocol, and the trace that it belongs to.
     Protocol(NodeCommand, Option<TraceRequest>),
+    /// Asks whether the node's process lives.
+    Ping,
+    /// The answer to [`ToSupervisor::Ping`].
+    Pong,
+    /// The node's address cannot be dialed, so that it cannot take part: it ends.
+    Unreachable {
+        /// The address that the node announced.
+        address: String,
+        /// The reason.
+        reason: String,
+    },
 }
 
 /// Node to supervisor.
@@ -103,6 +114,10 @@ pub enum ToSupervisor {
     Links(Vec<LinkReport>),
     /// Ended spans, as JSON, for the run to keep.
     Spans(Vec<String>),
+    /// Asks whether the supervisor's process lives.
+    Ping,
+    /// The answer to [`ToNode::Ping`].
+    Pong,
 }
 
 /// The answer to a node that is admitted.

@@ -45,7 +45,11 @@ pub fn fuzz_message_seeds() -> Vec<Vec<u8>> {
     let epoch = Epoch(3);
     let to_supervisor = [
         ToSupervisor::Protocol(NodeReport::Ready { epoch }),
-        ToSupervisor::Protocol(NodeReport::Learned { epoch, shards: vec![shard, ShardId::Embedding] }),
+        ToSupervisor::Protocol(NodeReport::Learned {
+            epoch,
+            version: Step(7),
+            shards: vec![shard, ShardId::Embedding],
+        }),
         ToSupervisor::Profile(Box::new(Profile::relative(2.0))),
         ToSupervisor::Renew(vec![48, 1, 0]),
         ToSupervisor::Spans(vec!["{}".into()]),

@@ -24,7 +24,7 @@ use crate::checkpointer::{CheckpointerActor, CheckpointerArgs};
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::events::EventStream;
-use crate::limits::TICK;
+use crate::limits::{TICK, TICKS_AT_ONCE_MAX};
 use crate::messages::{CheckpointerMsg, SessionId, SupervisorMsg, notify};
 use crate::run_files::{MetricsLine, RunFiles};
 use crate::timings::Timings;
@@ -38,11 +38,10 @@ use std::time::Instant;
 use telemetry::Telemetry;
 use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use volary_core::machine::{Event, Machine, Settings};
-use volary_core::messages::NodeCommand;
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
+use volary_protocol::RunInfo;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
-use volary_protocol::{RunInfo, ToNode};
 use volary_storage::{Checkpoints, Digest, RunDir, Store};
 use volary_telemetry::Pipeline;
 use volary_telemetry::metrics::SupervisorMetrics;
@@ -54,6 +53,12 @@ pub enum RunEnd {
     Done {
         /// The last committed step.
         step: Step,
+    },
+    /// The supervisor itself cannot go on, as after an error of its disk. Its nodes keep their state, and wait
+    /// for its restart.
+    Halted {
+        /// Why.
+        reason: String,
     },
     /// It cannot continue.
     Fatal {
@@ -78,11 +83,14 @@ pub(crate) struct SupervisorArgs {
     pub(crate) events: EventStream,
     /// Whether no node holds state in memory any more.
     pub(crate) nodes_are_gone: bool,
+    /// Whether an operator allows the run to go back past a damaged checkpoint.
+    pub(crate) may_go_back: bool,
     pub(crate) end: oneshot::Sender<RunEnd>,
 }
 
 /// The supervisor's state.
 pub(crate) struct SupervisorState {
+    me: ActorRef<SupervisorMsg>,
     run: RunInfo,
     settings: Settings,
     machine: Machine,
@@ -90,6 +98,7 @@ pub(crate) struct SupervisorState {
     store: Store,
     credentials: Arc<Credentials>,
     checkpoints: Checkpoints,
+    may_go_back: bool,
     dataset: Arc<Dataset>,
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
@@ -127,13 +136,14 @@ impl Actor for SupervisorActor {
         let files = RunFiles::open(&args.dir, &args.store)?;
         let start = CheckpointerArgs {
             checkpoints: args.checkpoints.clone(),
+            store: args.store.clone(),
             config_hash: args.config_hash,
             keep: args.settings.checkpoint.keep.max(1),
             supervisor: me.clone(),
         };
         let (checkpointer, _) = Actor::spawn_linked(None, CheckpointerActor, start, me.get_cell()).await?;
         me.send_interval(TICK, || SupervisorMsg::Tick);
-        Ok(SupervisorState::new(args, recovery, files, checkpointer))
+        Ok(SupervisorState::new(me, args, recovery, files, checkpointer))
     }
 
     async fn handle(
@@ -155,15 +165,18 @@ impl Actor for SupervisorActor {
 
 impl SupervisorState {
     fn new(
+        me: ActorRef<SupervisorMsg>,
         args: SupervisorArgs,
         recovery: Recovery,
         files: RunFiles,
         checkpointer: ActorRef<CheckpointerMsg>,
     ) -> Self {
         let telemetry = Telemetry::new(&args);
+        let may_go_back = args.may_go_back;
         let SupervisorArgs { run, settings, store, credentials, checkpoints, dataset, address, end, .. } =
             args;
         Self {
+            me,
             machine: Machine::new(settings.clone(), recovery.restored),
             run,
             settings,
@@ -171,6 +184,7 @@ impl SupervisorState {
             store,
             credentials,
             checkpoints,
+            may_go_back,
             dataset,
             files,
             checkpointer,
@@ -195,10 +209,15 @@ impl SupervisorState {
             SupervisorMsg::Report { session, report } => self.on_report(session, report).await,
             SupervisorMsg::Measured { session, profile } => self.on_measured(session, profile).await,
             SupervisorMsg::Links { session, links } => self.on_links(session, links).await,
-            SupervisorMsg::Disconnected { session, reason } => self.on_disconnected(session, reason).await,
+            SupervisorMsg::Disconnected { session, cause, reason } => {
+                self.on_disconnected(session, cause, reason).await
+            }
             SupervisorMsg::Shard { session, step, shard, bytes, permit } => {
                 self.on_shard(&session, step, shard, bytes, permit);
                 Ok(())
+            }
+            SupervisorMsg::Verified(verified) => {
+                self.on_event(Event::CheckpointVerified { intact: verified? }).await
             }
             SupervisorMsg::Tick => self.on_tick().await,
             SupervisorMsg::Operator { request, reply } => self.on_operator(request, reply).await,
@@ -213,10 +232,11 @@ impl SupervisorState {
         Ok(())
     }
 
+    /// Time in which this process did not run counts against nobody.
     async fn on_tick(&mut self) -> Result<()> {
-        let ms = self.last_tick.elapsed().as_millis();
+        let elapsed = self.last_tick.elapsed().min(TICK * TICKS_AT_ONCE_MAX);
         self.last_tick = Instant::now();
-        self.on_event(Event::Tick { ms: u64::try_from(ms).unwrap_or(u64::MAX) }).await
+        self.on_event(Event::Tick { ms: u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX) }).await
     }
 
     /// Takes a shard for the checkpoint from the node that is to send it, or from any node that holds the
@@ -239,17 +259,19 @@ impl SupervisorState {
         }
     }
 
-    /// Ends the run after an error of the supervisor itself.
+    /// Ends the process after an error of the supervisor itself. Nodes are not released: they keep what was
+    /// committed, as after a death of the supervisor.
     fn fail(&mut self, error: &Error) {
-        let reason = format!("the run cannot continue: {error}");
-        self.sessions.send_to_all(&ToNode::Protocol(NodeCommand::Leave { reason }, None));
-        self.on_end(RunEnd::Fatal { reason: error.to_string() });
+        tracing::error!(%error, "the supervisor cannot go on");
+        self.on_end(RunEnd::Halted { reason: error.to_string() });
     }
 
     fn on_end(&mut self, end: RunEnd) {
         let answer = match &end {
             RunEnd::Done { step } => OperatorReply::Done { step: *step },
-            RunEnd::Fatal { reason } => OperatorReply::Failed { reason: reason.clone() },
+            RunEnd::Halted { reason } | RunEnd::Fatal { reason } => {
+                OperatorReply::Failed { reason: reason.clone() }
+            }
         };
         for (_, reply) in self.pending_requests.drain(..) {
             crate::messages::respond(reply, answer.clone());

@@ -6,18 +6,20 @@
 
 use crate::blocking::blocking;
 use crate::error::Error;
-use crate::messages::{CheckpointerMsg, SupervisorMsg, notify};
+use crate::messages::{CheckpointerMsg, SupervisorMsg, notify, respond};
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::sync::Arc;
 use volary_core::machine::Event;
-use volary_core::{Epoch, ShardId, Step};
-use volary_storage::{Checkpoints, Digest, Pending};
+use volary_core::{Epoch, ShardId, Step, Timeline};
+use volary_storage::limits::JOURNAL_STEPS_KEPT;
+use volary_storage::{Checkpoints, Digest, Pending, Store};
 use volary_telemetry::Scope;
 
 /// What the checkpointer starts from.
 pub(crate) struct CheckpointerArgs {
     pub(crate) checkpoints: Checkpoints,
+    pub(crate) store: Store,
     pub(crate) config_hash: Digest,
     /// Checkpoints to keep.
     pub(crate) keep: usize,
@@ -27,7 +29,10 @@ pub(crate) struct CheckpointerArgs {
 /// The checkpointer's state.
 pub(crate) struct CheckpointerState {
     args: CheckpointerArgs,
-    pending: Option<Arc<Pending>>,
+    /// The checkpoint in progress, with the number of its attempt.
+    pending: Option<(u64, Arc<Pending>)>,
+    /// The newest checkpoint that is durable: the run may need it until the next one is.
+    durable: Option<Step>,
     /// Where the spans of the checkpoint go.
     scope: Scope,
 }
@@ -45,7 +50,8 @@ impl Actor for CheckpointerActor {
         _: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
-        Ok(CheckpointerState { args, pending: None, scope: Scope::default() })
+        let durable = args.checkpoints.steps()?.last().copied();
+        Ok(CheckpointerState { args, pending: None, durable, scope: Scope::default() })
     }
 
     async fn handle(
@@ -55,69 +61,78 @@ impl Actor for CheckpointerActor {
         state: &mut Self::State,
     ) -> Result<(), ActorProcessingErr> {
         match message {
-            CheckpointerMsg::Open { step, epoch, shards, scope } => state.on_open(step, epoch, shards, scope),
+            CheckpointerMsg::Open { attempt, at, shards, scope } => state.on_open(attempt, at, shards, scope),
             CheckpointerMsg::Shard { step, shard, bytes, permit } => {
                 state.on_shard(step, shard, bytes).await;
                 // Only now the next shard is taken off the wire.
                 drop(permit);
             }
-            CheckpointerMsg::Drop { step } => state.on_drop(step),
+            CheckpointerMsg::Drop { attempt } => _ = state.pending.take_if(|(number, _)| *number == attempt),
+            CheckpointerMsg::Idle { reply } => respond(reply, ()),
         }
         Ok(())
     }
 }
 
 impl CheckpointerState {
-    fn on_open(&mut self, step: Step, epoch: Epoch, shards: Vec<ShardId>, scope: Scope) {
+    fn on_open(&mut self, attempt: u64, at: (Step, Timeline, Epoch), shards: Vec<ShardId>, scope: Scope) {
         self.scope = scope;
-        let pending = self.args.checkpoints.begin(step, epoch, self.args.config_hash, shards);
-        self.pending = Some(Arc::new(pending));
-    }
-
-    fn on_drop(&mut self, step: Step) {
-        self.pending.take_if(|pending| pending.step() == step);
+        let pending = self.args.checkpoints.begin(at, self.args.config_hash, shards);
+        self.pending = Some((attempt, Arc::new(pending)));
     }
 
     async fn on_shard(&mut self, step: Step, shard: ShardId, bytes: Bytes) {
-        let Some(pending) = self.pending.as_ref().filter(|pending| pending.step() == step) else { return };
-        let (pending, scope) = (Arc::clone(pending), self.scope.clone());
+        // Whatever attempt a shard was sent for: its bytes at a step are the same in all of them.
+        let current = self.pending.as_ref().filter(|(_, pending)| pending.step() == step);
+        let Some((attempt, pending)) = current else { return };
+        let (attempt, pending, scope) = (*attempt, Arc::clone(pending), self.scope.clone());
         let added = blocking(move || {
             scope.enter(|| pending.add(shard, &bytes))?;
             Ok::<_, volary_storage::Error>(pending.missing().is_empty())
         });
         match added.await {
             Ok(false) => {}
-            Ok(true) => self.complete(step).await,
-            Err(error) => self.failed(step, &error).await,
+            Ok(true) => self.complete(attempt).await,
+            Err(error) => self.failed(attempt, &error).await,
         }
     }
 
-    async fn complete(&mut self, step: Step) {
+    async fn complete(&mut self, attempt: u64) {
         // The only other handle was in the blocking call that has returned.
-        let Some(pending) = self.pending.take().and_then(Arc::into_inner) else { return };
-        let (checkpoints, keep) = (self.args.checkpoints.clone(), self.args.keep);
-        let scope = self.scope.clone();
-        let completed = blocking(move || {
-            scope.enter(|| pending.complete())?;
-            if let Err(error) = checkpoints.retain(keep) {
-                tracing::warn!(%error, "old checkpoints cannot be removed");
+        let Some(pending) = self.pending.take().and_then(|(_, pending)| Arc::into_inner(pending)) else {
+            return;
+        };
+        let (step, scope) = (pending.step(), self.scope.clone());
+        match blocking(move || scope.enter(|| pending.complete())).await {
+            Ok(_) => {
+                self.durable = self.durable.max(Some(step));
+                self.tell_supervisor(Event::CheckpointStored { attempt });
+                self.tidy_up().await;
             }
-            Ok::<_, volary_storage::Error>(())
-        });
-        match completed.await {
-            Ok(()) => self.tell_supervisor(Event::CheckpointStored { step }),
-            Err(error) => self.failed(step, &error).await,
+            Err(error) => self.failed(attempt, &error).await,
         }
     }
 
-    async fn failed(&mut self, step: Step, error: &Error) {
+    async fn failed(&mut self, attempt: u64, error: &Error) {
         self.pending = None;
         // What it has written already must not take the space of the next one.
-        let (checkpoints, keep) = (self.args.checkpoints.clone(), self.args.keep);
-        if let Err(error) = blocking(move || checkpoints.retain(keep)).await {
-            tracing::warn!(%error, "the remains of a failed checkpoint cannot be removed");
+        self.tidy_up().await;
+        self.tell_supervisor(Event::CheckpointFailed { attempt, reason: error.to_string() });
+    }
+
+    /// Removes old checkpoints, blobs that no checkpoint has, and steps of the journal that nobody needs.
+    async fn tidy_up(&self) {
+        let (checkpoints, store) = (self.args.checkpoints.clone(), self.args.store.clone());
+        let (keep, durable) = (self.args.keep, self.durable);
+        let tidied = blocking(move || {
+            checkpoints.retain(keep, durable)?;
+            let oldest = checkpoints.steps()?.first().copied().unwrap_or_default();
+            let recent = store.last_committed()?.unwrap_or_default().0.saturating_sub(JOURNAL_STEPS_KEPT);
+            store.prune_before(oldest.min(Step(recent))).map(drop)
+        });
+        if let Err(error) = tidied.await {
+            tracing::warn!(%error, "old checkpoints and steps cannot be removed");
         }
-        self.tell_supervisor(Event::CheckpointFailed { step, reason: error.to_string() });
     }
 
     fn tell_supervisor(&self, event: Event) {

@@ -51,4 +51,4 @@ pub use credentials::CredentialError;
 pub use error::{Error, Result};
 pub use events::EventStream;
 pub use options::SupervisorOptions;
-pub use process::{Supervisor, SupervisorHandle};
+pub use process::{Door, Supervisor, SupervisorHandle};

@@ -4,6 +4,10 @@ use std::time::Duration;
 
 /// The longest wait for a new node's hello.
 pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
+/// How long a node whose canary connection has ended may take to answer before its process counts as dead.
+pub(crate) const CANARY_PING_MAX: Duration = Duration::from_millis(100);
+/// How long a newcomer may take to answer at the address that it announces.
+pub(crate) const DIAL_BACK_MAX: Duration = Duration::from_secs(5);
 /// Control messages queued for one node.
 pub(crate) const MESSAGES_AHEAD: usize = 256;
 /// Bytes of checkpoint shards in memory at a time: received and not on disk yet.
@@ -12,6 +16,8 @@ pub(crate) const CHECKPOINT_BYTES_AHEAD: u32 = 256 << 20;
 pub(crate) const STATUS_EVENTS: usize = 20;
 /// The state machine's clock tick.
 pub(crate) const TICK: Duration = Duration::from_millis(100);
+/// Ticks that count at most after a time in which the process did not run.
+pub(crate) const TICKS_AT_ONCE_MAX: u32 = 3;
 /// Events kept for a slow subscriber.
 pub(crate) const EVENTS_AHEAD: usize = 1024;
 /// How long a run that is complete waits for its last messages to be sent.

@@ -6,7 +6,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use volary_core::machine;
 use volary_core::messages::{NodeReport, ResidentState};
 use volary_core::profile::Profile;
-use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_protocol::{LinkReport, NodeInfo, ToNode};
 use volary_telemetry::Scope;
@@ -42,9 +42,11 @@ pub(crate) enum SupervisorMsg {
     /// A node's links.
     Links { session: SessionId, links: Vec<LinkReport> },
     /// A node's link has ended.
-    Disconnected { session: SessionId, reason: String },
+    Disconnected { session: SessionId, cause: machine::LossCause, reason: String },
     /// A shard for the checkpoint, with its share of the memory budget.
     Shard { session: SessionId, step: Step, shard: ShardId, bytes: Bytes, permit: OwnedSemaphorePermit },
+    /// A checkpoint has been read.
+    Verified(crate::error::Result<Option<Step>>),
     /// Time has passed.
     Tick,
     /// An operator's request.
@@ -67,9 +69,12 @@ pub(crate) struct NodeArrival {
 /// To the checkpointer actor.
 pub(crate) enum CheckpointerMsg {
     /// Open a checkpoint of `step`, complete when all of `shards` are stored.
-    Open { step: Step, epoch: Epoch, shards: Vec<ShardId>, scope: Scope },
+    Open { attempt: u64, at: (Step, Timeline, Epoch), shards: Vec<ShardId>, scope: Scope },
     /// Store a shard.
     Shard { step: Step, shard: ShardId, bytes: Bytes, permit: OwnedSemaphorePermit },
     /// Give the checkpoint up.
-    Drop { step: Step },
+    Drop { attempt: u64 },
+    /// Answer when everything before this message is done: no checkpoint becomes durable behind the sender's
+    /// back.
+    Idle { reply: RpcReplyPort<()> },
 }

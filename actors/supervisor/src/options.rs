@@ -34,4 +34,6 @@ pub struct SupervisorOptions {
     pub certificate_lifetime: Duration,
     /// Whether no node holds state in memory any more, so that the run resumes from its last checkpoint.
     pub nodes_are_gone: bool,
+    /// Whether an operator allows the run to go back past a damaged checkpoint.
+    pub may_go_back: bool,
 }

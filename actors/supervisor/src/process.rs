@@ -21,17 +21,17 @@ use crate::messages::{SupervisorMsg, notify};
 use crate::options::SupervisorOptions;
 use admission::accept;
 use ractor::Actor;
-use setup::{open_credentials, register_scrape_hooks, start_telemetry};
+use setup::{open_authority, open_credentials, register_scrape_hooks, start_telemetry};
 use shared::Shared;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use volary_core::machine::Event;
 use volary_data::Dataset;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::{BlobStore, Checkpoints, RunIdentity, Store, journal};
 use volary_telemetry::Pipeline;
-use volary_transport::{AccessRole, ClientAuth, Endpoint, SUPERVISOR, TransportOptions};
+use volary_transport::{AccessRole, Authority, ClientAuth, Endpoint, SUPERVISOR, TransportOptions};
 
 /// A running supervisor.
 pub struct Supervisor {
@@ -79,23 +79,50 @@ impl SupervisorHandle {
     }
 }
 
-impl Supervisor {
-    /// Opens the run's state and listens.
+/// A supervisor's address before the supervisor: whoever connects is told to wait. A supervisor may take minutes
+/// to prepare its corpus, and nodes that hold the run's state must not give it up for lost.
+pub struct Door {
+    options: SupervisorOptions,
+    authority: Authority,
+    endpoint: Endpoint,
+    open: watch::Sender<Option<Arc<Shared>>>,
+}
+
+impl Door {
+    /// Listens. Call it in a tokio runtime.
     ///
     /// # Errors
-    /// When the address is in use, or the state is damaged or another run's.
-    pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
+    /// When the address is in use, or the authority cannot be read.
+    pub fn open(options: SupervisorOptions) -> Result<Self> {
+        let authority = open_authority(&options)?;
+        let identity = authority.identity(SUPERVISOR)?;
+        let idle_timeout_ms = options.settings.cluster.node_timeout_ms.max(100);
+        let keep_alive_ms = (idle_timeout_ms / 6).min(TransportOptions::default().keep_alive_ms);
+        let transport = TransportOptions { keep_alive_ms, idle_timeout_ms };
+        let endpoint = options.network.bind(options.listen, identity, ClientAuth::Optional, &transport)?;
+        let open = watch::Sender::new(None);
+        tokio::spawn(accept(open.subscribe(), endpoint.clone()));
+        Ok(Self { options, authority, endpoint, open })
+    }
+
+    /// The address on which it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.endpoint.local_addr()
+    }
+
+    /// Opens the run's state, and admits nodes.
+    ///
+    /// # Errors
+    /// When the state is damaged or another run's.
+    pub async fn start(self, dataset: Dataset) -> Result<Supervisor> {
+        let Self { options, authority, endpoint, open } = self;
         let store = Store::open(&options.dir)?;
-        let credentials = Arc::new(open_credentials(&options, &store)?);
-        let SupervisorOptions { network, run, settings, dir, config_hash, listen, metrics, .. } = options;
+        let credentials = Arc::new(open_credentials(&options, authority, &store)?);
+        let SupervisorOptions { run, settings, dir, config_hash, metrics, .. } = options;
         let (name, seed, format) = (run.run.clone(), run.seed, journal::FORMAT);
         store.identify(&RunIdentity { name, seed, config_hash, format })?;
         let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
-        let identity = credentials.authority().identity(SUPERVISOR)?;
-        let idle_timeout_ms = settings.cluster.node_timeout_ms.max(100);
-        let keep_alive_ms = (idle_timeout_ms / 6).min(TransportOptions::default().keep_alive_ms);
-        let transport = TransportOptions { keep_alive_ms, idle_timeout_ms };
-        let endpoint = network.bind(listen, identity, ClientAuth::Optional, &transport)?;
         let address = endpoint.local_addr();
         let pipeline = start_telemetry(&run, &dir)?;
         let events = EventStream::default();
@@ -115,14 +142,26 @@ impl Supervisor {
             metrics,
             events: events.clone(),
             nodes_are_gone: options.nodes_are_gone,
+            may_go_back: options.may_go_back,
             end,
         };
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
             .await
             .map_err(|error| Error::start("the supervisor's actor", error))?;
-        let shared = Arc::new(Shared::new(credentials, checkpoints, actor, address, pipeline.clone()));
-        tokio::spawn(accept(Arc::clone(&shared), endpoint.clone()));
-        Ok(Self { address, ended, endpoint, shared, pipeline, events })
+        let shared = Shared::new(credentials, checkpoints, actor, endpoint.clone(), pipeline.clone());
+        let shared = Arc::new(shared);
+        open.send_replace(Some(Arc::clone(&shared)));
+        Ok(Supervisor { address, ended, endpoint, shared, pipeline, events })
+    }
+}
+
+impl Supervisor {
+    /// Listens, opens the run's state, and admits nodes.
+    ///
+    /// # Errors
+    /// As [`Door::open`] and [`Door::start`].
+    pub async fn start(options: SupervisorOptions, dataset: Dataset) -> Result<Self> {
+        Door::open(options)?.start(dataset).await
     }
 
     /// The address on which it listens.
@@ -154,7 +193,10 @@ impl Supervisor {
         };
         let end = end.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
         // The writers are sending what is queued; nodes close their links when they have read it.
-        let farewell = if matches!(end, RunEnd::Done { .. }) { FAREWELL_DONE } else { FAREWELL_FAILED };
+        let farewell = match end {
+            RunEnd::Done { .. } => FAREWELL_DONE,
+            RunEnd::Halted { .. } | RunEnd::Fatal { .. } => FAREWELL_FAILED,
+        };
         tokio::time::sleep(farewell).await;
         drop(endpoint);
         pipeline.flush().await;

@@ -95,8 +95,12 @@ pub(crate) struct RunFiles {
     metrics: JsonLines,
     validation: JsonLines,
     events: JsonLines,
+    /// The last step with a line of metrics.
+    written: Step,
     /// The last step whose validation loss is written: a resumed run measures it again, and writes it once.
     validated: Option<Step>,
+    /// Whether the last line could not be written.
+    failing: bool,
 }
 
 impl RunFiles {
@@ -108,39 +112,79 @@ impl RunFiles {
             metrics: JsonLines::open(dir.metrics())?,
             validation: JsonLines::open(dir.validation())?,
             events: JsonLines::open(dir.events())?,
+            written: Step::default(),
             validated: None,
+            failing: false,
         };
-        files.go_back(step)?;
-        let written = last_step(&dir.metrics()).unwrap_or_default();
-        for missing in store.committed_range::<Committed>(written.next()) {
-            files.metrics(&MetricsLine::new(&missing?.1, None))?;
-        }
+        files.truncate_after(step)?;
+        files.restore_metrics(store, step.next())?;
         Ok(files)
     }
 
     /// Removes the lines of the steps after `step`.
-    pub(crate) fn go_back(&mut self, step: Step) -> Result<()> {
+    pub(crate) fn go_back(&mut self, step: Step) {
+        let truncated = self.truncate_after(step);
+        self.note(truncated);
+    }
+
+    fn truncate_after(&mut self, step: Step) -> Result<()> {
         self.metrics.truncate_after(step)?;
         self.validation.truncate_after(step)?;
+        self.written = last_step(self.metrics.path()).unwrap_or_default();
         // Read from the file: the line of `step` itself may be there, and is measured again.
         self.validated = last_step(self.validation.path());
         Ok(())
     }
 
-    pub(crate) fn metrics(&mut self, line: &MetricsLine) -> Result<()> {
-        self.metrics.append(line)
+    /// Writes a line, after those before it that could not be written in their time.
+    pub(crate) fn metrics(&mut self, line: &MetricsLine, store: &Store) {
+        let written = self.restore_metrics(store, line.step).and_then(|()| self.write_metrics(line));
+        self.note(written);
     }
 
-    pub(crate) fn validation(&mut self, line: &ValidationLine) -> Result<()> {
-        if self.validated >= Some(line.step) {
+    fn write_metrics(&mut self, line: &MetricsLine) -> Result<()> {
+        self.metrics.append(line)?;
+        self.written = line.step;
+        Ok(())
+    }
+
+    /// Writes missing lines of the steps before `end` from the journal.
+    fn restore_metrics(&mut self, store: &Store, end: Step) -> Result<()> {
+        if self.written.next() >= end {
             return Ok(());
         }
-        self.validated = Some(line.step);
-        self.validation.append(line)
+        for missing in store.committed_range::<Committed>(self.written.next()) {
+            let (step, committed) = missing?;
+            if step >= end {
+                break;
+            }
+            self.write_metrics(&MetricsLine::new(&committed, None))?;
+        }
+        Ok(())
     }
 
-    pub(crate) fn event(&mut self, line: &impl Serialize) -> Result<()> {
-        self.events.append(line)
+    pub(crate) fn validation(&mut self, line: &ValidationLine) {
+        if self.validated < Some(line.step) {
+            self.validated = Some(line.step);
+            let written = self.validation.append(line);
+            self.note(written);
+        }
+    }
+
+    pub(crate) fn event(&mut self, line: &impl Serialize) {
+        let written = self.events.append(line);
+        self.note(written);
+    }
+
+    /// These files are for people: a line that finds no space ends no run. It is said once.
+    fn note(&mut self, written: Result<()>) {
+        match written {
+            Ok(()) => self.failing = false,
+            Err(error) if !std::mem::replace(&mut self.failing, true) => {
+                tracing::error!(%error, "a line for people cannot be written; the run continues, and lines of metrics follow later");
+            }
+            Err(error) => tracing::debug!(%error, "a line cannot be written"),
+        }
     }
 }
 

@@ -1,14 +1,14 @@
 //! How a node reaches its supervisor: it joins once, connects, and reconnects.
 
 use super::error::ProcessError;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, WELCOME_MAX};
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, STARTING_MAX, WELCOME_MAX};
 use crate::messages::NodeMsg;
 use crate::options::NodeOptions;
 use ractor::ActorRef;
 use ractor::rpc::CallResult;
 use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use volary_core::NodeId;
 use volary_core::messages::{NodeCommand, ResidentState};
 use volary_core::profile::Profile;
@@ -64,20 +64,23 @@ impl SupervisorConnector {
     pub(super) async fn reconnect(
         &mut self,
         agent: &ActorRef<NodeMsg>,
-        deadline: Instant,
+        patience: Duration,
     ) -> Result<Connected, ProcessError> {
         match agent.call(|reply| NodeMsg::ResidentState { reply }, None).await {
-            Ok(CallResult::Success(state)) => self.connect(state, deadline).await,
+            Ok(CallResult::Success(state)) => self.connect(state, patience).await,
             _ => Err(ProcessError::AgentDied),
         }
     }
 
-    /// Connects, retrying until the deadline what may pass.
+    /// Connects, retrying until the deadline what may pass. A supervisor that is starting is waited for as long
+    /// as it says so.
     pub(super) async fn connect(
         &mut self,
         state: ResidentState,
-        deadline: Instant,
+        patience: Duration,
     ) -> Result<Connected, ProcessError> {
+        let start = Instant::now();
+        let mut deadline = start + patience;
         loop {
             // The certificate could not be renewed without the supervisor.
             if self.endpoint.identity()?.remaining().is_zero() {
@@ -86,6 +89,12 @@ impl SupervisorConnector {
             match self.connect_once(state.clone()).await {
                 // A fenced node may join again, with its token if that is still valid.
                 Err(error) if error.needs_rejoin() => self.rejoin().await?,
+                Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
+                    tracing::debug!(%error, "waiting");
+                    tokio::time::sleep(REFUSED_PAUSE).await;
+                    // It lives: from here on it has as much time as one that was just lost.
+                    deadline = Instant::now() + patience;
+                }
                 Err(error) if Instant::now() < deadline && error.is_transient() => {
                     tracing::debug!(%error, "supervisor not reached");
                     tokio::time::sleep(DIAL_PAUSE).await;
@@ -112,7 +121,7 @@ impl SupervisorConnector {
     async fn connect_once(&self, state: ResidentState) -> Result<Connected, ProcessError> {
         let supervisor = self.supervisor().await;
         let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(supervisor).await?;
-        sender.send(&ToSupervisor::Hello(self.info(), state)).await?;
+        sender.send(&ToSupervisor::Hello(self.info(supervisor)?, state)).await?;
         let Welcome { run, keep, canary, revoked } = receive_welcome(&mut receiver).await?;
         self.endpoint.revoke(revoked);
         let run: RunInfo = serde_json::from_str(&run).map_err(ProcessError::RunInfo)?;
@@ -124,17 +133,32 @@ impl SupervisorConnector {
         Ok(Connected { link, sender, receiver, run, keep, canary })
     }
 
-    fn info(&self) -> NodeInfo {
+    /// Where peers reach this node. An unspecified address means nothing to others.
+    fn announced_address(&self, supervisor: SocketAddr) -> Result<SocketAddr, ProcessError> {
+        let NodeOptions { network, advertise, .. } = &self.options;
+        let bound = self.endpoint.local_addr();
+        Ok(match advertise {
+            // Port 0 stands for the port that is bound.
+            Some(address) if address.port() == 0 => SocketAddr::new(address.ip(), bound.port()),
+            Some(address) => *address,
+            None if bound.ip().is_unspecified() => {
+                SocketAddr::new(network.local_ip(supervisor)?, bound.port())
+            }
+            None => bound,
+        })
+    }
+
+    fn info(&self, supervisor: SocketAddr) -> Result<NodeInfo, ProcessError> {
         let options = &self.options;
-        NodeInfo {
+        Ok(NodeInfo {
             pid: std::process::id(),
             device: options.device.clone(),
             threads: options.threads,
             profile: self.profile.clone(),
-            address: self.endpoint.local_addr().to_string(),
+            address: self.announced_address(supervisor)?.to_string(),
             http: options.http.map(|address| address.to_string()),
             instance: self.instance,
-        }
+        })
     }
 }
 
@@ -168,6 +192,12 @@ pub(super) async fn join_run(
         let joined =
             options.network.join(options.supervisor, &options.token, options.name.clone(), transport);
         match joined.await.map_err(ProcessError::from) {
+            Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
+                if !std::mem::replace(&mut reported, true) {
+                    tracing::info!(%error, "waiting");
+                }
+                tokio::time::sleep(REFUSED_PAUSE).await;
+            }
             Err(error) if start.elapsed() < DIAL_MAX && error.is_early() => {
                 // A supervisor that answers is not asked ten times a second.
                 let refused = !error.is_transient();

@@ -64,12 +64,19 @@ impl ProcessError {
         )
     }
 
-    /// Whether another attempt may succeed.
+    /// Whether the supervisor is starting.
+    pub(super) fn is_starting(&self) -> bool {
+        self.refusal() == Some(RefusalCode::Starting)
+    }
+
+    /// Whether another attempt may succeed: everything that is no definite answer. A handshake that takes too
+    /// long or breaks off is none.
     pub(super) fn is_transient(&self) -> bool {
+        use volary_transport::Error::{Connection, Malformed};
         match self {
             Self::NameInUse | Self::NoWelcome => true,
-            Self::Transport(error) => matches!(error, volary_transport::Error::Connection { .. }),
-            _ => false,
+            Self::Transport(Connection { .. } | Malformed { .. }) => true,
+            _ => self.is_starting(),
         }
     }
 

@@ -3,14 +3,14 @@
 use super::connect::Connected;
 use crate::context::NodeContext;
 use crate::error::Error;
-use crate::limits::{FAREWELL_MAX, LINK_REPORT_INTERVAL, MESSAGES_AHEAD};
+use crate::limits::{CANARY_PING_MAX, FAREWELL_MAX, LINK_REPORT_INTERVAL, MESSAGES_AHEAD};
 use crate::messages::{Connection, NodeMsg, notify};
 use crate::net::peers::BrokenLink;
 use crate::net::uplink::Uplink;
 use ractor::ActorRef;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use volary_core::compute::Compute;
 use volary_protocol::limits::SPANS_PER_MESSAGE;
@@ -25,6 +25,8 @@ pub(super) struct SupervisorSession {
     messages: mpsc::Sender<ToSupervisor>,
     reader: JoinHandle<String>,
     canary: Option<CanaryHeld>,
+    /// Told of every message of the supervisor.
+    heard: Arc<Notify>,
     reports: JoinHandle<()>,
     renewals: JoinHandle<()>,
     writer: JoinHandle<()>,
@@ -44,10 +46,12 @@ impl SupervisorSession {
         notify(agent, NodeMsg::Connected(Connection { messages: messages.clone(), uplink, keep }));
         let writer = tokio::spawn(write_messages(sender, outbound));
         let (renewed, answers) = mpsc::channel(1);
-        let reader = tokio::spawn(read_messages(receiver, agent.clone(), renewed, endpoint.clone()));
+        let heard = Arc::new(Notify::new());
+        let answering = Answering { messages: messages.clone(), renewed, heard: Arc::clone(&heard) };
+        let reader = tokio::spawn(read_messages(receiver, agent.clone(), answering, endpoint.clone()));
         let renewals = tokio::spawn(renew(endpoint.clone(), messages.clone(), answers));
         let reports = tokio::spawn(report_links(Arc::clone(node), messages.clone()));
-        Self { link, messages, reader, canary, reports, renewals, writer }
+        Self { link, messages, reader, canary, heard, reports, renewals, writer }
     }
 
     /// Queues a message; a session that has ended drops it.
@@ -57,15 +61,10 @@ impl SupervisorSession {
 
     /// Resolves when the session ends, with the reason.
     pub(super) async fn ended(&mut self) -> String {
-        let canary = async {
-            match &mut self.canary {
-                Some(canary) => canary.ended().await,
-                None => std::future::pending().await,
-            }
-        };
+        let Self { canary, reader, messages, heard, .. } = self;
         tokio::select! {
-            reason = &mut self.reader => reason.unwrap_or_else(|error| error.to_string()),
-            () = canary => "its process has ended".into(),
+            reason = reader => reason.unwrap_or_else(|error| error.to_string()),
+            () = process_ended(canary, messages, heard) => "its process has ended".into(),
         }
     }
 
@@ -98,6 +97,31 @@ impl SupervisorSession {
     }
 }
 
+/// Resolves when the supervisor's process has ended: its canary connection is closed, and it does not answer.
+async fn process_ended(
+    canary: &mut Option<CanaryHeld>,
+    messages: &mpsc::Sender<ToSupervisor>,
+    heard: &Notify,
+) {
+    let Some(canary) = canary else { return std::future::pending().await };
+    canary.ended().await;
+    let answered = heard.notified();
+    drop(messages.try_send(ToSupervisor::Ping));
+    if tokio::time::timeout(CANARY_PING_MAX, answered).await.is_ok() {
+        tracing::warn!(
+            "the supervisor's canary connection ended and it lives: its end is noticed by silence"
+        );
+        std::future::pending().await
+    }
+}
+
+/// What the reader answers and passes on by itself.
+struct Answering {
+    messages: mpsc::Sender<ToSupervisor>,
+    renewed: mpsc::Sender<IssuedCertificate>,
+    heard: Arc<Notify>,
+}
+
 async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<ToSupervisor>) {
     while let Some(message) = messages.recv().await {
         if let Err(error) = sender.send(&message).await {
@@ -110,11 +134,13 @@ async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<
 async fn read_messages(
     mut receiver: ControlReceiver,
     agent: ActorRef<NodeMsg>,
-    renewed: mpsc::Sender<IssuedCertificate>,
+    answering: Answering,
     endpoint: Endpoint,
 ) -> String {
     loop {
-        match receiver.recv::<ToNode>().await {
+        let received = receiver.recv::<ToNode>().await;
+        answering.heard.notify_waiters();
+        match received {
             Ok(Some(ToNode::Protocol(command, trace))) => {
                 if agent.cast(NodeMsg::Command(command, trace)).is_err() {
                     return "the node's agent has ended".to_owned();
@@ -122,8 +148,12 @@ async fn read_messages(
             }
             Ok(Some(ToNode::Revoked(hashes))) => endpoint.revoke(hashes),
             // No caller waits for a second certificate.
-            Ok(Some(ToNode::Renewed(certificate))) => drop(renewed.try_send(certificate)),
-            Ok(Some(ToNode::Welcome(_) | ToNode::NameInUse)) => {}
+            Ok(Some(ToNode::Renewed(certificate))) => drop(answering.renewed.try_send(certificate)),
+            Ok(Some(ToNode::Ping)) => drop(answering.messages.try_send(ToSupervisor::Pong)),
+            Ok(Some(ToNode::Unreachable { address, reason })) => {
+                notify(&agent, NodeMsg::Unreachable { address, reason });
+            }
+            Ok(Some(ToNode::Pong | ToNode::Welcome(_) | ToNode::NameInUse)) => {}
             Ok(None) => return "it ended the control stream".to_owned(),
             Err(error) => return error.to_string(),
         }

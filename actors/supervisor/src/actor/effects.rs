@@ -1,18 +1,19 @@
 //! Carries out what the machine decides, in its order.
 
-use super::recovery::persist;
+use super::recovery::{CLUSTER, newest_intact, persist};
 use super::{RunEnd, SupervisorState};
 use crate::blocking::blocking;
 use crate::error::{Error, Result};
 use crate::limits::STATUS_EVENTS;
-use crate::messages::{CheckpointerMsg, notify};
+use crate::messages::{CheckpointerMsg, SupervisorMsg, notify};
 use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
-use volary_core::machine::{Committed, Effect, Notice};
+use volary_core::machine::{Committed, Effect, Notice, PersistentState};
 use volary_core::messages::{NodeCommand, Pass};
-use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
 use volary_protocol::ToNode;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Error as StorageError;
@@ -30,14 +31,19 @@ impl SupervisorState {
                 let store = self.store.clone();
                 blocking(move || persist(&store, &state)).await?;
             }
-            Effect::OpenCheckpoint { step, epoch, shards } => self.open_checkpoint(step, epoch, shards),
-            Effect::DropCheckpoint { step } => notify(&self.checkpointer, CheckpointerMsg::Drop { step }),
-            Effect::GoBack { step } => self.go_back(step).await?,
+            Effect::OpenCheckpoint { attempt, step, epoch, timeline, senders } => {
+                self.open_checkpoint(attempt, (step, timeline, epoch), senders);
+            }
+            Effect::DropCheckpoint { attempt } => {
+                notify(&self.checkpointer, CheckpointerMsg::Drop { attempt });
+            }
+            Effect::VerifyCheckpoint { step } => self.verify_checkpoint(step),
+            Effect::GoBack { step, state } => self.go_back(step, state).await?,
             Effect::Validated { step, loss, tokens } => {
                 self.last_commit = Instant::now();
                 let line = ValidationLine { step, loss, tokens };
                 self.telemetry.validated(&line);
-                self.files.validation(&line)?;
+                self.files.validation(&line);
             }
             Effect::Notice(notice) => self.on_notice(notice).await?,
             Effect::Done => self.on_end(RunEnd::Done { step: self.machine.committed() }),
@@ -46,12 +52,25 @@ impl SupervisorState {
         Ok(())
     }
 
-    fn open_checkpoint(&mut self, step: Step, epoch: Epoch, shards: Vec<ShardId>) {
-        let scope = self.telemetry.traces.checkpoint(step, shards.len());
-        let placement = self.machine.placement();
-        let sender = |&shard: &ShardId| Some((shard, placement.owner(shard)?.clone()));
-        self.checkpoint_senders = shards.iter().filter_map(sender).collect();
-        notify(&self.checkpointer, CheckpointerMsg::Open { step, epoch, shards, scope });
+    fn open_checkpoint(
+        &mut self,
+        attempt: u64,
+        at: (Step, Timeline, Epoch),
+        senders: BTreeMap<ShardId, NodeId>,
+    ) {
+        let scope = self.telemetry.traces.checkpoint(at.0, senders.len());
+        let shards = senders.keys().copied().collect();
+        self.checkpoint_senders = senders;
+        notify(&self.checkpointer, CheckpointerMsg::Open { attempt, at, shards, scope });
+    }
+
+    /// Reads a checkpoint, which may take minutes, while the actor goes on.
+    fn verify_checkpoint(&self, step: Step) {
+        let (me, checkpoints, may_go_back) = (self.me.clone(), self.checkpoints.clone(), self.may_go_back);
+        tokio::spawn(async move {
+            let verified = blocking(move || newest_intact(&checkpoints, step, may_go_back)).await;
+            notify(&me, SupervisorMsg::Verified(verified));
+        });
     }
 
     /// Revokes a node's certificates, also between nodes.
@@ -99,10 +118,10 @@ impl SupervisorState {
         self.last_commit = Instant::now();
         let costs = self.timings.committed(committed.step);
         for cost in &costs {
-            self.write_event(cost)?;
+            self.write_event(cost);
         }
         let line = MetricsLine::new(&committed, Some(seconds));
-        self.files.metrics(&line)?;
+        self.files.metrics(&line, &self.store);
         self.telemetry.committed(&committed, &line, &costs);
         if self.telemetry.is_sampled(line.step) {
             let (loss, busiest_expert) = (line.loss, line.busiest_expert);
@@ -113,16 +132,20 @@ impl SupervisorState {
         Ok(())
     }
 
-    /// Removes everything after `step`.
-    async fn go_back(&mut self, step: Step) -> Result<()> {
+    /// Removes everything after `step`: first the steps, with the new timeline in the same transaction, then the
+    /// checkpoints, which are void from then on.
+    async fn go_back(&mut self, step: Step, state: PersistentState) -> Result<()> {
+        // A checkpoint that is just becoming durable is one of those that are removed.
+        drop(self.checkpointer.call(|reply| CheckpointerMsg::Idle { reply }, None).await);
         let (store, checkpoints) = (self.store.clone(), self.checkpoints.clone());
         blocking(move || {
+            store.go_back(step, CLUSTER, &state)?;
             checkpoints.truncate_after(step)?;
-            store.truncate_after(step)?;
             Ok::<_, StorageError>(())
         })
         .await?;
-        Ok(self.files.go_back(step)?)
+        self.files.go_back(step);
+        Ok(())
     }
 
     async fn on_notice(&mut self, notice: Notice) -> Result<()> {
@@ -133,18 +156,22 @@ impl SupervisorState {
         }
         match &notice {
             Notice::WentBack { .. }
+            | Notice::GivingUp { .. }
             | Notice::NoRoom { .. }
             | Notice::ReplicasDiffer { .. }
             | Notice::CheckpointFailed { .. } => tracing::error!(?notice, "event"),
             Notice::Lost { .. }
             | Notice::Fenced { .. }
             | Notice::MigrationFailed { .. }
+            | Notice::DrainDeferred { .. }
+            | Notice::LearnerLate { .. }
             | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
             _ => tracing::info!(?notice, "event"),
         }
         self.timings.on_notice(&notice);
         self.telemetry.on_notice(&notice);
-        self.write_event(&notice)
+        self.write_event(&notice);
+        Ok(())
     }
 
     /// Answers the operators who wait for what has just happened.
@@ -157,7 +184,7 @@ impl SupervisorState {
                 let failed = OperatorReply::Failed { reason: reason.clone() };
                 self.answer(&OperatorRequest::Checkpoint, &failed);
             }
-            Notice::MigrationFailed { node, reason } => {
+            Notice::DrainDeferred { node, reason } => {
                 let failed = OperatorReply::Failed { reason: reason.clone() };
                 self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &failed);
             }
@@ -166,9 +193,9 @@ impl SupervisorState {
     }
 
     /// Writes a line of `events.jsonl`, and publishes it.
-    fn write_event(&mut self, event: &impl Serialize) -> Result<()> {
+    fn write_event(&mut self, event: &impl Serialize) {
         let line = EventLine { unix_ms: unix_ms(), at_step: self.machine.committed(), event };
-        self.files.event(&line)?;
+        self.files.event(&line);
         self.telemetry.events.publish("event", &line);
         if let Ok(serde_json::Value::Object(fields)) = serde_json::to_value(&line)
             && let Some(name) = fields.get("event").and_then(serde_json::Value::as_str)
@@ -181,6 +208,5 @@ impl SupervisorState {
         while self.recent_events.len() > STATUS_EVENTS {
             self.recent_events.pop_front();
         }
-        Ok(())
     }
 }

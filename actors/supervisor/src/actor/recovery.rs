@@ -1,11 +1,13 @@
 //! What a supervisor finds on disk when it starts: nothing in a new run, the last state in one that resumes.
 
+use crate::error::{Error, Result};
+use volary_core::Step;
 use volary_core::machine::{Committed, PersistentState, Restored};
 use volary_core::messages::LastCommit;
-use volary_storage::{Checkpoints, Result, Store, Table};
+use volary_storage::{Checkpoints, Store, Table, reconcile};
 
-/// The key of the machine's persistent state in the store.
-const CLUSTER: &str = "cluster";
+/// The key of the machine's persistent state among the facts of the store.
+pub(super) const CLUSTER: &str = "cluster";
 
 /// The state of a run, as far as it is on disk.
 pub(super) struct Recovery {
@@ -17,11 +19,17 @@ pub(super) struct Recovery {
 }
 
 impl Recovery {
-    /// Reads the end of the journal and the catalogue. It changes nothing and reads no checkpoint: nodes that
+    /// Reads the end of the journal and the catalogue, and reconciles them. It reads no checkpoint: nodes that
     /// return with their state need none, and the machine asks for one before it is loaded.
     pub(super) fn load(store: &Store, checkpoints: &Checkpoints, nodes_are_gone: bool) -> Result<Self> {
-        let durable = checkpoints.latest()?.map(|record| record.step);
         let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
+        let reconciled = reconcile(store, checkpoints, persistent.timeline)?;
+        if let Some(step) = reconciled.rebased {
+            tracing::warn!(%step, "the journal has lost its end; the run continues after its checkpoint");
+        }
+        for step in reconciled.abandoned {
+            tracing::info!(%step, "a checkpoint of an earlier timeline is removed");
+        }
         if nodes_are_gone {
             persistent.members.clear();
         }
@@ -32,28 +40,27 @@ impl Recovery {
         let load = last.as_ref().map(|committed| committed.load.clone()).unwrap_or_default();
         let restarted = !persistent.members.is_empty();
         let last = last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update });
+        let durable = checkpoints.latest()?.map(|record| record.step);
         Ok(Self { restored: Restored { durable, last, persistent }, load, restarted })
     }
 }
 
-/// Makes the machine's persistent state durable.
-pub(super) fn persist(store: &Store, state: &PersistentState) -> Result<()> {
-    store.put(Table::Facts, CLUSTER, state)
-}
-
-/// The newest intact checkpoint up to `step`, by all of its bytes. One that is damaged stops the supervisor,
-/// unless an operator has allowed to go back past it: then it is set aside.
+/// The newest intact checkpoint up to `step`, by all of its bytes.
+///
+/// # Errors
+/// A damaged checkpoint, unless an operator has allowed the run to go back past it: then it is set aside. A
+/// failed read, which may pass.
 pub(super) fn newest_intact(
     checkpoints: &Checkpoints,
     step: Step,
     may_go_back: bool,
-) -> crate::error::Result<Option<Step>> {
+) -> Result<Option<Step>> {
     let steps = checkpoints.steps()?.into_iter().filter(|at| *at <= step);
     for step in steps.rev() {
         match checkpoints.verify(step) {
             Ok(()) => return Ok(Some(step)),
             Err(damage) if damage.is_damage() && may_go_back => {
-                tracing::error!(%step, %damage, "a damaged checkpoint is set aside; the run goes back past it");
+                tracing::error!(%step, %damage, "a damaged checkpoint is set aside: the run goes back past it");
                 checkpoints.set_aside(step)?;
             }
             Err(damage) if damage.is_damage() => return Err(Error::DamagedCheckpoint { step, damage }),
@@ -61,4 +68,9 @@ pub(super) fn newest_intact(
         }
     }
     Ok(None)
+}
+
+/// Makes the machine's persistent state durable.
+pub(super) fn persist(store: &Store, state: &PersistentState) -> volary_storage::Result<()> {
+    store.put(Table::Facts, CLUSTER, state)
 }

@@ -3,11 +3,11 @@
 use super::SupervisorState;
 use crate::error::Result;
 use crate::messages::{NodeArrival, SessionId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::time::Instant;
 use tokio::sync::mpsc;
 use volary_core::NodeId;
-use volary_core::machine::Event;
+use volary_core::machine::{Event, LossCause};
 use volary_core::messages::{NodeReport, ResidentState};
 use volary_core::profile::Profile;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
@@ -46,8 +46,8 @@ impl Session {
 #[derive(Default)]
 pub(super) struct Sessions {
     by_node: BTreeMap<NodeId, Session>,
-    /// Nodes that were released, until their links end.
-    released: BTreeSet<NodeId>,
+    /// Sessions of nodes that were released, until their links end.
+    released: BTreeMap<NodeId, u64>,
 }
 
 impl Sessions {
@@ -70,7 +70,9 @@ impl Sessions {
 
     /// A node that was released leaves once its link ends.
     pub(super) fn release(&mut self, node: NodeId) {
-        self.released.insert(node);
+        if let Some(session) = self.by_node.get(&node) {
+            self.released.insert(node, session.number);
+        }
     }
 
     pub(super) fn clear(&mut self) {
@@ -95,7 +97,7 @@ impl SupervisorState {
                 drop(messages.try_send(ToNode::NameInUse));
                 return Ok(());
             }
-            self.lose(&node, "its process reconnected").await?;
+            self.lose(&node, LossCause::Unlinked, "its process reconnected").await?;
         }
         let run = serde_json::to_string(&self.run)?;
         let keep = self.machine.accepts_state(&held);
@@ -149,26 +151,32 @@ impl SupervisorState {
         self.on_event(Event::LinkMeasured { node: id.node, bandwidth, round_trip_s }).await
     }
 
-    pub(super) async fn on_disconnected(&mut self, id: SessionId, reason: String) -> Result<()> {
+    pub(super) async fn on_disconnected(
+        &mut self,
+        id: SessionId,
+        cause: LossCause,
+        reason: String,
+    ) -> Result<()> {
         if self.sessions.current(&id).is_none() {
             return Ok(());
         }
         let node = id.node;
-        if self.sessions.released.remove(&node) {
+        if self.sessions.released.get(&node) == Some(&id.number) {
+            self.sessions.released.remove(&node);
             self.sessions.by_node.remove(&node);
             let step = self.machine.committed();
             self.answer(&OperatorRequest::Drain { node: node.0 }, &OperatorReply::Done { step });
             return Ok(());
         }
-        self.lose(&node, &reason).await
+        self.lose(&node, cause, &reason).await
     }
 
     /// A node is lost; whatever its link still brings is ignored.
-    async fn lose(&mut self, node: &NodeId, reason: &str) -> Result<()> {
+    async fn lose(&mut self, node: &NodeId, cause: LossCause, reason: &str) -> Result<()> {
         self.disconnect(node, reason);
         let lost = OperatorReply::Failed { reason: format!("{node} is disconnected: {reason}") };
         self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &lost);
-        self.on_event(Event::Lost { node: node.clone(), reason: reason.to_owned() }).await
+        self.on_event(Event::Lost { node: node.clone(), cause, reason: reason.to_owned() }).await
     }
 
     pub(super) fn disconnect(&mut self, node: &NodeId, reason: &str) {

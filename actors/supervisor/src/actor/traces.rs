@@ -190,7 +190,7 @@ impl Traces {
             Notice::Returned { node, .. } => self.changed_by("returned", &node.0),
             Notice::Lost { node, .. } => self.changed_by("lost", &node.0),
             Notice::Fenced { node, .. } => self.changed_by("fenced", &node.0),
-            Notice::Draining { node } => self.changed_by("draining", &node.0),
+            Notice::Draining { node, .. } => self.changed_by("draining", &node.0),
             Notice::Left { node } => self.changed_by("left", &node.0),
             Notice::Aborted { epoch, step, reason } => self.aborted(*epoch, *step, reason),
             Notice::WentBack { from, to, .. } => {
@@ -222,6 +222,10 @@ impl Traces {
             }
             Notice::Migrated { .. }
             | Notice::NoRoom { .. }
+            | Notice::DrainDeferred { .. }
+            | Notice::Emptying { .. }
+            | Notice::LearnerLate { .. }
+            | Notice::GivingUp { .. }
             | Notice::Rebalancing { .. }
             | Notice::ReplicasDiffer { .. } => {}
         }

@@ -5,6 +5,7 @@ use super::session::{Admitted, serve_node};
 use super::shared::Shared;
 use crate::credentials::CredentialError;
 use std::sync::Arc;
+use tokio::sync::watch;
 use volary_protocol::operator::OperatorRequest;
 use volary_transport::{
     Accepted, AccessRole, ControlReceiver, ControlSender, Endpoint, Error, Link, PeerRole, Refusal,
@@ -21,10 +22,15 @@ enum Rejected {
 }
 
 /// Admits connections for as long as the endpoint is open.
-pub(super) async fn accept(shared: Arc<Shared>, endpoint: Endpoint) {
+/// Until the supervisor has started, everybody is told to wait.
+pub(super) async fn accept(open: watch::Receiver<Option<Arc<Shared>>>, endpoint: Endpoint) {
     while let Some(accepted) = endpoint.accept().await {
-        let shared = Arc::clone(&shared);
+        let shared = open.borrow().clone();
         tokio::spawn(async move {
+            let Some(shared) = shared else {
+                let reason = "the supervisor is starting; try again in a moment";
+                return accepted.refuse(Refusal::new(RefusalCode::Starting, reason)).await;
+            };
             if let Err(error) = admit(shared, accepted).await {
                 tracing::warn!(%error, "connection rejected");
             }

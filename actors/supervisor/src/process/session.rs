@@ -3,13 +3,14 @@
 use super::shared::Shared;
 use crate::blocking::blocking;
 use crate::error::Error;
-use crate::limits::{HELLO_MAX, MESSAGES_AHEAD, RENEWALS_PER_LIFETIME};
+use crate::limits::{CANARY_PING_MAX, FAREWELL_FAILED, HELLO_MAX, MESSAGES_AHEAD, RENEWALS_PER_LIFETIME};
 use crate::messages::{NodeArrival, SessionId, SupervisorMsg, notify};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use volary_core::NodeId;
+use volary_core::machine::LossCause;
 use volary_core::messages::ResidentState;
 use volary_core::profile::Profile;
 use volary_protocol::frames::{self, ShardRequest, StoredShard};
@@ -33,7 +34,11 @@ struct NodeSession {
     /// Its certificate, or the last one that renewed it.
     certificate: [u8; 32],
     zone: Option<String>,
+    /// Where its peers are to reach it.
+    address: String,
     messages: mpsc::Sender<ToNode>,
+    /// Told of every message.
+    heard: Arc<Notify>,
     renewed: Option<Instant>,
 }
 
@@ -62,24 +67,30 @@ pub(super) async fn serve_node(
     tokio::spawn(write_messages(sender, outbound));
     let (canary, mut watch) = shared.expect_canary().unzip();
     let (arrived, stream) = (link.clone(), messages.clone());
+    let address = info.address.clone();
     let arrival = NodeArrival { session: id.clone(), info, held, messages: stream, link: arrived, canary };
     notify(&shared.actor, SupervisorMsg::Connected(Box::new(arrival)));
     tokio::spawn(serve_frames(Arc::clone(&shared), link.clone(), id.clone()));
 
+    let heard = Arc::new(Notify::new());
     let mut session = NodeSession {
         shared: Arc::clone(&shared),
         id: id.clone(),
         certificate,
         zone,
-        messages,
+        address,
+        messages: messages.clone(),
+        heard: Arc::clone(&heard),
         renewed: None,
     };
-    let reason = tokio::select! {
-        reason = session.receive_loop(&mut receiver) => reason,
-        () = process_ended(&mut watch) => "its process has ended".to_owned(),
+    let (cause, reason) = tokio::select! {
+        reason = session.receive_loop(&mut receiver) => (LossCause::Unlinked, reason),
+        () = process_ended(&mut watch, &messages, &heard) => {
+            (LossCause::Ended, "its process has ended".to_owned())
+        }
     };
     link.close("the control stream ended");
-    notify(&shared.actor, SupervisorMsg::Disconnected { session: id, reason });
+    notify(&shared.actor, SupervisorMsg::Disconnected { session: id, cause, reason });
     Ok(())
 }
 
@@ -97,10 +108,17 @@ async fn receive_hello(
     }
 }
 
-async fn process_ended(watch: &mut Option<CanaryWatch>) {
-    match watch {
-        Some(watch) => watch.ended().await,
-        None => std::future::pending().await,
+/// Resolves when a node's process has ended: its canary connection is closed, and it does not answer. A
+/// connection may also end by itself, at a firewall for example: then the link's own timeout judges.
+async fn process_ended(watch: &mut Option<CanaryWatch>, messages: &mpsc::Sender<ToNode>, heard: &Notify) {
+    let Some(watch) = watch else { return std::future::pending().await };
+    watch.ended().await;
+    let answered = heard.notified();
+    // A full queue belongs to a node that does not read.
+    drop(messages.try_send(ToNode::Ping));
+    if tokio::time::timeout(CANARY_PING_MAX, answered).await.is_ok() {
+        tracing::warn!("a canary connection ended and its process lives: deaths are noticed by silence");
+        std::future::pending().await
     }
 }
 
@@ -138,6 +156,7 @@ impl NodeSession {
     /// What becomes of a message: something for the actor, nothing, or the session's end.
     async fn on_message(&mut self, message: ToSupervisor) -> ControlFlow<String, Option<SupervisorMsg>> {
         let session = self.id.clone();
+        self.heard.notify_waiters();
         match message {
             ToSupervisor::Protocol(report) => {
                 ControlFlow::Continue(Some(SupervisorMsg::Report { session, report }))
@@ -145,24 +164,36 @@ impl NodeSession {
             ToSupervisor::Links(links) => {
                 ControlFlow::Continue(Some(SupervisorMsg::Links { session, links }))
             }
-            ToSupervisor::Profile(profile) => self.on_profile(profile),
+            ToSupervisor::Profile(profile) => self.on_profile(profile).await,
             ToSupervisor::Renew(request) => self.on_renew(&request).await,
             ToSupervisor::Spans(spans) => {
                 self.shared.keep_spans(&session.node, &spans);
                 ControlFlow::Continue(None)
             }
-            ToSupervisor::Hello(..) => ControlFlow::Continue(None),
+            ToSupervisor::Ping => {
+                drop(self.messages.try_send(ToNode::Pong));
+                ControlFlow::Continue(None)
+            }
+            ToSupervisor::Pong | ToSupervisor::Hello(..) => ControlFlow::Continue(None),
         }
     }
 
-    fn on_profile(&self, mut profile: Box<Profile>) -> ControlFlow<String, Option<SupervisorMsg>> {
-        match check_profile(&mut profile, self.zone.as_ref()) {
-            Ok(()) => {
-                let session = self.id.clone();
-                ControlFlow::Continue(Some(SupervisorMsg::Measured { session, profile }))
-            }
-            Err(refusal) => ControlFlow::Break(refusal.reason),
+    /// A newcomer has measured itself: it joins if others can reach it.
+    async fn on_profile(&self, mut profile: Box<Profile>) -> ControlFlow<String, Option<SupervisorMsg>> {
+        if let Err(refusal) = check_profile(&mut profile, self.zone.as_ref()) {
+            return ControlFlow::Break(refusal.reason);
         }
+        let session = self.id.clone();
+        if let Err(reason) = self.shared.dial_back(&session.node, &self.address).await {
+            let (node, address) = (&session.node, self.address.clone());
+            let ended = format!("it cannot be reached at {address}: {reason}");
+            tracing::warn!(%node, address, reason, "a newcomer is turned away: nobody reaches it");
+            drop(self.messages.send(ToNode::Unreachable { address, reason }).await);
+            // It ends by itself when it has read this.
+            tokio::time::sleep(FAREWELL_FAILED).await;
+            return ControlFlow::Break(ended);
+        }
+        ControlFlow::Continue(Some(SupervisorMsg::Measured { session, profile }))
     }
 
     async fn on_renew(&mut self, request: &[u8]) -> ControlFlow<String, Option<SupervisorMsg>> {

@@ -53,13 +53,21 @@ pub(super) fn register_scrape_hooks(
     });
 }
 
-/// The authority, created here or elsewhere, and the access tokens in the run's directory.
-pub(super) fn open_credentials(options: &SupervisorOptions, store: &Store) -> Result<Credentials> {
-    let dir = &options.dir;
-    let authority = match &options.identity {
+/// The authority, created here or elsewhere.
+pub(super) fn open_authority(options: &SupervisorOptions) -> Result<Authority> {
+    Ok(match &options.identity {
         Some(folder) => Authority::from_pem(&read(folder, "ca.crt")?, &read(folder, "ca.key")?)?,
-        None => Authority::load_or_create(&dir.identity())?,
-    };
+        None => Authority::load_or_create(&options.dir.identity())?,
+    })
+}
+
+/// The certificates issued so far, and the access tokens in the run's directory.
+pub(super) fn open_credentials(
+    options: &SupervisorOptions,
+    authority: Authority,
+    store: &Store,
+) -> Result<Credentials> {
+    let dir = &options.dir;
     let credentials = Credentials::new(authority, store.clone(), options.certificate_lifetime);
     if let Some(folder) = &options.identity {
         for (role, file) in [(AccessRole::Node, "join-token"), (AccessRole::Operator, "operator-token")] {

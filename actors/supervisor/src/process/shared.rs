@@ -1,7 +1,7 @@
 //! What all connections of the supervisor share.
 
 use crate::credentials::Credentials;
-use crate::limits::CHECKPOINT_BYTES_AHEAD;
+use crate::limits::{CHECKPOINT_BYTES_AHEAD, DIAL_BACK_MAX};
 use crate::messages::SupervisorMsg;
 use parking_lot::Mutex;
 use ractor::rpc::CallResult;
@@ -15,13 +15,14 @@ use volary_core::NodeId;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Checkpoints;
 use volary_telemetry::{Pipeline, SpanRecord};
-use volary_transport::{Canary, CanaryKey, CanaryWatch};
+use volary_transport::{Canary, CanaryKey, CanaryWatch, Endpoint};
 
 /// What all connections share.
 pub(super) struct Shared {
     pub(super) credentials: Arc<Credentials>,
     pub(super) checkpoints: Checkpoints,
     pub(super) actor: ActorRef<SupervisorMsg>,
+    endpoint: Endpoint,
     sessions: AtomicU64,
     canary: Option<Canary>,
     pipeline: Pipeline,
@@ -54,16 +55,17 @@ impl Shared {
         credentials: Arc<Credentials>,
         checkpoints: Checkpoints,
         actor: ActorRef<SupervisorMsg>,
-        address: SocketAddr,
+        endpoint: Endpoint,
         pipeline: Pipeline,
     ) -> Self {
         // Without a canary deaths are detected later, by silence.
-        let canary = Canary::listen(address);
+        let canary = Canary::listen(endpoint.local_addr());
         let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
         Self {
             credentials,
             checkpoints,
             actor,
+            endpoint,
             sessions: AtomicU64::new(0),
             canary,
             pipeline,
@@ -97,6 +99,23 @@ impl Shared {
         let canary = self.canary.as_ref()?;
         let (key, watch) = canary.expect().ok()?;
         Some(((canary.address().port(), key), watch))
+    }
+
+    /// Whether others reach a node at the address that it announces.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub(super) async fn dial_back(&self, node: &NodeId, address: &str) -> Result<(), String> {
+        let address: SocketAddr =
+            address.parse().map_err(|_| "it is not an address and a port".to_owned())?;
+        match tokio::time::timeout(DIAL_BACK_MAX, self.endpoint.connect(address, &node.0)).await {
+            Ok(Ok(link)) => {
+                link.close("the node can be reached");
+                Ok(())
+            }
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(_) => Err(format!("no answer within {DIAL_BACK_MAX:?}")),
+        }
     }
 
     /// Keeps a node's spans. Whatever they say, they are the node's own.

@@ -56,6 +56,7 @@ pub(crate) fn settings(steps: u64, nodes: usize) -> Settings {
         },
         checkpoint: CheckpointOptions { every: 0, keep: 3 },
         validation: ValidationOptions { every: 4, rounds: 2 },
+        stay: false,
     }
 }
 
@@ -169,6 +170,7 @@ impl Cluster {
             identity: None,
             certificate_lifetime: Duration::from_secs(3_600),
             nodes_are_gone: false,
+            may_go_back: false,
         };
         let lanes = training.lanes;
         let data = corpus().join("data");
@@ -207,6 +209,7 @@ impl Cluster {
             token,
             name: Some(name.to_owned()),
             listen: Some(address),
+            advertise: None,
             device: "fake".into(),
             threads: 1,
             memory_bytes: self.memory_bytes,
