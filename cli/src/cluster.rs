@@ -1,6 +1,9 @@
 //! The processes of a run on this machine: their starts and restarts, and the actions of a script on them.
 
-use crate::limits::{LISTEN_MAX, LISTEN_POLL, NODE_END_MAX, SUPERVISOR_END_MAX, SUPERVISOR_RESTARTS_MAX};
+use crate::limits::{
+    HALTED_PAUSE, HALTED_STATUS, LISTEN_MAX, LISTEN_POLL, NODE_END_MAX, SUPERVISOR_END_MAX,
+    SUPERVISOR_RESTARTS_MAX,
+};
 use crate::node_process::NodeProcess;
 use crate::process::{Process, Signal};
 use crate::rundir::{self, Contact};
@@ -38,8 +41,17 @@ pub struct LaunchOptions {
     pub serves_http: bool,
     /// Whether the script injects network faults.
     pub injects_faults: bool,
-    /// Whether the run is resumed, so that no node of it is alive.
+    /// What the supervisor is told of the state that it finds.
+    pub starting: Starting,
+}
+
+/// What a supervisor is told of the state that it finds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Starting {
+    /// No node of the run is alive.
     pub nodes_are_gone: bool,
+    /// The run may go back past a damaged checkpoint.
+    pub may_go_back: bool,
 }
 
 /// The supervisor and the nodes.
@@ -69,7 +81,7 @@ impl Cluster {
         let logs = dir.root().join("logs");
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let dashboard = Dashboard { address: options.http.clone(), served: options.serves_http };
-        let mut supervisor = start_supervisor(dir, &logs, "127.0.0.1:0", &dashboard, options.nodes_are_gone)?;
+        let mut supervisor = start_supervisor(dir, &logs, "127.0.0.1:0", &dashboard, options.starting)?;
         let Contact { address, http, .. } = wait_for_contact(&mut supervisor, dir)?;
         let mut cluster = Self {
             dashboard: Dashboard { address: http, ..dashboard },
@@ -130,8 +142,12 @@ impl Cluster {
     /// # Errors
     /// When it ended by itself, died too often, or does not start.
     pub fn restart_supervisor(&mut self, status: ExitStatus) -> anyhow::Result<String> {
-        if !is_death(status) {
+        let halted = status.code() == Some(HALTED_STATUS.into());
+        if !is_death(status) && !halted {
             bail!("{}", self.supervisor.last_error());
+        }
+        if halted {
+            std::thread::sleep(HALTED_PAUSE * self.supervisor_restarts);
         }
         if self.supervisor_restarts == SUPERVISOR_RESTARTS_MAX {
             bail!(
@@ -140,7 +156,8 @@ impl Cluster {
             );
         }
         self.supervisor_restarts += 1;
-        self.supervisor = start_supervisor(&self.dir, &self.logs, &self.address, &self.dashboard, false)?;
+        let starting = Starting { nodes_are_gone: false, ..self.options.starting };
+        self.supervisor = start_supervisor(&self.dir, &self.logs, &self.address, &self.dashboard, starting)?;
         Ok(format!("the supervisor ended ({status}): restarted at {}", self.address))
     }
 
@@ -256,7 +273,7 @@ fn start_supervisor(
     logs: &Path,
     listen: &str,
     dashboard: &Dashboard,
-    nodes_are_gone: bool,
+    starting: Starting,
 ) -> anyhow::Result<Process> {
     let (config, root) = (dir.config().display().to_string(), dir.root().display().to_string());
     let mut args = vec!["-v", "supervisor", &config, "--listen", listen, "--tethered", "--dir", &root];
@@ -265,8 +282,11 @@ fn start_supervisor(
         Some(address) => args.extend(["--http", address]),
         None => {}
     }
-    if nodes_are_gone {
+    if starting.nodes_are_gone {
         args.push("--nodes-are-gone");
+    }
+    if starting.may_go_back {
+        args.push("--go-back");
     }
     // The contact of an earlier supervisor must not be taken for that of the new one.
     let _ = std::fs::remove_file(dir.supervisor());

@@ -137,6 +137,7 @@ impl Config {
             cluster: self.cluster.clone(),
             checkpoint: self.checkpoint.clone(),
             validation: self.validation.clone(),
+            stay: false,
         }
     }
 

@@ -16,6 +16,11 @@ pub const CERTIFICATE_LIFETIME_MS: RangeInclusive<u64> = 1_000..=315_360_000_000
 /// The time without any packet after which a node counts as lost, in milliseconds.
 pub const NODE_TIMEOUT_MS: RangeInclusive<u64> = 100..=10_000;
 
+/// The exit status of a supervisor that cannot go on for now, as on a full disk: sysexits' EX_TEMPFAIL. Its
+/// nodes wait for its restart.
+pub const HALTED_STATUS: u8 = 75;
+/// The wait before the restart of such a supervisor, times the restarts so far.
+pub const HALTED_PAUSE: Duration = Duration::from_secs(1);
 /// Restarts of a supervisor that died, in `volary train`.
 pub const SUPERVISOR_RESTARTS_MAX: u32 = 16;
 /// The longest wait for a supervisor to listen.

@@ -2,6 +2,8 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
+use volary_cli::limits::HALTED_STATUS;
+use volary_cli::process::Halted;
 use volary_cli::{commands, environment, log, output};
 
 /// Elastic training of mixture-of-experts language models.
@@ -99,5 +101,5 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     output::note(format_args!("volary: {error:#}"));
-    ExitCode::FAILURE
+    if error.is::<Halted>() { ExitCode::from(HALTED_STATUS) } else { ExitCode::FAILURE }
 }

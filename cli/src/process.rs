@@ -5,6 +5,7 @@
 use crate::limits::{END_POLL, LINE_BYTES_MAX};
 use anyhow::Context;
 use rustix::process::{Pid, kill_process};
+use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, Read, Write};
 use std::os::unix::process::CommandExt;
@@ -16,6 +17,18 @@ pub use rustix::process::Signal;
 
 /// The exit status of a process whose parent is gone.
 const ORPHANED: i32 = 3;
+
+/// A supervisor that cannot go on for now: it exits with [`HALTED_STATUS`](crate::limits::HALTED_STATUS).
+#[derive(Debug)]
+pub struct Halted(pub String);
+
+impl fmt::Display for Halted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Halted {}
 
 /// One process of a run.
 #[derive(Debug)]

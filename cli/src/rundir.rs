@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use volary_storage::RunDir;
+use volary_storage::{RunDir, RunLock};
 use volary_transport::{AccessRole, AccessToken};
 
 /// The folder of new runs, unless `--dir` is given.
@@ -61,7 +61,8 @@ pub fn create_new(name: &str) -> anyhow::Result<RunDir> {
 pub fn contact(dir: &RunDir) -> Option<Contact> {
     let text = std::fs::read_to_string(dir.supervisor()).ok()?;
     let contact: Contact = serde_json::from_str(&text).ok()?;
-    is_alive(contact.pid).then_some(contact)
+    // Another process may have the number of one that died: a supervisor holds the run's lock.
+    (is_alive(contact.pid) && RunLock::is_held(dir)).then_some(contact)
 }
 
 /// Waits until the supervisor of a directory listens, which may be restarting; at most [`LISTEN_MAX`].
@@ -84,11 +85,7 @@ pub(crate) fn is_alive(pid: u32) -> bool {
 /// # Errors
 /// When the directory cannot be written.
 pub fn write_contact(dir: &RunDir, contact: &Contact) -> anyhow::Result<()> {
-    let (path, temporary) = (dir.supervisor(), dir.supervisor().with_extension("json.new"));
-    std::fs::write(&temporary, serde_json::to_string(contact)?)
-        .with_context(|| temporary.display().to_string())?;
-    std::fs::rename(&temporary, &path).with_context(|| path.display().to_string())?;
-    Ok(())
+    Ok(volary_storage::write_file(&dir.supervisor(), serde_json::to_string(contact)?.as_bytes())?)
 }
 
 /// The runs under `runs/` whose supervisors are alive.

@@ -217,6 +217,19 @@ pub(crate) fn replace(disk: &impl Disk, temporary: &Path, path: &Path, bytes: &[
     written
 }
 
+/// Replaces a file durably: after a crash at any moment it has its old or its new content.
+///
+/// # Errors
+/// [`Error::NoSpace`] or [`Error::Io`].
+pub fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(format!(".{TEMPORARY}{}", process::id()));
+    replace(&RealDisk, Path::new(&temporary), path, bytes)
+        .map_err(|e| e.while_writing(|| path.display().to_string()))?;
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
+    RealDisk.sync_folder(folder).map_err(|e| Error::io("sync", folder, e))
+}
+
 /// A blob's bytes, verified against its digest, for processes that only read.
 ///
 /// # Errors

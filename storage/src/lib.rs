@@ -78,7 +78,7 @@ mod journal_tests;
 #[cfg(test)]
 mod testing;
 
-pub use blobs::{BlobStore, RemovedReport};
+pub use blobs::{BlobStore, RemovedReport, write_file};
 pub use checkpoint::Checkpoints;
 pub use digest::Digest;
 pub use disk::{Disk, RealDisk};

@@ -22,6 +22,8 @@ pub const PRUNED_AT_ONCE_MAX: usize = 1_024;
 /// Shards in one record of the catalogue: each takes about forty bytes, and a record has
 /// [`RECORD_BYTES_MAX`].
 pub const SHARDS_PER_RECORD: usize = 2_000;
+/// Attempts to lock a run that somebody only looks at.
+pub const LOCK_ATTEMPTS_MAX: u32 = 3;
 /// Attempts to read the holder of a locked run: it writes its name just after it has locked.
 pub const HOLDER_READS_MAX: u32 = 20;
 /// Interval of these attempts.

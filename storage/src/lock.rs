@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
-use crate::limits::{HOLDER_READ_RETRY, HOLDER_READS_MAX};
+use crate::limits::{HOLDER_READ_RETRY, HOLDER_READS_MAX, LOCK_ATTEMPTS_MAX};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::Write;
@@ -34,7 +34,16 @@ impl RunLock {
         // Not truncated: until the lock is acquired, the content belongs to another process.
         let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
         let file = opened.map_err(|e| Error::io("open", &path, e))?;
-        match file.try_lock() {
+        // A process that only looks whether the run is held has the lock for a moment.
+        let mut locked = file.try_lock();
+        for _ in 0..LOCK_ATTEMPTS_MAX {
+            if !matches!(locked, Err(TryLockError::WouldBlock)) {
+                break;
+            }
+            thread::sleep(HOLDER_READ_RETRY);
+            locked = file.try_lock();
+        }
+        match locked {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => return Err(held(&path)),
             Err(TryLockError::Error(e)) => return Err(Error::io("lock", &path, e)),
@@ -42,6 +51,14 @@ impl RunLock {
         let mut lock = Self { file, path };
         lock.write_holder(&Holder { pid, address: address.to_owned() })?;
         Ok(lock)
+    }
+
+    /// Whether a process holds the run now.
+    #[must_use]
+    pub fn is_held(dir: &RunDir) -> bool {
+        // A shared lock, which no other reader notices, is released at once.
+        let locked = File::open(dir.lock()).map(|file| file.try_lock_shared());
+        matches!(locked, Ok(Err(TryLockError::WouldBlock)))
     }
 
     /// The lock file.
@@ -96,6 +113,17 @@ mod tests {
         assert!(text.contains("4242") && text.contains("127.0.0.1:7000"), "{text}");
         drop(lock);
         drop(RunLock::acquire(&dir, 1, "elsewhere").unwrap());
+    }
+
+    #[test]
+    fn a_run_is_held_for_as_long_as_its_holder_lives() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = RunDir::create(temp.path()).unwrap();
+        assert!(!RunLock::is_held(&dir));
+        let lock = RunLock::acquire(&dir, 1, "a").unwrap();
+        assert!(RunLock::is_held(&dir));
+        drop(lock);
+        assert!(!RunLock::is_held(&dir));
     }
 
     #[test]

@@ -59,6 +59,8 @@ pub enum RunEnd {
     Halted {
         /// Why.
         reason: String,
+        /// Whether a restart may help by itself.
+        may_pass: bool,
     },
     /// It cannot continue.
     Fatal {
@@ -263,13 +265,14 @@ impl SupervisorState {
     /// committed, as after a death of the supervisor.
     fn fail(&mut self, error: &Error) {
         tracing::error!(%error, "the supervisor cannot go on");
-        self.on_end(RunEnd::Halted { reason: error.to_string() });
+        let may_pass = !matches!(error, Error::DamagedCheckpoint { .. });
+        self.on_end(RunEnd::Halted { reason: error.to_string(), may_pass });
     }
 
     fn on_end(&mut self, end: RunEnd) {
         let answer = match &end {
             RunEnd::Done { step } => OperatorReply::Done { step: *step },
-            RunEnd::Halted { reason } | RunEnd::Fatal { reason } => {
+            RunEnd::Halted { reason, .. } | RunEnd::Fatal { reason } => {
                 OperatorReply::Failed { reason: reason.clone() }
             }
         };

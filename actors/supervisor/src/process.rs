@@ -13,6 +13,7 @@ mod setup;
 mod shared;
 
 use crate::actor::{RunEnd, SupervisorActor, SupervisorArgs};
+use crate::blocking::blocking;
 use crate::credentials::CredentialError;
 use crate::error::{Error, Result};
 use crate::events::EventStream;
@@ -21,7 +22,7 @@ use crate::messages::{SupervisorMsg, notify};
 use crate::options::SupervisorOptions;
 use admission::accept;
 use ractor::Actor;
-use setup::{open_authority, open_credentials, register_scrape_hooks, start_telemetry};
+use setup::{State, open_authority, open_state, register_scrape_hooks, start_telemetry};
 use shared::Shared;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -29,7 +30,6 @@ use tokio::sync::{oneshot, watch};
 use volary_core::machine::Event;
 use volary_data::Dataset;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
-use volary_storage::{BlobStore, Checkpoints, RunIdentity, Store, journal};
 use volary_telemetry::Pipeline;
 use volary_transport::{AccessRole, Authority, ClientAuth, Endpoint, SUPERVISOR, TransportOptions};
 
@@ -117,12 +117,10 @@ impl Door {
     /// When the state is damaged or another run's.
     pub async fn start(self, dataset: Dataset) -> Result<Supervisor> {
         let Self { options, authority, endpoint, open } = self;
-        let store = Store::open(&options.dir)?;
-        let credentials = Arc::new(open_credentials(&options, authority, &store)?);
+        // Off the runtime, which answers those who connect meanwhile.
+        let opened = blocking(move || open_state(options, authority)).await?;
+        let State { options, store, credentials, checkpoints } = opened;
         let SupervisorOptions { run, settings, dir, config_hash, metrics, .. } = options;
-        let (name, seed, format) = (run.run.clone(), run.seed, journal::FORMAT);
-        store.identify(&RunIdentity { name, seed, config_hash, format })?;
-        let checkpoints = Checkpoints::open(&dir, store.clone(), BlobStore::open(dir.blobs())?)?;
         let address = endpoint.local_addr();
         let pipeline = start_telemetry(&run, &dir)?;
         let events = EventStream::default();

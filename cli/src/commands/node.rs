@@ -56,6 +56,10 @@ pub struct Args {
     /// port.
     #[arg(long, value_name = "ADDR")]
     listen: Option<String>,
+    /// The address that peers are told, where it differs from --listen: behind a port mapping, for example.
+    /// Port 0 is the port on which the node listens.
+    #[arg(long, value_name = "ADDR")]
+    advertise: Option<String>,
     /// A file with a node's access token (or VOLARY_TOKEN).
     #[arg(long)]
     token_file: Option<PathBuf>,
@@ -111,6 +115,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         token: target.token,
         name: args.name,
         listen: args.listen.as_deref().map(rundir::resolve).transpose()?,
+        advertise: args.advertise.as_deref().map(rundir::resolve).transpose()?,
         device: device::name(device),
         threads: threads(args.threads, device),
         memory_bytes: match args.memory {
@@ -135,6 +140,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             Ok(())
         }
         NodeEnd::SupervisorLost(reason) => bail!("supervisor lost: {reason}"),
+        NodeEnd::Unreachable { address, reason } => bail!(
+            "the supervisor cannot reach this node at {address} ({reason}): open that UDP port, or name another \
+             address with --listen or --advertise"
+        ),
     }
 }
 

@@ -13,11 +13,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
+use volary_core::machine::Settings;
 use volary_data::Dataset;
 use volary_protocol::RunInfo;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::{Digest, RunDir, RunLock};
-use volary_supervisor::{RunEnd, Supervisor, SupervisorOptions};
+use volary_supervisor::{Door, RunEnd, Supervisor, SupervisorOptions};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_transport::Network;
 
@@ -61,6 +62,9 @@ pub struct Args {
     /// stays.
     #[arg(long)]
     stay: bool,
+    /// Set a damaged checkpoint aside, and go back to the one before it.
+    #[arg(long)]
+    go_back: bool,
     /// No node of an earlier start is alive: wait for none to return.
     #[arg(long, hide = true)]
     nodes_are_gone: bool,
@@ -82,9 +86,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     check_same_run(&config, &dir)?;
     let text = toml::to_string(&config)?;
     if std::fs::read_to_string(dir.config()).ok().as_deref() != Some(&text) {
-        std::fs::write(dir.config(), text).with_context(|| dir.config().display().to_string())?;
+        volary_storage::write_file(&dir.config(), text.as_bytes())?;
     }
-    prepare_data(&config, &dir, &mut |_| {})?;
     let end = serve(&config, &dir, listen, http, &args);
     // No other process may take the directory before the last write.
     let _ = std::fs::remove_file(dir.supervisor());
@@ -98,7 +101,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
             tracing::info!(%step, "the run has ended");
             Ok(())
         }
-        Some(RunEnd::Fatal { reason }) => bail!("{reason}"),
+        Some(RunEnd::Halted { reason, may_pass: true }) => Err(process::Halted(reason).into()),
+        Some(RunEnd::Halted { reason, .. } | RunEnd::Fatal { reason }) => bail!("{reason}"),
     }
 }
 
@@ -141,30 +145,27 @@ fn serve(
     http: Option<HttpListener>,
     args: &Args,
 ) -> anyhow::Result<Option<RunEnd>> {
-    let training = &config.training;
-    let dataset = Dataset::open(
-        &dir.data(),
-        training.sequence_length,
-        training.sequences_per_lane,
-        training.lanes,
-        config.run.seed,
-    )?;
     let metrics = Arc::new(SupervisorMetrics::new());
     let options = SupervisorOptions {
         network: Network::quic(),
         run: run_info(config),
-        settings: config.settings(),
+        settings: Settings { stay: args.stay, ..config.settings() },
         dir: dir.clone(),
         config_hash: Digest::of(config.identity().as_bytes()),
         listen,
         metrics: Arc::clone(&metrics),
         nodes_are_gone: args.nodes_are_gone,
+        may_go_back: args.go_back,
         identity: args.identity.clone(),
         certificate_lifetime: Duration::from_millis(config.cluster.certificate_lifetime_ms),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let supervisor = Supervisor::start(options, dataset).await?;
+        // Nodes that hold the run's state are answered from the first moment, however long the rest takes.
+        let door = Door::open(options)?;
+        let (prepared, data) = (config.clone(), dir.clone());
+        let dataset = tokio::task::spawn_blocking(move || open_dataset(&prepared, &data)).await??;
+        let supervisor = door.start(dataset).await?;
         output::note(format_args!("listening on {}", supervisor.address()));
         let http_address = http.as_ref().map(|listener| reachable(listener.address).to_string());
         if let (Some(listener), Some(address)) = (http, &http_address) {
@@ -190,6 +191,14 @@ fn serve(
             Ok(Some(supervisor.ended(interrupted).await))
         }
     })
+}
+
+/// The run's tokens, prepared if they are not.
+fn open_dataset(config: &Config, dir: &RunDir) -> anyhow::Result<Dataset> {
+    prepare_data(config, dir, &mut |_| {})?;
+    let training = &config.training;
+    let (length, sequences) = (training.sequence_length, training.sequences_per_lane);
+    Ok(Dataset::open(&dir.data(), length, sequences, training.lanes, config.run.seed)?)
 }
 
 /// The part of the configuration that nodes need.
@@ -254,7 +263,8 @@ pub(crate) fn prepare_data(
     volary_data::prepare(&config.data, length, &dir.data(), progress)?;
     let source = dir.data().join("tokenizer.json");
     if !dir.tokenizer().exists() {
-        std::fs::copy(&source, dir.tokenizer()).with_context(|| source.display().to_string())?;
+        let tokenizer = std::fs::read(&source).with_context(|| source.display().to_string())?;
+        volary_storage::write_file(&dir.tokenizer(), &tokenizer)?;
     }
     let tokenizer = volary_data::Tokenizer::load(&dir.tokenizer())?;
     if tokenizer.vocabulary() > config.model.vocabulary {

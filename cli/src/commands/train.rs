@@ -1,6 +1,6 @@
 //! `volary train`: a complete run on this machine, from the text to a sample.
 
-use crate::cluster::{Cluster, LaunchOptions};
+use crate::cluster::{Cluster, LaunchOptions, Starting};
 use crate::commands::generate;
 use crate::config::Config;
 use crate::follow::{RunOutcome, follow};
@@ -9,7 +9,7 @@ use crate::progress::{ProgressDisplay, Validation, validations};
 use crate::rundir;
 use crate::script::Script;
 use crate::units::Size;
-use anyhow::{Context, bail};
+use anyhow::bail;
 use std::fmt;
 use std::path::PathBuf;
 use volary_core::Step;
@@ -59,6 +59,9 @@ pub struct Args {
     /// Continue from the last checkpoint of the directory.
     #[arg(long)]
     resume: bool,
+    /// With --resume: set a damaged checkpoint aside, and go back to the one before it.
+    #[arg(long, requires = "resume")]
+    go_back: bool,
     /// A script of faults and membership changes at chosen steps (examples/events.toml).
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
@@ -101,7 +104,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         serves_http: !args.no_http,
         injects_faults: script.has_network_faults(),
         // Nodes end with the process that started them.
-        nodes_are_gone: args.resume,
+        starting: Starting { nodes_are_gone: args.resume, may_go_back: args.go_back },
     };
     let mut cluster = Cluster::start(options, &dir)?;
     if let Some(address) = cluster.dashboard() {
@@ -151,8 +154,7 @@ fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
             );
         }
     }
-    std::fs::write(dir.config(), toml::to_string(&config)?)
-        .with_context(|| dir.config().display().to_string())?;
+    volary_storage::write_file(&dir.config(), toml::to_string(&config)?.as_bytes())?;
     Ok((config, dir, script.unwrap_or_default()))
 }
 

@@ -6,7 +6,7 @@ use crate::options::SupervisorOptions;
 use std::path::Path;
 use std::sync::Arc;
 use volary_protocol::RunInfo;
-use volary_storage::{RunDir, Store};
+use volary_storage::{BlobStore, Checkpoints, RunDir, RunIdentity, Store, journal};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_telemetry::{Identity, Pipeline, SpanRecord, TraceStore};
 use volary_transport::{AccessRole, Authority, Endpoint, SUPERVISOR};
@@ -61,12 +61,27 @@ pub(super) fn open_authority(options: &SupervisorOptions) -> Result<Authority> {
     })
 }
 
+/// The run's state on disk, open.
+pub(super) struct State {
+    pub(super) options: SupervisorOptions,
+    pub(super) store: Store,
+    pub(super) credentials: Arc<Credentials>,
+    pub(super) checkpoints: Checkpoints,
+}
+
+/// Opens the run's state.
+pub(super) fn open_state(options: SupervisorOptions, authority: Authority) -> Result<State> {
+    let (dir, run) = (&options.dir, &options.run);
+    let store = Store::open(dir)?;
+    let credentials = Arc::new(open_credentials(&options, authority, &store)?);
+    let (name, seed, config_hash) = (run.run.clone(), run.seed, options.config_hash);
+    store.identify(&RunIdentity { name, seed, config_hash, format: journal::FORMAT })?;
+    let checkpoints = Checkpoints::open(dir, store.clone(), BlobStore::open(dir.blobs())?)?;
+    Ok(State { options, store, credentials, checkpoints })
+}
+
 /// The certificates issued so far, and the access tokens in the run's directory.
-pub(super) fn open_credentials(
-    options: &SupervisorOptions,
-    authority: Authority,
-    store: &Store,
-) -> Result<Credentials> {
+fn open_credentials(options: &SupervisorOptions, authority: Authority, store: &Store) -> Result<Credentials> {
     let dir = &options.dir;
     let credentials = Credentials::new(authority, store.clone(), options.certificate_lifetime);
     if let Some(folder) = &options.identity {

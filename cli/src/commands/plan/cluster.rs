@@ -17,7 +17,7 @@ use volary_core::architecture::Architecture;
 use volary_core::costs::Costs;
 use volary_core::options::{ClusterOptions, TrainingOptions};
 use volary_core::placement::{Placement, Stage};
-use volary_core::planner::{self, Member, NodePart, Plan, Request};
+use volary_core::planner::{self, Member, NodePart, Plan, Request, Shortage};
 use volary_core::{Epoch, NodeId, ShardId};
 
 /// The least reduction of a step, as a fraction, for which an additional node is worth naming.
@@ -31,8 +31,9 @@ pub(super) struct Workload<'a> {
 }
 
 impl Workload<'_> {
-    fn plan(&self, members: &[Member], previous: Option<&Placement>) -> Plan {
-        planner::plan(&Request {
+    /// A plan, with the missing memory where the model does not fit: such a plan ignores memory.
+    fn plan(&self, members: &[Member], previous: Option<&Placement>) -> (Plan, Option<Shortage>) {
+        let request = Request {
             epoch: Epoch(1),
             members,
             architecture: self.architecture,
@@ -42,13 +43,17 @@ impl Workload<'_> {
             extra_replicas: &BTreeMap::new(),
             moves_max: usize::MAX,
             previous,
-        })
+        };
+        match planner::plan(&request) {
+            Ok(plan) => (plan, None),
+            Err(short) => (planner::plan_without_memory(&request), Some(short)),
+        }
     }
 
     pub(super) fn plan_on(&self, inventory: &Inventory) -> ClusterPlan {
         let (types, members): (Vec<usize>, Vec<Member>) = inventory.members().into_iter().unzip();
         let costs = Costs::new(self.architecture, self.training);
-        let plan = self.plan(&members, None);
+        let (plan, short) = self.plan(&members, None);
         let placement = placed_nodes(&plan, &members);
         let prediction = &plan.prediction;
         let slowest =
@@ -56,8 +61,8 @@ impl Workload<'_> {
         let price = inventory.price_per_hour();
         let what_if = self.what_if(inventory, &members, &plan, &costs);
         ClusterPlan {
-            fits: plan.short.is_none(),
-            short: plan.short,
+            fits: short.is_none(),
+            short,
             nodes: members.len(),
             memory_bytes: members.iter().map(|m| m.profile.memory_bytes).fold(0, u64::saturating_add),
             step_s: prediction.step_s,
@@ -69,7 +74,7 @@ impl Workload<'_> {
             replicas: plan.placement.experts.values().map(Vec::len).min().unwrap_or(0),
             kinds: load_by_type(inventory, &members, &types, &placement),
             links: links(&plan.placement, &costs),
-            cheapest: best_offer(inventory, &plan, &what_if),
+            cheapest: best_offer(inventory, &plan, short.is_none(), &what_if),
             what_if,
             placement,
             price_per_hour: price,
@@ -80,11 +85,11 @@ impl Workload<'_> {
     /// The effect of one node more, and one less, of each machine type.
     fn what_if(&self, inventory: &Inventory, members: &[Member], plan: &Plan, costs: &Costs) -> Vec<WhatIf> {
         let replan = |change, machine: &MachineType, members: &[Member]| {
-            let after = self.plan(members, Some(&plan.placement));
+            let (after, short) = self.plan(members, Some(&plan.placement));
             WhatIf {
                 change,
                 kind: machine.name.clone(),
-                fits: after.short.is_none(),
+                fits: short.is_none(),
                 step_s: after.prediction.step_s,
                 tokens_per_s: after.prediction.tokens_per_s,
                 moved_bytes: moved_bytes(&plan.placement, &after.placement, costs),
@@ -204,7 +209,7 @@ fn moved_bytes(before: &Placement, after: &Placement, costs: &Costs) -> u64 {
 
 /// Of the machines that could be added, the one with the most additional tokens for its price; if the model
 /// does not fit, the cheapest one with which it fits.
-fn best_offer(inventory: &Inventory, plan: &Plan, what_if: &[WhatIf]) -> Option<BestOffer> {
+fn best_offer(inventory: &Inventory, plan: &Plan, fits: bool, what_if: &[WhatIf]) -> Option<BestOffer> {
     let priced = |change: &WhatIf| {
         let price_per_hour = inventory.machine(&change.kind)?.price_per_hour?;
         let gain = (change.tokens_per_s - plan.prediction.tokens_per_s) * 3600.0;
@@ -216,7 +221,7 @@ fn best_offer(inventory: &Inventory, plan: &Plan, what_if: &[WhatIf]) -> Option<
         })
     };
     let more = what_if.iter().filter(|change| change.change == Change::OneMore && change.fits);
-    if plan.short.is_some() {
+    if !fits {
         return more.filter_map(priced).min_by(|a, b| a.price_per_hour.total_cmp(&b.price_per_hour));
     }
     let shorter = more.filter(|change| change.step_s < (1.0 - IMPROVEMENT_MIN) * plan.prediction.step_s);
