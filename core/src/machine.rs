@@ -112,7 +112,7 @@ use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::placement::Placement;
 use crate::profile::Profile;
 use balance::Balance;
-use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Phase, Replan, Retry};
+use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Part, Phase, Replan, Retry};
 use std::collections::{BTreeMap, BTreeSet};
 use suspicion::Suspicion;
 
@@ -122,6 +122,8 @@ pub struct Machine {
     settings: Settings,
     nodes: BTreeMap<NodeId, Node>,
     placement: Placement,
+    /// Each node's part in the placement.
+    parts: BTreeMap<NodeId, Part>,
     timeline: Timeline,
     committed: Step,
     /// The last commit, for nodes that missed it; none after going back.
@@ -169,6 +171,7 @@ impl Machine {
             settings,
             nodes: BTreeMap::new(),
             placement: Placement { epoch: persistent.epoch, ..Placement::default() },
+            parts: BTreeMap::new(),
             timeline: persistent.timeline,
             committed: last.map(|last| last.step).max(durable).unwrap_or_default(),
             last,

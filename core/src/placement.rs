@@ -5,6 +5,10 @@
 //! nodes, with or without a stage. The *owner* of a shard makes the final sum of its gradient
 //! ([`crate::reduction`]). No placement changes the mathematics.
 
+mod traffic;
+
+pub use traffic::Traffic;
+
 use crate::ids::{Epoch, Lane, LayerId, LayerRange, NodeId, ShardId};
 use crate::reduction::{ExpertLeaves, Reduction};
 use crate::tree::LeafSpan;

@@ -6,7 +6,7 @@
 //! When all have learned, the next boundary switches to the target without moving anything. So a death copies
 //! nothing before the next step, and a join or a drain aborts nothing.
 
-use super::state::Phase;
+use super::state::{Part, Phase};
 use super::{Effect, Machine, Notice, PersistentState};
 use crate::ids::{NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, Source};
@@ -95,6 +95,12 @@ impl Machine {
         self.replan.dirty = self.placement.learners.is_empty();
         let voters = self.voters();
         let assignments = self.assignments(&voters);
+        let driven = self.placement.lanes_by_driver();
+        let part = |(node, assignment): &(NodeId, Assignment)| {
+            let lanes = driven.get(node).map_or(0, Vec::len);
+            (node.clone(), Part { shards: assignment.shards.len(), lanes })
+        };
+        self.parts = assignments.iter().map(part).collect();
         let (epoch, timeline) = (self.placement.epoch, self.timeline);
         let members = self.placement.members.clone();
         self.effects.push(Effect::Persist(PersistentState { epoch, timeline, members }));

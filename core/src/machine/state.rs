@@ -113,6 +113,15 @@ pub(super) enum Readiness {
     GiveUp(String),
 }
 
+/// What a member's reports must have under a placement.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Part {
+    /// The number of shards that it holds.
+    pub(super) shards: usize,
+    /// The number of lanes that it drives.
+    pub(super) lanes: usize,
+}
+
 /// The reports of a step in flight.
 #[derive(Debug, Default)]
 pub(super) struct StepReports {

@@ -1,10 +1,11 @@
 //! From one boundary between steps to the next: begin, prepared, commit; and the held-out loss between steps.
 
-use super::state::{Finish, Phase, Retry, StepReports, ValidationReports};
+use super::state::{Finish, Part, Phase, Retry, StepReports, ValidationReports};
 use super::{Committed, Effect, Machine, Notice};
 use crate::ids::{Lane, NodeId, ShardId, Step};
 use crate::limits::LEARNER_GRACE_MS;
 use crate::messages::{LaneReport, LastCommit, NodeCommand, Norm, Pass};
+use crate::placement::Placement;
 use crate::schedule::Update;
 use crate::tree::fold_numbers;
 use std::collections::{BTreeMap, BTreeSet};
@@ -70,8 +71,12 @@ impl Machine {
         let has_part = self.placement.is_member(&node) || self.placement.is_learning(&node);
         let is_voter = has_part && self.nodes.contains_key(&node);
         let Phase::Training(reports) = &mut self.phase else { return };
-        if step != self.committed.next() || !is_voter {
+        if step != self.committed.next() || !is_voter || reports.prepared.contains_key(&node) {
             return;
+        }
+        let held = norms.iter().map(|(shard, _)| *shard).collect();
+        if let Err(reason) = check_part(&self.placement, self.parts.get(&node), &node, held, &lanes) {
+            return self.on_failed(&node, &reason, false, None);
         }
         reports.lanes.extend(lanes);
         reports.prepared.insert(node, norms);
@@ -205,6 +210,9 @@ impl Machine {
         if round != reports.round || !self.placement.is_member(&node) {
             return;
         }
+        if let Err(reason) = check_lanes(&self.placement, self.parts.get(&node), &node, &lanes) {
+            return self.on_failed(&node, &reason, false, None);
+        }
         reports.lanes.extend(lanes.into_iter().map(|(lane, report)| ((round, lane), report)));
         reports.done.insert(node);
         if reports.done.len() < self.placement.members.len() {
@@ -223,6 +231,45 @@ impl Machine {
         self.effects.push(Effect::Validated { step: self.committed, loss, tokens });
         self.advance();
     }
+}
+
+/// Checks that a node reports its own part of a step: every shard that it holds, and its lanes.
+fn check_part(
+    placement: &Placement,
+    part: Option<&Part>,
+    node: &NodeId,
+    reported: BTreeSet<ShardId>,
+    lanes: &[(Lane, LaneReport)],
+) -> Result<(), String> {
+    check_lanes(placement, part, node, lanes)?;
+    if let Some(shard) = reported.iter().find(|shard| !placement.holds_or_learns(node, **shard)) {
+        return Err(format!("it reports {shard}, which it does not hold"));
+    }
+    let expected = part.copied().unwrap_or_default().shards;
+    let held = reported.iter().filter(|shard| placement.holds(node, **shard)).count();
+    if held == expected {
+        return Ok(());
+    }
+    Err(format!("it reports {held} of the {expected} shards that it holds"))
+}
+
+/// Checks that a node reports the lanes that it drives, each once.
+fn check_lanes(
+    placement: &Placement,
+    part: Option<&Part>,
+    node: &NodeId,
+    lanes: &[(Lane, LaneReport)],
+) -> Result<(), String> {
+    let driver = |lane| placement.stages.first().and_then(|stage| stage.stage_node(lane));
+    if let Some((lane, _)) = lanes.iter().find(|(lane, _)| driver(*lane) != Some(node)) {
+        return Err(format!("it reports lane {lane}, which is not its own"));
+    }
+    let expected = part.copied().unwrap_or_default().lanes;
+    let distinct: BTreeSet<Lane> = lanes.iter().map(|(lane, _)| *lane).collect();
+    if distinct.len() == expected {
+        return Ok(());
+    }
+    Err(format!("it reports {} of its {expected} lanes", distinct.len()))
 }
 
 /// The kept assignments of all lanes, `[MoE layers][experts]`.

@@ -564,11 +564,39 @@ fn a_node_that_hangs_in_a_validation_is_fenced() {
     assert_eq!(run.machine.activity(), Activity::Validating);
     let epoch = run.machine.placement().epoch;
     for node in [1, 3] {
-        run.report(node, NodeReport::Validated { epoch, round: 0, lanes: Vec::new() });
+        let NodeReport::Prepared { lanes, .. } = run.prepared(node) else { unreachable!() };
+        run.report(node, NodeReport::Validated { epoch, round: 0, lanes });
     }
     let ms = run.machine.settings.cluster.step_timeout_ms;
     run.handle(Event::Tick { ms });
     assert_eq!(fenced(&run), [id(2)]);
+}
+
+#[test]
+fn a_report_that_is_not_a_nodes_own_part_commits_nothing() {
+    let mut run = Harness::training(2);
+    run.step(2);
+    let NodeReport::Prepared { epoch, step, norms, lanes, speed } = run.prepared(1) else { unreachable!() };
+    let prepared = |norms, lanes| NodeReport::Prepared { epoch, step, norms, lanes, speed };
+    let mut foreign = lanes.clone();
+    foreign[0].0 = run.machine.placement().lanes_of(&id(2))[0];
+    let wrong = [
+        prepared(Vec::new(), Vec::new()),
+        prepared(norms[1..].to_vec(), lanes.clone()),
+        prepared(norms.clone(), foreign),
+        prepared(norms.clone(), lanes[1..].to_vec()),
+        prepared([&norms[..1], &norms[..]].concat()[..norms.len()].to_vec(), lanes.clone()),
+    ];
+    for report in wrong {
+        let mut run = Harness::training(2);
+        run.step(2);
+        let other = run.prepared(2);
+        run.report(2, other);
+        run.report(1, report.clone());
+        assert_eq!(run.machine.committed(), Step(1), "{report:?}");
+        let aborted = |notice: &Notice| matches!(notice, Notice::Aborted { reason, .. } if reason.contains("n1: it reports"));
+        assert!(run.notices().any(aborted), "{:?}", run.effects);
+    }
 }
 
 #[test]
