@@ -47,7 +47,8 @@ pub const PROMPT_ATTEMPTS_MAX: u32 = 3;
 pub const RETRY_MS: u64 = 250;
 /// The longest wait between two attempts at a step or at the last checkpoint, in milliseconds.
 pub const RETRY_MAX_MS: u64 = 10_000;
-/// How long a commit waits for learners once all members are prepared, in milliseconds.
+/// How long a commit waits for learners, at least, once all members are prepared, in milliseconds; and at most as
+/// long again as the members took.
 pub const LEARNER_GRACE_MS: u64 = 500;
 /// Commits in one placement that a learner may miss before it is fenced.
 pub const LEARNER_MISSES_MAX: u32 = 3;

@@ -143,6 +143,9 @@ impl<B: Compute> Actor for AgentActor<B> {
                 state.on_event(Event::SupervisorLost).await;
             }
             NodeMsg::ResidentState { reply } => respond(reply, state.agent.resident_state()),
+            NodeMsg::LearnerUnreached { epoch, learner, reason } => {
+                state.report(NodeReport::LearnerUnreached { epoch, node: learner, reason }).await;
+            }
             NodeMsg::LeaveRequested => state.report(NodeReport::LeaveRequested).await,
             NodeMsg::Unreachable { address, reason } => {
                 state.leave(NodeEnd::Unreachable { address, reason });
@@ -284,6 +287,8 @@ impl<B: Compute> AgentState<B> {
     /// Drops the work of epochs before `epoch`; the gradients of a prepared step only when `all`.
     fn discard(&mut self, epoch: Epoch, all: bool) {
         self.pass = None;
+        // Whoever waits for the work of these epochs waits no longer.
+        self.node.set_over(epoch);
         self.lanes.values().for_each(|lane| notify(lane, LaneMsg::Cancel));
         self.transfers.drain(..).for_each(|transfer| transfer.abort());
         self.replicas.discard_fetched();

@@ -13,12 +13,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
-use volary_core::NodeId;
 use volary_core::architecture::Architecture;
 use volary_core::compute::Compute;
 use volary_core::costs::{Costs, lanes_in_flight};
 use volary_core::options::TrainingOptions;
 use volary_core::placement::Placement;
+use volary_core::{Epoch, NodeId};
 use volary_telemetry::Tracer;
 use volary_telemetry::metrics::NodeMetrics;
 
@@ -117,6 +117,24 @@ impl<B: Compute> NodeContext<B> {
 
     pub(crate) fn set_begun(&self, pass: PassId) {
         self.begun.send_replace(pass);
+    }
+
+    /// All passes of epochs before `epoch` are over.
+    pub(crate) fn set_over(&self, epoch: Epoch) {
+        let next = PassId { epoch, ..PassId::default() };
+        self.begun.send_if_modified(|now| {
+            let is_later = *now < next;
+            if is_later {
+                *now = next;
+            }
+            is_later
+        });
+    }
+
+    /// Resolves when a pass is over here: a later one, or a later epoch, has begun.
+    pub(crate) async fn until_over(&self, pass: PassId) {
+        // The sender lives as long as this context.
+        drop(self.begun.subscribe().wait_for(|now| *now > pass).await);
     }
 
     /// Waits until this node has begun the pass of a frame: a peer may be a little ahead.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::time::Duration;
 use volary_core::agent::Failure;
 use volary_core::compute::ComputeError;
-use volary_core::{NodeId, ShardId, Step};
+use volary_core::{Epoch, NodeId, ShardId, Step};
 use volary_protocol::{FrameRefusal, FrameRefusalCode};
 use volary_transport::FrameKind;
 
@@ -53,6 +53,12 @@ pub(crate) enum Error {
     /// A frame of a pass that is over here.
     #[error("stale: {wanted} after {current}")]
     Stale { wanted: PassId, current: PassId },
+    /// A frame of a placement that is over here.
+    #[error("epoch {wanted} is over here: the placement is that of epoch {current}")]
+    OtherPlacement { wanted: Epoch, current: Epoch },
+    /// A frame that the placement does not foresee from its sender.
+    #[error("the placement does not have {peer} send {what} to this node")]
+    NotForeseen { peer: NodeId, what: String },
     /// A frame of a pass that did not begin here in time.
     #[error("{wanted} did not begin here within {limit:?}")]
     NotBegun { wanted: PassId, limit: Duration },
@@ -151,7 +157,8 @@ impl Error {
     pub(crate) fn refusal(&self) -> FrameRefusal {
         let code = match self {
             Self::Part { source, .. } => source.refusal().code,
-            Self::Stale { .. } => FrameRefusalCode::Stale,
+            Self::Stale { .. } | Self::OtherPlacement { .. } => FrameRefusalCode::Stale,
+            Self::NotForeseen { .. } => FrameRefusalCode::NotForeseen,
             Self::NotBegun { .. } => FrameRefusalCode::NotBegun,
             Self::MissingShard { .. } => FrameRefusalCode::MissingShard,
             Self::WrongVersion { .. } => FrameRefusalCode::WrongVersion,

@@ -10,16 +10,18 @@ use crate::error::{Error, Result};
 use crate::ids::{LaneStep, PassId};
 use crate::limits::ANSWERS_MAX;
 use crate::messages::{ReducerMsg, notify};
+use crate::net::permission::check;
 use crate::step::dispatch::{ExpertPass, expert_span, run_experts};
 use crate::step::reducer::with_norm;
 use crate::step::stage;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use volary_core::compute::Compute;
+use volary_core::placement::Traffic;
 use volary_core::{ExpertId, NodeId};
 use volary_protocol::frames::{self, ExpertReply, ExpertRequest, GradientSum, ShardRequest, StoredShard};
-use volary_transport::{Endpoint, Frame, FrameKind, InboundFrame, Link, Refusal, RefusalCode};
+use volary_transport::{Endpoint, Frame, FrameKind, InboundFrame, Link, Refusal, RefusalCode, SUPERVISOR};
 
 /// Accepts links from other nodes for as long as the endpoint is open.
 pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endpoint) {
@@ -37,6 +39,10 @@ pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endp
 /// Answers the frames of one link until it closes.
 async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
     let peer = NodeId::new(link.peer());
+    if link.peer() == SUPERVISOR {
+        // It only looked whether this node can be reached.
+        return link.close("this node can be reached");
+    }
     // The certificate is valid, but the node was fenced or is not placed yet: nothing is read from it.
     if !node.peers.until_known(&peer).await {
         node.peers.count_refused();
@@ -68,21 +74,21 @@ async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: In
         return;
     }
     let answer = match kind {
-        FrameKind::Forward | FrameKind::Backward => experts(&node, frame).await.map(Some),
-        FrameKind::StageForward | FrameKind::StageBackward => stage::serve(&node, frame).await.map(Some),
+        FrameKind::Forward | FrameKind::Backward => experts(&node, &peer, frame).await,
+        FrameKind::StageForward | FrameKind::StageBackward => stage::serve(&node, &peer, frame).await,
         // The probe itself is large: what it measures is the way here.
         FrameKind::Probe => {
-            frames::frame(FrameKind::Reply, epoch, step, &(), Vec::new()).map(Some).map_err(Error::from)
+            frames::frame(FrameKind::Reply, epoch, step, &(), Vec::new()).map_err(Error::from)
         }
-        FrameKind::Partial | FrameKind::Sum => gradient(&node, frame).await.map(|()| None),
-        FrameKind::ShardRequest => shard(&node, &frame).await.map(Some),
+        FrameKind::Partial | FrameKind::Sum => gradient(&node, &peer, frame).await,
+        FrameKind::ShardRequest => shard(&node, &peer, &frame).await,
         kind => Err(Error::UnexpectedFrame { kind }),
     };
     let answer = answer.unwrap_or_else(|error| {
         tracing::debug!(%peer, ?kind, %epoch, %step, %error, "frame refused");
-        Some(frames::refused(epoch, step, &error.refusal()))
+        frames::refused(epoch, step, &error.refusal())
     });
-    if let (Some(reply), Some(answer)) = (reply, answer)
+    if let Some(reply) = reply
         && let Err(error) = reply.reply(answer).await
     {
         tracing::debug!(%peer, %error, "an answer was not delivered");
@@ -90,7 +96,7 @@ async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: In
 }
 
 /// Runs a batch of a lane's rows through experts of this node; the answer has as many rows in the same order.
-async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Result<Frame> {
+async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: Frame) -> Result<Frame> {
     let arrived = Instant::now();
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     let ExpertRequest { layer, lane, train, experts } = frames::decode(&frame)?;
@@ -102,6 +108,7 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Result
     let mut span = expert_span(&scope, direction, layer, lane, &experts);
     let meter = span.meter();
     node.until_begun(PassId { epoch, step, train }).await?;
+    check(node, epoch, peer, Traffic::Rows { layer, lane, experts: &experts })?;
     let wanted = experts.clone();
     let split = move |backend: &B| {
         let whole = frames::import_one(backend, &frame)?;
@@ -128,12 +135,17 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Result
     Ok(frames::frame(FrameKind::Reply, epoch, step, &ExpertReply { lane, remote_us }, vec![rows])?)
 }
 
-/// Takes a part of a gradient, or the root from its owner.
-async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Result<()> {
+/// Takes a part of a gradient, or the root from its owner, and answers when the reducer has it. A malformed one
+/// is refused: the fault is its sender's.
+async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: Frame) -> Result<Frame> {
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     node.until_begun(PassId { epoch, step, train: true }).await?;
     let GradientSum { shard, span } = frames::decode(&frame)?;
+    let is_root = kind == FrameKind::Sum;
+    let traffic = if is_root { Traffic::Root { shard } } else { Traffic::Partial { shard, span } };
+    check(node, epoch, peer, traffic)?;
     let reducer = node.reducer().clone();
+    let (read, was_read) = oneshot::channel();
     node.executor.submit(Priority::Deferred, move |backend| {
         let import = || {
             if frame.parts.is_empty() {
@@ -143,20 +155,32 @@ async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Resul
             let parts = frame.parts.iter().map(floats).collect::<Result<Vec<_>>>()?;
             Ok(Some(backend.import_gradient(shard, &parts)?))
         };
-        let message = if kind == FrameKind::Sum {
-            let gradient = import().and_then(|value| with_norm(backend, value));
+        let gradient = match import() {
+            // The sender may have given up.
+            Err(malformed @ Error::Frame(_)) => return drop(read.send(Err(malformed))),
+            // A failure of this node's device is its own.
+            gradient => gradient,
+        };
+        let message = if is_root {
+            let gradient = gradient.and_then(|value| with_norm(backend, value));
             ReducerMsg::Root { epoch, step, shard, gradient, frame: Some(frame) }
         } else {
-            ReducerMsg::Summed { epoch, step, shard, span, gradient: import() }
+            ReducerMsg::Summed { epoch, step, shard, span, gradient }
         };
         notify(&reducer, message);
+        drop(read.send(Ok(())));
     });
-    Ok(())
+    was_read.await.map_err(|_| Error::ComputationDropped)??;
+    Ok(frames::frame(FrameKind::Reply, epoch, step, &(), Vec::new())?)
 }
 
 /// Sends a shard to a node that is to hold it too.
-async fn shard<B: Compute>(node: &Arc<NodeContext<B>>, frame: &Frame) -> Result<Frame> {
+async fn shard<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: &Frame) -> Result<Frame> {
     let ShardRequest { shard, version } = frames::decode(frame)?;
+    // A node of a newer placement, which this node does not have yet, may ask for what that one gives it.
+    if node.placement().epoch == frame.epoch {
+        check(node, frame.epoch, peer, Traffic::Shard { shard })?;
+    }
     let actors = node.shard_actors();
     let (version, stored) = actors.get(shard)?.store(version).await?;
     let header = StoredShard { shard, version };

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 /// The longest wait of one actor for another's reply, or of a node for a peer's.
 pub(crate) const CALL_MAX: Duration = Duration::from_secs(600);
-/// The longest that a frame waits for its step to begin here.
-pub(crate) const EARLY_MAX: Duration = Duration::from_secs(60);
+/// The longest that a frame waits for its step to begin here. The wait ends before, when its epoch is over.
+pub(crate) const EARLY_MAX: Duration = CALL_MAX;
+/// How long a member whose own gradients are complete waits, at least, for those of shards that it copies.
+pub(crate) const LEARNED_GRACE: Duration = Duration::from_millis(250);
 /// Jobs queued for the device executor.
 pub(crate) const JOBS_MAX: usize = 1 << 16;
 /// Frames of one peer that are being answered, or wait for their step, at a time.

@@ -28,7 +28,7 @@ use volary_core::messages::{LaneReport, NodeCommand, Norm, Pass, ResidentState};
 use volary_core::placement::Placement;
 use volary_core::schedule::Update;
 use volary_core::tree::LeafSpan;
-use volary_core::{Epoch, ShardId, Step};
+use volary_core::{Epoch, NodeId, ShardId, Step};
 use volary_protocol::frames::MoeLayerStats;
 use volary_protocol::{ToSupervisor, TraceRequest};
 use volary_telemetry::Meter;
@@ -60,6 +60,8 @@ pub(crate) enum NodeMsg {
     LaneDone { at: LaneStep, pass: Pass, outcome: Result<LaneReport> },
     /// The gradients of all held shards are reduced.
     Reduced { epoch: Epoch, step: Step, norms: Vec<(ShardId, Norm)> },
+    /// A gradient did not reach a learner.
+    LearnerUnreached { epoch: Epoch, learner: NodeId, reason: String },
     /// Some part of an epoch failed.
     Failed { epoch: Epoch, error: Error },
     /// A fetch or copy of shards has ended.
@@ -168,6 +170,8 @@ pub(crate) enum ReducerMsg<B: Compute> {
     Summed { epoch: Epoch, step: Step, shard: ShardId, span: LeafSpan, gradient: Result<Sum<B>> },
     /// The root of a shard with its norm; with the frame that brought it, to be forwarded.
     Root { epoch: Epoch, step: Step, shard: ShardId, gradient: Result<(Sum<B>, Norm)>, frame: Option<Frame> },
+    /// The roots of shards that this node only learns had their time.
+    GraceOver { epoch: Epoch, step: Step },
     /// The gradients of a step, for its commit.
     Take { epoch: Epoch, step: Step, reply: RpcReplyPort<BTreeMap<ShardId, Sum<B>>> },
     /// Drop everything that belongs to epochs before this one.

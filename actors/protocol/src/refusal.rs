@@ -19,6 +19,8 @@ pub enum FrameRefusalCode {
     Malformed,
     /// The computation failed on the receiver.
     Failed,
+    /// The placement does not foresee the frame from its sender.
+    NotForeseen,
     /// A third process that the receiver needs for the answer cannot be reached.
     Unreachable,
 }

@@ -27,7 +27,7 @@
 //! println!("listening on {}", supervisor.address());
 //! match supervisor.ended(std::future::pending()).await {
 //!     RunEnd::Done { step } => println!("done after step {step}"),
-//!     RunEnd::Fatal { reason } => eprintln!("{reason}"),
+//!     RunEnd::Halted { reason, .. } | RunEnd::Fatal { reason } => eprintln!("{reason}"),
 //! }
 //! # Ok(())
 //! # }

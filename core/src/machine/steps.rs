@@ -99,7 +99,9 @@ impl Machine {
             .into_iter()
             .filter(|node| !reports.prepared.contains_key(node) && self.nodes.contains_key(node))
             .collect();
-        if reports.grace_ms < LEARNER_GRACE_MS && missing.iter().any(|node| !is_late(node)) {
+        let took_ms = self.idle_ms.saturating_sub(reports.grace_ms);
+        let in_time = reports.grace_ms < LEARNER_GRACE_MS.max(took_ms);
+        if in_time && missing.iter().any(|node| !is_late(node)) {
             return;
         }
         let reports = std::mem::take(reports);

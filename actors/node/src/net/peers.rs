@@ -210,14 +210,4 @@ impl Peers {
         }
         Ok(reply)
     }
-
-    /// Sends a frame that has no answer.
-    pub(crate) async fn send(&self, peer: &NodeId, frame: Frame) -> Result<()> {
-        let link = self.link(peer).await?;
-        match tokio::time::timeout(CALL_MAX, link.send(frame)).await {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) => Err(self.failed(peer, &link, error)),
-            Err(_) => Err(Error::NoAnswer { peer: peer.clone(), limit: CALL_MAX }),
-        }
-    }
 }

@@ -12,11 +12,15 @@
 use crate::context::NodeContext;
 use crate::device::executor::Priority;
 use crate::error::{Error, Result};
+use crate::ids::PassId;
+use crate::limits::LEARNED_GRACE;
 use crate::messages::{NodeMsg, ReducerMsg, Sum, notify, respond};
+use futures::future::join_all;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
 use std::collections::BTreeMap;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Instant;
 use volary_core::compute::Compute;
 use volary_core::messages::Norm;
 use volary_core::placement::Placement;
@@ -32,8 +36,24 @@ struct Reduction<B: Compute> {
     placement: Arc<Placement>,
     folds: BTreeMap<ShardId, Fold<Sum<B>>>,
     roots: BTreeMap<ShardId, (Sum<B>, Norm)>,
-    /// Shards that this node holds or learns: as many roots are expected.
-    held: usize,
+    /// Shards that this node holds and whose root is missing.
+    missing_held: usize,
+    /// Shards that it learns and whose root is missing.
+    missing_learned: usize,
+    /// Whether it waits for learned shards for a limited time only: it holds something.
+    is_member: bool,
+    began: Instant,
+    /// How far the wait for roots is.
+    progress: Progress,
+}
+
+/// The wait for roots. Nobody else waits for what this node only learns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Progress {
+    Waiting,
+    /// Only roots of learned shards are missing, for a limited time.
+    Grace,
+    Reported,
 }
 
 /// The reducer's state.
@@ -79,6 +99,11 @@ impl<B: Compute> Actor for ReducerActor<B> {
                 state.forward_root(epoch, step, shard, frame);
                 state.on_root(epoch, step, shard, gradient);
             }
+            ReducerMsg::GraceOver { epoch, step } => {
+                if state.at(epoch, step).is_some() {
+                    state.report();
+                }
+            }
             ReducerMsg::Take { epoch, step, reply } => state.on_take(epoch, step, reply),
             ReducerMsg::Discard { epoch } => {
                 if state.current.as_ref().is_some_and(|current| current.epoch < epoch) {
@@ -93,12 +118,25 @@ impl<B: Compute> Actor for ReducerActor<B> {
 impl<B: Compute> ReducerState<B> {
     fn on_begin(&mut self, epoch: Epoch, step: Step, placement: Arc<Placement>) {
         let me = &self.node.id;
-        let (mut folds, mut held) = (BTreeMap::new(), 0);
+        let (mut folds, mut missing_held, mut missing_learned) = (BTreeMap::new(), 0, 0);
         for shard in self.node.architecture.shards() {
-            held += usize::from(placement.holds_or_learns(me, shard));
+            let held = placement.holds(me, shard);
+            missing_held += usize::from(held);
+            missing_learned += usize::from(!held && placement.holds_or_learns(me, shard));
             folds.insert(shard, Fold::new(placement.leaves(shard)));
         }
-        self.current = Some(Reduction { epoch, step, placement, folds, roots: BTreeMap::new(), held });
+        self.current = Some(Reduction {
+            epoch,
+            step,
+            is_member: placement.is_member(me),
+            placement,
+            folds,
+            roots: BTreeMap::new(),
+            missing_held,
+            missing_learned,
+            began: Instant::now(),
+            progress: Progress::Waiting,
+        });
         // A node that holds nothing expects nothing.
         self.when_reduced();
     }
@@ -172,7 +210,9 @@ impl<B: Compute> ReducerState<B> {
             if !targets.is_empty() || !learners.is_empty() {
                 match to_frame(backend, kind, epoch, step, &sum, value.as_ref()) {
                     Ok(frame) => {
-                        runtime.spawn(update_learners(Arc::clone(&node), learners, frame.clone()));
+                        let update =
+                            update_learners(Arc::clone(&node), agent.clone(), learners, frame.clone());
+                        runtime.spawn(update);
                         runtime.spawn(deliver(node, agent, targets, frame));
                     }
                     Err(error) => notify(&agent, NodeMsg::Failed { epoch, error }),
@@ -200,18 +240,45 @@ impl<B: Compute> ReducerState<B> {
             Ok(root) => root,
             Err(error) => return self.fail(epoch, error.of(format_args!("the gradient of {shard}"))),
         };
+        let me = self.node.id.clone();
         let Some(current) = self.at(epoch, step) else { return };
         // The first one counts: its norm may be reported already.
-        current.roots.entry(shard).or_insert(root);
+        if current.roots.contains_key(&shard) {
+            return;
+        }
+        current.roots.insert(shard, root);
+        match current.placement.holds(&me, shard) {
+            true => current.missing_held -= 1,
+            false => current.missing_learned = current.missing_learned.saturating_sub(1),
+        }
         self.when_reduced();
     }
 
-    fn when_reduced(&self) {
-        let Some(Reduction { epoch, step, roots, held, .. }) = &self.current else { return };
-        if roots.len() == *held {
-            let norms = roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
-            notify(&self.agent, NodeMsg::Reduced { epoch: *epoch, step: *step, norms });
+    /// Reports when the roots of all shards are here, or those of all held ones, and the others had their
+    /// time.
+    fn when_reduced(&mut self) {
+        let Some(current) = &mut self.current else { return };
+        let (epoch, step) = (current.epoch, current.step);
+        match (current.missing_held, current.missing_learned) {
+            (0, 0) => self.report(),
+            (0, _) if current.is_member && current.progress == Progress::Waiting => {
+                current.progress = Progress::Grace;
+                // As much time again as the step has taken so far.
+                let grace = current.began.elapsed().max(LEARNED_GRACE);
+                self.me.send_after(grace, move || ReducerMsg::GraceOver { epoch, step });
+            }
+            _ => {}
         }
+    }
+
+    /// Reports the norms of the roots that are here, once.
+    fn report(&mut self) {
+        let Some(current) = self.current.as_mut().filter(|now| now.progress != Progress::Reported) else {
+            return;
+        };
+        current.progress = Progress::Reported;
+        let norms = current.roots.iter().map(|(&shard, (_, norm))| (shard, *norm)).collect();
+        notify(&self.agent, NodeMsg::Reduced { epoch: current.epoch, step: current.step, norms });
     }
 
     fn on_take(&mut self, epoch: Epoch, step: Step, reply: RpcReplyPort<BTreeMap<ShardId, Sum<B>>>) {
@@ -242,26 +309,46 @@ fn to_frame<B: Compute>(
     Ok(frames::frame(kind, epoch, step, sum, tensors)?)
 }
 
-/// Sends a root to learners. An unreachable learner delays no other: the supervisor decides what
-/// becomes of it.
-async fn update_learners<B: Compute>(node: Arc<NodeContext<B>>, learners: Vec<NodeId>, frame: Frame) {
-    for learner in &learners {
-        if let Err(error) = node.peers.send(learner, frame.clone()).await {
-            tracing::debug!(%learner, %error, "a gradient did not reach a learner");
+/// Sends a root to learners. One that does not take it delays no other: the supervisor decides what becomes of
+/// it.
+async fn update_learners<B: Compute>(
+    node: Arc<NodeContext<B>>,
+    agent: ActorRef<NodeMsg>,
+    learners: Vec<NodeId>,
+    frame: Frame,
+) {
+    let epoch = frame.epoch;
+    let update = async |learner: NodeId| {
+        if let Err(error) = acknowledged(&node, &learner, &frame).await {
+            let reason = error.to_string();
+            notify(&agent, NodeMsg::LearnerUnreached { epoch, learner, reason });
         }
-    }
+    };
+    join_all(learners.into_iter().map(update)).await;
 }
 
-/// Sends a sum to nodes that need it for the step; the epoch fails when one cannot be reached.
+/// Sends a sum to nodes that need it for the step; the epoch fails when one does not take it.
 async fn deliver<B: Compute>(
     node: Arc<NodeContext<B>>,
     agent: ActorRef<NodeMsg>,
     targets: Vec<NodeId>,
     frame: Frame,
 ) {
-    for target in &targets {
-        if let Err(error) = node.peers.send(target, frame.clone()).await {
-            return notify(&agent, NodeMsg::Failed { epoch: frame.epoch, error });
+    let epoch = frame.epoch;
+    let deliver = async |target: NodeId| {
+        if let Err(error) = acknowledged(&node, &target, &frame).await {
+            notify(&agent, NodeMsg::Failed { epoch, error });
         }
+    };
+    join_all(targets.into_iter().map(deliver)).await;
+}
+
+/// Sends a sum and waits until it is taken, or until nobody needs it any more: a later step or placement has
+/// begun here.
+async fn acknowledged<B: Compute>(node: &NodeContext<B>, target: &NodeId, frame: &Frame) -> Result<()> {
+    let pass = PassId { epoch: frame.epoch, step: frame.step, train: true };
+    tokio::select! {
+        taken = node.peers.request(target, frame.clone()) => taken.map(drop),
+        () = node.until_over(pass) => Ok(()),
     }
 }

@@ -7,11 +7,13 @@
 use crate::context::NodeContext;
 use crate::error::Result;
 use crate::ids::{LaneStep, PassId};
+use crate::net::permission::check;
 use crate::trace::TraceContext;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use volary_core::compute::Compute;
 use volary_core::placement::Stage;
+use volary_core::placement::Traffic;
 use volary_core::{LayerRange, NodeId};
 use volary_protocol::SampledToken;
 use volary_protocol::frames::{self, StageReply, StageRequest, StageStats};
@@ -112,7 +114,11 @@ impl<B: Compute> StagePass<'_, B> {
 }
 
 /// Takes another node's lane through this node's stage, and returns the answer.
-pub(crate) async fn serve<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) -> Result<Frame> {
+pub(crate) async fn serve<B: Compute>(
+    node: &Arc<NodeContext<B>>,
+    peer: &NodeId,
+    frame: Frame,
+) -> Result<Frame> {
     let arrived = Instant::now();
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     let StageRequest { lane, layers, train, sampled_tokens } = frames::decode(&frame)?;
@@ -123,6 +129,7 @@ pub(crate) async fn serve<B: Compute>(node: &Arc<NodeContext<B>>, frame: Frame) 
     let sampled_tokens: Arc<[SampledToken]> = sampled_tokens.into();
     let trace = TraceContext { scope: span.scope(), sampled_tokens };
     node.until_begun(PassId { epoch, step, train }).await?;
+    check(node, epoch, peer, Traffic::Stage { layers, lane })?;
     // No permit here: the driver holds one for the lane, so that all nodes together stay bounded.
     let import = move |backend: &B| Ok(frames::import_one(backend, &frame)?);
     let x = node.executor.run(&span.meter(), import).await?;
