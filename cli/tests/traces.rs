@@ -299,7 +299,8 @@ fn a_death_is_a_recovery_linked_to_the_aborted_step() {
         list.lines().any(|line| line.contains("membership") && line.contains("membership_change=lost")),
         "{list}"
     );
-    let aborted = list.lines().find(|line| line.contains("FAILED")).unwrap_or_else(|| panic!("{list}"));
+    let is_aborted = |line: &&str| line.contains("FAILED") && !line.contains("checkpoint");
+    let aborted = list.lines().find(is_aborted).unwrap_or_else(|| panic!("{list}"));
     let step = aborted.split_whitespace().next().expect("a step");
     // Its second attempt is traced completely, since the cluster changed.
     let tree = show(&["--step", step]);

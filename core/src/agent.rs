@@ -15,6 +15,7 @@
 //! ```
 //! use std::sync::Arc;
 //! use volary_core::agent::{Agent, Effect, Event};
+//! use volary_core::architecture::presets;
 //! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 //! use volary_core::placement::{Placement, Stage};
 //! use volary_core::schedule::Update;
@@ -34,7 +35,7 @@
 //!     learn: Vec::new(),
 //!     addresses: Arc::default(),
 //! };
-//! let mut agent = Agent::new(node);
+//! let mut agent = Agent::new(node, Arc::new(presets()[1].architecture.clone()));
 //!
 //! let effects = agent.handle(Event::Command(NodeCommand::Assign(Box::new(assignment))));
 //! assert!(matches!(effects[..], [Effect::Discard { .. }, Effect::Enter(_), Effect::Fetch { .. }]));
@@ -57,14 +58,16 @@
 mod copies;
 mod types;
 
-pub use crate::limits::STASH_MAX;
 pub use types::{Effect, Event, Failure};
 
+use crate::architecture::Architecture;
+use crate::costs::stash_steps;
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
 use crate::schedule::Update;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use types::PendingCopy;
 
 /// A node's progress in its placement.
@@ -82,6 +85,8 @@ enum EpochState {
 #[derive(Debug)]
 pub struct Agent {
     id: NodeId,
+    /// The model, which says how large a shard's gradient is.
+    architecture: Arc<Architecture>,
     epoch: Epoch,
     timeline: Timeline,
     /// The last step that was applied.
@@ -106,9 +111,10 @@ pub struct Agent {
 impl Agent {
     /// A node without state.
     #[must_use]
-    pub fn new(id: NodeId) -> Self {
+    pub fn new(id: NodeId, architecture: Arc<Architecture>) -> Self {
         Self {
             id,
+            architecture,
             epoch: Epoch::default(),
             timeline: Timeline::default(),
             version: Step::default(),
@@ -361,9 +367,10 @@ impl Agent {
         let stashing =
             |(shard, pending): &(&ShardId, &mut PendingCopy)| pending.requested && !missed.contains(*shard);
         for (shard, pending) in self.pending_copies.iter_mut().filter(stashing) {
-            stash.push(*shard);
+            let most = stash_steps(self.architecture.shard_parameters(*shard));
+            stash.push((*shard, most));
             pending.stash.push_back(step);
-            if pending.stash.len() > STASH_MAX {
+            if pending.stash.len() > most {
                 pending.stash.pop_front();
             }
         }

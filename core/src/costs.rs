@@ -7,12 +7,15 @@
 use crate::architecture::Architecture;
 use crate::dispatch::TOP_K;
 use crate::ids::{ExpertId, LayerId, LayerRange, ShardId};
+use crate::limits::{COPIES_IN_FLIGHT_MAX, STASH_BYTES_MAX, STASH_MIN, STASH_STEPS_MAX};
 use crate::options::{Optimizer, TrainingOptions};
 
 /// Bytes of an f32, in memory and on the wire.
 const F32_BYTES: u64 = 4;
-/// Gradients of a shard in memory at the same time: the sum, and one to add.
-const GRADIENTS: u64 = 2;
+/// Gradients of a shard in memory at the same time, at least: the sum, and one to add.
+const GRADIENTS_MIN: u64 = 2;
+/// Parts of an expert's gradient that are made at a time, besides the sums that wait in the tree.
+const EXPERT_LEAVES: usize = 1;
 
 /// The costs of a run's model at its shapes.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,9 +35,11 @@ pub struct Costs {
     pub dense_flops: Vec<f64>,
     /// Forward operations of one row in one expert.
     pub expert_flops: f64,
-    /// Memory of each layer's dense part on a holder: parameters, optimizer state and gradients; the first
-    /// layer includes the embedding.
+    /// Memory of each layer's dense part on a holder: parameters and optimizer state; the first layer includes
+    /// the embedding.
     pub dense_bytes: Vec<u64>,
+    /// Gradients of each shard that there is room for, at least.
+    gradients_min: u64,
     /// Memory of one expert on a holder, with the rows of a lane group.
     pub expert_bytes: u64,
     /// A gradient of each layer's dense part on the wire.
@@ -60,7 +65,9 @@ impl Costs {
             Optimizer::Adafactor { .. } => 1,
             Optimizer::Adamw { .. } => 3,
         };
-        let held = |parameters: u64| parameters * F32_BYTES * (state + GRADIENTS);
+        // While a checkpoint is written, a shard's stored form waits beside its last gradient.
+        let least = GRADIENTS_MIN.max(1 + state);
+        let held = |parameters: u64, gradients: u64| parameters * F32_BYTES * (state + gradients.max(least));
         let width = (a.heads * a.head_dim) as u64;
         let mut costs = Self {
             lanes: training.lanes,
@@ -71,6 +78,7 @@ impl Costs {
             dense_flops: Vec::new(),
             expert_flops: 0.0,
             dense_bytes: Vec::new(),
+            gradients_min: least,
             expert_bytes: 0,
             dense_wire_bytes: Vec::new(),
             expert_wire_bytes: 0,
@@ -86,7 +94,9 @@ impl Costs {
             let rows = TOP_K * tokens * training.lane_group.max(1) as usize;
             let rows = rows.div_ceil(a.experts);
             let per_row = (3 * hidden + 2 * a.expert_width() as u64) * F32_BYTES;
-            costs.expert_bytes = held(parameters) + rows as u64 * per_row;
+            let groups = training.lanes.div_ceil(training.lane_group.max(1));
+            let gradients = live_gradients(groups, EXPERT_LEAVES);
+            costs.expert_bytes = held(parameters, gradients) + rows as u64 * per_row;
             costs.expert_wire_bytes = parameters * F32_BYTES;
         }
         for layer in a.layer_range().iter() {
@@ -99,7 +109,7 @@ impl Costs {
             // Scores and their sum over values: two products over half the sequence.
             let attention = 2.0 * width as f64 * (length + 1) as f64;
             costs.dense_flops.push(2.0 * (parameters + embedding) as f64 + attention);
-            costs.dense_bytes.push(held(parameters + embedding));
+            costs.dense_bytes.push((parameters + embedding) * F32_BYTES * state);
             costs.dense_wire_bytes.push((parameters + embedding) * F32_BYTES);
             let inner = if moe {
                 TOP_K as u64 * (2 * hidden + 2 * a.expert_width() as u64)
@@ -147,9 +157,30 @@ impl Costs {
     #[must_use]
     pub fn stage_bytes(&self, layers: LayerRange, in_flight: usize) -> u64 {
         let state: u64 = self.dense_bytes[layers.indices()].iter().sum();
+        let gradient: u64 = self.dense_wire_bytes[layers.indices()].iter().sum();
+        let copies = live_gradients(self.lanes, in_flight).max(self.gradients_min);
         let activations: u64 = self.activation_bytes[layers.indices()].iter().sum();
-        state.saturating_add(activations.saturating_mul(in_flight as u64))
+        state
+            .saturating_add(gradient.saturating_mul(copies))
+            .saturating_add(activations.saturating_mul(in_flight as u64))
     }
+}
+
+/// The most gradients of one shard in memory at a time, of a sum over `leaves`: one of each lane in flight, one
+/// that is being added, and one for each level of the tree.
+#[must_use]
+pub fn live_gradients(leaves: u32, in_flight: usize) -> u64 {
+    let levels = u64::from(u32::BITS - leaves.max(1).leading_zeros());
+    u64::from(leaves).min(in_flight as u64 + 1 + levels)
+}
+
+/// Steps whose gradients a node keeps for a shard that it is copying: as many as fit into
+/// [`STASH_BYTES_MAX`] for all copies in flight, and no fewer than [`STASH_MIN`].
+#[must_use]
+pub fn stash_steps(shard_parameters: u64) -> usize {
+    let each = STASH_BYTES_MAX / COPIES_IN_FLIGHT_MAX as u64;
+    let steps = each / (shard_parameters * F32_BYTES).max(1);
+    usize::try_from(steps).unwrap_or(usize::MAX).clamp(STASH_MIN, STASH_STEPS_MAX)
 }
 
 /// Lanes in flight beyond one per thread, so that one lane's rows on the wire overlap with another's compute.

@@ -24,9 +24,13 @@ pub const TRACES_MAX: usize = 10_000;
 /// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound
 /// memory.
 pub const COPIES_IN_FLIGHT_MAX: usize = 4;
-/// Steps whose summed gradients a node keeps for a shard that is being copied. When more steps pass, the node
-/// repeats its request.
-pub const STASH_MAX: usize = 4;
+/// Bytes of summed gradients that a node keeps for shards that are being copied. When more steps pass than fit,
+/// the node repeats its request.
+pub const STASH_BYTES_MAX: u64 = 1 << 30;
+/// Steps whose gradients are kept for a shard, however large it is.
+pub const STASH_MIN: usize = 4;
+/// Steps whose gradients are kept for a shard, however small it is.
+pub const STASH_STEPS_MAX: usize = 1_024;
 /// Requests for one shard before a node gives up copying it.
 pub const COPY_ATTEMPTS_MAX: u32 = 8;
 /// Nodes that a learner is given as sources of one shard.

@@ -1,7 +1,9 @@
 //! A simulated node: its agent, and a number for each shard that every update changes.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use volary_core::agent::Agent;
+use volary_core::architecture::Architecture;
 use volary_core::messages::Pass;
 use volary_core::placement::Placement;
 use volary_core::random::{Purpose, Stream};
@@ -13,6 +15,7 @@ pub(crate) struct Node {
     /// The number of its process.
     pub(crate) process: u64,
     pub(crate) agent: Agent,
+    architecture: Arc<Architecture>,
     /// Its link to the supervisor.
     pub(crate) session: Option<u64>,
     pub(crate) cut_until: u64,
@@ -74,10 +77,11 @@ pub(crate) fn gradient(step: Step, rate: f64) -> u64 {
 }
 
 impl Node {
-    pub(crate) fn new(id: NodeId, process: u64) -> Self {
+    pub(crate) fn new(id: NodeId, process: u64, architecture: Arc<Architecture>) -> Self {
         Self {
             process,
-            agent: Agent::new(id),
+            agent: Agent::new(id, Arc::clone(&architecture)),
+            architecture,
             session: None,
             cut_until: 0,
             frozen_until: 0,
@@ -93,7 +97,7 @@ impl Node {
 
     /// Drops all state, as a node must that may not keep it.
     pub(crate) fn reset(&mut self) {
-        self.agent = Agent::new(self.agent.id().clone());
+        self.agent = Agent::new(self.agent.id().clone(), Arc::clone(&self.architecture));
         self.placement = Placement::default();
         self.weights.clear();
         self.discard_work();

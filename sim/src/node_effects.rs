@@ -4,7 +4,7 @@ use crate::event::Event;
 use crate::limits::SILENCE_MS;
 use crate::node::{Node, Work, gradient, measured, mix, shard_hash, uneven_load};
 use crate::world::World;
-use volary_core::agent::{self, Effect, Failure, STASH_MAX};
+use volary_core::agent::{self, Effect, Failure};
 use volary_core::messages::{Assignment, LaneReport, NodeReport, Norm, Pass, Source};
 use volary_core::placement::Placement;
 use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
@@ -67,16 +67,23 @@ impl World {
         }
     }
 
-    fn apply(&mut self, id: &NodeId, step: Step, gradient: u64, shards: &[ShardId], stash: &[ShardId]) {
+    fn apply(
+        &mut self,
+        id: &NodeId,
+        step: Step,
+        gradient: u64,
+        shards: &[ShardId],
+        stash: &[(ShardId, usize)],
+    ) {
         assert!(self.disk.ever.contains_key(&step), "M-2: {id} applies step {step} before it is journaled");
         let Some(node) = self.nodes.get_mut(id) else { return };
         for &shard in shards {
             node.apply(shard, step, gradient);
         }
-        for &shard in stash {
+        for &(shard, most) in stash {
             let kept = node.stash.entry(shard).or_default();
             kept.push((step, gradient));
-            if kept.len() > STASH_MAX {
+            if kept.len() > most {
                 kept.remove(0);
             }
         }

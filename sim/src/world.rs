@@ -6,6 +6,7 @@ use crate::fault::{Fault, NetworkFaults};
 use crate::limits::TICK_MS;
 use crate::node::Node;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use volary_core::machine::{self, Machine, Notice, Settings};
 use volary_core::placement::Placement;
 use volary_core::profile::Profile;
@@ -207,7 +208,10 @@ impl World {
             }
         });
         self.processes += 1;
-        self.nodes.insert(node.clone(), Node::new(node.clone(), self.processes));
+        self.nodes.insert(
+            node.clone(),
+            Node::new(node.clone(), self.processes, Arc::new(self.settings.architecture.clone())),
+        );
         let process = self.processes;
         self.after(1, 50, Event::Dial { node: node.clone(), process });
         node

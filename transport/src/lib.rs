@@ -11,6 +11,7 @@
 //! | [`handshake`] | protocol version, the dialer's role |
 //! | [`refusal`] | the codes of refusals |
 //! | [`link`] | one peer: requests, frames, replies |
+//! | `budget` | bytes of received frames that may be in memory |
 //! | [`control`] | small typed messages |
 //! | [`frame`] | the layout of tensors on the wire |
 //! | `wire` | the connection below a link, as traits |
@@ -26,6 +27,7 @@
 
 mod accept;
 pub mod access_token;
+mod budget;
 pub mod canary;
 pub mod control;
 pub mod endpoint;
@@ -47,6 +49,7 @@ mod wire;
 
 pub use accept::Accepted;
 pub use access_token::{AccessRole, AccessToken, AccessTokenError, AccessTokenRecord, AccessTokenTerms};
+pub use budget::{ByteBudget, BytePermit};
 pub use canary::{Canary, CanaryKey, CanaryWatch};
 pub use control::{ControlReceiver, ControlSender};
 pub use endpoint::Endpoint;

@@ -1,6 +1,7 @@
 //! A link to one authenticated peer: requests with replies and frames without, each on a stream of its own,
 //! so that a large frame never blocks a small one.
 
+use crate::budget::{ByteBudget, BytePermit};
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::{Error, Result};
 use crate::frame::Frame;
@@ -140,8 +141,14 @@ impl Link {
     /// Starts to receive the peer's frames. Call it once.
     #[must_use]
     pub fn serve(&self) -> Inbound {
+        self.serve_within(None)
+    }
+
+    /// [`Link::serve`], where the frames' bytes are taken from a budget before they are read.
+    #[must_use]
+    pub fn serve_within(&self, budget: Option<ByteBudget>) -> Inbound {
         let (sender, frames) = mpsc::channel(INBOUND_MAX);
-        self.wire.serve(sender);
+        self.wire.serve(sender, budget);
         Inbound { frames }
     }
 
@@ -203,6 +210,8 @@ pub struct InboundFrame {
     pub frame: Frame,
     /// The reply side, when the peer waits for a reply.
     pub reply: Option<Replier>,
+    /// Its bytes of the budget, if there is one.
+    pub permit: Option<BytePermit>,
 }
 
 /// Replies to one request; the request fails when it is dropped.

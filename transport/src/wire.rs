@@ -1,6 +1,7 @@
 //! The connection below a link, as object-safe traits: QUIC implements them, and so does the in-memory
 //! network of the tests.
 
+use crate::budget::ByteBudget;
 use crate::control::{ControlReceiver, ControlSender};
 use crate::error::Result;
 use crate::frame::Frame;
@@ -25,8 +26,9 @@ pub(crate) trait Wire: Debug + Send + Sync {
     /// Sends a frame without a reply; resolves when all of it is handed to the connection.
     fn send(&self, pieces: Vec<Bytes>) -> BoxFuture<'_, Result<()>>;
 
-    /// Starts a task that passes the peer's frames to `frames` until the connection closes.
-    fn serve(&self, frames: mpsc::Sender<InboundFrame>);
+    /// Starts a task that passes the peer's frames to `frames` until the connection closes. The bytes of a
+    /// frame's tensors are taken from the budget before they are read.
+    fn serve(&self, frames: mpsc::Sender<InboundFrame>, budget: Option<ByteBudget>);
 
     /// Waits until the connection is closed.
     fn closed(&self) -> BoxFuture<'_, CloseReason>;

@@ -6,8 +6,8 @@ use volary_core::Step;
 use volary_transport::loopback::probe_frame;
 use volary_transport::memory::{Faults, faulty_pair, pair};
 use volary_transport::{
-    Authority, ClientAuth, CloseReason, Endpoint, Error, Frame, FrameKind, Inbound, InboundFrame, Link,
-    Network, Part, TransportOptions, memory,
+    Authority, ByteBudget, ClientAuth, CloseReason, Endpoint, Error, Frame, FrameKind, Inbound, InboundFrame,
+    Link, Network, Part, TransportOptions, memory,
 };
 
 const LONG: Duration = Duration::from_secs(20);
@@ -71,6 +71,30 @@ over_all! {
     a_link_ends_with_its_last_handle
     an_oversized_or_inconsistent_frame_is_never_sent
     the_control_stream_is_taken_once
+    frames_over_the_budget_wait_until_others_are_processed
+}
+
+async fn frames_over_the_budget_wait_until_others_are_processed(left: Link, right: Link) {
+    const FRAMES: usize = 12;
+    const BYTES: usize = 100 << 10;
+    let mut inbound = right.serve_within(Some(ByteBudget::new(2 * BYTES as u64 + 1024)));
+    let sending: Vec<_> = (0..FRAMES)
+        .map(|_| {
+            let left = left.clone();
+            tokio::spawn(async move { left.send(probe_frame(BYTES)).await })
+        })
+        .collect();
+    let mut held = vec![next(&mut inbound).await, next(&mut inbound).await];
+    for received in 2..FRAMES {
+        let early = tokio::time::timeout(Duration::from_millis(30), inbound.next()).await;
+        assert!(early.is_err(), "frame {received} came although two are in memory");
+        drop(held.remove(0));
+        held.push(next(&mut inbound).await);
+    }
+    for sent in sending {
+        sent.await.unwrap().unwrap();
+    }
+    assert!(held.iter().all(|frame| frame.frame == probe_frame(BYTES)));
 }
 
 async fn each_end_knows_the_name_of_the_other(left: Link, right: Link) {

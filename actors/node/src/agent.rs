@@ -23,10 +23,13 @@ use crate::context::NodeContext;
 use crate::error::{Error, Result};
 use crate::ids::PassId;
 use crate::messages::{Connection, LaneMsg, NodeMsg, ReducerMsg, notify, respond};
+use crate::net::uplink::Uplink;
 use crate::shards::replicas::LocalReplicas;
+use crate::shards::stores::PendingStores;
 use crate::shards::transfer;
 use crate::step::reducer::ReducerActor;
 use pass::RunningPass;
+use ractor::rpc::CallResult;
 use ractor::{Actor, ActorProcessingErr, ActorRef, SupervisionEvent};
 use std::collections::HashMap;
 use std::marker::PhantomData;
@@ -70,6 +73,8 @@ pub(crate) struct AgentState<B: Compute> {
     node: Arc<NodeContext<B>>,
     agent: Agent,
     replicas: LocalReplicas<B>,
+    /// Shards that a checkpoint wants and that are not sent yet.
+    stores: PendingStores,
     connection: Option<Connection>,
     end: Option<oneshot::Sender<NodeEnd>>,
     lanes: HashMap<Lane, ActorRef<LaneMsg>>,
@@ -110,8 +115,9 @@ impl<B: Compute> Actor for AgentActor<B> {
         let (reducer, _) = Actor::spawn_linked(None, ReducerActor(PhantomData), start, me.get_cell()).await?;
         node.set_reducer(reducer);
         Ok(AgentState {
-            agent: Agent::new(node.id.clone()),
+            agent: Agent::new(node.id.clone(), Arc::new(node.architecture.clone())),
             replicas: LocalReplicas::new(Arc::clone(&node), me.get_cell()),
+            stores: PendingStores::default(),
             me,
             node,
             connection: None,
@@ -143,6 +149,7 @@ impl<B: Compute> Actor for AgentActor<B> {
                 state.on_event(Event::SupervisorLost).await;
             }
             NodeMsg::ResidentState { reply } => respond(reply, state.agent.resident_state()),
+            NodeMsg::NextStored { step, reply } => respond(reply, state.next_stored(step).await),
             NodeMsg::LearnerUnreached { epoch, learner, reason } => {
                 state.report(NodeReport::LearnerUnreached { epoch, node: learner, reason }).await;
             }
@@ -169,6 +176,19 @@ impl<B: Compute> Actor for AgentActor<B> {
     }
 }
 
+/// Sends the shards of a checkpoint one after the other.
+async fn send_stored(me: &ActorRef<NodeMsg>, uplink: &Uplink, epoch: Epoch, step: Step) -> Result<()> {
+    loop {
+        match me.call(|reply| NodeMsg::NextStored { step, reply }, None).await {
+            Ok(CallResult::Success(next)) => match next? {
+                Some((shard, bytes)) => uplink.send_checkpoint(epoch, step, shard, bytes).await?,
+                None => return Ok(()),
+            },
+            _ => return Err(Error::ActorGone { actor: "agent" }),
+        }
+    }
+}
+
 /// The event that a failure of an effect becomes.
 fn on_failure(effect: &Effect, epoch: Epoch) -> Box<dyn FnOnce(Failure) -> Event + Send> {
     match *effect {
@@ -185,7 +205,8 @@ impl<B: Compute> AgentState<B> {
             self.discard(Epoch(u64::MAX), true);
             let all: Vec<ShardId> = self.node.shard_actors().all().keys().copied().collect();
             self.replicas.release(&all);
-            self.agent = Agent::new(self.node.id.clone());
+            let architecture = Arc::new(self.node.architecture.clone());
+            self.agent = Agent::new(self.node.id.clone(), architecture);
             self.node.set_begun(PassId::default());
         }
         self.connection = Some(connection);
@@ -260,6 +281,7 @@ impl<B: Compute> AgentState<B> {
         match effect {
             Effect::Report(report) => self.report(report).await,
             Effect::Apply { epoch, step, update, shards, stash } => {
+                self.store_before_change(&shards).await;
                 let began = Instant::now();
                 let mut span = self.traces.step.span("apply").with("volary.step", step.0 as i64);
                 span.set("volary.shards", shards.len() as i64);
@@ -276,9 +298,12 @@ impl<B: Compute> AgentState<B> {
                 let installed = self.replicas.install_copied(shard, &replay).await;
                 installed.map_err(|error| Error::NotUpdated { step, source: Box::new(error) })?;
             }
-            Effect::Release(shards) => self.replicas.release(&shards),
+            Effect::Release(shards) => {
+                self.store_before_change(&shards).await;
+                self.replicas.release(&shards);
+            }
             Effect::Run { epoch, step, pass, lanes } => self.run(epoch, step, pass, lanes).await?,
-            Effect::Store { epoch, step, shards } => self.store(epoch, step, shards).await,
+            Effect::Store { epoch, step, shards } => self.store(epoch, step, shards),
             Effect::Leave { reason } => self.leave(NodeEnd::Left(reason)),
         }
         Ok(())
@@ -335,23 +360,37 @@ impl<B: Compute> AgentState<B> {
         self.transfers.push(tokio::spawn(work).abort_handle());
     }
 
-    /// Stores the shards as they are now, and sends them while training continues.
-    async fn store(&mut self, epoch: Epoch, step: Step, shards: Vec<ShardId>) {
+    /// Sends the shards as they are now while training continues, each stored when its turn has come.
+    fn store(&mut self, epoch: Epoch, step: Step, shards: Vec<ShardId>) {
         let Some(connection) = &self.connection else { return };
         let (uplink, messages) = (connection.uplink.clone(), connection.messages.clone());
         let span = self.traces.checkpoint.span("shards.store").with("volary.shards", shards.len() as i64);
-        let stored = self.replicas.store(step, shards).await;
+        self.stores = PendingStores::new(step, shards);
+        let me = self.me.clone();
         tokio::spawn(async move {
             let _span = span;
-            let sent = match stored {
-                Ok(stored) => uplink.send_checkpoint(epoch, step, stored).await,
-                Err(error) => Err(error),
-            };
-            if let Err(error) = sent {
+            if let Err(error) = send_stored(&me, &uplink, epoch, step).await {
                 let report = NodeReport::CheckpointFailed { step, reason: error.to_string() };
                 drop(messages.send(ToSupervisor::Protocol(report)).await);
             }
         });
+    }
+
+    /// Stores what a checkpoint wants before it changes. Where that fails the checkpoint fails, and not the step.
+    async fn store_before_change(&mut self, shards: &[ShardId]) {
+        if let Err(error) = self.stores.store_before_change(&self.replicas, shards).await {
+            let step = self.stores.step();
+            self.stores = PendingStores::default();
+            self.report(NodeReport::CheckpointFailed { step, reason: error.to_string() }).await;
+        }
+    }
+
+    /// The next shard of the checkpoint of `step`; nothing when all are sent, or another one has begun.
+    async fn next_stored(&mut self, step: Step) -> Result<Option<(ShardId, Vec<u8>)>> {
+        match self.stores.step() == step {
+            true => self.stores.next(&self.replicas).await,
+            false => Ok(None),
+        }
     }
 
     fn leave(&mut self, how: NodeEnd) {

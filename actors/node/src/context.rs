@@ -1,5 +1,6 @@
 //! What all actors of one node share.
 
+use crate::device::credit::OpenLeaves;
 use crate::device::executor::Executor;
 use crate::directory::ShardActors;
 use crate::error::{Error, Result};
@@ -31,6 +32,8 @@ pub(crate) struct NodeContext<B: Compute> {
     pub(crate) executor: Executor<B>,
     pub(crate) peers: Peers,
     pub(crate) lanes_in_flight: Semaphore,
+    /// Gradients that are made and not yet added up.
+    pub(crate) open_leaves: OpenLeaves,
     pub(crate) tracer: Tracer,
     pub(crate) metrics: Arc<NodeMetrics>,
     reducer: OnceLock<ActorRef<ReducerMsg<B>>>,
@@ -58,6 +61,7 @@ impl<B: Compute> NodeContext<B> {
             executor,
             peers,
             lanes_in_flight: Semaphore::new(lanes),
+            open_leaves: OpenLeaves::default(),
             tracer,
             metrics,
             reducer: OnceLock::new(),
@@ -66,6 +70,14 @@ impl<B: Compute> NodeContext<B> {
             begun: watch::Sender::new(PassId::default()),
             lane_time: AtomicU64::new(0),
         }
+    }
+
+    /// Waits until a lane may begin: until the leaves of all but one lane are added up.
+    pub(crate) async fn until_lane_may_begin(&self) {
+        let placement = self.placement();
+        let shards = self.architecture.shards();
+        let own = shards.into_iter().filter(|shard| !shard.is_expert() && placement.holds(&self.id, *shard));
+        self.open_leaves.at_most(own.count()).await;
     }
 
     pub(crate) fn add_lane_time(&self, time: Duration) {

@@ -65,7 +65,7 @@ async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
 }
 
 async fn answer<B: Compute>(node: Arc<NodeContext<B>>, peer: NodeId, inbound: InboundFrame) {
-    let InboundFrame { frame, reply } = inbound;
+    let InboundFrame { frame, reply, .. } = inbound;
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     // It may have been fenced since its link was accepted.
     if !node.peers.until_known(&peer).await {
@@ -165,7 +165,7 @@ async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: 
             let gradient = gradient.and_then(|value| with_norm(backend, value));
             ReducerMsg::Root { epoch, step, shard, gradient, frame: Some(frame) }
         } else {
-            ReducerMsg::Summed { epoch, step, shard, span, gradient }
+            ReducerMsg::Summed { epoch, step, shard, span, gradient, credit: None }
         };
         notify(&reducer, message);
         drop(read.send(Ok(())));

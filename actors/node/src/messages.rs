@@ -14,6 +14,7 @@
 //! | [`ShardMsg`] | any of the last three | the agent, peers |
 //! | [`ReducerMsg`] | the reducer | shard actors, peers, the agent |
 
+use crate::device::credit::LeafCredit;
 use crate::error::{Error, Result};
 use crate::ids::LaneStep;
 use crate::net::uplink::Uplink;
@@ -72,6 +73,8 @@ pub(crate) enum NodeMsg {
     ResidentState { reply: RpcReplyPort<ResidentState> },
     /// The process was asked to leave.
     LeaveRequested,
+    /// A request for the next shard of the checkpoint of `step`, stored; nothing when all are sent.
+    NextStored { step: Step, reply: Reply<Option<(ShardId, Vec<u8>)>> },
     /// The supervisor cannot dial this node.
     Unreachable { address: String, reason: String },
 }
@@ -165,9 +168,16 @@ pub(crate) enum ReducerMsg<B: Compute> {
     /// A step begins.
     Begin { epoch: Epoch, step: Step, placement: Arc<Placement> },
     /// A leaf that this node computed.
-    Leaf { epoch: Epoch, step: Step, shard: ShardId, leaf: u32, gradient: Result<Sum<B>> },
-    /// A sum from another node, or from an addition here.
-    Summed { epoch: Epoch, step: Step, shard: ShardId, span: LeafSpan, gradient: Result<Sum<B>> },
+    Leaf { epoch: Epoch, step: Step, shard: ShardId, leaf: u32, gradient: Result<Sum<B>>, credit: LeafCredit },
+    /// A sum from another node, or from an addition here, with the leaf that led to it.
+    Summed {
+        epoch: Epoch,
+        step: Step,
+        shard: ShardId,
+        span: LeafSpan,
+        gradient: Result<Sum<B>>,
+        credit: Option<LeafCredit>,
+    },
     /// The root of a shard with its norm; with the frame that brought it, to be forwarded.
     Root { epoch: Epoch, step: Step, shard: ShardId, gradient: Result<(Sum<B>, Norm)>, frame: Option<Frame> },
     /// The roots of shards that this node only learns had their time.
@@ -180,8 +190,13 @@ pub(crate) enum ReducerMsg<B: Compute> {
 
 impl<B: Compute> ReducerMsg<B> {
     /// A lane's gradient of a shard that every lane passes.
-    pub(crate) fn lane_leaf(at: LaneStep, shard: ShardId, gradient: Result<B::Gradient>) -> Self {
+    pub(crate) fn lane_leaf(
+        at: LaneStep,
+        shard: ShardId,
+        gradient: Result<B::Gradient>,
+        credit: LeafCredit,
+    ) -> Self {
         let LaneStep { epoch, step, lane } = at;
-        Self::Leaf { epoch, step, shard, leaf: lane.0, gradient: gradient.map(Some) }
+        Self::Leaf { epoch, step, shard, leaf: lane.0, gradient: gradient.map(Some), credit }
     }
 }

@@ -36,7 +36,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 use telemetry::Telemetry;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use tokio::sync::oneshot;
 use volary_core::machine::{Event, Machine, Settings};
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
@@ -45,6 +45,7 @@ use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::{Checkpoints, Digest, RunDir, Store};
 use volary_telemetry::Pipeline;
 use volary_telemetry::metrics::SupervisorMetrics;
+use volary_transport::BytePermit;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq)]
@@ -249,7 +250,7 @@ impl SupervisorState {
         step: Step,
         shard: ShardId,
         bytes: Bytes,
-        permit: OwnedSemaphorePermit,
+        permit: Option<BytePermit>,
     ) {
         let node = &session.node;
         let is_sender = self.checkpoint_senders.get(&shard) == Some(node);

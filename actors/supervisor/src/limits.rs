@@ -11,7 +11,7 @@ pub(crate) const DIAL_BACK_MAX: Duration = Duration::from_secs(5);
 /// Control messages queued for one node.
 pub(crate) const MESSAGES_AHEAD: usize = 256;
 /// Bytes of checkpoint shards in memory at a time: received and not on disk yet.
-pub(crate) const CHECKPOINT_BYTES_AHEAD: u32 = 256 << 20;
+pub(crate) const CHECKPOINT_BYTES_AHEAD: u64 = 256 << 20;
 /// Events in a status.
 pub(crate) const STATUS_EVENTS: usize = 20;
 /// The state machine's clock tick.

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use ractor::{ActorRef, Message, RpcReplyPort};
-use tokio::sync::{OwnedSemaphorePermit, mpsc};
+use tokio::sync::mpsc;
 use volary_core::machine;
 use volary_core::messages::{NodeReport, ResidentState};
 use volary_core::profile::Profile;
@@ -10,7 +10,7 @@ use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_protocol::{LinkReport, NodeInfo, ToNode};
 use volary_telemetry::Scope;
-use volary_transport::{CanaryKey, Link};
+use volary_transport::{BytePermit, CanaryKey, Link};
 
 /// Sends a message without waiting. An actor that has stopped drops it: the run has ended.
 pub(crate) fn notify<M: Message>(actor: &ActorRef<M>, message: M) {
@@ -44,7 +44,7 @@ pub(crate) enum SupervisorMsg {
     /// A node's link has ended.
     Disconnected { session: SessionId, cause: machine::LossCause, reason: String },
     /// A shard for the checkpoint, with its share of the memory budget.
-    Shard { session: SessionId, step: Step, shard: ShardId, bytes: Bytes, permit: OwnedSemaphorePermit },
+    Shard { session: SessionId, step: Step, shard: ShardId, bytes: Bytes, permit: Option<BytePermit> },
     /// A checkpoint has been read.
     Verified(crate::error::Result<Option<Step>>),
     /// Time has passed.
@@ -71,7 +71,7 @@ pub(crate) enum CheckpointerMsg {
     /// Open a checkpoint of `step`, complete when all of `shards` are stored.
     Open { attempt: u64, at: (Step, Timeline, Epoch), shards: Vec<ShardId>, scope: Scope },
     /// Store a shard.
-    Shard { step: Step, shard: ShardId, bytes: Bytes, permit: OwnedSemaphorePermit },
+    Shard { step: Step, shard: ShardId, bytes: Bytes, permit: Option<BytePermit> },
     /// Give the checkpoint up.
     Drop { attempt: u64 },
     /// Answer when everything before this message is done: no checkpoint becomes durable behind the sender's

@@ -199,3 +199,50 @@ fn last_step(path: &Path) -> Option<Step> {
 pub(crate) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use volary_core::schedule::Update;
+
+    fn committed(step: u64) -> Committed {
+        Committed {
+            step: Step(step),
+            epoch: Epoch(1),
+            loss: 1.0 / step as f64,
+            aux_loss: 1.0,
+            gate_entropy: 0.5,
+            grad_norm: 2.0,
+            update: Update { apply: true, rate: 0.1, scale: 1.0 },
+            tokens: 8,
+            nodes: 1,
+            load: Vec::new(),
+            dropped: 0,
+        }
+    }
+
+    /// The steps are in the journal; their lines follow when there is space again.
+    #[test]
+    fn lines_that_find_no_space_end_nothing_and_are_restored() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = RunDir::create(folder.path().join("run")).expect("a run");
+        let store = Store::open(&dir).expect("a store");
+        let mut files = RunFiles::open(&dir, &store).expect("files");
+        let commit = |files: &mut RunFiles, step: u64| {
+            store.commit(Step(step), &committed(step)).expect("a commit");
+            files.metrics(&MetricsLine::new(&committed(step), Some(0.5)), &store);
+        };
+        commit(&mut files, 1);
+        let writable = std::mem::replace(&mut files.metrics, JsonLines::open("/dev/full").expect("Linux"));
+        commit(&mut files, 2);
+        commit(&mut files, 3);
+        assert!(files.failing);
+        files.metrics = writable;
+        commit(&mut files, 4);
+        let text = std::fs::read_to_string(dir.metrics()).expect("lines");
+        let step =
+            |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["step"].as_u64();
+        let steps: Vec<Option<u64>> = text.lines().map(step).collect();
+        assert_eq!(steps, [1, 2, 3, 4].map(Some));
+    }
+}

@@ -1,6 +1,7 @@
 //! The agent alone, with hand-written commands.
 
 use super::*;
+use crate::architecture::presets;
 use crate::ids::{ExpertId, LayerId};
 use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::{LastCommit, Norm};
@@ -21,7 +22,8 @@ struct Harness {
 
 impl Harness {
     fn new() -> Self {
-        Self { agent: Agent::new(id("a")), effects: Vec::new() }
+        let architecture = Arc::new(presets()[1].architecture.clone());
+        Self { agent: Agent::new(id("a"), architecture), effects: Vec::new() }
     }
 
     fn handle(&mut self, event: Event) -> &[Effect] {
@@ -192,7 +194,7 @@ fn a_copy_that_is_steps_behind_catches_up_with_its_stashed_gradients() {
         harness.begin(Epoch(1), step);
         harness.prepare(Epoch(1), step);
         let effects = harness.commit(Epoch(1), step);
-        let kept = matches!(effects, [Effect::Apply { stash, .. }] if stash == &[EXPERT]);
+        let kept = matches!(effects, [Effect::Apply { stash, .. }] if stash[0].0 == EXPERT);
         assert!(kept, "{effects:?}");
     }
     harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
@@ -205,7 +207,8 @@ fn a_copy_that_is_steps_behind_catches_up_with_its_stashed_gradients() {
 #[test]
 fn a_copy_that_is_too_far_behind_is_requested_a_bounded_number_of_times() {
     let mut harness = Harness::entered(Epoch(1), Step(0), &[EXPERT]);
-    for step in Step(1).through(Step(STASH_MAX as u64 + 1)) {
+    let kept = stash_steps(harness.agent.architecture.shard_parameters(EXPERT));
+    for step in Step(1).through(Step(kept as u64 + 1)) {
         harness.begin(Epoch(1), step);
         harness.prepare(Epoch(1), step);
         harness.commit(Epoch(1), step);

@@ -95,8 +95,8 @@ pub enum Effect {
         update: Update,
         /// Shards at the version before the step.
         shards: Vec<ShardId>,
-        /// Shards that are being copied.
-        stash: Vec<ShardId>,
+        /// Shards that are being copied, each with the number of steps to keep.
+        stash: Vec<(ShardId, usize)>,
     },
     /// Drop all work in progress; prepared gradients only when `all`.
     Discard {

@@ -2,6 +2,7 @@
 
 use super::channel::{Channel, Guard, Side, due};
 use super::control;
+use crate::budget::ByteBudget;
 use crate::error::{Error, Result};
 use crate::frame::Frame;
 use crate::limits::INBOUND_MAX;
@@ -102,8 +103,8 @@ impl Wire for MemoryWire {
         })
     }
 
-    fn serve(&self, frames: mpsc::Sender<InboundFrame>) {
-        drop(tokio::spawn(self.clone().receive_frames(frames)));
+    fn serve(&self, frames: mpsc::Sender<InboundFrame>, budget: Option<ByteBudget>) {
+        drop(tokio::spawn(self.clone().receive_frames(frames, budget)));
     }
 
     fn closed(&self) -> BoxFuture<'_, CloseReason> {
@@ -176,7 +177,7 @@ impl MemoryWire {
     }
 
     /// Passes the peer's frames to `frames` until the link closes.
-    async fn receive_frames(self, frames: mpsc::Sender<InboundFrame>) {
+    async fn receive_frames(self, frames: mpsc::Sender<InboundFrame>, budget: Option<ByteBudget>) {
         let Some(mut inbox) = self.0.inbox.lock().take() else { return };
         loop {
             let parcel = tokio::select! {
@@ -184,22 +185,28 @@ impl MemoryWire {
                 parcel = inbox.recv() => parcel,
             };
             let Some(parcel) = parcel else { return };
-            // A delayed frame does not block later ones, as on streams of their own.
-            if parcel.due > Instant::now() {
-                tokio::spawn(self.clone().deliver(frames.clone(), parcel));
+            let is_late = parcel.due > Instant::now();
+            // A delayed frame, or one that waits for the budget, does not block later ones, as on streams of their own.
+            let delivery = self.clone().deliver(frames.clone(), parcel, budget.clone());
+            if is_late || budget.is_some() {
+                tokio::spawn(delivery);
             } else {
-                self.clone().deliver(frames.clone(), parcel).await;
+                delivery.await;
             }
         }
     }
 
-    async fn deliver(self, frames: mpsc::Sender<InboundFrame>, parcel: Parcel) {
+    async fn deliver(self, frames: mpsc::Sender<InboundFrame>, parcel: Parcel, budget: Option<ByteBudget>) {
         if self.0.guard.await_due(parcel.due).await.is_err() {
             return;
         }
+        let permit = match budget {
+            Some(budget) => budget.take(parcel.bytes).await,
+            None => None,
+        };
         self.0.received.fetch_add(parcel.bytes, Ordering::Relaxed);
         let reply = parcel.reply.map(|reply| Replier::new(MemoryReply { wire: self, reply }));
-        drop(frames.send(InboundFrame { frame: parcel.frame, reply }).await);
+        drop(frames.send(InboundFrame { frame: parcel.frame, reply, permit }).await);
     }
 
     fn broken(&self, reason: impl ToString) -> Error {

@@ -1,6 +1,7 @@
 //! Reads frames from QUIC streams: every length is checked before memory is reserved for it.
 
 use super::buffer::{AlignedBuffer, is_aligned};
+use crate::budget::{ByteBudget, BytePermit};
 use crate::error::{Error, Result};
 use crate::frame::{FIXED, Fixed, Frame, Part, PartHead, check_total};
 use crate::limits::RESERVE_BYTES_MAX;
@@ -10,6 +11,15 @@ use std::time::Duration;
 
 /// Reads one frame. With a `stall_max`, the stream must deliver some bytes within each such interval.
 pub(super) async fn read_frame(stream: &mut RecvStream, stall_max: Option<Duration>) -> Result<Frame> {
+    Ok(read_frame_within(stream, stall_max, None).await?.0)
+}
+
+/// [`read_frame`], with its tensors' bytes taken from a budget before they are read.
+pub(super) async fn read_frame_within(
+    stream: &mut RecvStream,
+    stall_max: Option<Duration>,
+    budget: Option<&ByteBudget>,
+) -> Result<(Frame, Option<BytePermit>)> {
     let mut fixed = [0; FIXED];
     exact(stream, &mut fixed, stall_max).await?;
     let fixed = Fixed::decode(&fixed)?;
@@ -24,12 +34,16 @@ pub(super) async fn read_frame(stream: &mut RecvStream, stall_max: Option<Durati
         heads.push(PartHead::decode(start[0], start[1], &rest)?);
     }
     check_total(&heads)?;
+    let permit = match budget {
+        Some(budget) => budget.take(heads.iter().map(|head| head.bytes).sum()).await,
+        None => None,
+    };
     let mut parts = Vec::with_capacity(heads.len());
     for head in heads {
         let data = read_part(stream, head.bytes as usize, stall_max).await?;
         parts.push(Part { dtype: head.dtype, shape: head.shape, data });
     }
-    Ok(fixed.frame(meta.into(), parts))
+    Ok((fixed.frame(meta.into(), parts), permit))
 }
 
 /// Reads a tensor into one buffer of its size. At most [`RESERVE_BYTES_MAX`] is reserved in advance; the rest

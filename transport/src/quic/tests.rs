@@ -106,7 +106,7 @@ impl Attacked {
         let honest = third.connect(right.local_addr(), "right").await.unwrap();
         let mut frames = accepted.await.unwrap().serve();
         tokio::spawn(async move {
-            while let Some(InboundFrame { frame, reply }) = frames.next().await {
+            while let Some(InboundFrame { frame, reply, .. }) = frames.next().await {
                 if let Some(reply) = reply {
                     reply.reply(frame).await.unwrap();
                 }

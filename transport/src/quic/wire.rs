@@ -1,7 +1,8 @@
 //! A QUIC connection that carries frames, each on a stream of its own.
 
-use super::frames::read_frame;
+use super::frames::{read_frame, read_frame_within};
 use crate::accept::RefusedCount;
+use crate::budget::ByteBudget;
 use crate::error::{Error, Result};
 use crate::frame::Frame;
 use crate::identity::fingerprint;
@@ -55,8 +56,8 @@ impl Wire for QuicWire {
         }))
     }
 
-    fn serve(&self, frames: mpsc::Sender<InboundFrame>) {
-        drop(self.runtime.spawn(self.clone().receive_frames(frames)));
+    fn serve(&self, frames: mpsc::Sender<InboundFrame>, budget: Option<ByteBudget>) {
+        drop(self.runtime.spawn(self.clone().receive_frames(frames, budget)));
     }
 
     fn closed(&self) -> BoxFuture<'_, CloseReason> {
@@ -111,7 +112,7 @@ impl QuicWire {
     }
 
     /// Accepts streams until the connection closes. Its own limits bound the number of streams.
-    async fn receive_frames(self, frames: mpsc::Sender<InboundFrame>) {
+    async fn receive_frames(self, frames: mpsc::Sender<InboundFrame>, budget: Option<ByteBudget>) {
         loop {
             let (receive, reply) = tokio::select! {
                 stream = self.connection.accept_bi() => match stream {
@@ -123,7 +124,7 @@ impl QuicWire {
                     Err(_) => return,
                 },
             };
-            tokio::spawn(self.clone().receive_frame(frames.clone(), receive, reply));
+            tokio::spawn(self.clone().receive_frame(frames.clone(), receive, reply, budget.clone()));
         }
     }
 
@@ -132,11 +133,12 @@ impl QuicWire {
         frames: mpsc::Sender<InboundFrame>,
         mut receive: RecvStream,
         reply: Option<SendStream>,
+        budget: Option<ByteBudget>,
     ) {
-        match read_frame(&mut receive, Some(STALL_MAX)).await {
-            Ok(frame) => {
+        match read_frame_within(&mut receive, Some(STALL_MAX), budget.as_ref()).await {
+            Ok((frame, permit)) => {
                 let reply = reply.map(|stream| Replier::new(QuicReply { wire: self, stream }));
-                drop(frames.send(InboundFrame { frame, reply }).await);
+                drop(frames.send(InboundFrame { frame, reply, permit }).await);
             }
             Err(error @ Error::Malformed { .. }) => {
                 tracing::error!(peer = self.peer, %error, "link closed");

@@ -30,19 +30,17 @@ impl Uplink {
         frames::only_blob(reply).map_err(|error| self.error(error))
     }
 
-    /// Sends stored shards for a checkpoint, one after the other.
+    /// Sends a stored shard for a checkpoint; resolves when it is on its way.
     pub(crate) async fn send_checkpoint(
         &self,
         epoch: Epoch,
         step: Step,
-        stored: Vec<(ShardId, Vec<u8>)>,
+        shard: ShardId,
+        bytes: Vec<u8>,
     ) -> Result<()> {
-        for (shard, bytes) in stored {
-            let header = StoredShard { shard, version: step };
-            let frame = frames::blob(FrameKind::Blob, epoch, step, &header, bytes)?;
-            let sent = self.link.send(frame).await;
-            sent.map_err(|error| self.error(format!("{shard} was not delivered: {error}")))?;
-        }
-        Ok(())
+        let header = StoredShard { shard, version: step };
+        let frame = frames::blob(FrameKind::Blob, epoch, step, &header, bytes)?;
+        let sent = self.link.send(frame).await;
+        sent.map_err(|error| self.error(format!("{shard} was not delivered: {error}")))
     }
 }

@@ -1,7 +1,7 @@
 //! How a node reaches its supervisor: it joins once, connects, and reconnects.
 
 use super::error::ProcessError;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, STARTING_MAX, WELCOME_MAX};
+use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, STARTING_MAX, STARTING_PAUSE, WELCOME_MAX};
 use crate::messages::NodeMsg;
 use crate::options::NodeOptions;
 use ractor::ActorRef;
@@ -91,7 +91,7 @@ impl SupervisorConnector {
                 Err(error) if error.needs_rejoin() => self.rejoin().await?,
                 Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
                     tracing::debug!(%error, "waiting");
-                    tokio::time::sleep(REFUSED_PAUSE).await;
+                    tokio::time::sleep(STARTING_PAUSE).await;
                     // It lives: from here on it has as much time as one that was just lost.
                     deadline = Instant::now() + patience;
                 }
@@ -196,7 +196,7 @@ pub(super) async fn join_run(
                 if !std::mem::replace(&mut reported, true) {
                     tracing::info!(%error, "waiting");
                 }
-                tokio::time::sleep(REFUSED_PAUSE).await;
+                tokio::time::sleep(STARTING_PAUSE).await;
             }
             Err(error) if start.elapsed() < DIAL_MAX && error.is_early() => {
                 // A supervisor that answers is not asked ten times a second.

@@ -17,7 +17,6 @@ use ractor::{Actor, ActorCell};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::marker::PhantomData;
 use std::sync::Arc;
-use volary_core::agent::STASH_MAX;
 use volary_core::compute::Compute;
 use volary_core::schedule::Update;
 use volary_core::{Epoch, ShardId, Step};
@@ -89,7 +88,7 @@ impl<B: Compute> LocalReplicas<B> {
         (epoch, step): (Epoch, Step),
         update: Update,
         shards: &[ShardId],
-        stash: &[ShardId],
+        stash: &[(ShardId, usize)],
     ) -> Result<()> {
         let reply = self.node.reducer().call(|reply| ReducerMsg::Take { epoch, step, reply }, None).await;
         let Ok(CallResult::Success(mut gradients)) = reply else {
@@ -102,11 +101,11 @@ impl<B: Compute> LocalReplicas<B> {
             let (gradient, actor) = (take(shard)?, actors.get(shard)?);
             applied.push(actor.apply(gradient, step, update));
         }
-        for &shard in stash {
+        for &(shard, most) in stash {
             let gradient = take(shard)?;
             let kept = self.stash.get_mut().entry(shard).or_default();
             kept.push_back((step, update, gradient));
-            if kept.len() > STASH_MAX {
+            if kept.len() > most {
                 kept.pop_front();
             }
         }
@@ -114,14 +113,9 @@ impl<B: Compute> LocalReplicas<B> {
         Ok(())
     }
 
-    /// The stored form of shards, which must be at `step`.
-    pub(crate) async fn store(&self, step: Step, shards: Vec<ShardId>) -> Result<Vec<(ShardId, Vec<u8>)>> {
-        let actors = self.node.shard_actors();
-        let store = |shard: ShardId| {
-            let actors = Arc::clone(&actors);
-            async move { Ok((shard, actors.get(shard)?.store(Some(step)).await?.1)) }
-        };
-        try_join_all(shards.into_iter().map(store)).await
+    /// The stored form of a shard, which must be at `step`.
+    pub(crate) async fn store(&self, step: Step, shard: ShardId) -> Result<Vec<u8>> {
+        Ok(self.node.shard_actors().get(shard)?.store(Some(step)).await?.1)
     }
 
     async fn spawn(&self, shard: ShardId, version: Step, state: B::Shard) -> Result<ShardActor<B>> {

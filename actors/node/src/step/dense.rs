@@ -106,14 +106,14 @@ impl<B: Compute> DenseState<B> {
         reply: Reply<()>,
     ) {
         let (loss_gradients, shard) = (self.loss_gradients.clone(), self.replica.id);
-        let reducer = self.replica.node.reducer().clone();
+        let (reducer, leaves) = (self.replica.node.reducer().clone(), self.replica.node.open_leaves.clone());
         let backward = move |backend: &B, _| {
             let gradient = loss_gradients.take(at)?;
             Ok(backend.embed_backward(gradient, dx, &tokens)?)
         };
         // A failed gradient reaches the agent through the reducer.
         self.replica.compute(meter, backward, move |gradient| {
-            notify(&reducer, ReducerMsg::lane_leaf(at, shard, gradient));
+            notify(&reducer, ReducerMsg::lane_leaf(at, shard, gradient, leaves.open()));
             respond(reply, Ok(()));
         });
     }
@@ -132,14 +132,14 @@ impl<B: Compute> DenseState<B> {
 
     fn on_backward(&self, at: LaneStep, dy: B::Tensor, meter: &Meter, reply: Reply<B::Tensor>) {
         let (activations, shard) = (self.activations.clone(), self.replica.id);
-        let reducer = self.replica.node.reducer().clone();
+        let (reducer, leaves) = (self.replica.node.reducer().clone(), self.replica.node.open_leaves.clone());
         let backward = move |backend: &B, _| {
             let saved = activations.take(at)?;
             Ok(backend.dense_backward(saved, dy)?)
         };
         self.replica.compute(meter, backward, move |done: Result<_>| {
             let dx = done.map(|(dx, gradient)| {
-                notify(&reducer, ReducerMsg::lane_leaf(at, shard, Ok(gradient)));
+                notify(&reducer, ReducerMsg::lane_leaf(at, shard, Ok(gradient), leaves.open()));
                 dx
             });
             respond(reply, dx);

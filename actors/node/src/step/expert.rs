@@ -109,10 +109,11 @@ impl<B: Compute> ExpertState<B> {
         }
         let Some(group) = self.groups.remove(&(epoch, step, leaf)) else { return };
         let (shard, reducer) = (self.replica.id, self.replica.node.reducer().clone());
-        let lanes = group.into_values().collect();
+        let (lanes, leaves) = (group.into_values().collect(), self.replica.node.open_leaves.clone());
         self.replica.node.executor.submit(Priority::Deferred, move |backend| {
             let gradient = backend.expert_gradient(lanes).map_err(Into::into);
-            notify(&reducer, ReducerMsg::Leaf { epoch, step, shard, leaf, gradient });
+            let credit = leaves.open();
+            notify(&reducer, ReducerMsg::Leaf { epoch, step, shard, leaf, gradient, credit });
         });
     }
 

@@ -80,6 +80,9 @@ impl<B: Compute> LaneState<B> {
             let wait = trace.scope.span("lane.wait");
             // The semaphore is never closed while the node lives.
             let Ok(_permit) = node.lanes_in_flight.acquire().await else { return };
+            if pass == Pass::Train {
+                node.until_lane_may_begin().await;
+            }
             drop(wait);
             node.metrics.phase(Phase::Wait, queued.elapsed());
             let pass_of_lane = LanePass { node: &node, at, train: pass == Pass::Train, trace: &trace };

@@ -10,6 +10,7 @@
 //! ([`volary_core::tree`]). A gradient that cannot be computed, sent or read fails the epoch.
 
 use crate::context::NodeContext;
+use crate::device::credit::LeafCredit;
 use crate::device::executor::Priority;
 use crate::error::{Error, Result};
 use crate::ids::PassId;
@@ -88,12 +89,12 @@ impl<B: Compute> Actor for ReducerActor<B> {
     ) -> std::result::Result<(), ActorProcessingErr> {
         match message {
             ReducerMsg::Begin { epoch, step, placement } => state.on_begin(epoch, step, placement),
-            ReducerMsg::Leaf { epoch, step, shard, leaf, gradient } => {
+            ReducerMsg::Leaf { epoch, step, shard, leaf, gradient, credit } => {
                 let span = LeafSpan { start: leaf, end: leaf + 1 };
-                state.on_summed(epoch, step, GradientSum { shard, span }, gradient);
+                state.on_summed(epoch, step, GradientSum { shard, span }, gradient, Some(credit));
             }
-            ReducerMsg::Summed { epoch, step, shard, span, gradient } => {
-                state.on_summed(epoch, step, GradientSum { shard, span }, gradient);
+            ReducerMsg::Summed { epoch, step, shard, span, gradient, credit } => {
+                state.on_summed(epoch, step, GradientSum { shard, span }, gradient, credit);
             }
             ReducerMsg::Root { epoch, step, shard, gradient, frame } => {
                 state.forward_root(epoch, step, shard, frame);
@@ -150,7 +151,15 @@ impl<B: Compute> ReducerState<B> {
         notify(&self.agent, NodeMsg::Failed { epoch, error });
     }
 
-    fn on_summed(&mut self, epoch: Epoch, step: Step, sum: GradientSum, gradient: Result<Sum<B>>) {
+    /// Takes a sum as far as it goes here. Its leaf is open until then.
+    fn on_summed(
+        &mut self,
+        epoch: Epoch,
+        step: Step,
+        sum: GradientSum,
+        gradient: Result<Sum<B>>,
+        credit: Option<LeafCredit>,
+    ) {
         let value = match gradient {
             Ok(value) => value,
             Err(error) => return self.fail(epoch, error.of(format_args!("the gradient of {}", sum.shard))),
@@ -162,20 +171,27 @@ impl<B: Compute> ReducerState<B> {
         match fold.put(sum.span, value, |parent| placement.reducer(shard, parent) == Some(&me)) {
             Next::Wait => {}
             Next::Add { span, left, right } => {
-                self.add(epoch, step, GradientSum { shard, span }, left, right);
+                self.add(epoch, step, GradientSum { shard, span }, (left, right), credit);
             }
             Next::Done { span, value } => self.done(epoch, step, GradientSum { shard, span }, value),
         }
     }
 
     /// Adds two sums on the device; a missing one counts as zero and costs nothing.
-    fn add(&self, epoch: Epoch, step: Step, sum: GradientSum, left: Sum<B>, right: Sum<B>) {
+    fn add(
+        &self,
+        epoch: Epoch,
+        step: Step,
+        sum: GradientSum,
+        halves: (Sum<B>, Sum<B>),
+        credit: Option<LeafCredit>,
+    ) {
         let me = self.me.clone();
         let GradientSum { shard, span } = sum;
         let summed = move |gradient| {
-            notify(&me, ReducerMsg::Summed { epoch, step, shard, span, gradient });
+            notify(&me, ReducerMsg::Summed { epoch, step, shard, span, gradient, credit });
         };
-        match (left, right) {
+        match halves {
             (Some(left), Some(right)) => {
                 self.node.executor.submit(Priority::Deferred, move |backend| {
                     summed(backend.add(left, right).map(Some).map_err(Error::from));

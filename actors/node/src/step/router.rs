@@ -168,7 +168,8 @@ impl<B: Compute> RouterPass<'_, B> {
         };
         let run = |meter| async move { node.executor.run(&meter, finish).await };
         let (dx, gradient) = trace.in_layer("router.gate.backward", layer, run).await?;
-        notify(node.reducer(), ReducerMsg::lane_leaf(at, gate.replica.id, Ok(gradient)));
+        let credit = node.open_leaves.open();
+        notify(node.reducer(), ReducerMsg::lane_leaf(at, gate.replica.id, Ok(gradient), credit));
         Ok(dx)
     }
 }

@@ -16,7 +16,8 @@ use volary_core::profile::Profile;
 use volary_protocol::frames::{self, ShardRequest, StoredShard};
 use volary_protocol::{FrameRefusal, FrameRefusalCode, NodeInfo, ToNode, ToSupervisor};
 use volary_transport::{
-    CanaryWatch, ControlReceiver, ControlSender, Frame, FrameKind, InboundFrame, Link, Refusal, RefusalCode,
+    BytePermit, CanaryWatch, ControlReceiver, ControlSender, Frame, FrameKind, InboundFrame, Link, Refusal,
+    RefusalCode,
 };
 
 /// What an admitted node has proven.
@@ -227,12 +228,13 @@ async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<
 
 /// Serves a node's frames: requests for shards of a checkpoint, shards for the next one, and probes.
 async fn serve_frames(shared: Arc<Shared>, link: Link, session: SessionId) {
-    let mut inbound = link.serve();
-    while let Some(InboundFrame { frame, reply }) = inbound.next().await {
+    // Nodes are faster than disks: what does not fit into memory waits on the wire.
+    let mut inbound = link.serve_within(Some(shared.checkpoint_budget.clone()));
+    while let Some(InboundFrame { frame, reply, permit }) = inbound.next().await {
         let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
         let answer = match kind {
             FrameKind::Blob => {
-                on_checkpoint_shard(&shared, &session, frame).await;
+                on_checkpoint_shard(&shared, &session, frame, permit);
                 continue;
             }
             FrameKind::Probe => frames::frame(FrameKind::Reply, epoch, step, &(), Vec::new()).ok(),
@@ -254,14 +256,13 @@ async fn serve_frames(shared: Arc<Shared>, link: Link, session: SessionId) {
     }
 }
 
-async fn on_checkpoint_shard(shared: &Shared, session: &SessionId, frame: Frame) {
+fn on_checkpoint_shard(shared: &Shared, session: &SessionId, frame: Frame, permit: Option<BytePermit>) {
     let step = frame.step;
     let parsed = frames::decode::<StoredShard>(&frame).and_then(|at| Ok((at, frames::only_blob(frame)?)));
     let (StoredShard { shard, .. }, bytes) = match parsed {
         Ok(parsed) => parsed,
         Err(error) => return tracing::warn!(node = %session.node, %error, "malformed checkpoint shard"),
     };
-    let Some(permit) = shared.checkpoint_permit(bytes.len()).await else { return };
     let session = session.clone();
     notify(&shared.actor, SupervisorMsg::Shard { session, step, shard, bytes, permit });
 }

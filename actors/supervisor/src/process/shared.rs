@@ -10,12 +10,11 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use volary_core::NodeId;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Checkpoints;
 use volary_telemetry::{Pipeline, SpanRecord};
-use volary_transport::{Canary, CanaryKey, CanaryWatch, Endpoint};
+use volary_transport::{ByteBudget, Canary, CanaryKey, CanaryWatch, Endpoint};
 
 /// What all connections share.
 pub(super) struct Shared {
@@ -28,8 +27,8 @@ pub(super) struct Shared {
     pipeline: Pipeline,
     /// How many links each name has: no other node gets a certificate for it meanwhile.
     names: Mutex<HashMap<NodeId, usize>>,
-    /// Kibibytes of checkpoint shards that may be in memory.
-    checkpoint_budget: Arc<Semaphore>,
+    /// Bytes of checkpoint shards that may be in memory.
+    pub(super) checkpoint_budget: ByteBudget,
 }
 
 /// A name that is in use until this is dropped.
@@ -70,7 +69,7 @@ impl Shared {
             canary,
             pipeline,
             names: Mutex::default(),
-            checkpoint_budget: Arc::new(Semaphore::new(CHECKPOINT_BYTES_AHEAD as usize >> 10)),
+            checkpoint_budget: ByteBudget::new(CHECKPOINT_BYTES_AHEAD),
         }
     }
 
@@ -126,14 +125,6 @@ impl Shared {
         };
         let parsed = spans.iter().filter_map(|span| serde_json::from_str(span).ok());
         self.pipeline.store(parsed.map(attribute).collect());
-    }
-
-    /// Waits until `bytes` of a checkpoint shard fit into the memory budget. Nodes are faster than disks:
-    /// what does not fit waits on the wire.
-    pub(super) async fn checkpoint_permit(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
-        let kib = u32::try_from(bytes >> 10).unwrap_or(u32::MAX).clamp(1, CHECKPOINT_BYTES_AHEAD >> 10);
-        // The semaphore is never closed.
-        Arc::clone(&self.checkpoint_budget).acquire_many_owned(kib).await.ok()
     }
 
     /// Passes an operator's request to the actor and awaits the reply, which may take as long as a

@@ -24,7 +24,7 @@ use volary_node::{NodeEnd, NodeOptions, run_node};
 use volary_protocol::RunInfo;
 use volary_protocol::operator::{OperatorReply, OperatorRequest, Status};
 use volary_storage::{CheckpointReader, Digest, RunDir};
-use volary_supervisor::{RunEnd, Supervisor, SupervisorHandle, SupervisorOptions};
+use volary_supervisor::{Door, RunEnd, SupervisorHandle, SupervisorOptions};
 use volary_telemetry::metrics::{NodeMetrics, SupervisorMetrics};
 use volary_transport::{AccessToken, memory};
 
@@ -148,6 +148,11 @@ impl Cluster {
 
     /// Starts the supervisor, on the state that is there.
     pub(crate) fn start_supervisor(&mut self) {
+        self.start_supervisor_after(Duration::ZERO);
+    }
+
+    /// Starts a supervisor that takes so long before it admits anybody.
+    pub(crate) fn start_supervisor_after(&mut self, delay: Duration) {
         let Settings { architecture, training, cluster, .. } = &self.settings;
         let run = RunInfo {
             run: "test".into(),
@@ -177,7 +182,11 @@ impl Cluster {
         let dataset =
             Dataset::open(&data, training.sequence_length, training.sequences_per_lane, lanes, SEED);
         let runtime = runtime();
-        let started = runtime.block_on(Supervisor::start(options, dataset.expect("tokens")));
+        let started = runtime.block_on(async {
+            let door = Door::open(options)?;
+            tokio::time::sleep(delay).await;
+            door.start(dataset.expect("tokens")).await
+        });
         let supervisor = started.expect("a supervisor");
         let (handle, address) = (supervisor.handle(), supervisor.address());
         let (sender, end) = oneshot::channel();
@@ -195,8 +204,20 @@ impl Cluster {
         name
     }
 
+    /// Starts a node under the next name that announces an address where it does not listen.
+    pub(crate) fn join_hidden(&mut self) -> String {
+        self.named += 1;
+        let name = format!("node-{}", self.named);
+        self.start_process(&name, FakeDevice::default(), Some((Ipv4Addr::LOCALHOST, 9).into()));
+        name
+    }
+
     /// Starts a node process with a name and a device.
     pub(crate) fn start_node(&mut self, name: &str, device: FakeDevice) {
+        self.start_process(name, device, None);
+    }
+
+    fn start_process(&mut self, name: &str, device: FakeDevice, advertise: Option<SocketAddr>) {
         let number: u16 = name.trim_start_matches("node-").parse().expect("a number");
         let address: SocketAddr = (Ipv4Addr::LOCALHOST, 10_000 + number).into();
         let token = self.dir().identity().join("node.token");
@@ -209,7 +230,7 @@ impl Cluster {
             token,
             name: Some(name.to_owned()),
             listen: Some(address),
-            advertise: None,
+            advertise,
             device: "fake".into(),
             threads: 1,
             memory_bytes: self.memory_bytes,

@@ -240,6 +240,70 @@ fn a_killed_process_restarts_under_its_name() {
     assert_eq!((cluster.count("lost"), cluster.count("went_back")), (1, 0));
 }
 
+/// A restart may take longer than nodes wait for a supervisor that is gone: this one says that it is starting.
+#[test]
+fn nodes_wait_for_a_supervisor_that_starts_slowly_and_lose_nothing() {
+    let mut settings = settings(STEPS, 2);
+    settings.cluster.supervisor_timeout_ms = 1_500;
+    let mut cluster = Cluster::start(settings);
+    slow_down(&cluster);
+    cluster.wait_for_step(3);
+    cluster.kill_supervisor();
+    cluster.start_supervisor_after(Duration::from_millis(4_000));
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!((cluster.count("returned"), cluster.count("went_back")), (2, 0));
+}
+
+#[test]
+fn a_newcomer_that_cannot_be_dialed_is_told_so_and_disturbs_nobody() {
+    let mut cluster = Cluster::start(settings(STEPS, 2));
+    slow_down(&cluster);
+    cluster.wait_for_step(2);
+    let name = cluster.join_hidden();
+    let end = cluster.node_end(&name);
+    assert!(matches!(&end, Ok(NodeEnd::Unreachable { address, .. }) if address == "127.0.0.1:9"), "{end:?}");
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!((cluster.count("aborted"), cluster.count("joined")), (0, 2));
+}
+
+#[test]
+fn the_last_nodes_leave_with_a_checkpoint_and_the_run_goes_on_with_others() {
+    let mut settings = settings(STEPS, 2);
+    settings.stay = true;
+    let mut cluster = Cluster::start(settings);
+    slow_down(&cluster);
+    cluster.wait_for_step(3);
+    for name in ["node-1", "node-2"] {
+        cluster.ask_to_leave(name);
+    }
+    for name in ["node-1", "node-2"] {
+        let end = cluster.node_end(name);
+        assert!(matches!(end, Ok(NodeEnd::Left(_))), "{end:?}");
+    }
+    cluster.join();
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!((cluster.count("left"), cluster.count("went_back")), (2, 0));
+}
+
+/// However many lanes there are: what the lanes in flight make, and one partial sum per level of the tree.
+#[test]
+fn the_gradients_in_memory_do_not_grow_with_the_number_of_lanes() {
+    let peak = |lanes: u32| {
+        let mut settings = settings(3, 1);
+        settings.training.lanes = lanes;
+        settings.validation.rounds = 0;
+        let shards = settings.architecture.shards().len();
+        let mut cluster = Cluster::start(settings);
+        let device = cluster.device("node-1");
+        cluster.finish();
+        (device.live_tensors_max(), shards)
+    };
+    let (few, shards) = peak(8);
+    let (many, _) = peak(64);
+    // Three more levels, and what differs from run to run: a sum that is just being added.
+    assert!(many <= few + 4 * shards, "{few} for 8 lanes, {many} for 64, {shards} shards");
+}
+
 /// Makes steps take some milliseconds, so that the run outlasts what a test does to it.
 fn slow_down(cluster: &Cluster) {
     for node in cluster.nodes.values() {
