@@ -124,7 +124,6 @@ impl Machine {
     }
 
     /// Every node may leave, at the latest once a checkpoint has what it holds.
-
     pub(super) fn on_drain(&mut self, node: NodeId) {
         let Some(known) = self.nodes.get_mut(&node).filter(|known| !known.draining) else { return };
         known.draining = true;
