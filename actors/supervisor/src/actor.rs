@@ -20,6 +20,8 @@ mod sessions;
 mod telemetry;
 mod traces;
 
+pub(crate) use recovery::last_members;
+
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs};
 use crate::credentials::Credentials;
 use crate::error::{Error, Result};
@@ -40,7 +42,7 @@ use tokio::sync::oneshot;
 use volary_core::machine::{Event, Machine, Settings};
 use volary_core::{NodeId, ShardId, Step};
 use volary_data::Dataset;
-use volary_protocol::RunInfo;
+use volary_protocol::{RunInfo, ToNode};
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::{Checkpoints, Digest, RunDir, Store};
 use volary_telemetry::Pipeline;
@@ -217,6 +219,10 @@ impl SupervisorState {
             }
             SupervisorMsg::Shard { session, step, shard, bytes, permit } => {
                 self.on_shard(&session, step, shard, bytes, permit);
+                Ok(())
+            }
+            SupervisorMsg::Revoked(hashes) => {
+                self.sessions.send_to_all(&ToNode::Revoked(hashes));
                 Ok(())
             }
             SupervisorMsg::Verified(verified) => {

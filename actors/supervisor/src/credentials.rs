@@ -106,6 +106,15 @@ struct CertificateRecord {
     revoked: Option<String>,
 }
 
+/// A certificate for an access token.
+#[derive(Debug)]
+pub(crate) struct Exchanged {
+    pub(crate) name: String,
+    pub(crate) issued: IssuedCertificate,
+    /// The hashes of the name's certificates until now: they are revoked.
+    pub(crate) revoked: Vec<[u8; 32]>,
+}
+
 /// The access tokens and certificates of a run.
 pub(crate) struct Credentials {
     authority: Authority,
@@ -201,13 +210,9 @@ impl Credentials {
         Ok(record.verify(&token, role, now_unix_s())?)
     }
 
-    /// Issues a certificate for a key, for one use of an access token.
-    pub(crate) fn exchange(
-        &self,
-        text: &str,
-        request: &[u8],
-        name: Option<String>,
-    ) -> Result<(String, IssuedCertificate)> {
+    /// Issues a certificate for a key, for one use of an access token. A name is one identity: its certificates
+    /// until now are revoked.
+    pub(crate) fn exchange(&self, text: &str, request: &[u8], name: Option<String>) -> Result<Exchanged> {
         let name = name.unwrap_or_else(random_name);
         if name == SUPERVISOR {
             return Err(CredentialError::ReservedName { name });
@@ -216,8 +221,10 @@ impl Credentials {
         let issued = self.authority.issue(request, &name, self.lifetime)?;
         let record = self.use_once(text)?;
         let zone = record.labels.iter().find(|(key, _)| key == "zone").map(|(_, zone)| zone.clone());
+        let _changing = self.changing.lock();
+        let revoked = self.revoke_all_of(&name, "a node joined under its name")?;
         self.store_certificate(&issued, &name, &record.id, zone)?;
-        Ok((name, issued))
+        Ok(Exchanged { name, issued, revoked })
     }
 
     /// Counts one use, so that of two concurrent ones only one is the last.
@@ -296,9 +303,14 @@ impl Credentials {
     /// Revokes every certificate of `node`, and returns their hashes.
     pub(crate) fn revoke_certificates(&self, node: &NodeId, reason: &str) -> Result<Vec<[u8; 32]>> {
         let _changing = self.changing.lock();
+        self.revoke_all_of(&node.0, reason)
+    }
+
+    /// Revokes every certificate of a node, where nobody else changes certificates.
+    fn revoke_all_of(&self, node: &str, reason: &str) -> Result<Vec<[u8; 32]>> {
         let mut hashes = Vec::new();
         for (key, record) in self.certificates()? {
-            if record.node == node.0 && record.revoked.is_none() {
+            if record.node == node && record.revoked.is_none() {
                 let revoked = CertificateRecord { revoked: Some(reason.to_owned()), ..record };
                 self.store.put(Table::Certificates, &key, &revoked)?;
                 hashes.extend(unhex(&key));

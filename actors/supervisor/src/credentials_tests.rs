@@ -60,9 +60,9 @@ fn concurrent_uses_do_not_exceed_the_number_of_uses() {
 fn a_certificate_admits_its_node_until_it_is_revoked_with_its_renewals() {
     let (_folder, credentials) = credentials();
     let token = token(&credentials, None, &[("zone", "rack-1")]);
-    let (name, first) =
+    let Exchanged { name, issued: first, revoked } =
         credentials.exchange(&token, &request(), Some("node-1".into())).expect("a certificate");
-    assert_eq!(name, "node-1");
+    assert_eq!((name.as_str(), revoked.len()), ("node-1", 0));
     let zone = |certificate: &IssuedCertificate| {
         credentials.admit("node-1", Some(certificate.fingerprint())).expect("admitted")
     };
@@ -81,8 +81,30 @@ fn a_certificate_admits_its_node_until_it_is_revoked_with_its_renewals() {
     }
     assert_eq!(credentials.revoked().expect("a list").len(), 2);
     // With its access token the node may join again.
-    let (_, third) = credentials.exchange(&token, &request(), Some("node-1".into())).expect("a certificate");
-    assert!(credentials.admit("node-1", Some(third.fingerprint())).is_ok());
+    let third = credentials.exchange(&token, &request(), Some("node-1".into())).expect("a certificate");
+    assert!(credentials.admit("node-1", Some(third.issued.fingerprint())).is_ok());
+}
+
+/// Of all processes that ever had a name, the certificates of one are good.
+#[test]
+fn a_join_revokes_the_earlier_certificates_of_its_name_and_of_no_other() {
+    let (_folder, credentials) = credentials();
+    let token = token(&credentials, None, &[]);
+    let join = |name: &str| {
+        credentials.exchange(&token, &request(), Some(name.to_owned())).expect("a certificate")
+    };
+    let (first, other) = (join("node-1").issued.fingerprint(), join("node-2").issued.fingerprint());
+    let renewed = credentials.renew("node-1", first, &request()).expect("a renewal").fingerprint();
+    let second = join("node-1");
+    let revoked = |hash| second.revoked.contains(&hash);
+    assert!(revoked(first) && revoked(renewed) && second.revoked.len() == 2, "{second:?}");
+    for before in [first, renewed] {
+        let error = credentials.admit("node-1", Some(before)).expect_err("revoked");
+        assert_eq!(error.refusal().code, RefusalCode::CertificateRevoked);
+        assert!(credentials.renew("node-1", before, &request()).is_err(), "a chain cannot be prolonged");
+    }
+    assert!(credentials.admit("node-1", Some(second.issued.fingerprint())).is_ok());
+    assert!(credentials.admit("node-2", Some(other)).is_ok());
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 /// The longest wait for a new node's hello.
 pub(crate) const HELLO_MAX: Duration = Duration::from_secs(5);
+/// How long a node that has noticed the supervisor's return may take to connect.
+pub(crate) const RETURN_MARGIN: Duration = Duration::from_secs(1);
 /// How long a node whose canary connection has ended may take to answer before its process counts as dead.
 pub(crate) const CANARY_PING_MAX: Duration = Duration::from_millis(100);
 /// How long a newcomer may take to answer at the address that it announces.

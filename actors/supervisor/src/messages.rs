@@ -45,6 +45,8 @@ pub(crate) enum SupervisorMsg {
     Disconnected { session: SessionId, cause: machine::LossCause, reason: String },
     /// A shard for the checkpoint, with its share of the memory budget.
     Shard { session: SessionId, step: Step, shard: ShardId, bytes: Bytes, permit: Option<BytePermit> },
+    /// Certificates are revoked, also between nodes.
+    Revoked(Vec<[u8; 32]>),
     /// A checkpoint has been read.
     Verified(crate::error::Result<Option<Step>>),
     /// Time has passed.

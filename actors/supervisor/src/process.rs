@@ -12,12 +12,12 @@ mod session;
 mod setup;
 mod shared;
 
-use crate::actor::{RunEnd, SupervisorActor, SupervisorArgs};
+use crate::actor::{RunEnd, SupervisorActor, SupervisorArgs, last_members};
 use crate::blocking::blocking;
 use crate::credentials::CredentialError;
 use crate::error::{Error, Result};
 use crate::events::EventStream;
-use crate::limits::{FAREWELL_DONE, FAREWELL_FAILED};
+use crate::limits::{FAREWELL_DONE, FAREWELL_FAILED, RETURN_MARGIN};
 use crate::messages::{SupervisorMsg, notify};
 use crate::options::SupervisorOptions;
 use admission::accept;
@@ -26,6 +26,7 @@ use setup::{State, open_authority, open_state, register_scrape_hooks, start_tele
 use shared::Shared;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use volary_core::machine::Event;
 use volary_data::Dataset;
@@ -126,6 +127,9 @@ impl Door {
         let events = EventStream::default();
         register_scrape_hooks(&metrics, &pipeline, (&store, &dir), &endpoint);
         let (end, ended) = oneshot::channel();
+        // A member that lives dials again at once; its silence for this long is its end elsewhere too.
+        let patience = Duration::from_millis(settings.cluster.node_timeout_ms) + RETURN_MARGIN;
+        let names = if options.nodes_are_gone { Vec::new() } else { last_members(&store)? };
         let args = SupervisorArgs {
             run,
             settings,
@@ -146,7 +150,7 @@ impl Door {
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
             .await
             .map_err(|error| Error::start("the supervisor's actor", error))?;
-        let shared = Shared::new(credentials, checkpoints, actor, endpoint.clone(), pipeline.clone());
+        let shared = Shared::new(credentials, checkpoints, actor, endpoint.clone(), pipeline.clone(), (names, patience));
         let shared = Arc::new(shared);
         open.send_replace(Some(Arc::clone(&shared)));
         Ok(Supervisor { address, ended, endpoint, shared, pipeline, events })

@@ -88,7 +88,11 @@ impl SupervisorConnector {
             }
             match self.connect_once(state.clone()).await {
                 // A fenced node may join again, with its token if that is still valid.
-                Err(error) if error.needs_rejoin() => self.rejoin().await?,
+                Err(error) if error.needs_rejoin() => match self.rejoin().await {
+                    // Its name may be reserved, for itself, for a moment.
+                    Err(error) if Instant::now() >= deadline || !error.is_early() => return Err(error),
+                    _ => {}
+                },
                 Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
                     tracing::debug!(%error, "waiting");
                     tokio::time::sleep(STARTING_PAUSE).await;

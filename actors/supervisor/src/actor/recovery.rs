@@ -1,7 +1,7 @@
 //! What a supervisor finds on disk when it starts: nothing in a new run, the last state in one that resumes.
 
 use crate::error::{Error, Result};
-use volary_core::Step;
+use volary_core::{NodeId, Step};
 use volary_core::machine::{Committed, PersistentState, Restored};
 use volary_core::messages::LastCommit;
 use volary_storage::{Checkpoints, Store, Table, reconcile};
@@ -43,6 +43,12 @@ impl Recovery {
         let durable = checkpoints.latest()?.map(|record| record.step);
         Ok(Self { restored: Restored { durable, last, persistent }, load, restarted })
     }
+}
+
+/// The members of the last placement, which may return.
+pub(crate) fn last_members(store: &Store) -> Result<Vec<NodeId>> {
+    let persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
+    Ok(persistent.members)
 }
 
 /// The newest intact checkpoint up to `step`, by all of its bytes.

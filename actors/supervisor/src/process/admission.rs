@@ -3,7 +3,8 @@
 
 use super::session::{Admitted, serve_node};
 use super::shared::Shared;
-use crate::credentials::CredentialError;
+use crate::credentials::{CredentialError, Exchanged};
+use crate::messages::{SupervisorMsg, notify};
 use std::sync::Arc;
 use tokio::sync::watch;
 use volary_protocol::operator::OperatorRequest;
@@ -72,6 +73,10 @@ fn verdict(shared: &Shared, accepted: &Accepted) -> Result<Admitted, Refusal> {
             let reason = "a live node has this name; choose another one";
             return Err(Refusal::new(RefusalCode::NameInUse, reason));
         }
+        PeerRole::Join { name: Some(name), .. } if shared.is_reserved(name) => {
+            let reason = "the supervisor has restarted, and the node of this name may return; try again soon";
+            return Err(Refusal::new(RefusalCode::NameInUse, reason));
+        }
         PeerRole::Join { token, .. } => {
             shared.credentials.check(token, AccessRole::Node).map_err(refuse)?;
         }
@@ -102,7 +107,10 @@ async fn certify(
     name: Option<String>,
 ) -> Result<(), Rejected> {
     match shared.credentials.exchange(token, request, name) {
-        Ok((name, issued)) => {
+        Ok(Exchanged { name, issued, revoked }) => {
+            if !revoked.is_empty() {
+                notify(&shared.actor, SupervisorMsg::Revoked(revoked));
+            }
             let authority = shared.credentials.authority().certificate().to_vec();
             Ok(accepted.certify(name, issued, authority).await?)
         }

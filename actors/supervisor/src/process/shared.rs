@@ -6,10 +6,11 @@ use crate::messages::SupervisorMsg;
 use parking_lot::Mutex;
 use ractor::rpc::CallResult;
 use ractor::{ActorRef, ActorStatus};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 use volary_core::NodeId;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Checkpoints;
@@ -27,6 +28,9 @@ pub(super) struct Shared {
     pipeline: Pipeline,
     /// How many links each name has: no other node gets a certificate for it meanwhile.
     names: Mutex<HashMap<NodeId, usize>>,
+    /// Nodes that may return after a restart of the supervisor. Until then nobody joins under their names.
+    reserved: HashSet<NodeId>,
+    reserved_until: Instant,
     /// Bytes of checkpoint shards that may be in memory.
     pub(super) checkpoint_budget: ByteBudget,
 }
@@ -56,6 +60,7 @@ impl Shared {
         actor: ActorRef<SupervisorMsg>,
         endpoint: Endpoint,
         pipeline: Pipeline,
+        (reserved, patience): (Vec<NodeId>, Duration),
     ) -> Self {
         // Without a canary deaths are detected later, by silence.
         let canary = Canary::listen(endpoint.local_addr());
@@ -69,6 +74,8 @@ impl Shared {
             canary,
             pipeline,
             names: Mutex::default(),
+            reserved: reserved.into_iter().collect(),
+            reserved_until: Instant::now() + patience,
             checkpoint_budget: ByteBudget::new(CHECKPOINT_BYTES_AHEAD),
         }
     }
@@ -85,6 +92,11 @@ impl Shared {
 
     pub(super) fn is_in_use(&self, name: &str) -> bool {
         self.names.lock().contains_key(&NodeId::new(name))
+    }
+
+    /// Whether the node of this name may still return after the supervisor's restart.
+    pub(super) fn is_reserved(&self, name: &str) -> bool {
+        Instant::now() < self.reserved_until && self.reserved.contains(&NodeId::new(name))
     }
 
     /// Marks a name as in use.

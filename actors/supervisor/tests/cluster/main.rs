@@ -240,6 +240,26 @@ fn a_killed_process_restarts_under_its_name() {
     assert_eq!((cluster.count("lost"), cluster.count("went_back")), (1, 0));
 }
 
+/// After a restart the names of members are theirs: for those who return, and soon for those who start anew.
+#[test]
+fn processes_that_restart_together_with_the_supervisor_get_their_names_back() {
+    let mut settings = settings(STEPS, 3);
+    settings.cluster.replication = 3;
+    let mut cluster = Cluster::start(settings);
+    slow_down(&cluster);
+    cluster.wait_for_step(3);
+    cluster.kill_supervisor();
+    cluster.kill("node-3");
+    cluster.start_supervisor();
+    // The newcomer asks for the name before and after its owner could have returned.
+    cluster.start_node("node-3", FakeDevice::default());
+    let hold = cluster.device("node-1").hold(Operation::Apply);
+    until("all have joined", || cluster.count("returned") == 2 && cluster.count("joined") == 4);
+    drop(hold);
+    assert_eq!(cluster.finish(), *quiet());
+    assert_eq!(cluster.count("went_back"), 0);
+}
+
 /// A restart may take longer than nodes wait for a supervisor that is gone: this one says that it is starting.
 #[test]
 fn nodes_wait_for_a_supervisor_that_starts_slowly_and_lose_nothing() {
