@@ -103,6 +103,7 @@ impl Config {
         }
         self.model.check()?;
         self.training.check()?;
+        volary_protocol::bounds::check(&self.model, &self.training)?;
         self.telemetry.check()?;
         let (vocabulary, most) = (self.data.vocabulary, self.model.vocabulary);
         if most < vocabulary && self.data.tokenizer.is_none() {

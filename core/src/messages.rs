@@ -120,6 +120,16 @@ pub enum NodeCommand {
     },
 }
 
+impl NodeCommand {
+    /// Puts lanes that were sent ahead before those of a `Begin`; any other command leaves them.
+    pub fn prepend_lanes(&mut self, ahead: &mut Vec<(Lane, Vec<u32>)>) {
+        if let Self::Begin { lanes, .. } = self {
+            ahead.append(lanes);
+            *lanes = std::mem::take(ahead);
+        }
+    }
+}
+
 /// The norm of a shard's summed gradient, as one of its holders computed it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Norm {

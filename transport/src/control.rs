@@ -8,7 +8,9 @@ use serde::de::DeserializeOwned;
 
 fn encode<T: Serialize>(message: &T, bytes_max: usize) -> Result<Vec<u8>> {
     let body = postcard::to_stdvec(message).map_err(|e| Error::malformed("message", e.to_string()))?;
-    check_length(body.len(), bytes_max)?;
+    if body.len() > bytes_max {
+        return Err(Error::too_large(format!("a message of {} bytes, at most {bytes_max}", body.len())));
+    }
     Ok(body)
 }
 
@@ -35,7 +37,7 @@ impl ControlSender {
     /// Sends a message.
     ///
     /// # Errors
-    /// [`Error::Malformed`] when it is larger than [`CONTROL_BYTES_MAX`], [`Error::Connection`] when the
+    /// [`Error::TooLarge`] when it is larger than [`CONTROL_BYTES_MAX`], [`Error::Connection`] when the
     /// connection is closed.
     pub async fn send<T: Serialize>(&mut self, message: &T) -> Result<()> {
         self.send_within(message, CONTROL_BYTES_MAX).await

@@ -9,9 +9,9 @@ pub const META_BYTES_MAX: usize = 1 << 20;
 /// Tensors in a frame.
 pub const PARTS_MAX: usize = 4096;
 /// Bytes of one tensor.
-pub const PART_BYTES_MAX: u64 = 2 << 30;
+pub const PART_BYTES_MAX: u64 = 32 << 30;
 /// Bytes of all tensors of a frame.
-pub const FRAME_BYTES_MAX: u64 = 4 << 30;
+pub const FRAME_BYTES_MAX: u64 = 64 << 30;
 /// Dimensions of a tensor.
 pub const RANK_MAX: usize = 6;
 /// Bytes reserved for a tensor before they arrive; the rest is reserved after this much has arrived.

@@ -8,7 +8,7 @@ use crate::context::NodeContext;
 use crate::device::executor::Priority;
 use crate::error::{Error, Result};
 use crate::ids::{LaneStep, PassId};
-use crate::limits::ANSWERS_MAX;
+use crate::limits::{ANSWERS_MAX, UNKNOWN_PEER_MAX};
 use crate::messages::{ReducerMsg, notify};
 use crate::net::permission::check;
 use crate::step::dispatch::{ExpertPass, expert_span, run_experts};
@@ -40,8 +40,9 @@ pub(crate) async fn accept<B: Compute>(node: Arc<NodeContext<B>>, endpoint: Endp
 async fn serve<B: Compute>(node: Arc<NodeContext<B>>, link: Link) {
     let peer = NodeId::new(link.peer());
     if link.peer() == SUPERVISOR {
-        // It only looked whether this node can be reached.
-        return link.close("this node can be reached");
+        // It looks whether this node can be reached, and closes the link when it has seen that it can.
+        drop(tokio::time::timeout(UNKNOWN_PEER_MAX, link.closed()).await);
+        return;
     }
     // The certificate is valid, but the node was fenced or is not placed yet: nothing is read from it.
     if !node.peers.until_known(&peer).await {

@@ -2,8 +2,10 @@
 //!
 //! The step and recovery protocol itself is [`volary_core::messages`]; it travels in the `Protocol` variants.
 
+use crate::limits::TOKENS_PER_MESSAGE;
 use crate::trace::TraceRequest;
 use serde::{Deserialize, Serialize};
+use volary_core::Lane;
 use volary_core::architecture::Architecture;
 use volary_core::messages::{NodeCommand, NodeReport, ResidentState};
 use volary_core::options::{TelemetryOptions, TrainingOptions};
@@ -86,6 +88,8 @@ pub enum ToNode {
     Revoked(Vec<[u8; 32]>),
     /// A command of the step and recovery protocol, and the trace that it belongs to.
     Protocol(NodeCommand, Option<TraceRequest>),
+    /// Tokens of lanes of the `Begin` that follows, when they do not fit into it.
+    Tokens(Vec<(Lane, Vec<u32>)>),
     /// Asks whether the node's process lives.
     Ping,
     /// The answer to [`ToSupervisor::Ping`].
@@ -97,6 +101,32 @@ pub enum ToNode {
         /// The reason.
         reason: String,
     },
+}
+
+impl ToNode {
+    /// The messages in which this one is sent: tokens that do not fit into a `Begin` go ahead of it.
+    #[must_use]
+    pub fn split(mut self) -> Vec<Self> {
+        let mut messages = Vec::new();
+        if let Self::Protocol(NodeCommand::Begin { lanes, .. }, _) = &mut self {
+            let mut tokens = 0;
+            let mut full = Vec::new();
+            for (at, (_, lane)) in lanes.iter().enumerate() {
+                if tokens + lane.len() > TOKENS_PER_MESSAGE && tokens > 0 {
+                    full.push(at);
+                    tokens = 0;
+                }
+                tokens += lane.len();
+            }
+            let mut begin = 0;
+            for end in full {
+                messages.push(Self::Tokens(lanes.drain(..end - begin).collect()));
+                begin = end;
+            }
+        }
+        messages.push(self);
+        messages
+    }
 }
 
 /// Node to supervisor.

@@ -9,6 +9,7 @@
 //! | [`control`] | the control stream between the supervisor and a node |
 //! | [`frames`] | tensor frames: the header of each kind, building and reading them |
 //! | [`operator`] | requests of operators and their replies |
+//! | [`bounds`] | whether what a model sends fits |
 //! | [`client`] | the operator's side of such a request |
 //! | [`refusal`] | why a peer refuses a frame, as a code and a text |
 //! | [`trace`] | which spans and tokens of a step are recorded |
@@ -26,6 +27,7 @@
 //! # Ok::<(), volary_protocol::Error>(())
 //! ```
 
+pub mod bounds;
 pub mod client;
 pub mod control;
 pub mod error;

@@ -27,7 +27,7 @@ use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::events::EventStream;
 use crate::limits::{TICK, TICKS_AT_ONCE_MAX};
-use crate::messages::{CheckpointerMsg, SessionId, SupervisorMsg, notify};
+use crate::messages::{CheckpointerMsg, FromNode, SessionId, SupervisorMsg, notify};
 use crate::run_files::{MetricsLine, RunFiles};
 use crate::timings::Timings;
 use bytes::Bytes;
@@ -41,9 +41,8 @@ use telemetry::Telemetry;
 use tokio::sync::oneshot;
 use volary_core::machine::{Event, Machine, Settings};
 use volary_core::{NodeId, ShardId, Step};
-use volary_data::Dataset;
-use volary_protocol::{RunInfo, ToNode};
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
+use volary_protocol::{RunInfo, ToNode};
 use volary_storage::{Checkpoints, Digest, RunDir, Store};
 use volary_telemetry::Pipeline;
 use volary_telemetry::metrics::SupervisorMetrics;
@@ -81,7 +80,6 @@ pub(crate) struct SupervisorArgs {
     pub(crate) credentials: Arc<Credentials>,
     pub(crate) checkpoints: Checkpoints,
     pub(crate) config_hash: Digest,
-    pub(crate) dataset: Arc<Dataset>,
     pub(crate) address: String,
     pub(crate) pipeline: Pipeline,
     pub(crate) metrics: Arc<SupervisorMetrics>,
@@ -104,7 +102,6 @@ pub(crate) struct SupervisorState {
     credentials: Arc<Credentials>,
     checkpoints: Checkpoints,
     may_go_back: bool,
-    dataset: Arc<Dataset>,
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
     /// The node that stores each shard of the checkpoint in progress.
@@ -178,8 +175,7 @@ impl SupervisorState {
     ) -> Self {
         let telemetry = Telemetry::new(&args);
         let may_go_back = args.may_go_back;
-        let SupervisorArgs { run, settings, store, credentials, checkpoints, dataset, address, end, .. } =
-            args;
+        let SupervisorArgs { run, settings, store, credentials, checkpoints, address, end, .. } = args;
         Self {
             me,
             machine: Machine::new(settings.clone(), recovery.restored),
@@ -190,7 +186,6 @@ impl SupervisorState {
             credentials,
             checkpoints,
             may_go_back,
-            dataset,
             files,
             checkpointer,
             checkpoint_senders: BTreeMap::new(),
@@ -211,9 +206,16 @@ impl SupervisorState {
         match message {
             SupervisorMsg::Event(event) => self.on_event(event).await,
             SupervisorMsg::Connected(arrival) => self.on_connected(*arrival).await,
-            SupervisorMsg::Report { session, report } => self.on_report(session, report).await,
-            SupervisorMsg::Measured { session, profile } => self.on_measured(session, profile).await,
-            SupervisorMsg::Links { session, links } => self.on_links(session, links).await,
+            SupervisorMsg::FromNode { session, message, place } => {
+                let done = match message {
+                    FromNode::Report(report) => self.on_report(session, report).await,
+                    FromNode::Measured(profile) => self.on_measured(session, profile).await,
+                    FromNode::Links(links) => self.on_links(session, links).await,
+                };
+                drop(place);
+                done
+            }
+            SupervisorMsg::Failed(error) => Err(error),
             SupervisorMsg::Disconnected { session, cause, reason } => {
                 self.on_disconnected(session, cause, reason).await
             }

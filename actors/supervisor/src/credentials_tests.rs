@@ -90,9 +90,8 @@ fn a_certificate_admits_its_node_until_it_is_revoked_with_its_renewals() {
 fn a_join_revokes_the_earlier_certificates_of_its_name_and_of_no_other() {
     let (_folder, credentials) = credentials();
     let token = token(&credentials, None, &[]);
-    let join = |name: &str| {
-        credentials.exchange(&token, &request(), Some(name.to_owned())).expect("a certificate")
-    };
+    let join =
+        |name: &str| credentials.exchange(&token, &request(), Some(name.to_owned())).expect("a certificate");
     let (first, other) = (join("node-1").issued.fingerprint(), join("node-2").issued.fingerprint());
     let renewed = credentials.renew("node-1", first, &request()).expect("a renewal").fingerprint();
     let second = join("node-1");

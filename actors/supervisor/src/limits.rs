@@ -10,6 +10,8 @@ pub(crate) const RETURN_MARGIN: Duration = Duration::from_secs(1);
 pub(crate) const CANARY_PING_MAX: Duration = Duration::from_millis(100);
 /// How long a newcomer may take to answer at the address that it announces.
 pub(crate) const DIAL_BACK_MAX: Duration = Duration::from_secs(5);
+/// Messages of one node in the supervisor's mailbox; more wait in its control stream.
+pub(crate) const MESSAGES_OF_NODE_MAX: usize = 64;
 /// Control messages queued for one node.
 pub(crate) const MESSAGES_AHEAD: usize = 256;
 /// Bytes of checkpoint shards in memory at a time: received and not on disk yet.

@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use ractor::{ActorRef, Message, RpcReplyPort};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, mpsc};
 use volary_core::machine;
 use volary_core::messages::{NodeReport, ResidentState};
 use volary_core::profile::Profile;
@@ -35,16 +35,14 @@ pub(crate) enum SupervisorMsg {
     Event(machine::Event),
     /// A node is connected, new or returning.
     Connected(Box<NodeArrival>),
-    /// A node's report, as the protocol has it.
-    Report { session: SessionId, report: NodeReport },
-    /// A node has measured its profile.
-    Measured { session: SessionId, profile: Box<Profile> },
-    /// A node's links.
-    Links { session: SessionId, links: Vec<LinkReport> },
+    /// What a node says. Its place in the mailbox is taken until the message is handled.
+    FromNode { session: SessionId, message: FromNode, place: Place },
     /// A node's link has ended.
     Disconnected { session: SessionId, cause: machine::LossCause, reason: String },
     /// A shard for the checkpoint, with its share of the memory budget.
     Shard { session: SessionId, step: Step, shard: ShardId, bytes: Bytes, permit: Option<BytePermit> },
+    /// Something failed without which the supervisor cannot go on.
+    Failed(crate::error::Error),
     /// Certificates are revoked, also between nodes.
     Revoked(Vec<[u8; 32]>),
     /// A checkpoint has been read.
@@ -54,6 +52,19 @@ pub(crate) enum SupervisorMsg {
     /// An operator's request.
     Operator { request: OperatorRequest, reply: RpcReplyPort<OperatorReply> },
 }
+
+/// What a node says to the actor.
+pub(crate) enum FromNode {
+    /// A report, as the protocol has it.
+    Report(NodeReport),
+    /// It has measured its profile.
+    Measured(Box<Profile>),
+    /// Its links.
+    Links(Vec<LinkReport>),
+}
+
+/// One of the places in the mailbox that a node has.
+pub(crate) type Place = OwnedSemaphorePermit;
 
 /// A node that has connected, new or returning.
 pub(crate) struct NodeArrival {

@@ -6,8 +6,10 @@
 //! | `shared` | what its connections share |
 //! | `admission` | who is admitted |
 //! | `session` | the connection of one node |
+//! | `lanes` | the tokens of its lanes |
 
 mod admission;
+mod lanes;
 mod session;
 mod setup;
 mod shared;
@@ -23,7 +25,7 @@ use crate::options::SupervisorOptions;
 use admission::accept;
 use ractor::Actor;
 use setup::{State, open_authority, open_state, register_scrape_hooks, start_telemetry};
-use shared::Shared;
+use shared::{Shared, SharedParts};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,7 +140,6 @@ impl Door {
             credentials: Arc::clone(&credentials),
             checkpoints: checkpoints.clone(),
             config_hash,
-            dataset: Arc::new(dataset),
             address: address.to_string(),
             pipeline: pipeline.clone(),
             metrics,
@@ -150,8 +151,16 @@ impl Door {
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
             .await
             .map_err(|error| Error::start("the supervisor's actor", error))?;
-        let shared = Shared::new(credentials, checkpoints, actor, endpoint.clone(), pipeline.clone(), (names, patience));
-        let shared = Arc::new(shared);
+        let shared = Arc::new(Shared::new(SharedParts {
+            credentials,
+            checkpoints,
+            dataset: Arc::new(dataset),
+            actor,
+            endpoint: endpoint.clone(),
+            pipeline: pipeline.clone(),
+            reserved: names,
+            patience,
+        }));
         open.send_replace(Some(Arc::clone(&shared)));
         Ok(Supervisor { address, ended, endpoint, shared, pipeline, events })
     }

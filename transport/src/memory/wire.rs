@@ -201,7 +201,9 @@ impl MemoryWire {
             return;
         }
         let permit = match budget {
-            Some(budget) => budget.take(parcel.bytes).await,
+            Some(budget) => {
+                budget.take(parcel.frame.parts.iter().map(|part| part.data.len() as u64).sum()).await
+            }
             None => None,
         };
         self.0.received.fetch_add(parcel.bytes, Ordering::Relaxed);

@@ -56,6 +56,13 @@ impl MessageReceiver for QuicReceiver {
     }
 }
 
-fn broken(error: impl ToString) -> Error {
-    Error::connection("the control stream", error)
+/// quinn says only that a connection is lost, and why in the error below that.
+fn broken(error: impl std::error::Error) -> Error {
+    let mut reason = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        reason = error.to_string();
+        cause = error.source();
+    }
+    Error::connection("the control stream", reason)
 }

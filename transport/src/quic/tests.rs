@@ -50,7 +50,8 @@ async fn another_version_is_refused_with_both_versions_named() {
     let error = left.socket.connect(left.dial(&right, "left", PROTOCOL + 1)).await.unwrap_err();
     assert_eq!(error.refusal_code(), Some(RefusalCode::Version));
     let error = error.to_string();
-    assert!(error.contains("protocol 3)") && error.contains("protocol 4)"), "{error}");
+    let (ours, theirs) = (format!("protocol {PROTOCOL})"), format!("protocol {})", PROTOCOL + 1));
+    assert!(error.contains(&ours) && error.contains(&theirs), "{error}");
 }
 
 #[tokio::test]

@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use volary_core::compute::Compute;
+use volary_core::limits::LANES_MAX;
 use volary_protocol::limits::SPANS_PER_MESSAGE;
 use volary_protocol::{ToNode, ToSupervisor};
 use volary_telemetry::Pipeline;
@@ -44,7 +45,7 @@ impl SupervisorSession {
         let (messages, outbound) = mpsc::channel(MESSAGES_AHEAD);
         let uplink = Uplink { link: link.clone() };
         notify(agent, NodeMsg::Connected(Connection { messages: messages.clone(), uplink, keep }));
-        let writer = tokio::spawn(write_messages(sender, outbound));
+        let writer = tokio::spawn(write_messages(link.clone(), sender, outbound));
         let (renewed, answers) = mpsc::channel(1);
         let heard = Arc::new(Notify::new());
         let answering = Answering { messages: messages.clone(), renewed, heard: Arc::clone(&heard) };
@@ -122,10 +123,15 @@ struct Answering {
     heard: Arc<Notify>,
 }
 
-async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<ToSupervisor>) {
+/// Sends what is queued for the supervisor. A message that cannot be sent ends the link, with the reason for both
+/// ends: the supervisor would wait for it.
+async fn write_messages(link: Link, mut sender: ControlSender, mut messages: mpsc::Receiver<ToSupervisor>) {
     while let Some(message) = messages.recv().await {
         if let Err(error) = sender.send(&message).await {
-            return tracing::debug!(%error, "control stream to the supervisor closed");
+            if link.is_open() {
+                tracing::error!(%error, "a message to the supervisor cannot be sent");
+            }
+            return link.close(&format!("a message cannot be sent: {error}"));
         }
     }
     sender.finish().await;
@@ -137,11 +143,17 @@ async fn read_messages(
     answering: Answering,
     endpoint: Endpoint,
 ) -> String {
+    let mut lanes_ahead = Vec::new();
     loop {
         let received = receiver.recv::<ToNode>().await;
         answering.heard.notify_waiters();
         match received {
-            Ok(Some(ToNode::Protocol(command, trace))) => {
+            Ok(Some(ToNode::Tokens(lanes))) if lanes.len() + lanes_ahead.len() <= LANES_MAX as usize => {
+                lanes_ahead.extend(lanes);
+            }
+            Ok(Some(ToNode::Tokens(_))) => return format!("tokens of more than {LANES_MAX} lanes"),
+            Ok(Some(ToNode::Protocol(mut command, trace))) => {
+                command.prepend_lanes(&mut lanes_ahead);
                 if agent.cast(NodeMsg::Command(command, trace)).is_err() {
                     return "the node's agent has ended".to_owned();
                 }

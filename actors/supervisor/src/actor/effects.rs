@@ -3,7 +3,7 @@
 use super::recovery::{CLUSTER, newest_intact, persist};
 use super::{RunEnd, SupervisorState};
 use crate::blocking::blocking;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::limits::STATUS_EVENTS;
 use crate::messages::{CheckpointerMsg, SupervisorMsg, notify};
 use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 use volary_core::machine::{Committed, Effect, Notice, PersistentState};
-use volary_core::messages::{NodeCommand, Pass};
+use volary_core::messages::NodeCommand;
 use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
 use volary_protocol::ToNode;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
@@ -21,7 +21,7 @@ use volary_storage::Error as StorageError;
 impl SupervisorState {
     pub(super) async fn carry_out(&mut self, effect: Effect) -> Result<()> {
         match effect {
-            Effect::Send { node, message } => self.send(&node, message)?,
+            Effect::Send { node, message } => self.send(&node, message),
             Effect::Fence { node, reason } => {
                 self.disconnect(&node, &reason);
                 self.revoke(node, format!("the node was fenced: {reason}")).await?;
@@ -83,24 +83,13 @@ impl SupervisorState {
         Ok(())
     }
 
-    /// Sends a command; a `Begin` gets the tokens of its lanes.
-    fn send(&mut self, node: &NodeId, mut command: NodeCommand) -> Result<()> {
+    /// Sends a command. The session's writer gives a `Begin` the tokens of its lanes.
+    fn send(&mut self, node: &NodeId, command: NodeCommand) {
         self.timings.sent(&command);
-        if let NodeCommand::Begin { step, pass, lanes, .. } = &mut command {
-            for (lane, tokens) in lanes {
-                let read = match pass {
-                    Pass::Train => self.dataset.lane(*step, *lane),
-                    Pass::Validate { round } => self.dataset.validation(*round, *lane),
-                };
-                *tokens =
-                    read.map_err(|e| Error::Tokens { step: *step, lane: *lane, source: Box::new(e) })?;
-            }
-        }
-        let trace = self.telemetry.traces.sent(&command, &self.dataset);
+        let trace = self.telemetry.traces.sent(&command);
         if let Some(session) = self.sessions.get(node) {
             session.send(ToNode::Protocol(command, trace));
         }
-        Ok(())
     }
 
     /// Makes a step durable, then reports it.

@@ -1,9 +1,9 @@
 //! What a supervisor finds on disk when it starts: nothing in a new run, the last state in one that resumes.
 
 use crate::error::{Error, Result};
-use volary_core::{NodeId, Step};
 use volary_core::machine::{Committed, PersistentState, Restored};
 use volary_core::messages::LastCommit;
+use volary_core::{NodeId, Step};
 use volary_storage::{Checkpoints, Store, Table, reconcile};
 
 /// The key of the machine's persistent state among the facts of the store.

@@ -9,7 +9,6 @@ use volary_core::messages::{NodeCommand, Pass};
 use volary_core::options::TelemetryOptions;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Epoch, Lane, Step};
-use volary_data::Dataset;
 use volary_protocol::{RunInfo, SampledToken, TraceRequest};
 use volary_telemetry::{Scope, Span, SpanIdentity, Tracer};
 
@@ -19,6 +18,7 @@ pub(super) struct Traces {
     options: TelemetryOptions,
     seed: u64,
     lanes: u32,
+    tokens_of_lane: usize,
     /// Lanes of a traced step whose spans are all recorded.
     whole_lanes: u32,
     attempt: Option<Attempt>,
@@ -63,6 +63,7 @@ impl Traces {
             options,
             seed: run.seed,
             lanes: run.training.lanes,
+            tokens_of_lane: run.training.tokens_per_lane(),
             whole_lanes,
             attempt: None,
             last_step: SpanIdentity::default(),
@@ -75,7 +76,7 @@ impl Traces {
     }
 
     /// The trace that a command belongs to.
-    pub(super) fn sent(&mut self, message: &NodeCommand, dataset: &Dataset) -> Option<TraceRequest> {
+    pub(super) fn sent(&mut self, message: &NodeCommand) -> Option<TraceRequest> {
         match message {
             NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes } => {
                 self.begin(*epoch, *step);
@@ -83,7 +84,7 @@ impl Traces {
                 let mut traced = TraceRequest::below(span)?;
                 traced.lanes =
                     lanes.iter().map(|(lane, _)| *lane).filter(|&l| self.is_whole(*step, l)).collect();
-                traced.sampled_tokens = self.sample_tokens(*step, lanes, dataset);
+                traced.sampled_tokens = self.sample_tokens(*step, lanes);
                 Some(traced)
             }
             NodeCommand::Commit { .. } => self.attempt.as_ref()?.committed.clone(),
@@ -125,21 +126,16 @@ impl Traces {
         (lane.0 + self.lanes - first) % self.lanes.max(1) < self.whole_lanes
     }
 
-    /// Samples tokens, the same ones whenever the step runs again.
-    fn sample_tokens(&self, step: Step, lanes: &[(Lane, Vec<u32>)], dataset: &Dataset) -> Vec<SampledToken> {
+    /// Samples positions, the same ones whenever the step runs again. Who reads the lanes names their tokens.
+    fn sample_tokens(&self, step: Step, lanes: &[(Lane, Vec<u32>)]) -> Vec<SampledToken> {
         let mut sampled_tokens = Vec::new();
-        for (lane, tokens) in lanes.iter().filter(|(lane, _)| self.is_whole(step, *lane)) {
+        for (lane, _) in lanes.iter().filter(|(lane, _)| self.is_whole(step, *lane)) {
             let mut stream = Stream::new(self.seed, Purpose::Telemetry, &[step.0, lane.0.into()]);
-            let length = dataset.sequence_length();
-            let count = dataset.sequences_per_lane() * length;
+            let count = self.tokens_of_lane;
             for _ in 0..self.options.tokens_per_lane.min(count) {
                 let position = ((stream.next_f64() * count as f64) as usize).min(count.saturating_sub(1));
-                // A row has one token more than the lane computes: the target of the last one.
-                let Some(&id) = tokens.get(position / length * (length + 1) + position % length) else {
-                    continue;
-                };
-                let text = dataset.tokenizer().token(id);
-                sampled_tokens.push(SampledToken { lane: *lane, position: position as u32, id, text });
+                let (position, text) = (position as u32, String::new());
+                sampled_tokens.push(SampledToken { lane: *lane, position, id: 0, text });
             }
         }
         sampled_tokens.sort_by_key(|token| (token.lane, token.position));

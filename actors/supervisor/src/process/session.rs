@@ -1,14 +1,17 @@
 //! The connection of one node, from its hello to its end.
 
+use super::lanes::LaneReader;
 use super::shared::Shared;
 use crate::blocking::blocking;
 use crate::error::Error;
-use crate::limits::{CANARY_PING_MAX, FAREWELL_FAILED, HELLO_MAX, MESSAGES_AHEAD, RENEWALS_PER_LIFETIME};
-use crate::messages::{NodeArrival, SessionId, SupervisorMsg, notify};
+use crate::limits::{
+    CANARY_PING_MAX, FAREWELL_FAILED, HELLO_MAX, MESSAGES_AHEAD, MESSAGES_OF_NODE_MAX, RENEWALS_PER_LIFETIME,
+};
+use crate::messages::{FromNode, NodeArrival, SessionId, SupervisorMsg, notify};
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, Semaphore, mpsc};
 use volary_core::NodeId;
 use volary_core::machine::LossCause;
 use volary_core::messages::ResidentState;
@@ -41,6 +44,8 @@ struct NodeSession {
     /// Told of every message.
     heard: Arc<Notify>,
     renewed: Option<Instant>,
+    /// Its places in the actor's mailbox.
+    places: Arc<Semaphore>,
 }
 
 /// Serves a node until its link ends, its process dies, or it violates the protocol.
@@ -65,7 +70,7 @@ pub(super) async fn serve_node(
     let _name = shared.use_name(&node);
     let id = SessionId { node, number: shared.next_session() };
     let (messages, outbound) = mpsc::channel(MESSAGES_AHEAD);
-    tokio::spawn(write_messages(sender, outbound));
+    tokio::spawn(write_messages(Arc::clone(&shared), link.clone(), sender, outbound));
     let (canary, mut watch) = shared.expect_canary().unzip();
     let (arrived, stream) = (link.clone(), messages.clone());
     let address = info.address.clone();
@@ -83,6 +88,7 @@ pub(super) async fn serve_node(
         messages: messages.clone(),
         heard: Arc::clone(&heard),
         renewed: None,
+        places: Arc::new(Semaphore::new(MESSAGES_OF_NODE_MAX)),
     };
     let (cause, reason) = tokio::select! {
         reason = session.receive_loop(&mut receiver) => (LossCause::Unlinked, reason),
@@ -145,6 +151,10 @@ impl NodeSession {
             match received {
                 ControlFlow::Continue(None) => {}
                 ControlFlow::Continue(Some(message)) => {
+                    // The semaphore is never closed.
+                    let Ok(place) = Arc::clone(&self.places).acquire_owned().await else { continue };
+                    let session = self.id.clone();
+                    let message = SupervisorMsg::FromNode { session, message, place };
                     if self.shared.actor.cast(message).is_err() {
                         return "the supervisor has ended".to_owned();
                     }
@@ -155,20 +165,15 @@ impl NodeSession {
     }
 
     /// What becomes of a message: something for the actor, nothing, or the session's end.
-    async fn on_message(&mut self, message: ToSupervisor) -> ControlFlow<String, Option<SupervisorMsg>> {
-        let session = self.id.clone();
+    async fn on_message(&mut self, message: ToSupervisor) -> ControlFlow<String, Option<FromNode>> {
         self.heard.notify_waiters();
         match message {
-            ToSupervisor::Protocol(report) => {
-                ControlFlow::Continue(Some(SupervisorMsg::Report { session, report }))
-            }
-            ToSupervisor::Links(links) => {
-                ControlFlow::Continue(Some(SupervisorMsg::Links { session, links }))
-            }
+            ToSupervisor::Protocol(report) => ControlFlow::Continue(Some(FromNode::Report(report))),
+            ToSupervisor::Links(links) => ControlFlow::Continue(Some(FromNode::Links(links))),
             ToSupervisor::Profile(profile) => self.on_profile(profile).await,
             ToSupervisor::Renew(request) => self.on_renew(&request).await,
             ToSupervisor::Spans(spans) => {
-                self.shared.keep_spans(&session.node, &spans);
+                self.shared.keep_spans(&self.id.node, &spans);
                 ControlFlow::Continue(None)
             }
             ToSupervisor::Ping => {
@@ -180,13 +185,13 @@ impl NodeSession {
     }
 
     /// A newcomer has measured itself: it joins if others can reach it.
-    async fn on_profile(&self, mut profile: Box<Profile>) -> ControlFlow<String, Option<SupervisorMsg>> {
+    async fn on_profile(&self, mut profile: Box<Profile>) -> ControlFlow<String, Option<FromNode>> {
         if let Err(refusal) = check_profile(&mut profile, self.zone.as_ref()) {
             return ControlFlow::Break(refusal.reason);
         }
-        let session = self.id.clone();
-        if let Err(reason) = self.shared.dial_back(&session.node, &self.address).await {
-            let (node, address) = (&session.node, self.address.clone());
+        let node = &self.id.node;
+        if let Err(reason) = self.shared.dial_back(node, &self.address).await {
+            let address = self.address.clone();
             let ended = format!("it cannot be reached at {address}: {reason}");
             tracing::warn!(%node, address, reason, "a newcomer is turned away: nobody reaches it");
             drop(self.messages.send(ToNode::Unreachable { address, reason }).await);
@@ -194,10 +199,10 @@ impl NodeSession {
             tokio::time::sleep(FAREWELL_FAILED).await;
             return ControlFlow::Break(ended);
         }
-        ControlFlow::Continue(Some(SupervisorMsg::Measured { session, profile }))
+        ControlFlow::Continue(Some(FromNode::Measured(profile)))
     }
 
-    async fn on_renew(&mut self, request: &[u8]) -> ControlFlow<String, Option<SupervisorMsg>> {
+    async fn on_renew(&mut self, request: &[u8]) -> ControlFlow<String, Option<FromNode>> {
         let credentials = &self.shared.credentials;
         let interval = credentials.lifetime() / RENEWALS_PER_LIFETIME;
         if self.renewed.is_some_and(|renewed| renewed.elapsed() < interval) {
@@ -217,10 +222,28 @@ impl NodeSession {
     }
 }
 
-async fn write_messages(mut sender: ControlSender, mut messages: mpsc::Receiver<ToNode>) {
-    while let Some(message) = messages.recv().await {
-        if let Err(error) = sender.send(&message).await {
-            return tracing::debug!(%error, "control stream to a node closed");
+/// Sends what is queued for a node. A message that cannot be sent ends the link, with the reason for both ends: the
+/// node would wait for it.
+async fn write_messages(
+    shared: Arc<Shared>,
+    link: Link,
+    mut sender: ControlSender,
+    mut messages: mpsc::Receiver<ToNode>,
+) {
+    let mut lanes = LaneReader::new(Arc::clone(&shared.dataset));
+    while let Some(mut message) = messages.recv().await {
+        if let ToNode::Protocol(command, trace) = &mut message
+            && let Err(error) = lanes.complete(command, trace.as_mut()).await
+        {
+            return notify(&shared.actor, SupervisorMsg::Failed(error));
+        }
+        for message in message.split() {
+            if let Err(error) = sender.send(&message).await {
+                if link.is_open() {
+                    tracing::error!(node = link.peer(), %error, "a message cannot be sent");
+                }
+                return link.close(&format!("a message cannot be sent: {error}"));
+            }
         }
     }
     sender.finish().await;

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use volary_core::NodeId;
+use volary_data::Dataset;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Checkpoints;
 use volary_telemetry::{Pipeline, SpanRecord};
@@ -21,6 +22,7 @@ use volary_transport::{ByteBudget, Canary, CanaryKey, CanaryWatch, Endpoint};
 pub(super) struct Shared {
     pub(super) credentials: Arc<Credentials>,
     pub(super) checkpoints: Checkpoints,
+    pub(super) dataset: Arc<Dataset>,
     pub(super) actor: ActorRef<SupervisorMsg>,
     endpoint: Endpoint,
     sessions: AtomicU64,
@@ -33,6 +35,19 @@ pub(super) struct Shared {
     reserved_until: Instant,
     /// Bytes of checkpoint shards that may be in memory.
     pub(super) checkpoint_budget: ByteBudget,
+}
+
+/// What [`Shared`] is made of.
+pub(super) struct SharedParts {
+    pub(super) credentials: Arc<Credentials>,
+    pub(super) checkpoints: Checkpoints,
+    pub(super) dataset: Arc<Dataset>,
+    pub(super) actor: ActorRef<SupervisorMsg>,
+    pub(super) endpoint: Endpoint,
+    pub(super) pipeline: Pipeline,
+    /// The names that are kept for nodes which may return, and for how long.
+    pub(super) reserved: Vec<NodeId>,
+    pub(super) patience: Duration,
 }
 
 /// A name that is in use until this is dropped.
@@ -54,28 +69,23 @@ impl Drop for NameInUse {
 }
 
 impl Shared {
-    pub(super) fn new(
-        credentials: Arc<Credentials>,
-        checkpoints: Checkpoints,
-        actor: ActorRef<SupervisorMsg>,
-        endpoint: Endpoint,
-        pipeline: Pipeline,
-        (reserved, patience): (Vec<NodeId>, Duration),
-    ) -> Self {
+    pub(super) fn new(parts: SharedParts) -> Self {
+        let SharedParts { credentials, checkpoints, dataset, actor, endpoint, pipeline, .. } = parts;
         // Without a canary deaths are detected later, by silence.
         let canary = Canary::listen(endpoint.local_addr());
         let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
         Self {
             credentials,
             checkpoints,
+            dataset,
             actor,
             endpoint,
             sessions: AtomicU64::new(0),
             canary,
             pipeline,
             names: Mutex::default(),
-            reserved: reserved.into_iter().collect(),
-            reserved_until: Instant::now() + patience,
+            reserved: parts.reserved.into_iter().collect(),
+            reserved_until: Instant::now() + parts.patience,
             checkpoint_budget: ByteBudget::new(CHECKPOINT_BYTES_AHEAD),
         }
     }
