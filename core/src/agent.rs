@@ -7,8 +7,8 @@
 //! - **A-2** messages of another epoch change nothing; state of another timeline is dropped;
 //! - **A-3** the gradients of a prepared step stay until the next assignment says whether it was committed,
 //!   so that a journaled commit that was missed can be applied;
-//! - **A-4** a shard counts as held only at the version that every other held shard has; a copy whose gradient
-//!   did not come in time is dropped and requested again.
+//! - **A-4** a shard counts as held only at the version that every other held shard has; a copy whose
+//!   gradient did not come in time is dropped and requested again.
 //!
 //! A node that enters a placement and applies one step:
 //!

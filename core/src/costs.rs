@@ -35,8 +35,8 @@ pub struct Costs {
     pub dense_flops: Vec<f64>,
     /// Forward operations of one row in one expert.
     pub expert_flops: f64,
-    /// Memory of each layer's dense part on a holder: parameters and optimizer state; the first layer includes
-    /// the embedding.
+    /// Memory of each layer's dense part on a holder: parameters and optimizer state; the first layer
+    /// includes the embedding.
     pub dense_bytes: Vec<u64>,
     /// Gradients of each shard that there is room for, at least.
     gradients_min: u64,
@@ -166,8 +166,8 @@ impl Costs {
     }
 }
 
-/// The most gradients of one shard in memory at a time, of a sum over `leaves`: one of each lane in flight, one
-/// that is being added, and one for each level of the tree.
+/// The most gradients of one shard in memory at a time, of a sum over `leaves`: one of each lane in flight,
+/// one that is being added, and one for each level of the tree.
 #[must_use]
 pub fn live_gradients(leaves: u32, in_flight: usize) -> u64 {
     let levels = u64::from(u32::BITS - leaves.max(1).leading_zeros());

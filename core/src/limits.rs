@@ -24,8 +24,8 @@ pub const TRACES_MAX: usize = 10_000;
 /// Shards that a node copies at a time in the background: enough to hide round trips, few enough to bound
 /// memory.
 pub const COPIES_IN_FLIGHT_MAX: usize = 4;
-/// Bytes of summed gradients that a node keeps for shards that are being copied. When more steps pass than fit,
-/// the node repeats its request.
+/// Bytes of summed gradients that a node keeps for shards that are being copied. When more steps pass than
+/// fit, the node repeats its request.
 pub const STASH_BYTES_MAX: u64 = 1 << 30;
 /// Steps whose gradients are kept for a shard, however large it is.
 pub const STASH_MIN: usize = 4;
@@ -51,8 +51,8 @@ pub const PROMPT_ATTEMPTS_MAX: u32 = 3;
 pub const RETRY_MS: u64 = 250;
 /// The longest wait between two attempts at a step or at the last checkpoint, in milliseconds.
 pub const RETRY_MAX_MS: u64 = 10_000;
-/// How long a commit waits for learners, at least, once all members are prepared, in milliseconds; and at most as
-/// long again as the members took.
+/// How long a commit waits for learners, at least, once all members are prepared, in milliseconds; and at
+/// most as long again as the members took.
 pub const LEARNER_GRACE_MS: u64 = 500;
 /// Commits in one placement that a learner may miss before it is fenced.
 pub const LEARNER_MISSES_MAX: u32 = 3;

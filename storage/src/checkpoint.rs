@@ -5,8 +5,8 @@
 //! therefore means that the database has lost the entry, and opening restores it. An entry without a manifest
 //! means a crash in between, and opening writes the manifest.
 //!
-//! Opening reads no blobs: a checkpoint is verified when it is about to be used. Nothing is deleted because it
-//! cannot be read; what is proven to be damaged is set aside, for people to look at.
+//! Opening reads no blobs: a checkpoint is verified when it is about to be used. Nothing is deleted because
+//! it cannot be read; what is proven to be damaged is set aside, for people to look at.
 
 use crate::blobs::{BlobStore, RemovedReport};
 use crate::catalogue::Catalogue;
@@ -128,7 +128,8 @@ impl<D: Disk> Checkpoints<D> {
         self.at(step)?.digest(|digest| self.inner.blobs.get(digest))
     }
 
-    /// Removes all but the newest `keep` checkpoints and the one that `must_stay`, and all unreferenced blobs.
+    /// Removes all but the newest `keep` checkpoints and the one that `must_stay`, and all unreferenced
+    /// blobs.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Database`] or [`Error::DamagedRecord`].
@@ -245,8 +246,8 @@ impl<D: Disk> Checkpoints<D> {
         Ok(record)
     }
 
-    /// A folder without any blob of the newest checkpoint is not the folder of this run: a file system that is
-    /// not mounted looks like that.
+    /// A folder without any blob of the newest checkpoint is not the folder of this run: a file system that
+    /// is not mounted looks like that.
     fn check_folder_of_blobs(&self) -> Result<()> {
         let Some(record) = self.latest()? else { return Ok(()) };
         for blob in record.shards.values() {

@@ -66,8 +66,8 @@ impl CrashDisk {
         work(&mut volatile)
     }
 
-    /// What a later start finds: of the changes that were not synced, a random number of the first ones, and no
-    /// content that was not synced.
+    /// What a later start finds: of the changes that were not synced, a random number of the first ones, and
+    /// no content that was not synced.
     fn crash(&self, random: &mut Stream) {
         let mut volatile = self.volatile.lock();
         let kept = random.below(volatile.changes.len() as u64 + 1) as usize;

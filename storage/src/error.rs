@@ -231,8 +231,8 @@ impl Error {
         }
     }
 
-    /// Whether what was read is proven to be damaged or incomplete. Other errors may pass, and are no reason to
-    /// give anything up.
+    /// Whether what was read is proven to be damaged or incomplete. Other errors may pass, and are no reason
+    /// to give anything up.
     #[must_use]
     pub fn is_damage(&self) -> bool {
         matches!(

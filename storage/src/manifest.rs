@@ -35,8 +35,8 @@ pub struct CheckpointRecord {
     pub format: u16,
     /// The last step in the weights.
     pub step: Step,
-    /// The run's timeline at its time: after a return to a checkpoint, later checkpoints of an earlier timeline
-    /// are void.
+    /// The run's timeline at its time: after a return to a checkpoint, later checkpoints of an earlier
+    /// timeline are void.
     pub timeline: Timeline,
     /// The placement epoch at its time; the content does not depend on it.
     pub epoch: Epoch,

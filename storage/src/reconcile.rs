@@ -9,16 +9,16 @@ use volary_core::{Step, Timeline};
 /// What [`reconcile`] found and did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reconciled {
-    /// The database had lost the end of the journal. The run continues after this checkpoint, and no committed
-    /// step is lost.
+    /// The database had lost the end of the journal. The run continues after this checkpoint, and no
+    /// committed step is lost.
     pub rebased: Option<Step>,
     /// Checkpoints of steps that a return to an earlier one has undone. They are removed.
     pub abandoned: Vec<Step>,
 }
 
 /// Reconciles the catalogue with the journal of a run in its present `timeline`: a checkpoint after the last
-/// committed step is of this timeline, so that the database has lost the steps up to it; or of an earlier one,
-/// so that it is void.
+/// committed step is of this timeline, so that the database has lost the steps up to it; or of an earlier
+/// one, so that it is void.
 ///
 /// # Errors
 /// [`Error::Database`](crate::Error::Database), [`Error::Io`](crate::Error::Io) or a damaged record.

@@ -376,7 +376,8 @@ impl<B: Compute> AgentState<B> {
         });
     }
 
-    /// Stores what a checkpoint wants before it changes. Where that fails the checkpoint fails, and not the step.
+    /// Stores what a checkpoint wants before it changes. Where that fails the checkpoint fails, and not the
+    /// step.
     async fn store_before_change(&mut self, shards: &[ShardId]) {
         if let Err(error) = self.stores.store_before_change(&self.replicas, shards).await {
             let step = self.stores.step();

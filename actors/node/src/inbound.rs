@@ -136,8 +136,8 @@ async fn experts<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: F
     Ok(frames::frame(FrameKind::Reply, epoch, step, &ExpertReply { lane, remote_us }, vec![rows])?)
 }
 
-/// Takes a part of a gradient, or the root from its owner, and answers when the reducer has it. A malformed one
-/// is refused: the fault is its sender's.
+/// Takes a part of a gradient, or the root from its owner, and answers when the reducer has it. A malformed
+/// one is refused: the fault is its sender's.
 async fn gradient<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: Frame) -> Result<Frame> {
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
     node.until_begun(PassId { epoch, step, train: true }).await?;

@@ -26,8 +26,8 @@ pub(crate) const DIAL_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) const REFUSED_PAUSE: Duration = Duration::from_secs(1);
 /// How long a node tries to reach its supervisor for the first time.
 pub(crate) const DIAL_MAX: Duration = Duration::from_secs(20);
-/// Time between two attempts to reach a supervisor that is starting: nodes with state return at about the same
-/// time.
+/// Time between two attempts to reach a supervisor that is starting: nodes with state return at about the
+/// same time.
 pub(crate) const STARTING_PAUSE: Duration = Duration::from_millis(200);
 /// How long a node waits for a supervisor that says that it is starting.
 pub(crate) const STARTING_MAX: Duration = Duration::from_secs(3_600);

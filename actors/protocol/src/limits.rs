@@ -8,8 +8,8 @@ pub const PROBE_BYTES: usize = 1 << 20;
 pub const VARINT_BYTES: u64 = 5;
 /// Bytes of one lane's tokens in a message, at most.
 pub const LANE_BYTES_MAX: u64 = 4 << 20;
-/// Tokens in one message, apart from those of its last lane. With a lane of [`LANE_BYTES_MAX`], they stay within
-/// a control message.
+/// Tokens in one message, apart from those of its last lane. With a lane of [`LANE_BYTES_MAX`], they stay
+/// within a control message.
 pub const TOKENS_PER_MESSAGE: usize = 2 << 20;
 /// The longest reason in a refusal, in bytes; longer ones are cut.
 pub const REASON_BYTES_MAX: usize = 4096;

@@ -56,8 +56,8 @@ pub enum RunEnd {
         /// The last committed step.
         step: Step,
     },
-    /// The supervisor itself cannot go on, as after an error of its disk. Its nodes keep their state, and wait
-    /// for its restart.
+    /// The supervisor itself cannot go on, as after an error of its disk. Its nodes keep their state, and
+    /// wait for its restart.
     Halted {
         /// Why.
         reason: String,

@@ -210,8 +210,8 @@ impl Credentials {
         Ok(record.verify(&token, role, now_unix_s())?)
     }
 
-    /// Issues a certificate for a key, for one use of an access token. A name is one identity: its certificates
-    /// until now are revoked.
+    /// Issues a certificate for a key, for one use of an access token. A name is one identity: its
+    /// certificates until now are revoked.
     pub(crate) fn exchange(&self, text: &str, request: &[u8], name: Option<String>) -> Result<Exchanged> {
         let name = name.unwrap_or_else(random_name);
         if name == SUPERVISOR {

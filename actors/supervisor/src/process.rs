@@ -82,8 +82,8 @@ impl SupervisorHandle {
     }
 }
 
-/// A supervisor's address before the supervisor: whoever connects is told to wait. A supervisor may take minutes
-/// to prepare its corpus, and nodes that hold the run's state must not give it up for lost.
+/// A supervisor's address before the supervisor: whoever connects is told to wait. A supervisor may take
+/// minutes to prepare its corpus, and nodes that hold the run's state must not give it up for lost.
 pub struct Door {
     options: SupervisorOptions,
     authority: Authority,

@@ -186,7 +186,8 @@ impl MemoryWire {
             };
             let Some(parcel) = parcel else { return };
             let is_late = parcel.due > Instant::now();
-            // A delayed frame, or one that waits for the budget, does not block later ones, as on streams of their own.
+            // A delayed frame, or one that waits for the budget, does not block later ones, as on streams of
+            // their own.
             let delivery = self.clone().deliver(frames.clone(), parcel, budget.clone());
             if is_late || budget.is_some() {
                 tokio::spawn(delivery);

@@ -1,8 +1,8 @@
 //! Gradients that are made and not yet added up, counted so that lanes do not run ahead of their sums.
 //!
-//! Deferred work runs after what lanes wait for. Without a limit the leaves of all lanes of a step would lie in
-//! memory at its end. A lane therefore begins only when at most one lane's leaves are open; those of the lanes
-//! in flight come on top, and the partial sums that the tree keeps: one per level
+//! Deferred work runs after what lanes wait for. Without a limit the leaves of all lanes of a step would lie
+//! in memory at its end. A lane therefore begins only when at most one lane's leaves are open; those of the
+//! lanes in flight come on top, and the partial sums that the tree keeps: one per level
 //! ([`volary_core::costs::live_gradients`]). Leaves are added up without any lane's help, so that lanes wait
 //! for nothing that waits for lanes.
 

@@ -72,8 +72,8 @@ impl SupervisorConnector {
         }
     }
 
-    /// Connects, retrying until the deadline what may pass. A supervisor that is starting is waited for as long
-    /// as it says so.
+    /// Connects, retrying until the deadline what may pass. A supervisor that is starting is waited for as
+    /// long as it says so.
     pub(super) async fn connect(
         &mut self,
         state: ResidentState,

@@ -123,8 +123,8 @@ struct Answering {
     heard: Arc<Notify>,
 }
 
-/// Sends what is queued for the supervisor. A message that cannot be sent ends the link, with the reason for both
-/// ends: the supervisor would wait for it.
+/// Sends what is queued for the supervisor. A message that cannot be sent ends the link, with the reason for
+/// both ends: the supervisor would wait for it.
 async fn write_messages(link: Link, mut sender: ControlSender, mut messages: mpsc::Receiver<ToSupervisor>) {
     while let Some(message) = messages.recv().await {
         if let Err(error) = sender.send(&message).await {

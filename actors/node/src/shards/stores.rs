@@ -1,8 +1,8 @@
 //! Shards that a checkpoint wants, until they are sent.
 //!
 //! A shard is stored when the uplink has room for it, so that one stored shard is in memory at a time. A step
-//! that is applied meanwhile would overwrite what is to be stored: then the rest is stored just before, in the
-//! memory that the step's other gradients have left free ([`volary_core::costs::Costs`]).
+//! that is applied meanwhile would overwrite what is to be stored: then the rest is stored just before, in
+//! the memory that the step's other gradients have left free ([`volary_core::costs::Costs`]).
 
 use crate::error::Result;
 use crate::shards::replicas::LocalReplicas;

@@ -325,8 +325,8 @@ fn to_frame<B: Compute>(
     Ok(frames::frame(kind, epoch, step, sum, tensors)?)
 }
 
-/// Sends a root to learners. One that does not take it delays no other: the supervisor decides what becomes of
-/// it.
+/// Sends a root to learners. One that does not take it delays no other: the supervisor decides what becomes
+/// of it.
 async fn update_learners<B: Compute>(
     node: Arc<NodeContext<B>>,
     agent: ActorRef<NodeMsg>,

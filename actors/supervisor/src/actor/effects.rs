@@ -121,8 +121,8 @@ impl SupervisorState {
         Ok(())
     }
 
-    /// Removes everything after `step`: first the steps, with the new timeline in the same transaction, then the
-    /// checkpoints, which are void from then on.
+    /// Removes everything after `step`: first the steps, with the new timeline in the same transaction, then
+    /// the checkpoints, which are void from then on.
     async fn go_back(&mut self, step: Step, state: PersistentState) -> Result<()> {
         // A checkpoint that is just becoming durable is one of those that are removed.
         drop(self.checkpointer.call(|reply| CheckpointerMsg::Idle { reply }, None).await);

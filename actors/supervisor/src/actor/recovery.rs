@@ -19,8 +19,8 @@ pub(super) struct Recovery {
 }
 
 impl Recovery {
-    /// Reads the end of the journal and the catalogue, and reconciles them. It reads no checkpoint: nodes that
-    /// return with their state need none, and the machine asks for one before it is loaded.
+    /// Reads the end of the journal and the catalogue, and reconciles them. It reads no checkpoint: nodes
+    /// that return with their state need none, and the machine asks for one before it is loaded.
     pub(super) fn load(store: &Store, checkpoints: &Checkpoints, nodes_are_gone: bool) -> Result<Self> {
         let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
         let reconciled = reconcile(store, checkpoints, persistent.timeline)?;

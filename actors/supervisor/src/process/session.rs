@@ -222,8 +222,8 @@ impl NodeSession {
     }
 }
 
-/// Sends what is queued for a node. A message that cannot be sent ends the link, with the reason for both ends: the
-/// node would wait for it.
+/// Sends what is queued for a node. A message that cannot be sent ends the link, with the reason for both
+/// ends: the node would wait for it.
 async fn write_messages(
     shared: Arc<Shared>,
     link: Link,

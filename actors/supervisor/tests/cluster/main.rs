@@ -260,7 +260,8 @@ fn processes_that_restart_together_with_the_supervisor_get_their_names_back() {
     assert_eq!(cluster.count("went_back"), 0);
 }
 
-/// A restart may take longer than nodes wait for a supervisor that is gone: this one says that it is starting.
+/// A restart may take longer than nodes wait for a supervisor that is gone: this one says that it is
+/// starting.
 #[test]
 fn nodes_wait_for_a_supervisor_that_starts_slowly_and_lose_nothing() {
     let mut settings = settings(STEPS, 2);
