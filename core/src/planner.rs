@@ -43,6 +43,7 @@
 //! | `experts` | the replicas of each expert |
 //! | `lanes` | the lanes of each node |
 //! | `survivors` | the placement that needs no transfer when nodes are lost |
+//! | `transition` | the way to a placement, within the memory of every node |
 //! | `predict` | the duration of a step under a placement, resource by resource |
 //! | `links` | the bytes over each link |
 
@@ -56,12 +57,14 @@ mod participation;
 mod predict;
 mod stages;
 mod survivors;
+mod transition;
 
 pub use input::{Member, Request};
 pub use links::links;
 pub use output::{Plan, Shortage};
 pub use predict::{NodePart, Prediction, predict};
 pub use survivors::plan_for_survivors;
+pub use transition::plan_transition;
 
 use crate::costs::Costs;
 use crate::ids::NodeId;

@@ -4,10 +4,12 @@ use crate::event::Event;
 use crate::limits::SILENCE_MS;
 use crate::node::{Node, Work, gradient, measured, mix, shard_hash, uneven_load};
 use crate::world::World;
+use std::collections::BTreeSet;
 use volary_core::agent::{self, Effect, Failure};
+use volary_core::costs::{Costs, lanes_in_flight};
 use volary_core::messages::{Assignment, LaneReport, NodeReport, Norm, Pass, Source};
 use volary_core::placement::Placement;
-use volary_core::{Epoch, Lane, NodeId, ShardId, Step};
+use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step};
 
 impl World {
     /// The correct state of a shard after a step.
@@ -104,8 +106,32 @@ impl World {
     }
 
     fn enter(&mut self, id: &NodeId, assignment: &Assignment) {
+        self.check_memory(id, assignment);
         let Some(node) = self.nodes.get_mut(id) else { return };
         node.placement = Placement::clone(&assignment.placement);
+    }
+
+    /// What a node holds and copies fits into its memory.
+    fn check_memory(&self, id: &NodeId, assignment: &Assignment) {
+        if !self.strict_memory {
+            return;
+        }
+        let profile = (self.profiles)(id);
+        let costs = Costs::new(&self.settings.architecture, &self.settings.training);
+        let held = assignment.shards.iter().map(|(shard, _)| *shard);
+        let shards: BTreeSet<ShardId> =
+            held.chain(assignment.learn.iter().map(|(shard, _)| *shard)).collect();
+        let experts = shards.iter().filter(|shard| shard.is_expert()).count() as u64;
+        let in_flight = lanes_in_flight(profile.threads);
+        let layers: BTreeSet<LayerId> =
+            shards.iter().filter(|shard| !shard.is_expert()).map(|shard| shard.layer()).collect();
+        let dense: u64 = layers.iter().map(|layer| costs.stage_bytes(layer.alone(), in_flight)).sum();
+        let bytes = dense + experts * costs.expert_bytes;
+        assert!(
+            bytes <= profile.memory_bytes,
+            "{id} has {} bytes for {bytes}: {layers:?}, {experts} experts",
+            profile.memory_bytes
+        );
     }
 
     fn fetch(&mut self, id: &NodeId, epoch: Epoch, version: Step, shards: &[(ShardId, Source)]) {

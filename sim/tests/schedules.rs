@@ -165,6 +165,20 @@ fn everything_at_once_where_nodes_are_far_apart() {
     assert!(count(&worlds, left_out) > 100, "nodes behind slow links are left out");
 }
 
+/// Also on the way from one placement to the next, when nodes change their stages.
+#[test]
+fn what_nodes_hold_and_copy_fits_into_their_memory() {
+    let kinds = Kinds { supervisor: false, hangs: false, network: false, ..Kinds::ALL };
+    for seed in 0..1_000 {
+        let settings = deep_cluster(seed);
+        let nodes = settings.cluster.nodes;
+        let mut world = World::with_profiles(seed, settings, nodes, room_for_half);
+        world.strict_memory = true;
+        let world = schedule(seed, world, kinds, 14, 6_000);
+        assert!(world.done, "seed {seed}: {:?}", world.fatal);
+    }
+}
+
 /// One seed, traced: `VOLARY_TRACE=116 VOLARY_KINDS=nodes,hangs`; with `VOLARY_SPREAD` no node has room for
 /// all layers, with `VOLARY_FAR` some nodes are behind slow links.
 #[test]

@@ -5,40 +5,38 @@ use super::{Machine, Notice};
 use crate::ids::{Epoch, NodeId, ShardId};
 use crate::placement::Placement;
 use crate::planner::{self, Member, Request, Shortage};
-use std::collections::BTreeSet;
 
 impl Machine {
     /// The target, if every shard of it is on its node; otherwise the surviving placement, with learners for
-    /// the rest. While every shard is held, nodes whose memory is too small for any placement stay as they
-    /// are.
+    /// the rest. Nodes whose memory is too small for any placement stay as they are, if they have what the next
+    /// step needs.
     ///
     /// # Errors
     /// The missing memory, where shards that must be loaded do not fit.
     pub(super) fn next_placement(&mut self) -> Result<Placement, Shortage> {
         let target = match self.target() {
             Ok(target) => target,
-            Err(_) if self.are_all_held() => return Ok(self.surviving_placement(self.placement.epoch.next())),
+            Err(shortage) if self.are_all_held() => {
+                let surviving = self.surviving_placement(self.placement.epoch.next());
+                return if self.is_here(&surviving) { Ok(surviving) } else { Err(shortage) };
+            }
             Err(shortage) => return Err(shortage),
         };
         if self.holders.is_empty() {
             return Ok(target);
         }
-        let shards = self.settings.architecture.shards();
-        let is_here =
-            |&shard: &ShardId| target.holders_unordered(shard).iter().all(|node| self.is_holder(shard, node));
-        if shards.iter().all(is_here) {
+        if self.is_here(&target) {
             return Ok(target);
         }
-        let mut surviving = self.surviving_placement(target.epoch);
-        for shard in shards {
-            let learns = target.holders_unordered(shard).iter().filter(|node| !surviving.holds(node, shard));
-            let learners: BTreeSet<NodeId> = learns.cloned().collect();
-            if !learners.is_empty() {
-                surviving.learners.insert(shard, learners);
-            }
-        }
-        // Where every node fetches its missing shards before the next step, nothing is left to learn.
-        Ok(if surviving.learners.is_empty() { target } else { surviving })
+        let make = |request: &Request<'_>| {
+            planner::plan_transition(request, &self.holders, &self.placement, &target)
+        };
+        let transition = self.request(&self.members(self.nodes.keys().collect()), None, make);
+        // Where nodes must fetch before the next step in any case, they fetch what they keep, which fits.
+        Ok(match transition {
+            Some(transition) if self.is_here(&transition) => Placement { epoch: target.epoch, ..transition },
+            _ => target,
+        })
     }
 
     /// The planner's choice: without nodes that leave or are suspended, if the others have room.
@@ -91,6 +89,13 @@ impl Machine {
             }
         }
         notices.into_iter().for_each(|notice| self.notice(notice));
+    }
+
+    /// Whether every shard of a placement is on its nodes.
+    fn is_here(&self, placement: &Placement) -> bool {
+        let is_here =
+            |&shard: &ShardId| placement.holders_unordered(shard).iter().all(|n| self.is_holder(shard, n));
+        self.settings.architecture.shards().iter().all(is_here)
     }
 
     /// Whether a node holds each shard.

@@ -10,7 +10,7 @@ use crate::placement::Placement;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The holders of each shard.
-type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
+pub(super) type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
 
 /// The placement of the request's members that hold shards: `before` without the lost nodes or, without a
 /// placement before, the one that `holders` shows. A shard without a holder goes to the node with the
