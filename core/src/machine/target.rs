@@ -8,8 +8,8 @@ use crate::planner::{self, Member, Request, Shortage};
 
 impl Machine {
     /// The target, if every shard of it is on its node; otherwise the surviving placement, with learners for
-    /// the rest. Nodes whose memory is too small for any placement stay as they are, if they have what the next
-    /// step needs.
+    /// the rest. Nodes whose memory is too small for any placement stay as they are, if they have what the
+    /// next step needs.
     ///
     /// # Errors
     /// The missing memory, where shards that must be loaded do not fit.
