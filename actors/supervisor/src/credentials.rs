@@ -306,7 +306,7 @@ impl Credentials {
         self.revoke_all_of(&node.0, reason)
     }
 
-    /// Revokes every certificate of a node, where nobody else changes certificates.
+    /// Revokes every certificate of a node. The caller holds the lock `changing`.
     fn revoke_all_of(&self, node: &str, reason: &str) -> Result<Vec<[u8; 32]>> {
         let mut hashes = Vec::new();
         for (key, record) in self.certificates()? {

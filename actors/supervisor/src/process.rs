@@ -82,8 +82,9 @@ impl SupervisorHandle {
     }
 }
 
-/// A supervisor's address before the supervisor: whoever connects is told to wait. A supervisor may take
-/// minutes to prepare its corpus, and nodes that hold the run's state must not give it up for lost.
+/// The supervisor's endpoint while the supervisor starts: every connection is refused with
+/// [`volary_transport::RefusalCode::Starting`]. Startup may take minutes, because the corpus is prepared in
+/// it; nodes that hold the run's state retry instead of timing out.
 pub struct Door {
     options: SupervisorOptions,
     authority: Authority,

@@ -1,5 +1,5 @@
-//! The way to a target: nodes copy what they lack while they keep what they hold, as far as both fit into
-//! their memory.
+//! The transition to a target placement: nodes copy missing shards while they keep the shards that they hold,
+//! as far as both fit into their memory.
 
 use super::input::Request;
 use super::survivors::{Holders, plan_for_survivors};
@@ -9,10 +9,10 @@ use crate::placement::Placement;
 use crate::profile::Profile;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// The placement of the nodes that have their shards, with learners for what `target` lacks. A node without
-/// room for what it holds *and* what it is to copy gives up first what the target does not want of it and
-/// others hold. What does not fit even then is copied later. `None` when nobody has anything to copy, and
-/// nothing waits.
+/// The placement of the nodes that have their shards, with learners for the shards of `target` that are not
+/// on their nodes yet. A node without memory for both the shards that it holds and those that it copies first
+/// releases replicas that the target does not place on it and that other nodes hold. Shards that still do not
+/// fit are copied in a later transition. `None` if there is nothing left to copy.
 #[must_use]
 pub fn plan_transition(
     request: &Request<'_>,
@@ -134,7 +134,7 @@ impl Way<'_> {
         self.missing(surviving).into_iter().filter(is_crowded).map(|(node, _)| node).collect()
     }
 
-    /// Removes a node from the holders of what the target does not want of it, where another node stays.
+    /// Removes a node from the holders of shards that the target does not place on it and another node holds.
     fn give_up(&self, node: &NodeId, surviving: &Placement, kept: &mut Holders) {
         let unwanted =
             self.parts(surviving, |shard| surviving.holds(node, shard) && !self.target.holds(node, shard));

@@ -30,7 +30,8 @@ pub(super) struct Shared {
     pipeline: Pipeline,
     /// How many links each name has: no other node gets a certificate for it meanwhile.
     names: Mutex<HashMap<NodeId, usize>>,
-    /// Nodes that may return after a restart of the supervisor. Until then nobody joins under their names.
+    /// Names of members from before the supervisor's restart. Joins under these names are refused until
+    /// `reserved_until`.
     reserved: HashSet<NodeId>,
     reserved_until: Instant,
     /// Bytes of checkpoint shards that may be in memory.

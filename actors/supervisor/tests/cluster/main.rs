@@ -240,7 +240,8 @@ fn a_killed_process_restarts_under_its_name() {
     assert_eq!((cluster.count("lost"), cluster.count("went_back")), (1, 0));
 }
 
-/// After a restart the names of members are theirs: for those who return, and soon for those who start anew.
+/// After a supervisor restart, members return under their names, and a restarted process can rejoin under its
+/// old name once the reservation has expired.
 #[test]
 fn processes_that_restart_together_with_the_supervisor_get_their_names_back() {
     let mut settings = settings(STEPS, 3);
