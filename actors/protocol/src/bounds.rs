@@ -47,18 +47,19 @@ fn report_bytes(model: &Architecture) -> u64 {
 
 /// A stored shard is one part of a frame, as is the largest tensor of a gradient.
 fn check_shards(model: &Architecture, training: &TrainingOptions) -> Result<(), InvalidValue> {
-    let layer = LayerId(0);
     let copies = match training.optimizer {
         // The second moment of a matrix is one row and one column, that of a vector as long as itself.
         Optimizer::Adafactor { .. } => 2,
         Optimizer::Adamw { .. } => 3,
     };
+    let expert = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
     let shards = [
         ("model.vocabulary", model.vocabulary, ShardId::Embedding),
-        ("model.hidden", model.hidden, ShardId::Dense { layer }),
-        ("model.feed_forward", model.feed_forward, ShardId::Expert { layer, expert: ExpertId(0) }),
+        ("model.feed_forward", model.feed_forward, expert),
     ];
-    for (key, value, shard) in shards {
+    let layers = model.layer_range().iter();
+    let layers = layers.map(|layer| ("model.hidden", model.hidden, ShardId::Dense { layer }));
+    for (key, value, shard) in shards.into_iter().chain(layers) {
         let bytes = model.shard_parameters(shard).saturating_mul(4 * copies);
         if bytes > PART_BYTES_MAX {
             let (most, gib) = (PART_BYTES_MAX >> 30, bytes as f64 / (1u64 << 30) as f64);

@@ -1,0 +1,122 @@
+//! Drains, and runs that all nodes leave.
+
+use super::*;
+
+fn left(run: &Harness) -> Vec<NodeId> {
+    let node = |notice: &Notice| match notice {
+        Notice::Left { node } => Some(node.clone()),
+        _ => None,
+    };
+    run.notices().filter_map(node).collect()
+}
+
+#[test]
+fn the_last_node_leaves_once_a_checkpoint_has_what_it_holds_and_the_run_waits_for_others() {
+    let mut run = Harness::training(1);
+    run.step(1);
+    run.handle(Event::DrainRequested { node: id(1) });
+    run.step(1);
+    let (attempt, step) = opened(&run);
+    assert_eq!((step, left(&run)), (Step(2), vec![]), "not before the checkpoint is durable");
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(left(&run), [id(1)]);
+    assert_eq!(run.machine.activity(), Activity::Gathering);
+    // Another node goes on where the last one stopped.
+    run.join(2, ResidentState::default());
+    let loads = |(_, source): &(ShardId, Source)| *source == Source::Checkpoint(Step(2));
+    let assigned = run.effects.iter().find_map(|effect| match effect {
+        Effect::Send { message: NodeCommand::Assign(assignment), .. } => {
+            Some(assignment.shards.iter().all(loads))
+        }
+        _ => None,
+    });
+    assert_eq!(assigned, Some(true), "{:?}", run.effects);
+}
+
+#[test]
+fn nodes_that_all_leave_at_once_are_released_together_after_one_checkpoint() {
+    let mut run = Harness::training(2);
+    run.step(2);
+    run.handle(Event::DrainRequested { node: id(1) });
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.step(2);
+    let (attempt, _) = opened(&run);
+    assert!(run.notices().any(|notice| matches!(notice, Notice::Emptying { step: Step(2) })));
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(left(&run), [id(1), id(2)]);
+    let gather = run.machine.settings.cluster.gather_timeout_ms;
+    run.machine.settings.stay = true;
+    run.handle(Event::Tick { ms: 10 * gather });
+    assert_eq!(run.machine.activity(), Activity::Gathering, "with `stay` the run waits as long as it takes");
+    run.machine.settings.stay = false;
+    run.handle(Event::Tick { ms: 1 });
+    assert!(run.is_fatal());
+}
+
+#[test]
+fn a_newcomer_takes_over_while_all_others_leave() {
+    let mut run = Harness::training(1);
+    run.handle(Event::DrainRequested { node: id(1) });
+    run.step(1);
+    opened(&run);
+    run.join(2, ResidentState::default());
+    assert!(run.machine.placement().is_learning(&id(2)), "{:?}", run.machine.placement());
+}
+
+#[test]
+fn a_draining_node_stays_linked_until_its_shards_are_in_the_checkpoint_and_the_placement_does_not_wait() {
+    let mut run = Harness::training(3);
+    run.step(3);
+    run.step(3);
+    run.step(3);
+    let (attempt, step) = opened(&run);
+    assert_eq!(step, Step(3), "a checkpoint is under way, and the next one follows at once");
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.step(3);
+    run.learn_all();
+    run.step(3);
+    assert_eq!(run.machine.placement().members, [id(1), id(3)], "the drain goes on");
+    assert_eq!(left(&run), [], "it still stores its shards");
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(left(&run), [id(2)]);
+}
+
+#[test]
+fn a_drain_for_which_there_is_no_room_waits_with_the_shortage_in_numbers() {
+    let mut settings = settings(2);
+    (settings.cluster.replication, settings.checkpoint.every) = (1, 0);
+    let costs = crate::costs::Costs::new(&settings.architecture, &settings.training);
+    let in_flight = crate::costs::lanes_in_flight(1);
+    // Room for all layers and three of four experts.
+    let memory_bytes = costs.stage_bytes(costs.all_layers(), in_flight) + 3 * costs.expert_bytes;
+    let mut run = Harness::new(settings, Restored::default());
+    let join = |run: &mut Harness, node: usize| {
+        let (node, held) = (id(node), ResidentState::default());
+        let profile = Box::new(Profile { memory_bytes, ..Profile::relative(1.0) });
+        run.handle(Event::Joined { address: String::new(), node, profile, held });
+    };
+    join(&mut run, 1);
+    join(&mut run, 2);
+    run.all_ready();
+    run.step(2);
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.step(2);
+    let deferred = run.notices().find_map(|notice| match notice {
+        Notice::DrainDeferred { node, reason } => Some((node.clone(), reason.clone())),
+        _ => None,
+    });
+    assert!(
+        deferred.is_some_and(|(node, reason)| node == id(2) && reason.contains("GiB")),
+        "{:?}",
+        run.effects
+    );
+    assert_eq!(run.machine.placement().members, [id(1), id(2)]);
+    let held = run.machine.placement().experts.values().filter(|holders| holders.contains(&id(1))).count();
+    assert!(held <= 3, "no node gets more than fits");
+    // As soon as there is room, the drain is carried out.
+    join(&mut run, 3);
+    run.step(2);
+    run.learn_all();
+    run.step(3);
+    assert_eq!(left(&run), [id(2)], "{:?}", run.effects);
+}

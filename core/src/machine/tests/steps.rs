@@ -1,0 +1,118 @@
+//! Steps and commits.
+
+use super::*;
+
+#[test]
+fn the_run_waits_for_its_nodes_and_gives_up_after_the_timeout() {
+    let mut run = Harness::new(settings(3), Restored::default());
+    run.join(1, ResidentState::default());
+    run.handle(Event::Tick { ms: run.machine.settings.cluster.gather_timeout_ms - 1 });
+    assert_eq!(run.machine.activity(), Activity::Gathering);
+    let effects = run.handle(Event::Tick { ms: 1 });
+    let fatal = effects.iter().find_map(|effect| match effect {
+        Effect::Fatal { reason } => Some(reason.as_str()),
+        _ => None,
+    });
+    assert!(fatal.is_some_and(|reason| reason.ends_with("for 3 nodes, but only 1 joined")), "{fatal:?}");
+}
+
+/// M-1.
+#[test]
+fn a_step_is_committed_only_when_every_member_has_prepared() {
+    let mut run = Harness::training(3);
+    for node in [3, 1, 1] {
+        let message = run.prepared(node);
+        let effects = run.report(node, message);
+        assert!(effects.is_empty(), "{effects:?}");
+    }
+    let message = run.prepared(2);
+    run.report(2, message);
+    assert_eq!(run.machine.committed(), Step(1));
+}
+
+/// M-2.
+#[test]
+fn a_commit_is_journaled_before_any_node_learns_of_it() {
+    let mut run = Harness::training(3);
+    let effects = run.step(3);
+    let journaled = effects.iter().position(|e| matches!(e, Effect::Journal(_))).expect("a journal entry");
+    let sent: Vec<usize> = (0..effects.len()).filter(|&i| is_commit(&effects[i])).collect();
+    assert_eq!(sent.len(), 3);
+    assert!(sent.iter().all(|&at| at > journaled), "{effects:?}");
+}
+
+/// M-3.
+#[test]
+fn a_message_of_another_epoch_changes_nothing() {
+    let mut run = Harness::training(2);
+    let NodeReport::Prepared { epoch, step, norms, lanes, speed } = run.prepared(1) else { unreachable!() };
+    for epoch in [epoch.previous(), epoch.next()] {
+        let (norms, lanes) = (norms.clone(), lanes.clone());
+        run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
+        let failed = NodeReport::Failed { epoch, reason: "late".into(), fatal: true, suspect: None };
+        assert!(run.report(1, failed).is_empty());
+        assert!(
+            run.report(1, NodeReport::Behind { epoch, version: Step(0), reason: String::new() }).is_empty()
+        );
+    }
+    let message = run.prepared(2);
+    run.report(2, message);
+    assert_eq!(run.machine.committed(), Step(0), "node 1 has not reported in this epoch");
+}
+
+#[test]
+fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_continues() {
+    let mut run = Harness::training(1);
+    let NodeReport::Prepared { epoch, step, mut norms, lanes, speed } = run.prepared(1) else {
+        unreachable!()
+    };
+    norms[2].1.finite = false;
+    let effects = run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
+    let update = effects.iter().find_map(|effect| match effect {
+        Effect::Send { message: NodeCommand::Commit { update, .. }, .. } => Some(*update),
+        _ => None,
+    });
+    assert!(matches!(update, Some(Update { apply: false, .. })), "{update:?}");
+    assert_eq!(run.machine.activity(), Activity::Training);
+}
+
+#[test]
+fn replicas_that_differ_are_reported() {
+    let mut run = Harness::training(2);
+    let NodeReport::Prepared { epoch, step, mut norms, lanes, speed } = run.prepared(1) else {
+        unreachable!()
+    };
+    let shard = norms[0].0;
+    norms[0].1.squared = 1.0 + f64::EPSILON;
+    run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
+    let message = run.prepared(2);
+    run.report(2, message);
+    assert!(run.notices().any(|notice| *notice == Notice::ReplicasDiffer { step: Step(1), shard }));
+}
+
+#[test]
+fn a_report_that_is_not_a_nodes_own_part_commits_nothing() {
+    let mut run = Harness::training(2);
+    run.step(2);
+    let NodeReport::Prepared { epoch, step, norms, lanes, speed } = run.prepared(1) else { unreachable!() };
+    let prepared = |norms, lanes| NodeReport::Prepared { epoch, step, norms, lanes, speed };
+    let mut foreign = lanes.clone();
+    foreign[0].0 = run.machine.placement().lanes_of(&id(2))[0];
+    let wrong = [
+        prepared(Vec::new(), Vec::new()),
+        prepared(norms[1..].to_vec(), lanes.clone()),
+        prepared(norms.clone(), foreign),
+        prepared(norms.clone(), lanes[1..].to_vec()),
+        prepared([&norms[..1], &norms[..]].concat()[..norms.len()].to_vec(), lanes.clone()),
+    ];
+    for report in wrong {
+        let mut run = Harness::training(2);
+        run.step(2);
+        let other = run.prepared(2);
+        run.report(2, other);
+        run.report(1, report.clone());
+        assert_eq!(run.machine.committed(), Step(1), "{report:?}");
+        let aborted = |notice: &Notice| matches!(notice, Notice::Aborted { reason, .. } if reason.contains("n1: it reports"));
+        assert!(run.notices().any(aborted), "{:?}", run.effects);
+    }
+}
