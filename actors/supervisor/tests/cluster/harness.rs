@@ -4,13 +4,13 @@
 //! Each process has a runtime of its own, so that a kill ends all of its tasks at once, as `kill -9` does:
 //! no message is sent and no file is written any more.
 
+use crate::process::{Process, runtime};
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
-use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{mpsc, oneshot};
 use volary_core::Step;
 use volary_core::architecture::{Architecture, presets};
@@ -88,7 +88,7 @@ fn corpus() -> &'static Path {
 /// A node process.
 pub(crate) struct Node {
     pub(crate) device: FakeDevice,
-    runtime: Option<Runtime>,
+    process: Process,
     leave: mpsc::Sender<()>,
     end: oneshot::Receiver<Result<NodeEnd, String>>,
     address: SocketAddr,
@@ -96,7 +96,7 @@ pub(crate) struct Node {
 
 /// The supervisor's process.
 struct SupervisorProcess {
-    runtime: Runtime,
+    process: Process,
     handle: SupervisorHandle,
     end: oneshot::Receiver<RunEnd>,
     address: SocketAddr,
@@ -112,10 +112,6 @@ pub(crate) struct Cluster {
     named: u16,
     /// Memory of every node, in bytes.
     memory_bytes: u64,
-}
-
-fn runtime() -> Runtime {
-    Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime")
 }
 
 impl Cluster {
@@ -193,7 +189,8 @@ impl Cluster {
         runtime.spawn(async move {
             drop(sender.send(supervisor.ended(std::future::pending()).await));
         });
-        self.supervisor = Some(SupervisorProcess { runtime, handle, end, address });
+        let process = Process::drive(runtime);
+        self.supervisor = Some(SupervisorProcess { process, handle, end, address });
     }
 
     /// Starts a node under the next name.
@@ -252,7 +249,8 @@ impl Cluster {
             let ended = run_node(options, make, asked).await;
             drop(sender.send(ended.map_err(|error| error.to_string())));
         });
-        self.nodes.insert(name.to_owned(), Node { device, runtime: Some(runtime), leave, end, address });
+        let process = Process::drive(runtime);
+        self.nodes.insert(name.to_owned(), Node { device, process, leave, end, address });
     }
 
     pub(crate) fn device(&self, name: &str) -> FakeDevice {
@@ -261,17 +259,17 @@ impl Cluster {
 
     /// Ends a node's process at once.
     pub(crate) fn kill(&mut self, name: &str) {
-        let mut node = self.nodes.remove(name).expect("a node");
+        let node = self.nodes.remove(name).expect("a node");
+        let runtime = node.process.stop();
         self.network.crash(node.address);
-        if let Some(runtime) = node.runtime.take() {
-            runtime.shutdown_background();
-        }
+        runtime.shutdown_background();
     }
 
     /// Ends the supervisor's process at once.
     pub(crate) fn kill_supervisor(&mut self) {
-        let SupervisorProcess { runtime, handle, end, address } =
+        let SupervisorProcess { process, handle, end, address } =
             self.supervisor.take().expect("a supervisor");
+        let runtime = process.stop();
         self.network.crash(address);
         drop((handle, end));
         // The database's lock goes with the last of its tasks.
@@ -297,8 +295,8 @@ impl Cluster {
     }
 
     pub(crate) fn ask(&self, request: OperatorRequest) -> OperatorReply {
-        let SupervisorProcess { runtime, handle, .. } = self.supervisor.as_ref().expect("a supervisor");
-        runtime.block_on(handle.ask(request))
+        let SupervisorProcess { process, handle, .. } = self.supervisor.as_ref().expect("a supervisor");
+        process.block_on(handle.ask(request))
     }
 
     pub(crate) fn status(&self) -> Status {
@@ -364,7 +362,7 @@ impl Drop for Cluster {
         let names: Vec<String> = self.nodes.keys().cloned().collect();
         names.iter().for_each(|name| self.kill(name));
         if let Some(supervisor) = self.supervisor.take() {
-            supervisor.runtime.shutdown_background();
+            supervisor.process.stop().shutdown_background();
         }
     }
 }

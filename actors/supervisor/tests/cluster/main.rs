@@ -5,6 +5,7 @@
 #![expect(clippy::expect_used, clippy::panic, reason = "tests")]
 
 mod harness;
+mod process;
 
 use harness::{Cluster, Computed, settings, until};
 use std::sync::OnceLock;
@@ -177,7 +178,8 @@ fn nodes_keep_their_state_while_the_supervisor_restarts() {
     std::thread::sleep(Duration::from_millis(50));
     cluster.start_supervisor();
     assert_eq!(cluster.finish(), *quiet());
-    assert_eq!((cluster.count("returned"), cluster.count("went_back")), (2, 0));
+    let events = cluster.lines("events").join("\n");
+    assert_eq!((cluster.count("returned"), cluster.count("went_back")), (2, 0), "{events}");
 }
 
 #[test]
