@@ -52,6 +52,7 @@ mod experts;
 mod input;
 mod lanes;
 mod links;
+mod memory;
 mod output;
 mod participation;
 mod predict;
@@ -61,6 +62,7 @@ mod transition;
 
 pub use input::{Member, Request};
 pub use links::links;
+pub use memory::fits;
 pub use output::{Plan, Shortage};
 pub use predict::{NodePart, Prediction, predict};
 pub use survivors::plan_for_survivors;

@@ -50,16 +50,16 @@ pub fn schedule(seed: u64, mut world: World, kinds: Kinds, faults: u64, ms: u64)
         world.inject(Fault::Join);
     }
     world.run_until(ms + 60_000);
-    let placed_or_not = |n: &&Notice| matches!(n, Notice::NoRoom { .. } | Notice::Placed { .. });
-    if matches!(world.notices.iter().rev().find(placed_or_not), Some(Notice::NoRoom { .. })) {
-        (world.alive().len()..world.settings.cluster.nodes).for_each(|_| world.inject(Fault::Join));
-    }
     for _ in 0..END_CHECKS {
-        world.run_until(world.now() + END_CHECK_MS);
-        // Those who left in good order are followed by others.
-        if world.alive().is_empty() {
-            world.inject(Fault::Join);
+        // Those who left in good order are followed by others, and those without room by as many as it takes.
+        let (alive, nodes) = (world.alive().len(), world.settings.cluster.nodes);
+        let placed_or_not = |n: &&Notice| matches!(n, Notice::NoRoom { .. } | Notice::Placed { .. });
+        match world.notices.iter().rev().find(placed_or_not) {
+            Some(Notice::NoRoom { .. }) => (alive..nodes).for_each(|_| world.inject(Fault::Join)),
+            _ if alive == 0 => world.inject(Fault::Join),
+            _ => {}
         }
+        world.run_until(world.now() + END_CHECK_MS);
     }
     world
 }

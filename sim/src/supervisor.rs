@@ -55,8 +55,10 @@ impl World {
     fn send_to_node(&mut self, node: &NodeId, message: &NodeCommand) {
         let Some(&session) = self.sessions.get(node) else { return };
         if matches!(message, NodeCommand::Leave { .. }) {
-            // Released in order: nothing that it sends afterwards counts.
+            // Released in order: nothing that it holds or sends afterwards counts, and the link is closed.
             self.sessions.remove(node);
+            self.reported.remove(node);
+            self.after(1_000, 1_100, Event::LinkEndsForNode { node: node.clone(), session });
         }
         self.send(|| Event::ToNode { node: node.clone(), session, message: message.clone() });
     }
@@ -85,7 +87,7 @@ impl World {
         assert!(step <= self.disk.durable.unwrap_or_default());
         assert!(state.timeline > self.disk.persistent.timeline, "every going-back begins a new timeline");
         self.disk.durable = (step > Step(0)).then_some(step);
-        self.disk.persistent = state;
+        let timeline = std::mem::replace(&mut self.disk.persistent, state).timeline;
         let committed = self.disk.last_step();
         let last = self.disk.restored().last;
         let has = |node: &NodeId, shard: &ShardId| {
@@ -97,7 +99,7 @@ impl World {
             let rolls = last.is_some_and(|l| {
                 held.prepared == Some((l.epoch, l.step)) && held.version.next() == committed
             });
-            held.shards.contains(shard) && (held.version == committed || rolls)
+            held.timeline == timeline && held.shards.contains(shard) && (held.version == committed || rolls)
         };
         let shards = self.settings.architecture.shards();
         let lost = shards.iter().any(|shard| !self.nodes.keys().any(|node| has(node, shard)));

@@ -65,8 +65,6 @@ pub struct World {
     pub commits: Vec<(Step, u64)>,
     /// Nodes that were released.
     pub left: BTreeSet<NodeId>,
-    /// Whether what a node holds and copies must fit into its memory.
-    pub strict_memory: bool,
     /// Whether events are printed, to look at a failed seed.
     pub traced: bool,
 }
@@ -111,7 +109,6 @@ impl World {
             notices: Vec::new(),
             commits: Vec::new(),
             left: BTreeSet::new(),
-            strict_memory: false,
             traced: std::env::var_os("VOLARY_TRACE").is_some(),
         };
         world.start_supervisor();

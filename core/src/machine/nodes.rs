@@ -155,11 +155,13 @@ impl Machine {
         self.finish(Finish::Empty);
     }
 
-    /// Releases draining nodes that have no part in the placement and store nothing for a checkpoint.
+    /// Releases draining nodes that have no part in the placement, from which nobody fetches anything and that
+    /// store nothing for a checkpoint.
     pub(super) fn release_drained(&mut self) {
         let voters = match &self.phase {
             // The placement is over. Its members are needed as long as they hold something.
             Phase::Gathering(_) => self.holders.values().flatten().cloned().collect(),
+            Phase::Placing { .. } => self.placement.voters().union(&self.sources()).cloned().collect(),
             _ => self.placement.voters(),
         };
         let stores = |name: &NodeId| self.checkpoint.as_ref().is_some_and(|c| c.senders.contains(name));
@@ -170,6 +172,15 @@ impl Machine {
         for node in drained.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             self.release(node);
         }
+    }
+
+    /// The nodes from which members fetch shards before the next step.
+    fn sources(&self) -> BTreeSet<NodeId> {
+        let is_fetched = |shard: ShardId| {
+            self.placement.holders_unordered(shard).iter().any(|node| !self.is_holder(shard, node))
+        };
+        let fetched = self.holders.iter().filter(|(shard, _)| is_fetched(**shard));
+        fetched.flat_map(|(_, nodes)| nodes).cloned().collect()
     }
 
     /// All nodes leave. The run waits for others, who load the checkpoint.

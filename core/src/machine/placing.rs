@@ -163,6 +163,7 @@ impl Machine {
             self.holders.insert(shard, holders);
         }
         self.replan.dirty |= self.all_learned();
+        self.release_drained();
         self.advance();
     }
 

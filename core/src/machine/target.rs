@@ -18,7 +18,8 @@ impl Machine {
             Ok(target) => target,
             Err(shortage) if self.are_all_held() => {
                 let surviving = self.surviving_placement(self.placement.epoch.next());
-                return if self.is_here(&surviving) { Ok(surviving) } else { Err(shortage) };
+                let may_stay = self.is_here(&surviving) && self.is_bearable(&surviving);
+                return if may_stay { Ok(surviving) } else { Err(shortage) };
             }
             Err(shortage) => return Err(shortage),
         };
@@ -96,6 +97,16 @@ impl Machine {
         let is_here =
             |&shard: &ShardId| placement.holders_unordered(shard).iter().all(|n| self.is_holder(shard, n));
         self.settings.architecture.shards().iter().all(is_here)
+    }
+
+    /// Whether a placement fits, or puts nothing on a node that is not there now.
+    fn is_bearable(&self, placement: &Placement) -> bool {
+        let is_old = |&shard: &ShardId| {
+            placement.holders_unordered(shard).iter().all(|n| self.placement.holds(n, shard))
+        };
+        let fits = |request: &Request<'_>| planner::fits(request, placement);
+        self.request(&self.members(self.nodes.keys().collect()), None, fits)
+            || self.settings.architecture.shards().iter().all(is_old)
     }
 
     /// Whether a node holds each shard.

@@ -17,6 +17,16 @@ pub(super) type Holders = BTreeMap<ShardId, BTreeSet<NodeId>>;
 /// lightest load, which must fetch it.
 #[must_use]
 pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Placement) -> Placement {
+    plan_with_newcomers(request, holders, before, &BTreeSet::new())
+}
+
+/// [`plan_for_survivors`] where some nodes that were no members have a part, too.
+pub(super) fn plan_with_newcomers(
+    request: &Request<'_>,
+    holders: &Holders,
+    before: &Placement,
+    newcomers: &BTreeSet<NodeId>,
+) -> Placement {
     let costs = Costs::new(request.architecture, request.training);
     let shards = request.architecture.shards();
     let cuts = if before.stages.is_empty() {
@@ -30,8 +40,12 @@ pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Pla
     for (number, &layers) in cuts.iter().enumerate() {
         let taken = |node: &NodeId| in_stage.contains(node);
         let had = |node: &NodeId| before.stages.get(number).is_some_and(|stage| stage.holds(node));
+        // What it learned of this stage does not bring a node out of the stage that it has, or into both.
+        let other =
+            |node: &NodeId| before.stages.iter().any(|s| s.holds(node) && dense.are_held_by(node, s.layers));
         let all = request.members.iter().map(|member| &member.node);
-        let able = all.filter(|node| (had(node) || !taken(node)) && dense.are_held_by(node, layers));
+        let able = all
+            .filter(|node| (had(node) || !(taken(node) || other(node))) && dense.are_held_by(node, layers));
         staged.push(able.cloned().collect());
         in_stage.extend(staged[number].iter().cloned());
     }
@@ -39,7 +53,7 @@ pub fn plan_for_survivors(request: &Request<'_>, holders: &Holders, before: &Pla
     let stage_without_node = staged.iter().any(Vec::is_empty);
     let hosts = |node: &NodeId| {
         let has_part = stage_without_node || before.members.is_empty() || before.is_member(node);
-        has_part && holders.values().any(|nodes| nodes.contains(node))
+        (has_part || newcomers.contains(node)) && holders.values().any(|nodes| nodes.contains(node))
     };
     let members: Vec<Member> =
         request.members.iter().filter(|m| in_stage.contains(&m.node) || hosts(&m.node)).cloned().collect();

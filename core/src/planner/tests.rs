@@ -1,5 +1,7 @@
 //! The planner's guarantees; against exhaustive search where that is possible.
 
+mod transition;
+
 use super::*;
 use crate::architecture::Architecture;
 use crate::architecture::presets;

@@ -2,17 +2,20 @@
 //! as far as both fit into their memory.
 
 use super::input::Request;
-use super::survivors::{Holders, plan_for_survivors};
-use crate::costs::{Costs, lanes_in_flight};
+use super::memory::Memory;
+use super::survivors::{Holders, plan_with_newcomers};
 use crate::ids::{LayerId, NodeId, ShardId};
 use crate::placement::Placement;
-use crate::profile::Profile;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The placement of the nodes that have their shards, with learners for the shards of `target` that are not
 /// on their nodes yet. A node without memory for both the shards that it holds and those that it copies first
 /// releases replicas that the target does not place on it and that other nodes hold. Shards that still do not
-/// fit are copied in a later transition. `None` if there is nothing left to copy.
+/// fit are copied in a later transition.
+///
+/// `None` if nothing new is left to copy or fits, or if a node holds more than it could train with, as one does
+/// that fetched for a placement that never began. Then nodes fetch the target between two steps, when the memory
+/// of activations and gradients is free.
 #[must_use]
 pub fn plan_transition(
     request: &Request<'_>,
@@ -20,28 +23,26 @@ pub fn plan_transition(
     before: &Placement,
     target: &Placement,
 ) -> Option<Placement> {
-    let way = Way {
-        costs: &Costs::new(request.architecture, request.training),
-        profiles: request.members.iter().map(|member| (&member.node, &member.profile)).collect(),
-        request,
-        target,
-    };
-    let mut surviving = plan_for_survivors(request, holders, before);
+    let way = Way { memory: Memory::new(request), request, target };
+    // Those who have learned all of their shards take part, so that others can give up theirs.
+    let newcomers = way.complete(holders);
+    let mut surviving = plan_with_newcomers(request, holders, before, &newcomers);
     let crowded = way.crowded(&surviving);
     if !crowded.is_empty() {
         let mut kept = holders.clone();
         crowded.iter().for_each(|node| way.give_up(node, &surviving, &mut kept));
-        surviving = plan_for_survivors(request, &kept, before);
+        surviving = plan_with_newcomers(request, &kept, before, &newcomers);
     }
-    let mut waits = false;
+    if !way.memory.fits(&surviving) {
+        return None;
+    }
     let mut learners: BTreeMap<ShardId, BTreeSet<NodeId>> = BTreeMap::new();
-    let held = way.held_bytes(&surviving);
+    let held = way.memory.held(&surviving);
     for (node, parts) in way.missing(&surviving) {
-        let mut room = way.memory(&node).saturating_sub(held.get(&node).copied().unwrap_or(0));
+        let mut room = way.memory.of(&node).saturating_sub(held.get(&node).copied().unwrap_or(0));
         for part in parts {
-            let bytes = way.bytes(&node, &part);
+            let bytes = way.memory.bytes(&node, &part);
             if bytes > room {
-                waits = true;
                 continue;
             }
             room -= bytes;
@@ -50,47 +51,24 @@ pub fn plan_transition(
             }
         }
     }
+    let is_new = |(shard, nodes): (&ShardId, &BTreeSet<NodeId>)| {
+        !holders.get(shard).is_some_and(|h| nodes.is_subset(h))
+    };
+    let makes_progress = learners.iter().any(is_new);
     surviving.learners = learners;
-    (waits || !surviving.learners.is_empty()).then_some(surviving)
+    makes_progress.then_some(surviving)
 }
 
 /// Shards that are copied and given up together: one expert, or the dense shards of a stage.
 type Part = Vec<ShardId>;
 
 struct Way<'a> {
-    costs: &'a Costs,
-    profiles: BTreeMap<&'a NodeId, &'a Profile>,
+    memory: Memory<'a>,
     request: &'a Request<'a>,
     target: &'a Placement,
 }
 
 impl Way<'_> {
-    fn memory(&self, node: &NodeId) -> u64 {
-        self.profiles.get(node).map_or(0, |profile| profile.memory_bytes)
-    }
-
-    /// Memory of some shards on a node. A layer counts once, with its dense shard.
-    fn bytes(&self, node: &NodeId, shards: &[ShardId]) -> u64 {
-        let in_flight = lanes_in_flight(self.profiles.get(node).map_or(1, |profile| profile.threads));
-        let each = |shard: &ShardId| match shard {
-            ShardId::Expert { .. } => self.costs.expert_bytes,
-            ShardId::Dense { layer } => self.costs.stage_bytes(layer.alone(), in_flight),
-            ShardId::Embedding | ShardId::Router { .. } => 0,
-        };
-        shards.iter().map(each).sum()
-    }
-
-    /// Memory of what each node holds.
-    fn held_bytes(&self, placement: &Placement) -> BTreeMap<NodeId, u64> {
-        let mut held = BTreeMap::new();
-        for shard in self.shards() {
-            for node in placement.holders_unordered(shard) {
-                *held.entry(node.clone()).or_default() += self.bytes(node, &[shard]);
-            }
-        }
-        held
-    }
-
     fn shards(&self) -> impl Iterator<Item = ShardId> + use<> {
         self.request.architecture.shards().into_iter()
     }
@@ -107,6 +85,19 @@ impl Way<'_> {
         }
         // Layers first: without them a node runs no lane.
         dense.into_values().chain(parts).collect()
+    }
+
+    /// The nodes that hold all that the target places on them.
+    fn complete(&self, holders: &Holders) -> BTreeSet<NodeId> {
+        let mut complete: BTreeSet<NodeId> = self.target.members.iter().cloned().collect();
+        for shard in self.shards() {
+            for node in self.target.holders_unordered(shard) {
+                if !holders.get(&shard).is_some_and(|nodes| nodes.contains(node)) {
+                    complete.remove(node);
+                }
+            }
+        }
+        complete
     }
 
     /// What each node of the target lacks.
@@ -126,10 +117,10 @@ impl Way<'_> {
 
     /// The nodes without room for what they hold and what they lack.
     fn crowded(&self, surviving: &Placement) -> Vec<NodeId> {
-        let held = self.held_bytes(surviving);
+        let held = self.memory.held(surviving);
         let is_crowded = |(node, parts): &(NodeId, Vec<Part>)| {
-            let lacking: u64 = parts.iter().map(|part| self.bytes(node, part)).sum();
-            held.get(node).copied().unwrap_or(0).saturating_add(lacking) > self.memory(node)
+            let lacking: u64 = parts.iter().map(|part| self.memory.bytes(node, part)).sum();
+            held.get(node).copied().unwrap_or(0).saturating_add(lacking) > self.memory.of(node)
         };
         self.missing(surviving).into_iter().filter(is_crowded).map(|(node, _)| node).collect()
     }

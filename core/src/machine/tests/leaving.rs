@@ -120,3 +120,27 @@ fn a_drain_for_which_there_is_no_room_waits_with_the_shortage_in_numbers() {
     run.step(3);
     assert_eq!(left(&run), [id(2)], "{:?}", run.effects);
 }
+
+#[test]
+fn a_node_that_leaves_stays_until_the_others_have_fetched_what_only_it_holds() {
+    let update = Update::decide(1.0, true, 6, 0.1, None).0;
+    let last = Some(LastCommit { epoch: Epoch(1), step: Step(1), update });
+    let members = vec![id(1), id(2), id(3)];
+    let persistent = PersistentState { epoch: Epoch(1), members, ..PersistentState::default() };
+    let mut run = Harness::new(settings(3), Restored { durable: None, last, persistent });
+    let shards = run.machine.settings.architecture.shards();
+    // No node has all dense shards of a stage, so that the next step waits for a copy.
+    let (only, rest): (Vec<ShardId>, Vec<ShardId>) =
+        shards.into_iter().partition(|shard| *shard == ShardId::Dense { layer: crate::ids::LayerId(0) });
+    run.join(1, ResidentState { version: Step(1), shards: rest, ..ResidentState::default() });
+    run.join(2, ResidentState { version: Step(1), shards: only, ..ResidentState::default() });
+    run.handle(Event::DrainRequested { node: id(2) });
+    run.join(3, ResidentState::default());
+    assert_eq!(run.machine.placement().members, [id(1), id(3)]);
+    assert_eq!(left(&run), [], "{:?}", run.effects);
+    let epoch = run.machine.placement().epoch;
+    run.report(1, NodeReport::Ready { epoch });
+    assert_eq!(left(&run), []);
+    run.report(3, NodeReport::Ready { epoch });
+    assert_eq!(left(&run), [id(2)]);
+}
