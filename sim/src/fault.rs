@@ -13,6 +13,8 @@ pub enum Fault {
     Partition(NodeId, u64),
     /// Two nodes cannot reach each other for some milliseconds.
     Cut(NodeId, NodeId, u64),
+    /// Frames of the first node to the second are lost for some milliseconds; those of the second arrive.
+    Mute(NodeId, NodeId, u64),
     /// A new node joins.
     Join,
     /// A new node joins that reaches the supervisor, and that no other node reaches.

@@ -24,7 +24,11 @@ impl World {
                 self.silence(&node, ms, |known| known.cut_until = known.cut_until.max(until));
             }
             Fault::Cut(a, b, ms) => {
-                self.cuts.insert((a, b), self.now + ms);
+                self.cuts.insert((a.clone(), b.clone()), self.now + ms);
+                self.cuts.insert((b, a), self.now + ms);
+            }
+            Fault::Mute(from, to, ms) => {
+                self.cuts.insert((from, to), self.now + ms);
             }
             Fault::Join => _ = self.join(None),
             Fault::JoinHidden => {

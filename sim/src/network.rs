@@ -23,14 +23,17 @@ impl World {
         share > 0.0 && self.random.next_f64() < share
     }
 
-    /// Whether two nodes reach each other now.
+    /// Whether two nodes reach each other now, as requests and their answers must.
     pub(crate) fn reachable(&self, a: &NodeId, b: &NodeId) -> bool {
+        self.delivers(a, b) && self.delivers(b, a)
+    }
+
+    /// Whether a frame of one node reaches another now.
+    pub(crate) fn delivers(&self, from: &NodeId, to: &NodeId) -> bool {
         let speaks = |node: &NodeId| self.nodes.contains_key(node) && self.silent_until(node).is_none();
-        let cut = |a: &NodeId, b: &NodeId| {
-            self.cuts.get(&(a.clone(), b.clone())).is_some_and(|&until| until > self.now)
-        };
-        let hidden = self.hidden.contains(a) || self.hidden.contains(b);
-        speaks(a) && speaks(b) && !cut(a, b) && !cut(b, a) && !hidden
+        let is_cut = self.cuts.get(&(from.clone(), to.clone())).is_some_and(|&until| until > self.now);
+        let is_hidden = self.hidden.contains(from) || self.hidden.contains(to);
+        speaks(from) && speaks(to) && !is_cut && !is_hidden
     }
 
     /// Whether the supervisor has this link to a node.

@@ -231,7 +231,9 @@ impl World {
             return;
         }
         let others = || node.placement.members.iter().filter(|member| *member != id);
-        let broken = others().find(|member| !self.reachable(id, member)).cloned();
+        // A frame that is not acknowledged fails; who waits for one that does not come knows nothing.
+        let broken = others().find(|member| !self.delivers(id, member)).cloned();
+        let unheard = others().any(|member| !self.delivers(member, id));
         let begun = |member: &NodeId| {
             let at = self.nodes.get(member).map(|n| (n.work.as_ref(), n.agent.resident_state()));
             at.is_some_and(|(theirs, held)| {
@@ -248,7 +250,7 @@ impl World {
             let event = agent::Event::Failed { epoch, failure: unreachable_peer(&peer) };
             return self.node_event(id, event);
         }
-        if early {
+        if early || unheard {
             return self.put(self.now + 20, retry);
         }
         // A member that is in another placement by now refuses what this node sends.

@@ -84,6 +84,10 @@ fn draw(random: &mut Stream, world: &World, kinds: Kinds) -> Option<Fault> {
             let (a, b) = (pick(random)?, pick(random)?);
             (a != b).then(|| Fault::Cut(a, b, ms(random)))
         }
+        12 if kinds.hangs => {
+            let (from, to) = (pick(random)?, pick(random)?);
+            (from != to).then(|| Fault::Mute(from, to, ms(random)))
+        }
         8 if kinds.drains && alive.len() > 1 => pick(random).map(Fault::Drain),
         9 if kinds.network => {
             let share = |random: &mut Stream| random.next_f64() * 0.1;

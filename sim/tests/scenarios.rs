@@ -4,6 +4,7 @@
 use volary_core::limits::LEARNER_GRACE_MS;
 use volary_core::machine::{Notice, Settings};
 use volary_core::{ExpertId, LayerId, NodeId, ShardId, Step};
+use volary_sim::limits::SILENCE_MS;
 use volary_sim::{Fault, World, deep_settings, room_for_half, settings};
 
 const STEPS: u64 = 40;
@@ -181,6 +182,23 @@ fn of_two_nodes_that_cannot_reach_each_other_one_is_fenced() {
         assert_no_step_repeated(&world);
         let fenced = world.notices.iter().filter(|notice| matches!(notice, Notice::Fenced { .. })).count();
         assert!(fenced >= 1, "seed {seed}");
+    }
+}
+
+/// The receiver waits for what does not come and accuses nobody; the sender misses the acknowledgment.
+#[test]
+fn frames_that_are_lost_one_way_are_reported_by_their_sender_and_cost_no_step() {
+    for seed in 0..100 {
+        let world = with_fault(seed, 3, 2, Fault::Mute(id(1), id(2), 60_000));
+        assert_no_step_repeated(&world);
+        let reason = world.notices.iter().find_map(|notice| match notice {
+            Notice::Aborted { reason, .. } => Some(reason.as_str()),
+            _ => None,
+        });
+        assert_eq!(reason, Some("n1: n2 cannot be reached"), "seed {seed}");
+        assert!(!has(&world, |n| matches!(n, Notice::WentBack { .. })), "seed {seed}");
+        let gap = longest_gap(&world);
+        assert!(gap < 3 * SILENCE_MS, "seed {seed}: {gap} ms without a step");
     }
 }
 
