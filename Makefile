@@ -5,8 +5,9 @@ CONFIG ?= examples/quickstart.toml
 NODES ?= 3
 TARGET ?= frame
 FUZZ_SECONDS ?= 60
+PART ?= 0/40
 
-.PHONY: train test test-fast test-gpu soak build lint audit fuzz bench bundle setup setup-tools clean help
+.PHONY: train test test-fast test-gpu soak build lint audit fuzz mutants bench bundle setup setup-tools clean help
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +53,10 @@ audit: ## Check dependencies for known vulnerabilities; needs the network
 
 fuzz: setup ## Fuzz one decoder: make fuzz TARGET=frame FUZZ_SECONDS=60 (needs cargo-fuzz)
 	@scripts/fuzz $(TARGET) $(FUZZ_SECONDS)
+
+mutants: ## Mutate a part of the core and the actors, and list the mutants that no test finds: make mutants PART=0/40
+	@command -v cargo-mutants > /dev/null || { echo "cargo install --locked cargo-mutants" && exit 1; }
+	$(CARGO) mutants --shard $(PART) --sharding round-robin --output dist
 
 bench: build ## Measure throughput and transport
 	$(CARGO) bench -p volary-transport

@@ -17,11 +17,13 @@ const STEPS: u64 = 60;
 type Outcome = (Vec<(u64, u64, u64, u64)>, String);
 
 /// The undisturbed run on one node.
-static QUIET: LazyLock<Outcome> = LazyLock::new(|| {
+static QUIET: LazyLock<Outcome> = LazyLock::new(|| quiet("training.steps=60"));
+
+fn quiet(steps: &str) -> Outcome {
     let world = World::new();
-    world.run_train(&["--set", "training.steps=60", "--nodes", "1", "--dir", "runs/q", "--quiet"]);
+    world.run_train(&["--set", steps, "--nodes", "1", "--dir", "runs/q", "--quiet"]);
     (world.curve("q"), world.digest("q"))
-});
+}
 
 /// One cluster at a time: with several on two cores, a timeout of two seconds would not only catch faults.
 static ALONE: Mutex<()> = parking_lot::const_mutex(());
@@ -36,11 +38,37 @@ struct Cluster {
     nodes: u32,
     replication: u32,
     checkpoint_every: u64,
+    /// How long the others must wait to learn of the fault, in seconds: the silence after which a link is dead.
+    silence: f64,
+    /// More arguments of `volary train`.
     more: &'static [&'static str],
 }
 
-/// Plays a script; the run must succeed and equal the undisturbed one. Returns its events.
+/// No fault that shows itself stalls the run for longer, in seconds, beside two ordinary steps.
+const STALL_MAX: f64 = 1.0;
+/// `cluster.node_timeout_ms`, in seconds.
+const NODE_SILENCE: f64 = 2.0;
+/// A silent link between two nodes is given up after so many seconds.
+const PEER_SILENCE: f64 = 5.0;
+
+/// Plays a script; the run must succeed, equal the undisturbed one, and stall no longer than its bound: in two
+/// of three tries, since other processes may have the machine meanwhile. Returns its events.
 fn play(cluster: Cluster, script: &str) -> String {
+    let most = STALL_MAX + cluster.silence;
+    let (events, stall) = play_once(&cluster, script);
+    if stall > most {
+        let mut stalls = [stall, play_once(&cluster, script).1, play_once(&cluster, script).1];
+        stalls.sort_by(f64::total_cmp);
+        assert!(
+            stalls[1] <= most,
+            "stalls of {stalls:.2?} s, at most {most} s were expected\n{script}\n{events}"
+        );
+    }
+    events
+}
+
+/// The events of one try, and the longest time for one step, in seconds, without that of two ordinary ones.
+fn play_once(cluster: &Cluster, script: &str) -> (String, f64) {
     let or = |value: u64, default: u64| if value == 0 { default } else { value }.to_string();
     let world = World::new();
     std::fs::write(world.path("events.toml"), script).expect("a file");
@@ -55,7 +83,9 @@ fn play(cluster: Cluster, script: &str) -> String {
     let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
     let outcome = (world.curve("r"), world.digest("r"));
     assert!(outcome == *QUIET, "differs from the undisturbed run\n{script}\n{events}\n{}", world.logs());
-    events
+    let mut seconds: Vec<f64> = world.metrics("r").iter().filter_map(|l| l["seconds"].as_f64()).collect();
+    seconds.sort_by(f64::total_cmp);
+    (events, seconds[seconds.len() - 1] - 2.0 * seconds[seconds.len() / 2])
 }
 
 fn event(step: u64, what: &str, rest: &str) -> String {
@@ -152,7 +182,9 @@ fn a_restarted_supervisor_finds_nodes_that_kept_their_state() {
 #[test]
 fn a_supervisor_and_a_node_killed_together_do_not_change_the_result() {
     let _alone = alone();
-    let events = play(Cluster::default(), &[on(10, "kill", 2), event(10, "kill-supervisor", "")].concat());
+    // The restarted supervisor waits for the dead node's return.
+    let cluster = Cluster { silence: NODE_SILENCE, ..Cluster::default() };
+    let events = play(cluster, &[on(10, "kill", 2), event(10, "kill-supervisor", "")].concat());
     assert_eq!(count(&events, "went_back"), 0, "{events}");
 }
 
@@ -161,14 +193,16 @@ fn a_suspended_node_is_awaited_or_fenced() {
     let _alone = alone();
     let short = play(Cluster::default(), &event(10, "stop", "node = \"node-2\"\nfor_seconds = 0.7"));
     assert_eq!(count(&short, "lost"), 0, "{short}");
-    let long = play(Cluster::default(), &event(10, "stop", "node = \"node-2\"\nfor_seconds = 4.0"));
+    let cluster = Cluster { silence: NODE_SILENCE, ..Cluster::default() };
+    let long = play(cluster, &event(10, "stop", "node = \"node-2\"\nfor_seconds = 4.0"));
     assert_eq!((count(&long, "lost"), count(&long, "went_back")), (1, 0), "{long}");
 }
 
 #[test]
 fn a_partitioned_node_is_fenced_and_cannot_write_into_the_run() {
     let _alone = alone();
-    let events = play(Cluster::default(), &event(10, "partition", "node = \"node-2\"\nfor_seconds = 4.0"));
+    let cluster = Cluster { silence: NODE_SILENCE, ..Cluster::default() };
+    let events = play(cluster, &event(10, "partition", "node = \"node-2\"\nfor_seconds = 4.0"));
     assert_eq!(count(&events, "went_back"), 0, "{events}");
     // Its supervisor or its peers notice first.
     assert!(count(&events, "lost") + count(&events, "fenced") >= 1, "{events}");
@@ -178,7 +212,8 @@ fn a_partitioned_node_is_fenced_and_cannot_write_into_the_run() {
 fn one_of_two_nodes_that_cannot_reach_each_other_is_fenced() {
     let _alone = alone();
     let rest = "node = \"node-2\"\npeer = \"node-3\"\nfor_seconds = 30.0";
-    let events = play(Cluster::default(), &event(10, "cut", rest));
+    let cluster = Cluster { silence: PEER_SILENCE, ..Cluster::default() };
+    let events = play(cluster, &event(10, "cut", rest));
     assert_eq!(count(&events, "went_back"), 0, "{events}");
     assert!(count(&events, "fenced") >= 1, "{events}");
 }
@@ -186,8 +221,9 @@ fn one_of_two_nodes_that_cannot_reach_each_other_is_fenced() {
 #[test]
 fn the_loss_of_a_third_of_the_packets_does_not_change_the_result() {
     let _alone = alone();
-    let events =
-        play(Cluster::default(), &event(5, "lose", "node = \"node-2\"\nfraction = 0.3\nfor_seconds = 3.0"));
+    // The losses last for three seconds; nobody is given up.
+    let cluster = Cluster { silence: 3.0, ..Cluster::default() };
+    let events = play(cluster, &event(5, "lose", "node = \"node-2\"\nfraction = 0.3\nfor_seconds = 3.0"));
     assert_eq!(count(&events, "went_back"), 0, "{events}");
 }
 
@@ -195,7 +231,9 @@ fn the_loss_of_a_third_of_the_packets_does_not_change_the_result() {
 fn drain_and_sigterm_wait_until_the_node_has_left() {
     let _alone = alone();
     let world = World::new();
-    let args = ["--nodes", "4", "--dir", "runs/r", "--set", "training.steps=60", "--quiet", "--threads", "1"];
+    // So many that all commands come before the end.
+    let steps = "training.steps=300";
+    let args = ["--nodes", "4", "--dir", "runs/r", "--set", steps, "--quiet", "--threads", "1"];
     let mut train = Guard::start(&mut world.train(&args));
     until("a step", LONG, || common::lines(&world.path("runs/r/metrics.jsonl")) >= 1);
     let status = status(&world);
@@ -233,7 +271,7 @@ fn drain_and_sigterm_wait_until_the_node_has_left() {
     assert!(train.wait(LONG).success(), "{}", world.logs());
     let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
     assert_eq!((count(&events, "left"), count(&events, "aborted")), (2, 0), "{events}");
-    assert!((world.curve("r"), world.digest("r")) == *QUIET, "{events}");
+    assert!((world.curve("r"), world.digest("r")) == quiet(steps), "{events}");
 }
 
 fn status(world: &World) -> serde_json::Value {
@@ -276,6 +314,8 @@ fn random_trouble_does_not_change_the_result() {
     for seed in first..first + number("VOLARY_CHAOS").unwrap_or(1) {
         let script = random_script(seed);
         println!("VOLARY_CHAOS_SEED={seed}\n{script}");
-        play(Cluster { checkpoint_every: 10, more: &["--respawn"], ..Cluster::default() }, &script);
+        // Faults may follow each other before anybody has recovered.
+        let silence = f64::INFINITY;
+        play(Cluster { checkpoint_every: 10, silence, more: &["--respawn"], ..Cluster::default() }, &script);
     }
 }
