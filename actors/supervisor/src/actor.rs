@@ -36,6 +36,7 @@ use recovery::Recovery;
 use sessions::Sessions;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use telemetry::Telemetry;
 use tokio::sync::oneshot;
@@ -88,6 +89,8 @@ pub(crate) struct SupervisorArgs {
     pub(crate) nodes_are_gone: bool,
     /// Whether an operator allows the run to go back past a damaged checkpoint.
     pub(crate) may_go_back: bool,
+    /// Set when the run is over, so that nodes may drop what they hold.
+    pub(crate) over: Arc<AtomicBool>,
     pub(crate) end: oneshot::Sender<RunEnd>,
 }
 
@@ -102,6 +105,7 @@ pub(crate) struct SupervisorState {
     credentials: Arc<Credentials>,
     checkpoints: Checkpoints,
     may_go_back: bool,
+    over: Arc<AtomicBool>,
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
     /// The node that stores each shard of the checkpoint in progress.
@@ -174,7 +178,7 @@ impl SupervisorState {
         checkpointer: ActorRef<CheckpointerMsg>,
     ) -> Self {
         let telemetry = Telemetry::new(&args);
-        let may_go_back = args.may_go_back;
+        let (may_go_back, over) = (args.may_go_back, args.over);
         let SupervisorArgs { run, settings, store, credentials, checkpoints, address, end, .. } = args;
         Self {
             me,
@@ -186,6 +190,7 @@ impl SupervisorState {
             credentials,
             checkpoints,
             may_go_back,
+            over,
             files,
             checkpointer,
             checkpoint_senders: BTreeMap::new(),
@@ -288,6 +293,7 @@ impl SupervisorState {
         for (_, reply) in self.pending_requests.drain(..) {
             crate::messages::respond(reply, answer.clone());
         }
+        self.over.store(!matches!(end, RunEnd::Halted { .. }), Ordering::Release);
         if let Some(sender) = self.end.take() {
             // The process may be ending by itself.
             drop(sender.send(end));

@@ -28,6 +28,7 @@ use setup::{State, open_authority, open_state, register_scrape_hooks, start_tele
 use shared::{Shared, SharedParts};
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use volary_core::machine::Event;
@@ -130,6 +131,7 @@ impl Door {
         let events = EventStream::default();
         register_scrape_hooks(&metrics, &pipeline, (&store, &dir), &endpoint);
         let (end, ended) = oneshot::channel();
+        let over = Arc::new(AtomicBool::new(false));
         // A member that lives dials again at once; its silence for this long is its end elsewhere too.
         let patience = Duration::from_millis(settings.cluster.node_timeout_ms) + RETURN_MARGIN;
         let names = if options.nodes_are_gone { Vec::new() } else { last_members(&store)? };
@@ -147,6 +149,7 @@ impl Door {
             events: events.clone(),
             nodes_are_gone: options.nodes_are_gone,
             may_go_back: options.may_go_back,
+            over: Arc::clone(&over),
             end,
         };
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
@@ -161,6 +164,7 @@ impl Door {
             pipeline: pipeline.clone(),
             reserved: names,
             patience,
+            over,
         }));
         open.send_replace(Some(Arc::clone(&shared)));
         Ok(Supervisor { address, ended, endpoint, shared, pipeline, events })
@@ -203,11 +207,15 @@ impl Supervisor {
                 ended.await
             }
         };
-        let end = end.unwrap_or_else(|_| RunEnd::Fatal { reason: "the supervisor's actor died".into() });
+        let end = end.unwrap_or_else(|_| RunEnd::Halted {
+            reason: "the supervisor's actor died".into(),
+            may_pass: true,
+        });
         // The writers are sending what is queued; nodes close their links when they have read it.
         let farewell = match end {
             RunEnd::Done { .. } => FAREWELL_DONE,
-            RunEnd::Halted { .. } | RunEnd::Fatal { .. } => FAREWELL_FAILED,
+            RunEnd::Fatal { .. } => FAREWELL_FAILED,
+            RunEnd::Halted { .. } => Duration::ZERO,
         };
         tokio::time::sleep(farewell).await;
         drop(endpoint);

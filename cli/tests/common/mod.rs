@@ -171,6 +171,15 @@ impl Guard {
         Self(command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("the binary"))
     }
 
+    /// What an ended process wrote to standard error.
+    pub fn stderr(&mut self) -> String {
+        let mut text = String::new();
+        if let Some(stderr) = &mut self.0.stderr {
+            std::io::Read::read_to_string(stderr, &mut text).expect("text");
+        }
+        text
+    }
+
     pub fn wait(&mut self, most: Duration) -> std::process::ExitStatus {
         let mut status = None;
         until("a process ends", most, || {

@@ -66,8 +66,13 @@ fn verdict(shared: &Shared, accepted: &Accepted) -> Result<Admitted, Refusal> {
     let mut admitted = Admitted { certificate, zone: None };
     match &accepted.role {
         // Operators may still ask, and get the same answer.
-        PeerRole::Join { .. } | PeerRole::Node { .. } if shared.has_ended() => {
+        PeerRole::Join { .. } | PeerRole::Node { .. } if shared.is_over() => {
             return Err(Refusal::new(RefusalCode::RunEnded, "the run has ended"));
+        }
+        // What nodes hold may be all that there is of the last steps.
+        PeerRole::Join { .. } | PeerRole::Node { .. } if shared.has_stopped() => {
+            let reason = "the supervisor cannot go on; wait until it is started again";
+            return Err(Refusal::new(RefusalCode::Starting, reason));
         }
         PeerRole::Join { name: Some(name), .. } if shared.is_in_use(name) => {
             let reason = "a live node has this name; choose another one";

@@ -9,7 +9,7 @@ use ractor::{ActorRef, ActorStatus};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use volary_core::NodeId;
 use volary_data::Dataset;
@@ -34,6 +34,7 @@ pub(super) struct Shared {
     /// `reserved_until`.
     reserved: HashSet<NodeId>,
     reserved_until: Instant,
+    over: Arc<AtomicBool>,
     /// Bytes of checkpoint shards that may be in memory.
     pub(super) checkpoint_budget: ByteBudget,
 }
@@ -49,6 +50,8 @@ pub(super) struct SharedParts {
     /// The names that are kept for nodes which may return, and for how long.
     pub(super) reserved: Vec<NodeId>,
     pub(super) patience: Duration,
+    /// Set when the run is over.
+    pub(super) over: Arc<AtomicBool>,
 }
 
 /// A name that is in use until this is dropped.
@@ -77,6 +80,7 @@ impl Shared {
         let canary = canary.inspect_err(|error| tracing::warn!(%error, "no canary")).ok();
         Self {
             credentials,
+            over: parts.over,
             checkpoints,
             dataset,
             actor,
@@ -91,8 +95,13 @@ impl Shared {
         }
     }
 
-    /// Whether the run has ended.
-    pub(super) fn has_ended(&self) -> bool {
+    /// Whether the run is over, so that nodes may drop what they hold.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
+    }
+
+    /// Whether the supervisor does not go on, for whatever reason.
+    pub(super) fn has_stopped(&self) -> bool {
         self.actor.get_status() == ActorStatus::Stopped
     }
 
