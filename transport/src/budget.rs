@@ -27,12 +27,10 @@ impl ByteBudget {
         Self { kib: Arc::new(Semaphore::new(kib_max as usize)), kib_max }
     }
 
-    /// Waits until `bytes` fit. A frame that is larger than the whole budget takes all of it.
+    /// Waits until `bytes` fit. A frame that is larger than the whole budget takes all of it, and one without
+    /// tensors a KiB for its header.
     pub(crate) async fn take(&self, bytes: u64) -> Option<BytePermit> {
-        if bytes == 0 {
-            return None;
-        }
-        let kib = u32::try_from(bytes.div_ceil(1 << 10)).unwrap_or(u32::MAX).min(self.kib_max);
+        let kib = u32::try_from(bytes.div_ceil(1 << 10).max(1)).unwrap_or(u32::MAX).min(self.kib_max);
         // The semaphore is never closed.
         Arc::clone(&self.kib).acquire_many_owned(kib).await.ok().map(BytePermit)
     }

@@ -42,9 +42,16 @@ impl MessageSender for MemorySender {
 
     fn finish(self: Box<Self>) -> BoxFuture<'static, ()> {
         Box::pin(async move {
-            drop(self.messages);
-            // A link that closes earlier has nothing more to wait for.
-            let _ = self.guard.await_due(self.due).await;
+            // All places are free when the peer has taken every message. A link that closes earlier has
+            // nothing more to wait for.
+            if self.guard.await_due(self.due).await.is_err() {
+                return;
+            }
+            tokio::select! {
+                biased;
+                _ = self.guard.closed() => {}
+                places = self.messages.reserve_many(CONTROL_AHEAD_MAX) => drop(places),
+            }
         })
     }
 }
@@ -56,13 +63,13 @@ struct MemoryReceiver {
 }
 
 impl MessageReceiver for MemoryReceiver {
-    /// A message that has arrived is delivered even if the link has closed since.
+    /// A close overtakes what was sent just before it, as it may over QUIC.
     fn receive(&mut self, bytes_max: usize) -> BoxFuture<'_, Result<Option<Vec<u8>>>> {
         Box::pin(async move {
             let message = tokio::select! {
                 biased;
-                message = self.messages.recv() => message,
                 reason = self.guard.closed() => return Err(broken(reason)),
+                message = self.messages.recv() => message,
             };
             let Some((due, message)) = message else {
                 return Ok(None);

@@ -130,7 +130,11 @@ pub(crate) async fn serve<B: Compute>(
     let trace = TraceContext { scope: span.scope(), sampled_tokens };
     node.until_begun(PassId { epoch, step, train }).await?;
     check(node, epoch, peer, Traffic::Stage { layers, lane })?;
-    // No permit here: the driver holds one for the lane, so that all nodes together stay bounded.
+    // No permit here: the driver holds one for the lane, so that all nodes together stay bounded. But this
+    // node's own leaves may pile up, with many drivers before it.
+    if train && !backward {
+        node.until_lane_may_begin().await;
+    }
     let import = move |backend: &B| Ok(frames::import_one(backend, &frame)?);
     let x = node.executor.run(&span.meter(), import).await?;
     let pass = StagePass { node, at: LaneStep { epoch, step, lane }, train, trace: &trace };

@@ -330,6 +330,33 @@ fn the_gradients_in_memory_do_not_grow_with_the_number_of_lanes() {
     }
 }
 
+/// Two nodes with one stage each: one drives all lanes, and the other only serves them.
+#[test]
+fn a_stage_that_serves_lanes_keeps_no_more_gradients_than_one_that_drives_them() {
+    let lanes = 128;
+    let mut settings = settings(2, 2);
+    settings.training.lanes = lanes;
+    settings.validation.rounds = 0;
+    settings.cluster.replication = 1;
+    let costs = Costs::new(&settings.architecture, &settings.training);
+    let of = |layers| costs.stage_bytes(LayerId::range(layers), lanes_in_flight(1));
+    let memory = of(0..2).max(of(2..4)) + 4 * costs.expert_bytes;
+    assert!(memory < of(0..4), "no node holds all layers");
+    let shards = settings.architecture.shards().len();
+    let mut cluster = Cluster::with_memory(settings, memory);
+    let devices = ["node-1", "node-2"].map(|name| cluster.device(name));
+    // The one that serves is slower than the one that drives.
+    devices[1].set_delay(Duration::from_micros(300));
+    cluster.finish();
+    assert!(cluster.lines("events").join("\n").contains("\"stages\":2"));
+    let gradients = usize::try_from(live_gradients(lanes, lanes_in_flight(1))).expect("a number");
+    let most = (gradients + 2 * lanes_in_flight(1)) * shards;
+    for device in devices {
+        let peak = device.live_tensors_max();
+        assert!(peak <= most, "{peak} tensors, {most} were expected at most");
+    }
+}
+
 /// Makes steps take some milliseconds, so that the run outlasts what a test does to it.
 fn slow_down(cluster: &Cluster) {
     for node in cluster.nodes.values() {
