@@ -331,6 +331,81 @@ mod tests {
         }
     }
 
+    /// Every parameter tensor by its shape.
+    #[test]
+    fn a_shard_has_the_parameters_of_its_tensors() {
+        let a = Architecture {
+            position_buckets: 5,
+            expert_hidden: Some(11),
+            ..presets().swap_remove(1).architecture
+        };
+        let (hidden, width) = (a.hidden, a.heads * a.head_dim);
+        let norm = vec![hidden];
+        let attention = vec![vec![hidden, width]; 4].into_iter().chain([norm.clone(), vec![5, a.heads]]);
+        let geglu =
+            [vec![hidden, a.feed_forward], vec![hidden, a.feed_forward], vec![a.feed_forward, hidden], norm];
+        let layer = LayerId;
+        let tensors = [
+            (ShardId::Embedding, vec![vec![a.vocabulary, hidden], vec![hidden]]),
+            (ShardId::Dense { layer: layer(0) }, attention.clone().collect()),
+            (ShardId::Dense { layer: layer(1) }, attention.chain(geglu).collect()),
+            (ShardId::Router { layer: layer(0) }, vec![vec![hidden, a.experts], vec![hidden]]),
+            (
+                ShardId::Expert { layer: layer(0), expert: ExpertId(1) },
+                vec![vec![hidden, 11], vec![11, hidden]],
+            ),
+        ];
+        for (shard, shapes) in tensors {
+            let count: usize = shapes.iter().map(|shape| shape.iter().product::<usize>()).sum();
+            assert_eq!(a.shard_parameters(shard), count as u64, "{shard}: {shapes:?}");
+        }
+    }
+
+    /// Two operations per element of each matrix product; norms and biases make less than 0.1 %.
+    #[test]
+    fn a_token_costs_the_operations_of_its_products() {
+        const TOKENS: usize = 1_024;
+        for preset in presets() {
+            let a = preset.architecture;
+            let (hidden, width) = (a.hidden, a.heads * a.head_dim);
+            let mut products = 2 * a.vocabulary * hidden;
+            for layer in a.layer_range().iter() {
+                // A token attends to itself and to all before it: scores, and the sum of values.
+                let attended: usize = (1..=TOKENS).map(|keys| 2 * 2 * width * keys).sum::<usize>() / TOKENS;
+                products += 2 * 4 * hidden * width + attended;
+                products += match a.is_moe(layer) {
+                    true => 2 * hidden * a.experts + TOP_K * 2 * 2 * hidden * a.expert_width(),
+                    false => 2 * 3 * hidden * a.feed_forward,
+                };
+            }
+            let ratio = a.flops_per_token(TOKENS) as f64 / products as f64;
+            assert!((1.0..1.001).contains(&ratio), "{}: {ratio}", preset.name);
+        }
+    }
+
+    #[test]
+    fn values_out_of_their_bounds_are_named() {
+        let good = presets().swap_remove(1).architecture;
+        let bad: [(&str, fn(&mut Architecture)); 9] = [
+            ("model.hidden", |a| a.hidden = 0),
+            ("model.vocabulary", |a| a.vocabulary = DIMENSION_MAX + 1),
+            ("model.experts", |a| a.experts = 1),
+            ("model.experts", |a| a.experts = EXPERTS_MAX + 1),
+            ("model.layers", |a| a.layers = LAYERS_MAX + 1),
+            ("model.position_distance", |a| a.position_buckets = 1),
+            ("model.position_distance", |a| a.position_distance = a.position_buckets / 2),
+            ("model.capacity", |a| a.capacity = Capacity::Factor(f64::INFINITY)),
+            ("model.capacity", |a| a.capacity = Capacity::Factor(-1.0)),
+        ];
+        for (key, change) in bad {
+            let mut a = good.clone();
+            change(&mut a);
+            let error = a.check().expect_err("a bad value").to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+        assert_eq!(Architecture { capacity: Capacity::Factor(1.25), ..good }.check(), Ok(()));
+    }
+
     #[test]
     fn shards_are_listed_once_in_order_and_add_up() {
         let mut a = presets().swap_remove(1).architecture;

@@ -191,3 +191,26 @@ pub const LANES_AHEAD: usize = 1;
 pub fn lanes_in_flight(threads: usize) -> usize {
     threads.saturating_add(LANES_AHEAD)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// For experts and embeddings of every size between a thousand and a billion parameters.
+    #[test]
+    fn gradients_kept_for_copies_stay_within_their_budget() {
+        for exponent in 10..30 {
+            let parameters = 1u64 << exponent;
+            let steps = stash_steps(parameters) as u64;
+            let bytes = steps * parameters * F32_BYTES * COPIES_IN_FLIGHT_MAX as u64;
+            let (min, max) = (STASH_MIN as u64, STASH_STEPS_MAX as u64);
+            assert!(steps >= min && steps <= max, "{steps}");
+            assert!(bytes <= STASH_BYTES_MAX || steps == min, "{parameters}: {steps} steps");
+            let one_more = (steps + 1) * parameters * F32_BYTES * COPIES_IN_FLIGHT_MAX as u64;
+            assert!(
+                one_more > STASH_BYTES_MAX || steps == max,
+                "{parameters}: {steps} steps, and room for more"
+            );
+        }
+    }
+}

@@ -130,3 +130,31 @@ impl Profile {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn measurements_that_cannot_be_are_named() {
+        let good = Profile::relative(1.0);
+        assert_eq!(good.check(), Ok(()), "an unlimited bandwidth is allowed");
+        let bad: [(&str, fn(&mut Profile)); 9] = [
+            ("dense.forward", |p| p.dense.forward = f64::NAN),
+            ("dense.backward", |p| p.dense.backward = f64::INFINITY),
+            ("expert.forward", |p| p.expert.forward = 0.0),
+            ("update_bytes_per_s", |p| p.update_bytes_per_s = -1.0),
+            ("threads", |p| p.threads = 0),
+            ("round_trip_s", |p| p.round_trip_s = f64::INFINITY),
+            ("network_s_per_byte", |p| p.network_s_per_byte = -1e-9),
+            ("zone", |p| p.zone = "z".repeat(ZONE_MAX + 1)),
+            ("zone", |p| p.zone = "a\nb".into()),
+        ];
+        for (key, change) in bad {
+            let mut profile = good.clone();
+            change(&mut profile);
+            let error = profile.check().expect_err("a bad value").to_string();
+            assert!(error.contains(key), "{key}: {error}");
+        }
+    }
+}

@@ -50,11 +50,6 @@ impl Machine {
         owner.or_else(|| holders.first()).cloned()
     }
 
-    /// Whether this attempt at a checkpoint is being written.
-    fn is_writing(&self, attempt: u64) -> bool {
-        self.checkpoint.as_ref().is_some_and(|checkpoint| checkpoint.attempt == attempt)
-    }
-
     pub(super) fn on_checkpoint_stored(&mut self, attempt: u64) {
         // An abandoned checkpoint that became durable after all does not count: if the run went back
         // meanwhile, the step may not exist.
@@ -76,9 +71,7 @@ impl Machine {
     }
 
     pub(super) fn on_checkpoint_failed(&mut self, attempt: u64, reason: String) {
-        if self.is_writing(attempt)
-            && let Some(checkpoint) = self.checkpoint.take()
-        {
+        if let Some(checkpoint) = self.checkpoint.take_if(|c| c.attempt == attempt) {
             self.checkpoint_failed(checkpoint.step, reason);
         }
     }

@@ -82,3 +82,21 @@ fn a_checkpoint_is_verified_before_it_is_loaded_and_not_when_nodes_return_with_t
     run.handle(Event::CheckpointVerified { intact: Some(Step(3)) });
     assert_eq!((run.machine.committed(), run.machine.activity()), (Step(3), Activity::Placing));
 }
+
+#[test]
+fn what_becomes_of_an_abandoned_attempt_does_not_touch_the_next_one() {
+    let mut run = Harness::training(2);
+    (0..3).for_each(|_| _ = run.step(2));
+    let (attempt, _) = opened(&run);
+    run.handle(Event::CheckpointFailed { attempt, reason: "no space".into() });
+    assert!(run.notices().any(|n| matches!(n, Notice::CheckpointFailed { step: Step(3), .. })));
+    (0..3).for_each(|_| _ = run.step(2));
+    let (next, step) = opened(&run);
+    assert_eq!(step, Step(6));
+    let effects = run.handle(Event::CheckpointFailed { attempt, reason: "late".into() });
+    assert!(effects.is_empty(), "{effects:?}");
+    run.handle(Event::CheckpointStored { attempt });
+    assert_eq!(run.machine.durable(), None);
+    run.handle(Event::CheckpointStored { attempt: next });
+    assert_eq!(run.machine.durable(), Some(Step(6)));
+}

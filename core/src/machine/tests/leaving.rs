@@ -144,3 +144,18 @@ fn a_node_that_leaves_stays_until_the_others_have_fetched_what_only_it_holds() {
     run.report(3, NodeReport::Ready { epoch });
     assert_eq!(left(&run), [id(2)]);
 }
+
+#[test]
+fn a_drain_says_how_many_bytes_the_node_holds() {
+    let mut run = Harness::training(2);
+    run.handle(Event::DrainRequested { node: id(2) });
+    let architecture = &run.machine.settings.architecture;
+    let of = |shard: &ShardId| architecture.shard_parameters(*shard) * 4;
+    let placement = run.machine.placement();
+    let bytes = architecture.shards().iter().filter(|shard| placement.holds(&id(2), **shard)).map(of).sum();
+    let said = run.notices().find_map(|notice| match notice {
+        Notice::Draining { bytes, .. } => Some(*bytes),
+        _ => None,
+    });
+    assert_eq!(said, Some(bytes));
+}

@@ -116,3 +116,33 @@ fn a_report_that_is_not_a_nodes_own_part_commits_nothing() {
         assert!(run.notices().any(aborted), "{:?}", run.effects);
     }
 }
+
+#[test]
+fn holders_are_listed_owner_first_and_with_learners_that_have_copied() {
+    let mut run = Harness::training(2);
+    let shard = ShardId::Embedding;
+    let placed = run.machine.placement().holders(shard);
+    assert_eq!((run.machine.holders(shard), placed.len()), (placed.clone(), 2));
+    run.join(3, ResidentState::default());
+    run.step(2);
+    assert!(run.machine.placement().is_learning(&id(3)));
+    assert_eq!(run.machine.holders(shard), placed, "it has not learned yet");
+    let (epoch, version) = (run.machine.placement().epoch, run.machine.committed());
+    run.all_ready();
+    run.report(3, NodeReport::Learned { epoch, version, shards: vec![shard] });
+    assert_eq!(run.machine.holders(shard), [placed, vec![id(3)]].concat());
+}
+
+#[test]
+fn a_speed_that_cannot_be_is_not_recorded() {
+    let mut run = Harness::training(1);
+    for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let NodeReport::Prepared { epoch, step, norms, lanes, .. } = run.prepared(1) else {
+            panic!("a report")
+        };
+        run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed: Some(wrong) });
+        assert_eq!(run.machine.nodes[&id(1)].speed, None, "{wrong}");
+    }
+    run.step(1);
+    assert_eq!(run.machine.nodes[&id(1)].speed, Some(1.0));
+}
