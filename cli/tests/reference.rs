@@ -30,7 +30,8 @@ fn by_reference(config: &Config, dir: &RunDir) -> (f64, BTreeMap<ShardId, Vec<Ve
     let model = Reference::initial(&config.model, t, config.run.seed, Device::Cpu).unwrap();
     let (mut loss, mut sums) = (0.0, BTreeMap::<ShardId, Vec<Vec<f32>>>::new());
     for lane in 0..t.lanes {
-        let outcome = model.lane(&dataset.lane(Step(1), Lane(lane)).unwrap(), true).unwrap();
+        let lane = Lane(lane);
+        let outcome = model.lane(&dataset.lane(Step(1), lane).unwrap(), (Step(1), lane), true).unwrap();
         loss += outcome.loss / f64::from(t.lanes);
         for (shard, gradients) in outcome.gradient_values().unwrap() {
             let sum =
@@ -47,10 +48,16 @@ fn by_reference(config: &Config, dir: &RunDir) -> (f64, BTreeMap<ShardId, Vec<Ve
 /// f32 sums in another order, through four layers and six lanes.
 #[test]
 fn three_processes_compute_the_loss_and_every_gradient_of_the_whole_model() {
+    let sparse = ["--set", "model.capacity={ factor = 1.0 }", "--set", "model.second_expert=\"random\""];
+    compare(&[]);
+    compare(&sparse);
+}
+
+fn compare(model: &[&str]) {
     device::single_thread();
     let world = World::new();
     let set = ["--set", "training.steps=1", "--set", "training.optimizer={ kind = \"adamw\" }", "--quiet"];
-    world.run_train(&[["--nodes", "3", "--dir", "runs/r"].as_slice(), set.as_slice()].concat());
+    world.run_train(&[&["--nodes", "3", "--dir", "runs/r"], &set[..], model].concat());
     let dir = RunDir::find(world.path("runs/r")).unwrap();
     let config = Config::load(&dir.config(), &[]).unwrap();
     let (loss, expected) = by_reference(&config, &dir);

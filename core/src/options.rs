@@ -22,7 +22,7 @@ pub enum Optimizer {
         #[serde(default = "one")]
         clip_threshold: f64,
         /// Whether the rate is multiplied by the root mean square of the parameter, at least 1e-3 (section
-        /// 8).
+        /// 8). That of position biases never is: they start at 0.
         #[serde(default = "yes")]
         scale_by_parameter: bool,
     },
@@ -37,7 +37,7 @@ pub enum Optimizer {
         /// Added to the root of the second moment.
         #[serde(default = "adamw_epsilon")]
         epsilon: f64,
-        /// Decoupled decay of matrices, not of norms.
+        /// Decoupled decay of matrices, not of norms and position biases.
         #[serde(default = "adamw_decay")]
         weight_decay: f64,
     },

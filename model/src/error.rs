@@ -55,9 +55,6 @@ pub enum Error {
     /// A call without the preceding call that it needs, or with parameters of another shard.
     #[error("{0} was called out of turn")]
     OutOfTurn(&'static str),
-    /// A model option that only the actors' engine implements.
-    #[error("the reference model supports dropless gating to both experts only")]
-    ReferenceGating,
     /// A tensor of a kind that does not cross the wire.
     #[error("a tensor of kind {0:?} cannot cross the wire: expected f32 or bf16")]
     WireKind(Kind),

@@ -2,7 +2,7 @@
 //! (Loshchilov and Hutter, arXiv 1711.05101). All state is f32 and changes in place.
 
 use crate::error::Result;
-use crate::weights::Slot;
+use crate::weights::{Role, Slot};
 use tch::{Kind, Tensor};
 use volary_core::Step;
 use volary_core::options::Optimizer;
@@ -23,7 +23,8 @@ pub(crate) fn update(
 ) -> Result<()> {
     match *optimizer {
         Optimizer::Adafactor { beta2, clip_threshold, scale_by_parameter } => {
-            adafactor(slot, &gradient, decay(beta2, step), clip_threshold, scale_by_parameter, rate)
+            let scale = scale_by_parameter && slot.role != Role::Position;
+            adafactor(slot, &gradient, decay(beta2, step), clip_threshold, scale, rate)
         }
         Optimizer::Adamw { beta1, beta2, epsilon, weight_decay } => {
             adamw(slot, &gradient, step, rate, (beta1, beta2, epsilon, weight_decay))
@@ -83,7 +84,7 @@ fn adafactor(
     Ok(())
 }
 
-/// AdamW with bias correction. Weights of matrices decay, those of norms do not.
+/// AdamW with bias correction. Matrices decay; norms and position biases do not.
 fn adamw(
     slot: &mut Slot,
     gradient: &Tensor,
@@ -100,7 +101,7 @@ fn adamw(
     let t = step.0.max(1) as f64;
     let root = second.f_div_scalar(1.0 - beta2.powf(t))?.f_sqrt()?.f_add_scalar(epsilon)?;
     let change = first.f_div_scalar(1.0 - beta1.powf(t))?.f_div(&root)?.f_mul_scalar(-rate)?;
-    if slot.weight.dim() > 1 {
+    if slot.role == Role::Matrix {
         let _ = slot.weight.f_mul_scalar_(1.0 - rate * weight_decay)?;
     }
     let _ = slot.weight.f_add_(&change)?;

@@ -22,7 +22,8 @@ fn slot(optimizer: &Optimizer, weights: &[f64], shape: &[i64]) -> Slot {
     let zeros =
         |(name, shape): (&'static str, Vec<i64>)| (name, Tensor::zeros(&shape, (Kind::Float, Device::Cpu)));
     let state = state_shapes(optimizer, shape).into_iter().map(zeros).collect();
-    Slot { name: "w", weight: tensor(weights, shape), state }
+    let role = if shape.len() > 1 { Role::Matrix } else { Role::Norm };
+    Slot { name: "w", role, weight: tensor(weights, shape), state }
 }
 
 fn rms(x: &[f64]) -> f64 {
@@ -112,4 +113,27 @@ fn adamw_equals_the_papers_algorithm() {
         }
         assert_near(&ours, &weights, step);
     }
+}
+
+/// Position biases move by the whole rate under Adafactor, however small they are, and nothing draws them to 0.
+#[test]
+fn position_biases_learn_from_zero_and_do_not_decay() {
+    let mut stream = Stream::new(24, Purpose::Faults, &[]);
+    let zeros = vec![0.0; ROWS * COLUMNS];
+    let shape = [ROWS as i64, COLUMNS as i64];
+    let optimizer = Optimizer::default();
+    let mut ours = slot(&optimizer, &zeros, &shape);
+    ours.role = Role::Position;
+    let gradient = draws(&mut stream, ROWS * COLUMNS);
+    update(&optimizer, &mut ours, tensor(&gradient, &shape), Step(1), 0.01).expect("a step");
+    let moved: Vec<f32> = Vec::try_from(ours.weight.flatten(0, -1)).expect("floats");
+    let moved: Vec<f64> = moved.into_iter().map(f64::from).collect();
+    // The update's size is at most the clip threshold, 1, times the rate.
+    assert!(rms(&moved) > 0.005 && rms(&moved) < 0.0101, "{}", rms(&moved));
+    let optimizer = Optimizer::Adamw { beta1: 0.9, beta2: 0.95, epsilon: 1e-8, weight_decay: 0.5 };
+    let ones = vec![1.0; ROWS * COLUMNS];
+    let mut ours = slot(&optimizer, &ones, &shape);
+    ours.role = Role::Position;
+    update(&optimizer, &mut ours, tensor(&zeros, &shape), Step(1), 0.1).expect("a step");
+    assert_near(&ours, &ones, Step(1));
 }

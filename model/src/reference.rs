@@ -3,18 +3,20 @@
 //! It shares only the functions of the layers with the actors' engine: experts are selected with masks and
 //! added back by index, gradients come from autograd, and there are no messages.
 
+mod routing;
+
 use crate::error::{Error, Result};
 use crate::layers::{self, Attention, FeedForward, Gate, Positions};
 use crate::optimizer;
 use crate::weights::Shard;
+use routing::Routing;
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use tch::{Device, Kind, Tensor};
-use volary_core::architecture::{Architecture, SecondExpert};
-use volary_core::dispatch::Capacity;
+use volary_core::architecture::Architecture;
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
-use volary_core::{LayerId, ShardId, Step};
+use volary_core::{Lane, LayerId, ShardId, Step};
 
 /// A whole model on one device.
 ///
@@ -38,6 +40,7 @@ use volary_core::{LayerId, ShardId, Step};
 pub struct Reference {
     architecture: Architecture,
     training: TrainingOptions,
+    seed: u64,
     device: Device,
     shards: BTreeMap<ShardId, Shard>,
 }
@@ -98,10 +101,10 @@ impl Reference {
     ) -> Result<Self> {
         let shard = |id| Ok((id, Shard::initial(architecture, &training.optimizer, seed, id, device)?));
         let shards = architecture.shards().into_iter().map(shard).collect::<Result<_>>()?;
-        Ok(Self { architecture: architecture.clone(), training: training.clone(), device, shards })
+        Ok(Self { architecture: architecture.clone(), training: training.clone(), seed, device, shards })
     }
 
-    /// The model from the stored form of its shards, which `fetch` reads.
+    /// The model from the stored form of its shards, which `fetch` reads. `seed` is that of the run.
     ///
     /// # Errors
     /// [`Error::Fetch`] with an error of `fetch`; [`Error::Stored`] or [`Error::SafeTensors`] when a shard
@@ -109,6 +112,7 @@ impl Reference {
     pub fn load<E: Into<Box<dyn StdError + Send + Sync>>>(
         architecture: &Architecture,
         training: &TrainingOptions,
+        seed: u64,
         device: Device,
         mut fetch: impl FnMut(ShardId) -> std::result::Result<Vec<u8>, E>,
     ) -> Result<Self> {
@@ -117,7 +121,7 @@ impl Reference {
             Ok((id, Shard::load(architecture, &training.optimizer, id, &bytes, device)?))
         };
         let shards = architecture.shards().into_iter().map(shard).collect::<Result<_>>()?;
-        Ok(Self { architecture: architecture.clone(), training: training.clone(), device, shards })
+        Ok(Self { architecture: architecture.clone(), training: training.clone(), seed, device, shards })
     }
 
     fn leaves(&self, train: bool) -> Result<Leaves> {
@@ -129,7 +133,13 @@ impl Reference {
 
     /// The residual stream after the last layer, `[tokens, hidden]`, and the gates. `ids` are `[tokens]`,
     /// i64, in sequences of `length`.
-    fn forward(&self, leaves: &Leaves, ids: &Tensor, length: usize) -> Result<(Tensor, Vec<Gate>)> {
+    fn forward(
+        &self,
+        leaves: &Leaves,
+        ids: &Tensor,
+        length: usize,
+        routing: Routing,
+    ) -> Result<(Tensor, Vec<Gate>)> {
         let a = &self.architecture;
         let positions = Positions::new(a, length, self.device)?;
         let mut x = layers::embed(&leaves[&ShardId::Embedding][0], ids, Kind::Float)?;
@@ -139,7 +149,7 @@ impl Reference {
             let attention = Attention { norm: &p[0], qkv: &p[1], output: &p[2], position: &p[3] };
             x = attention.forward(a, &positions, &x)?;
             if a.is_moe(layer) {
-                let (y, gate) = self.mixture(leaves, layer, &x)?;
+                let (y, gate) = self.mixture(leaves, layer, &x, routing)?;
                 x = y;
                 gates.push(gate);
             } else {
@@ -150,17 +160,22 @@ impl Reference {
     }
 
     /// An MoE layer: each expert on its tokens, with the residual; `[tokens, hidden]` to `[tokens, hidden]`.
-    fn mixture(&self, leaves: &Leaves, layer: LayerId, x: &Tensor) -> Result<(Tensor, Gate)> {
+    fn mixture(
+        &self,
+        leaves: &Leaves,
+        layer: LayerId,
+        x: &Tensor,
+        routing: Routing,
+    ) -> Result<(Tensor, Gate)> {
         let a = &self.architecture;
-        if a.capacity != Capacity::Dropless || a.second_expert != SecondExpert::All {
-            return Err(Error::ReferenceGating);
-        }
         let router = &leaves[&ShardId::Router { layer }];
         let gate = Gate::forward(x, &router[0], &router[1])?;
+        let kept = routing.kept(a, layer, &gate)?;
+        let is_kept = kept.f_gt(0.0)?;
         let mut y = x.shallow_clone();
         for expert in a.expert_ids() {
             let p = &leaves[&ShardId::Expert { layer, expert }];
-            let chosen = gate.experts.f_eq(i64::from(expert.0))?;
+            let chosen = gate.experts.f_eq(i64::from(expert.0))?.f_logical_and(&is_kept)?;
             let tokens = chosen.f_any_dim(1, false)?.f_nonzero()?.f_squeeze_dim(1)?;
             if tokens.size()[0] == 0 {
                 continue;
@@ -175,12 +190,12 @@ impl Reference {
         Ok((y, gate))
     }
 
-    /// The loss and, with `train`, the gradients of one lane. `tokens` are
+    /// The loss and, with `train`, the gradients of one lane of a step. `tokens` are
     /// `[sequences, sequence_length + 1]`, row by row.
     ///
     /// # Errors
-    /// [`Error::ReferenceGating`] when the model drops tokens, or [`Error::Torch`] when libtorch fails.
-    pub fn lane(&self, tokens: &[u32], train: bool) -> Result<Outcome> {
+    /// [`Error::Torch`] when libtorch fails.
+    pub fn lane(&self, tokens: &[u32], (step, lane): (Step, Lane), train: bool) -> Result<Outcome> {
         let length = self.training.sequence_length;
         let leaves = self.leaves(train)?;
         let ids = |shift: usize| -> Result<Tensor> {
@@ -189,7 +204,8 @@ impl Reference {
                 rows.flat_map(|row| row[shift..shift + length].iter().map(|&t| t.into())).collect();
             Ok(Tensor::f_from_slice(&ids)?.f_to_device(self.device)?)
         };
-        let (x, gates) = self.forward(&leaves, &ids(0)?, length)?;
+        let routing = Routing::Lane { seed: self.seed, step, lane };
+        let (x, gates) = self.forward(&leaves, &ids(0)?, length, routing)?;
         let embedding = &leaves[&ShardId::Embedding];
         let cross_entropy =
             layers::cross_entropy(&layers::logits(&x, &embedding[0], &embedding[1])?, &ids(1)?)?;
@@ -223,8 +239,8 @@ impl Reference {
     pub fn step(&mut self, lanes: &[Vec<u32>], step: Step) -> Result<f64> {
         let mut sums: BTreeMap<ShardId, Vec<Tensor>> = BTreeMap::new();
         let mut loss = 0.0;
-        for tokens in lanes {
-            let outcome = self.lane(tokens, true)?;
+        for (tokens, lane) in lanes.iter().zip(Lane::first(lanes.len() as u32)) {
+            let outcome = self.lane(tokens, (step, lane), true)?;
             loss += outcome.loss / lanes.len() as f64;
             for (id, gradients) in outcome.gradients {
                 match sums.entry(id) {
@@ -289,8 +305,8 @@ impl Reference {
         stream: &mut Stream,
     ) -> Result<u32> {
         let ids: Vec<i64> = window.iter().map(|&t| t.into()).collect();
-        let (x, _) =
-            self.forward(leaves, &Tensor::f_from_slice(&ids)?.f_to_device(self.device)?, ids.len())?;
+        let input = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?;
+        let (x, _) = self.forward(leaves, &input, ids.len(), Routing::Free)?;
         let last = x.f_narrow(0, ids.len() as i64 - 1, 1)?;
         let embedding = &leaves[&ShardId::Embedding];
         let logits = layers::logits(&last, &embedding[0], &embedding[1])?.f_squeeze_dim(0)?;

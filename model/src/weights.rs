@@ -23,10 +23,23 @@ enum Initial {
     Uniform(f64),
 }
 
+/// What a parameter is to the optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// A matrix or the embedding: its size says how far a step may go, and it decays.
+    Matrix,
+    /// The gain of a norm, which does not decay.
+    Norm,
+    /// A table of position biases. It starts at 0, so that a rate in proportion to its size would hold it
+    /// there, and 0 means "no preference", to which it need not be drawn.
+    Position,
+}
+
 /// The name, shape and initial values of one parameter.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Parameter {
     pub(crate) name: &'static str,
+    pub(crate) role: Role,
     pub(crate) shape: Vec<i64>,
     initial: Initial,
 }
@@ -36,25 +49,32 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
     let (hidden, width) = (a.hidden as i64, (a.heads * a.head_dim) as i64);
     let matrix = |name, rows: i64, columns: i64| Parameter {
         name,
+        role: Role::Matrix,
         shape: vec![rows, columns],
         initial: Initial::Uniform(1.0 / (rows as f64).sqrt()),
     };
-    let norm = |name| Parameter { name, shape: vec![hidden], initial: Initial::Constant(1.0) };
+    let norm = |name| {
+        let initial = Initial::Constant(1.0);
+        Parameter { name, role: Role::Norm, shape: vec![hidden], initial }
+    };
     match shard {
         ShardId::Embedding => {
             let initial = Initial::Uniform(1.0 / (hidden as f64).sqrt());
-            vec![
-                Parameter { name: "tokens", shape: vec![a.vocabulary as i64, hidden], initial },
-                norm("norm"),
-            ]
+            let shape = vec![a.vocabulary as i64, hidden];
+            vec![Parameter { name: "tokens", role: Role::Matrix, shape, initial }, norm("norm")]
         }
         ShardId::Dense { layer } => {
-            let shape = vec![a.position_buckets as i64, a.heads as i64];
+            let position = Parameter {
+                name: "attention.position",
+                role: Role::Position,
+                shape: vec![a.position_buckets as i64, a.heads as i64],
+                initial: Initial::Constant(0.0),
+            };
             let mut list = vec![
                 norm("attention.norm"),
                 matrix("attention.qkv", hidden, 3 * width),
                 matrix("attention.output", width, hidden),
-                Parameter { name: "attention.position", shape, initial: Initial::Constant(0.0) },
+                position,
             ];
             if !a.is_moe(layer) {
                 let feed_forward = a.feed_forward as i64;
@@ -101,6 +121,7 @@ pub fn shard_bytes(architecture: &Architecture, optimizer: &Optimizer, shard: Sh
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) name: &'static str,
+    pub(crate) role: Role,
     pub(crate) weight: Tensor,
     pub(crate) state: Vec<(&'static str, Tensor)>,
 }
@@ -145,7 +166,7 @@ impl Shard {
                 .into_iter()
                 .map(|(name, shape)| Ok((name, Tensor::f_zeros(&shape, (Kind::Float, device))?)))
                 .collect::<Result<_>>()?;
-            Ok(Slot { name: parameter.name, weight, state })
+            Ok(Slot { name: parameter.name, role: parameter.role, weight, state })
         });
         Ok(Self { slots: slots.collect::<Result<_>>()? })
     }
@@ -200,7 +221,7 @@ impl Shard {
                 .into_iter()
                 .map(|(name, shape)| Ok((name, fetch(&format!("{}.{name}", parameter.name), &shape)?)))
                 .collect::<Result<_>>()?;
-            Ok(Slot { name: parameter.name, weight, state })
+            Ok(Slot { name: parameter.name, role: parameter.role, weight, state })
         });
         Ok(Self { slots: slots.collect::<Result<_>>()? })
     }

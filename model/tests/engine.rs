@@ -158,12 +158,23 @@ fn relative_error(ours: &[f32], theirs: &[f32]) -> f64 {
 /// the same f32 sums in another order, through four layers.
 #[test]
 fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
-    for (seed, activation, moe_first) in [(1, Activation::Gelu, true), (2, Activation::Relu, false)] {
+    use {Activation::*, Capacity::*, SecondExpert::*};
+    let cases = [
+        (1, Gelu, true, Dropless, All),
+        (2, Relu, false, Dropless, All),
+        (3, Gelu, true, Factor(1.0), All),
+        (4, Gelu, false, Factor(0.5), Random),
+        (5, Relu, true, Dropless, Random),
+        (6, Gelu, true, Factor(2.0), Random),
+    ];
+    for (seed, activation, moe_first, capacity, second_expert) in cases {
         let (mut a, t) = (architecture(), training());
-        (a.activation, a.moe_first) = (activation, moe_first);
+        (a.activation, a.moe_first, a.capacity, a.second_expert) =
+            (activation, moe_first, capacity, second_expert);
         let tokens = tokens(seed, &a, &t);
         let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
-        let reference = Reference::initial(&a, &t, 7, test_device()).unwrap().lane(&tokens, true).unwrap();
+        let reference = Reference::initial(&a, &t, 7, test_device()).unwrap();
+        let reference = reference.lane(&tokens, FIRST, true).unwrap();
         assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
         for (id, theirs) in &reference.gradients {
             let Some(ours) = grads.get(id) else {

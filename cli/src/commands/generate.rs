@@ -86,7 +86,8 @@ pub(crate) fn continue_prompt(
         );
     }
     let fetch = |shard| reader.read(step, shard);
-    let model = Reference::load(&config.model, &config.training, device::parse(device)?, fetch)?;
+    let device = device::parse(device)?;
+    let model = Reference::load(&config.model, &config.training, config.run.seed, device, fetch)?;
     let ids = tokenizer.encode(prompt)?;
     let ids = if ids.is_empty() { vec![tokenizer.end_of_text()] } else { ids };
     let sampling = Sampling { stop: Some(tokenizer.end_of_text()), ..sampling };
