@@ -229,3 +229,47 @@ fn a_directory_in_use_a_port_in_use_and_a_wrong_access_token_are_refused() {
     signal(train.0.id(), "-INT");
     assert!(train.wait(LONG).success());
 }
+
+/// Values that would freeze, poison or break a run: one line with the key, before anything starts.
+#[test]
+fn values_that_would_ruin_a_run_are_refused_in_one_line() {
+    let world = World::new();
+    let schedule = |rest: &str| format!("training.schedule={{ kind = \"linear\", {rest} }}");
+    let cases = [
+        ("training.clip_norm", "training.clip_norm=0".to_owned()),
+        ("training.clip_norm", "training.clip_norm=inf".to_owned()),
+        ("training.schedule.rate", schedule("rate = -1.0")),
+        ("training.schedule.rate", schedule("rate = nan")),
+        ("training.schedule.warmup_steps", schedule("rate = 0.1, warmup_steps = 1000")),
+        ("training.schedule.floor", schedule("rate = 0.1, floor = 0.2")),
+        ("training.optimizer.beta2", "training.optimizer={ kind = \"adamw\", beta2 = 1.0 }".to_owned()),
+        (
+            "training.optimizer.clip_threshold",
+            "training.optimizer={ kind = \"adafactor\", clip_threshold = 0 }".into(),
+        ),
+    ];
+    for (key, set) in cases {
+        let output = here(&world, &["train", "tiny.toml", "--dir", "runs/bad", "--set", &set]);
+        let error = text(&output.stderr);
+        assert!(!output.status.success(), "{set}");
+        assert!(
+            error.lines().count() == 1 && error.contains(key) && error.contains("expected"),
+            "{set}: {error}"
+        );
+        assert!(!world.path("runs/bad").exists(), "{set}: nothing is begun");
+    }
+    let general = "training.optimizer={ kind = \"adafactor\", decay = \"general\" }";
+    assert!(here(&world, &["plan", "tiny.toml", "--set", general]).status.success());
+}
+
+/// Every configuration that trains also ends well: summary, sample, and `generate`.
+#[test]
+fn a_model_that_drops_tokens_trains_and_generates() {
+    let world = World::new();
+    let set = ["--set", "model.capacity={ factor = 1.0 }", "--set", "model.second_expert=\"random\""];
+    let output = text(&world.run_train(&[&["--nodes", "2"], &set[..]].concat()).stdout);
+    assert!(output.contains("done: step 6") && output.contains("a sample:"), "{output}");
+    let generated =
+        here(&world, &["generate", "--run", "runs/tiny", "--prompt", "the lane", "--max-tokens", "4"]);
+    assert!(generated.status.success(), "{}", text(&generated.stderr));
+}

@@ -15,9 +15,12 @@ pub enum Optimizer {
     /// Adafactor (Shazeer and Stern, arXiv 1804.04235) with GLaM's settings: no first moment, a factored
     /// second one.
     Adafactor {
-        /// Decay of the second moment; if null, the general form 1 - t^-0.8.
+        /// The decay of the second moment as a function of the step.
+        #[serde(default)]
+        decay: Decay,
+        /// The decay of the second moment, where it is constant.
         #[serde(default = "adafactor_beta2")]
-        beta2: Option<f64>,
+        beta2: f64,
         /// Update clipping: the largest root mean square of an update.
         #[serde(default = "one")]
         clip_threshold: f64,
@@ -43,8 +46,19 @@ pub enum Optimizer {
     },
 }
 
-fn adafactor_beta2() -> Option<f64> {
-    Some(0.99)
+/// The decay of Adafactor's second moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decay {
+    /// `beta2`, as in GLaM, with the correction of its start.
+    #[default]
+    Constant,
+    /// `1 - t^-0.8` at step t (Adafactor, section 7).
+    General,
+}
+
+fn adafactor_beta2() -> f64 {
+    0.99
 }
 fn yes() -> bool {
     true
@@ -67,7 +81,46 @@ fn adamw_decay() -> f64 {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Self::Adafactor { beta2: adafactor_beta2(), clip_threshold: 1.0, scale_by_parameter: true }
+        Self::Adafactor {
+            decay: Decay::Constant,
+            beta2: adafactor_beta2(),
+            clip_threshold: one(),
+            scale_by_parameter: yes(),
+        }
+    }
+}
+
+impl Optimizer {
+    /// Checks the bounds of all values.
+    ///
+    /// # Errors
+    /// The first value that is out of its bounds.
+    pub fn check(&self) -> Result<(), InvalidValue> {
+        let wrong = |key: &str, value: f64, expected: &str| {
+            Err(InvalidValue::new(format!("training.optimizer.{key}"), value, expected))
+        };
+        let is_positive = |value: f64| value.is_finite() && value > 0.0;
+        match *self {
+            Self::Adafactor { beta2, .. } if !(beta2 > 0.0 && beta2 < 1.0) => {
+                wrong("beta2", beta2, "a number between 0 and 1")
+            }
+            Self::Adafactor { clip_threshold, .. } if !is_positive(clip_threshold) => {
+                wrong("clip_threshold", clip_threshold, "a positive number")
+            }
+            Self::Adamw { beta1, .. } if !(0.0..1.0).contains(&beta1) => {
+                wrong("beta1", beta1, "a number from 0 to below 1")
+            }
+            Self::Adamw { beta2, .. } if !(beta2 > 0.0 && beta2 < 1.0) => {
+                wrong("beta2", beta2, "a number between 0 and 1")
+            }
+            Self::Adamw { epsilon, .. } if !is_positive(epsilon) => {
+                wrong("epsilon", epsilon, "a positive number")
+            }
+            Self::Adamw { weight_decay, .. } if !(weight_decay.is_finite() && weight_decay >= 0.0) => {
+                wrong("weight_decay", weight_decay, "a number that is not negative")
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -177,21 +230,18 @@ impl TrainingOptions {
                 return Err(InvalidValue::new(format!("training.{key}"), value, expected));
             }
         }
-        let finite = [
-            ("aux_loss", self.aux_loss),
-            ("z_loss", self.z_loss),
-            ("clip_norm", self.clip_norm.unwrap_or(1.0)),
-        ];
-        for (key, value) in finite {
+        for (key, value) in [("aux_loss", self.aux_loss), ("z_loss", self.z_loss)] {
             if !(value.is_finite() && value >= 0.0) {
-                return Err(InvalidValue::new(
-                    format!("training.{key}"),
-                    value,
-                    "a number that is not negative",
-                ));
+                let expected = "a number that is not negative";
+                return Err(InvalidValue::new(format!("training.{key}"), value, expected));
             }
         }
-        Ok(())
+        if let Some(norm) = self.clip_norm.filter(|norm| !(norm.is_finite() && *norm > 0.0)) {
+            let expected = "a positive number; leave it out to clip nothing";
+            return Err(InvalidValue::new("training.clip_norm", norm, expected));
+        }
+        self.optimizer.check()?;
+        self.schedule.check(self.steps)
     }
 }
 
@@ -347,5 +397,53 @@ impl TelemetryOptions {
             }
             _ => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adamw(change: impl Fn(&mut f64, &mut f64, &mut f64, &mut f64)) -> Optimizer {
+        let (mut beta1, mut beta2, mut epsilon, mut weight_decay) =
+            (adamw_beta1(), adamw_beta2(), adamw_epsilon(), adamw_decay());
+        change(&mut beta1, &mut beta2, &mut epsilon, &mut weight_decay);
+        Optimizer::Adamw { beta1, beta2, epsilon, weight_decay }
+    }
+
+    fn adafactor(beta2: f64, clip_threshold: f64) -> Optimizer {
+        Optimizer::Adafactor { decay: Decay::Constant, beta2, clip_threshold, scale_by_parameter: true }
+    }
+
+    #[test]
+    fn constants_of_optimizers_that_would_poison_or_freeze_a_run_are_named() {
+        let bad = [
+            ("beta2", adafactor(1.0, 1.0)),
+            ("beta2", adafactor(f64::NAN, 1.0)),
+            ("clip_threshold", adafactor(0.99, 0.0)),
+            ("clip_threshold", adafactor(0.99, -1.0)),
+            ("beta1", adamw(|beta1, _, _, _| *beta1 = 1.0)),
+            ("beta2", adamw(|_, beta2, _, _| *beta2 = 1.5)),
+            ("epsilon", adamw(|_, _, epsilon, _| *epsilon = 0.0)),
+            ("weight_decay", adamw(|_, _, _, decay| *decay = -0.1)),
+        ];
+        for (key, optimizer) in bad {
+            let options = TrainingOptions { optimizer, ..TrainingOptions::new(10) };
+            let error = options.check().expect_err("a bad value").to_string();
+            assert!(error.starts_with(&format!("training.optimizer.{key} = ")), "{key}: {error}");
+        }
+        for good in [Optimizer::default(), adamw(|_, _, _, _| {}), adamw(|beta1, _, _, _| *beta1 = 0.0)] {
+            assert_eq!(good.check(), Ok(()));
+        }
+    }
+
+    #[test]
+    fn a_clip_of_nothing_is_refused_with_the_way_to_clip_nothing() {
+        for norm in [0.0, -1.0, f64::INFINITY, f64::NAN] {
+            let options = TrainingOptions { clip_norm: Some(norm), ..TrainingOptions::new(10) };
+            let error = options.check().expect_err("a bad value").to_string();
+            assert!(error.contains("training.clip_norm") && error.contains("leave it out"), "{error}");
+        }
+        assert_eq!(TrainingOptions { clip_norm: Some(1.0), ..TrainingOptions::new(10) }.check(), Ok(()));
     }
 }

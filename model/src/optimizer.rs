@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::weights::{Role, Slot};
 use tch::{Kind, Tensor};
 use volary_core::Step;
-use volary_core::options::Optimizer;
+use volary_core::options::{Decay, Optimizer};
 
 /// The epsilon of squared gradients (Adafactor's epsilon 1).
 const ADAFACTOR_EPSILON: f64 = 1e-30;
@@ -22,9 +22,9 @@ pub(crate) fn update(
     rate: f64,
 ) -> Result<()> {
     match *optimizer {
-        Optimizer::Adafactor { beta2, clip_threshold, scale_by_parameter } => {
+        Optimizer::Adafactor { decay, beta2, clip_threshold, scale_by_parameter } => {
             let scale = scale_by_parameter && slot.role != Role::Position;
-            adafactor(slot, &gradient, decay(beta2, step), clip_threshold, scale, rate)
+            adafactor(slot, &gradient, decay_at(decay, beta2, step), clip_threshold, scale, rate)
         }
         Optimizer::Adamw { beta1, beta2, epsilon, weight_decay } => {
             adamw(slot, &gradient, step, rate, (beta1, beta2, epsilon, weight_decay))
@@ -33,12 +33,12 @@ pub(crate) fn update(
 }
 
 /// The decay of the second moment at `step` (Adafactor, section 7): the bias-corrected form of a constant
-/// `b`, `b (1 - b^(t-1)) / (1 - b^t)`, or else `1 - t^-0.8`.
-pub(crate) fn decay(beta2: Option<f64>, step: Step) -> f64 {
+/// `b`, `b (1 - b^(t-1)) / (1 - b^t)`, or `1 - t^-0.8`.
+pub(crate) fn decay_at(decay: Decay, b: f64, step: Step) -> f64 {
     let t = step.0.max(1) as f64;
-    match beta2 {
-        Some(b) => b * (1.0 - b.powf(t - 1.0)) / (1.0 - b.powf(t)),
-        None => 1.0 - t.powf(-0.8),
+    match decay {
+        Decay::Constant => b * (1.0 - b.powf(t - 1.0)) / (1.0 - b.powf(t)),
+        Decay::General => 1.0 - t.powf(-0.8),
     }
 }
 

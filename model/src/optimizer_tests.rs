@@ -75,7 +75,12 @@ fn adafactor_on_a_matrix_equals_the_papers_algorithm() {
 
 #[test]
 fn adafactor_on_a_vector_keeps_the_whole_second_moment() {
-    let optimizer = Optimizer::Adafactor { beta2: None, clip_threshold: 1.0, scale_by_parameter: false };
+    let optimizer = Optimizer::Adafactor {
+        decay: Decay::General,
+        beta2: 0.99,
+        clip_threshold: 1.0,
+        scale_by_parameter: false,
+    };
     let mut stream = Stream::new(22, Purpose::Faults, &[]);
     let mut weights = draws(&mut stream, COLUMNS);
     let mut ours = slot(&optimizer, &weights, &[COLUMNS as i64]);

@@ -182,7 +182,10 @@ fn print_summary(config: &Config, dir: &RunDir, outcome: RunOutcome) -> anyhow::
     let Some(step) = checkpoint else { return Ok(()) };
     let prompt = &config.run.sample_prompt;
     let sampling = Sampling { seed: config.run.seed, ..SAMPLING };
-    let text = generate::continue_prompt(dir.root(), Some(step), prompt, sampling, "cpu")?;
+    // The run is complete, whatever becomes of its sample.
+    let text = generate::continue_prompt(dir.root(), Some(step), prompt, sampling, "cpu")
+        .inspect_err(|error| output::note(format_args!("no sample: {error:#}")))
+        .ok();
     output::text(Sample { dir, prompt, text, finished: outcome.finished })?;
     Ok(())
 }
@@ -221,7 +224,8 @@ impl fmt::Display for Summary<'_> {
 struct Sample<'a> {
     dir: &'a RunDir,
     prompt: &'a str,
-    text: String,
+    /// Without it, what else there is to try.
+    text: Option<String>,
     /// Whether the run reached its last step.
     finished: bool,
 }
@@ -230,8 +234,10 @@ impl fmt::Display for Sample<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { prompt, text, .. } = self;
         let run = self.dir.root().display();
-        let text = format!("{prompt}{text}").trim_end().replace('\n', "\n  ");
-        writeln!(f, "\na sample:\n  {text}\n")?;
+        if let Some(text) = text {
+            let text = format!("{prompt}{text}").trim_end().replace('\n', "\n  ");
+            writeln!(f, "\na sample:\n  {text}\n")?;
+        }
         writeln!(f, "try next:")?;
         writeln!(f, "  volary generate --run {run} --prompt '{prompt}'")?;
         writeln!(f, "  volary digest {run}")?;
