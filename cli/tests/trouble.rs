@@ -38,7 +38,8 @@ struct Cluster {
     nodes: u32,
     replication: u32,
     checkpoint_every: u64,
-    /// How long the others must wait to learn of the fault, in seconds: the silence after which a link is dead.
+    /// How long the others must wait to learn of the fault, in seconds: the silence after which a link is
+    /// dead.
     silence: f64,
     /// More arguments of `volary train`.
     more: &'static [&'static str],
@@ -51,8 +52,8 @@ const NODE_SILENCE: f64 = 2.0;
 /// A silent link between two nodes is given up after so many seconds.
 const PEER_SILENCE: f64 = 5.0;
 
-/// Plays a script; the run must succeed, equal the undisturbed one, and stall no longer than its bound: in two
-/// of three tries, since other processes may have the machine meanwhile. Returns its events.
+/// Plays a script; the run must succeed, equal the undisturbed one, and stall no longer than its bound: in
+/// two of three tries, since other processes may have the machine meanwhile. Returns its events.
 fn play(cluster: Cluster, script: &str) -> String {
     let most = STALL_MAX + cluster.silence;
     let (events, stall) = play_once(&cluster, script);

@@ -386,7 +386,8 @@ mod tests {
     #[test]
     fn values_out_of_their_bounds_are_named() {
         let good = presets().swap_remove(1).architecture;
-        let bad: [(&str, fn(&mut Architecture)); 9] = [
+        type Change = fn(&mut Architecture);
+        let bad: [(&str, Change); 9] = [
             ("model.hidden", |a| a.hidden = 0),
             ("model.vocabulary", |a| a.vocabulary = DIMENSION_MAX + 1),
             ("model.experts", |a| a.experts = 1),

@@ -139,7 +139,8 @@ mod tests {
     fn measurements_that_cannot_be_are_named() {
         let good = Profile::relative(1.0);
         assert_eq!(good.check(), Ok(()), "an unlimited bandwidth is allowed");
-        let bad: [(&str, fn(&mut Profile)); 9] = [
+        type Change = fn(&mut Profile);
+        let bad: [(&str, Change); 9] = [
             ("dense.forward", |p| p.dense.forward = f64::NAN),
             ("dense.backward", |p| p.dense.backward = f64::INFINITY),
             ("expert.forward", |p| p.expert.forward = 0.0),

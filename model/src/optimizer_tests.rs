@@ -120,7 +120,8 @@ fn adamw_equals_the_papers_algorithm() {
     }
 }
 
-/// Position biases move by the whole rate under Adafactor, however small they are, and nothing draws them to 0.
+/// Position biases move by the whole rate under Adafactor, however small they are, and nothing draws them to
+/// 0.
 #[test]
 fn position_biases_learn_from_zero_and_do_not_decay() {
     let mut stream = Stream::new(24, Purpose::Faults, &[]);

@@ -5,6 +5,7 @@ use crate::limits::{REDIAL_MS, RESTART_MS, TICK_MS};
 use crate::world::World;
 use volary_core::machine::{self, LossCause, Machine};
 use volary_core::messages::NodeReport;
+use volary_core::profile::Profile;
 use volary_core::{NodeId, agent};
 
 impl World {
@@ -107,6 +108,8 @@ impl World {
     /// Gives the supervisor's machine an event and carries out its effects.
     pub(crate) fn machine_event(&mut self, event: machine::Event) {
         let Some(machine) = &mut self.machine else { return };
+        // Most events are reports; what they change is also seen at the next tick.
+        let is_looked_at = !matches!(event, machine::Event::Reported { .. });
         for effect in machine.handle(event) {
             if self.effects_until_death == Some(0) {
                 return self.kill_supervisor();
@@ -114,5 +117,27 @@ impl World {
             self.effects_until_death = self.effects_until_death.map(|left| left - 1);
             self.carry_out_for_supervisor(effect);
         }
+        if is_looked_at {
+            self.ask_everything();
+        }
+    }
+
+    /// What `volary status` asks, in every state of the machine: no answer panics or names a node that is
+    /// gone.
+    fn ask_everything(&self) {
+        let Some(machine) = &self.machine else { return };
+        let step_s = machine.predicted_step_s();
+        assert!(step_s.is_finite() && step_s >= 0.0, "a step of {step_s} s");
+        assert!(machine.durable() <= Some(machine.committed()) || machine.durable().is_none());
+        for shard in self.settings.architecture.shards() {
+            let holders = machine.holders(shard);
+            assert!(holders.iter().all(|node| machine.profile(node).is_some()), "{shard} on {holders:?}");
+        }
+        for node in self.nodes.keys() {
+            assert!(!machine.node_state(node).is_empty());
+            _ = machine.profile(node).map(Profile::capacity);
+            _ = machine.placement().lanes_of(node);
+        }
+        _ = machine.activity();
     }
 }

@@ -4,6 +4,7 @@ use super::state::{Finish, Node, Phase};
 use super::{Effect, LossCause, Machine, Notice, PersistentState};
 use crate::ids::{NodeId, ShardId};
 use crate::messages::{NodeCommand, ResidentState};
+use crate::placement::Placement;
 use crate::profile::Profile;
 use std::collections::BTreeSet;
 
@@ -155,8 +156,8 @@ impl Machine {
         self.finish(Finish::Empty);
     }
 
-    /// Releases draining nodes that have no part in the placement, from which nobody fetches anything and that
-    /// store nothing for a checkpoint.
+    /// Releases draining nodes that have no part in the placement, from which nobody fetches anything and
+    /// that store nothing for a checkpoint.
     pub(super) fn release_drained(&mut self) {
         let voters = match &self.phase {
             // The placement is over. Its members are needed as long as they hold something.
@@ -188,7 +189,7 @@ impl Machine {
         for node in self.nodes.keys().cloned().collect::<Vec<_>>() {
             self.release(node);
         }
-        self.placement.members.clear();
+        self.placement = Placement { epoch: self.placement.epoch, ..Placement::default() };
         let (epoch, timeline) = (self.placement.epoch, self.timeline);
         self.effects.push(Effect::Persist(PersistentState { epoch, timeline, members: Vec::new() }));
         self.wait_for_nodes();

@@ -13,9 +13,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// releases replicas that the target does not place on it and that other nodes hold. Shards that still do not
 /// fit are copied in a later transition.
 ///
-/// `None` if nothing new is left to copy or fits, or if a node holds more than it could train with, as one does
-/// that fetched for a placement that never began. Then nodes fetch the target between two steps, when the memory
-/// of activations and gradients is free.
+/// `None` if nothing new is left to copy or fits, or if a node holds more than it could train with, as one
+/// does that fetched for a placement that never began. Then nodes fetch the target between two steps, when
+/// the memory of activations and gradients is free.
 #[must_use]
 pub fn plan_transition(
     request: &Request<'_>,

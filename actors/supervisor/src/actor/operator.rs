@@ -5,6 +5,7 @@ use super::sessions::Session;
 use crate::error::Result;
 use crate::messages::respond;
 use ractor::RpcReplyPort;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use volary_core::machine::{Activity, Event};
 use volary_core::profile::Profile;
 use volary_core::{NodeId, ShardId};
@@ -41,7 +42,13 @@ impl SupervisorState {
     fn handling(&self, request: &OperatorRequest) -> Handling {
         let failed = |reason: String| Handling::Answer(OperatorReply::Failed { reason });
         match request {
-            OperatorRequest::Status => Handling::Answer(OperatorReply::Status(Box::new(self.status()))),
+            // A question changes nothing, and whatever goes wrong in its answer must not end the run.
+            OperatorRequest::Status => Handling::Answer(
+                catch_unwind(AssertUnwindSafe(|| OperatorReply::Status(Box::new(self.status()))))
+                    .unwrap_or_else(|_| OperatorReply::Failed {
+                        reason: "no status: the log has the bug".into(),
+                    }),
+            ),
             OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
                 Handling::Answer(OperatorReply::Done { step: self.machine.committed() })
             }
