@@ -67,7 +67,7 @@ fn a_damaged_checkpoint_is_named_and_left_alone_until_an_operator_says_go_back()
     let digest = manifest["checkpoint"]["shards"][3]["digest"].as_str().expect("a digest");
     let blob = world.path("runs/r/blobs").join(digest);
     let intact = std::fs::read(&blob).expect("a shard");
-    let mut damaged = intact.clone();
+    let mut damaged = intact;
     damaged[100] ^= 1;
     std::fs::write(&blob, &damaged).expect("a shard");
     let resume =
