@@ -24,6 +24,8 @@ pub(crate) const TICK: Duration = Duration::from_millis(100);
 pub(crate) const TICKS_AT_ONCE_MAX: u32 = 3;
 /// Events kept for a slow subscriber.
 pub(crate) const EVENTS_AHEAD: usize = 1024;
+/// The shortest termination notice of spot markets, in seconds.
+pub(crate) const SHORT_NOTICE_S: f64 = 30.0;
 /// How long a run that is complete waits for its last messages to be sent.
 pub(crate) const FAREWELL_DONE: Duration = Duration::from_millis(250);
 /// The same for a run that failed.

@@ -129,8 +129,9 @@ impl Machine {
         let Some(known) = self.nodes.get_mut(&node).filter(|known| !known.draining) else { return };
         known.draining = true;
         self.mark_placement_dirty();
-        let bytes = self.bytes_on(&node);
-        self.notice(Notice::Draining { node, bytes });
+        let (bytes, sole_bytes) = (self.bytes_on(&node, false), self.bytes_on(&node, true));
+        let bandwidth = self.nodes[&node].profile.bandwidth;
+        self.notice(Notice::Draining { node, bytes, sole_bytes, seconds: sole_bytes as f64 / bandwidth });
         if let Phase::Gathering(_) = self.phase {
             self.release_drained();
             if self.are_all_leaving() && self.lost_shard().is_none() {
@@ -139,9 +140,15 @@ impl Machine {
         }
     }
 
-    /// Bytes of the weights that a node holds.
-    fn bytes_on(&self, node: &NodeId) -> u64 {
-        let held = self.holders.iter().filter(|(_, nodes)| nodes.contains(node));
+    /// Bytes of the weights that a node holds: all, or with `sole` those that no node holds which stays.
+    fn bytes_on(&self, node: &NodeId, sole: bool) -> u64 {
+        let stays = |other: &NodeId| self.nodes.get(other).is_some_and(|known| !known.draining);
+        let is_held_elsewhere =
+            |nodes: &BTreeSet<NodeId>| nodes.iter().any(|other| other != node && stays(other));
+        let held = self
+            .holders
+            .iter()
+            .filter(|(_, nodes)| nodes.contains(node) && !(sole && is_held_elsewhere(nodes)));
         held.map(|(shard, _)| self.settings.architecture.shard_parameters(*shard) * PARAMETER_BYTES).sum()
     }
 

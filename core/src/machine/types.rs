@@ -169,8 +169,9 @@ pub enum Notice {
     Lost { node: NodeId, reason: String },
     /// A node was fenced; it may rejoin without state.
     Fenced { node: NodeId, reason: String },
-    /// A node is being drained: others take over `bytes` of state, or a checkpoint does.
-    Draining { node: NodeId, bytes: u64 },
+    /// A node is being drained. It holds `bytes` of weights, `sole_bytes` of them as the last one that stays:
+    /// others or a checkpoint take these over, in `seconds` at least by the bandwidth that was measured.
+    Draining { node: NodeId, bytes: u64, sole_bytes: u64, seconds: f64 },
     /// A drain waits: the other nodes have no room for the node's shards. It is carried out when they have.
     DrainDeferred { node: NodeId, reason: String },
     /// All nodes leave: they are released once a checkpoint of `step` is durable.

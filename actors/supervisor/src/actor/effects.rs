@@ -4,7 +4,7 @@ use super::recovery::{CLUSTER, newest_intact, persist};
 use super::{RunEnd, SupervisorState};
 use crate::blocking::blocking;
 use crate::error::Result;
-use crate::limits::STATUS_EVENTS;
+use crate::limits::{SHORT_NOTICE_S, STATUS_EVENTS};
 use crate::messages::{CheckpointerMsg, SupervisorMsg, notify};
 use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
 use serde::Serialize;
@@ -149,6 +149,10 @@ impl SupervisorState {
             | Notice::NoRoom { .. }
             | Notice::ReplicasDiffer { .. }
             | Notice::CheckpointFailed { .. } => tracing::error!(?notice, "event"),
+            Notice::Draining { node, seconds, .. } if *seconds > SHORT_NOTICE_S => {
+                let reason = "a termination notice may be too short for what only this node holds";
+                tracing::warn!(%node, seconds, reason, "event");
+            }
             Notice::Lost { .. }
             | Notice::Fenced { .. }
             | Notice::MigrationFailed { .. }

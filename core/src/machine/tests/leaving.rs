@@ -154,8 +154,24 @@ fn a_drain_says_how_many_bytes_the_node_holds() {
     let placement = run.machine.placement();
     let bytes = architecture.shards().iter().filter(|shard| placement.holds(&id(2), **shard)).map(of).sum();
     let said = run.notices().find_map(|notice| match notice {
-        Notice::Draining { bytes, .. } => Some(*bytes),
+        Notice::Draining { bytes, sole_bytes, seconds, .. } => Some((*bytes, *sole_bytes, *seconds)),
         _ => None,
     });
-    assert_eq!(said, Some(bytes));
+    assert_eq!(said, Some((bytes, 0, 0.0)), "the other node has a copy of everything");
+}
+
+#[test]
+fn a_drain_says_how_long_the_shards_take_that_only_the_node_holds() {
+    let mut run = Harness::new(settings(1), Restored::default());
+    let profile = Box::new(Profile { bandwidth: 1e6, ..Profile::relative(1.0) });
+    let held = ResidentState::default();
+    run.handle(Event::Joined { address: String::new(), node: id(1), profile, held });
+    run.all_ready();
+    run.handle(Event::DrainRequested { node: id(1) });
+    let bytes = run.machine.settings.architecture.parameters() * 4;
+    let said = run.notices().find_map(|notice| match notice {
+        Notice::Draining { sole_bytes, seconds, .. } => Some((*sole_bytes, *seconds)),
+        _ => None,
+    });
+    assert_eq!(said, Some((bytes, bytes as f64 / 1e6)));
 }
