@@ -55,7 +55,8 @@ fuzz: setup ## Fuzz one decoder: make fuzz TARGET=frame FUZZ_SECONDS=60 (needs c
 	@scripts/fuzz $(TARGET) $(FUZZ_SECONDS)
 
 mutants: ## Mutate a part of the core and the actors, and list the mutants that no test finds: make mutants PART=0/40
-	@command -v cargo-mutants > /dev/null || { echo "cargo install --locked cargo-mutants" && exit 1; }
+	@command -v cargo-mutants > /dev/null || { echo "cargo-mutants is missing: cargo install --locked cargo-mutants"; exit 1; }
+	@mkdir -p dist
 	$(CARGO) mutants --shard $(PART) --sharding round-robin --output dist
 
 bench: build ## Measure throughput and transport

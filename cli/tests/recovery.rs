@@ -1,4 +1,4 @@
-//! What operators meet on bad days: a full disk, a damaged checkpoint, a node that nobody reaches.
+//! Recovery from a full disk, a damaged checkpoint and an unreachable node.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;
@@ -94,7 +94,7 @@ fn a_node_is_announced_where_others_reach_it_and_turned_away_where_they_do_not()
     until("steps", LONG, || lines(&world.path("runs/r/metrics.jsonl")) >= 3);
     let events = std::fs::read_to_string(world.path("runs/r/events.jsonl")).expect("events");
     assert!(events.contains("\"address\":\"127.0.0.1:"), "{events}");
-    // Nobody listens there.
+    // No process listens on this port.
     let nowhere = common::free_port().to_string();
     let error = world.fails(&node(&address, "right", &["--advertise", &nowhere]));
     assert!(error.contains(&nowhere) && error.contains("--advertise"), "{error}");

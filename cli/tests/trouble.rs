@@ -222,7 +222,7 @@ fn one_of_two_nodes_that_cannot_reach_each_other_is_fenced() {
 #[test]
 fn the_loss_of_a_third_of_the_packets_does_not_change_the_result() {
     let _alone = alone();
-    // The losses last for three seconds; nobody is given up.
+    // Packets are lost for three seconds, and no node is fenced.
     let cluster = Cluster { silence: 3.0, ..Cluster::default() };
     let events = play(cluster, &event(5, "lose", "node = \"node-2\"\nfraction = 0.3\nfor_seconds = 3.0"));
     assert_eq!(count(&events, "went_back"), 0, "{events}");

@@ -43,6 +43,7 @@
 //! | `experts` | the replicas of each expert |
 //! | `lanes` | the lanes of each node |
 //! | `survivors` | the placement that needs no transfer when nodes are lost |
+//! | `memory` | the memory that a placement takes on each node |
 //! | `transition` | the way to a placement, within the memory of every node |
 //! | `predict` | the duration of a step under a placement, resource by resource |
 //! | `links` | the bytes over each link |

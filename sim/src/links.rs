@@ -128,7 +128,7 @@ impl World {
         let Some(machine) = &self.machine else { return };
         let step_s = machine.predicted_step_s();
         assert!(step_s.is_finite() && step_s >= 0.0, "a step of {step_s} s");
-        assert!(machine.durable() <= Some(machine.committed()) || machine.durable().is_none());
+        assert!(machine.durable() <= Some(machine.committed()));
         for shard in self.settings.architecture.shards() {
             let holders = machine.holders(shard);
             assert!(holders.iter().all(|node| machine.profile(node).is_some()), "{shard} on {holders:?}");

@@ -231,7 +231,7 @@ impl World {
             return;
         }
         let others = || node.placement.members.iter().filter(|member| *member != id);
-        // A frame that is not acknowledged fails; who waits for one that does not come knows nothing.
+        // The sender of a lost frame gets no acknowledgment and fails; the receiver cannot tell and waits.
         let broken = others().find(|member| !self.delivers(id, member)).cloned();
         let unheard = others().any(|member| !self.delivers(member, id));
         let begun = |member: &NodeId| {

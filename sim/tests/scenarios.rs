@@ -185,7 +185,7 @@ fn of_two_nodes_that_cannot_reach_each_other_one_is_fenced() {
     }
 }
 
-/// The receiver waits for what does not come and accuses nobody; the sender misses the acknowledgment.
+/// The receiver of a lost frame waits and reports no suspect; the sender fails without an acknowledgment.
 #[test]
 fn frames_that_are_lost_one_way_are_reported_by_their_sender_and_cost_no_step() {
     for seed in 0..100 {

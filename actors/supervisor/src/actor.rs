@@ -293,8 +293,9 @@ impl SupervisorState {
         for (_, reply) in self.pending_requests.drain(..) {
             crate::messages::respond(reply, answer.clone());
         }
-        self.over.store(!matches!(end, RunEnd::Halted { .. }), Ordering::Release);
+        // The first end counts.
         if let Some(sender) = self.end.take() {
+            self.over.store(!matches!(end, RunEnd::Halted { .. }), Ordering::Release);
             // The process may be ending by itself.
             drop(sender.send(end));
         }

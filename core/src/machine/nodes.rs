@@ -129,7 +129,7 @@ impl Machine {
         let Some(known) = self.nodes.get_mut(&node).filter(|known| !known.draining) else { return };
         known.draining = true;
         self.mark_placement_dirty();
-        let (bytes, sole_bytes) = (self.bytes_on(&node, false), self.bytes_on(&node, true));
+        let (bytes, sole_bytes) = (self.bytes_on(&node), self.sole_bytes_on(&node));
         let bandwidth = self.nodes[&node].profile.bandwidth;
         self.notice(Notice::Draining { node, bytes, sole_bytes, seconds: sole_bytes as f64 / bandwidth });
         if let Phase::Gathering(_) = self.phase {
@@ -140,16 +140,23 @@ impl Machine {
         }
     }
 
-    /// Bytes of the weights that a node holds: all, or with `sole` those that no node holds which stays.
-    fn bytes_on(&self, node: &NodeId, sole: bool) -> u64 {
+    /// Bytes of the weights that a node holds.
+    fn bytes_on(&self, node: &NodeId) -> u64 {
+        self.bytes_where(|holders| holders.contains(node))
+    }
+
+    /// Bytes of the weights that a node holds and no other node that stays.
+    fn sole_bytes_on(&self, node: &NodeId) -> u64 {
         let stays = |other: &NodeId| self.nodes.get(other).is_some_and(|known| !known.draining);
-        let is_held_elsewhere =
-            |nodes: &BTreeSet<NodeId>| nodes.iter().any(|other| other != node && stays(other));
-        let held = self
-            .holders
-            .iter()
-            .filter(|(_, nodes)| nodes.contains(node) && !(sole && is_held_elsewhere(nodes)));
-        held.map(|(shard, _)| self.settings.architecture.shard_parameters(*shard) * PARAMETER_BYTES).sum()
+        let elsewhere =
+            |holders: &BTreeSet<NodeId>| holders.iter().any(|other| other != node && stays(other));
+        self.bytes_where(|holders| holders.contains(node) && !elsewhere(holders))
+    }
+
+    /// Bytes of the weights of the shards whose holders meet a condition.
+    fn bytes_where(&self, condition: impl Fn(&BTreeSet<NodeId>) -> bool) -> u64 {
+        let shards = self.holders.iter().filter(|(_, holders)| condition(holders));
+        shards.map(|(shard, _)| self.settings.architecture.shard_parameters(*shard) * PARAMETER_BYTES).sum()
     }
 
     /// Whether there are nodes, and all of them leave.
@@ -163,8 +170,8 @@ impl Machine {
         self.finish(Finish::Empty);
     }
 
-    /// Releases draining nodes that have no part in the placement, from which nobody fetches anything and
-    /// that store nothing for a checkpoint.
+    /// Releases draining nodes that do not vote, are no source of a pending fetch, and have stored all their
+    /// shards of a checkpoint.
     pub(super) fn release_drained(&mut self) {
         let voters = match &self.phase {
             // The placement is over. Its members are needed as long as they hold something.

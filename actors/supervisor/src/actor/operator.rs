@@ -42,11 +42,11 @@ impl SupervisorState {
     fn handling(&self, request: &OperatorRequest) -> Handling {
         let failed = |reason: String| Handling::Answer(OperatorReply::Failed { reason });
         match request {
-            // A question changes nothing, and whatever goes wrong in its answer must not end the run.
+            // A status request changes nothing, so a panic in it must not end the run.
             OperatorRequest::Status => Handling::Answer(
                 catch_unwind(AssertUnwindSafe(|| OperatorReply::Status(Box::new(self.status()))))
                     .unwrap_or_else(|_| OperatorReply::Failed {
-                        reason: "no status: the log has the bug".into(),
+                        reason: "the status could not be computed; see the supervisor's log".into(),
                     }),
             ),
             OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {

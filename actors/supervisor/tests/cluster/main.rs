@@ -309,6 +309,12 @@ fn the_last_nodes_leave_with_a_checkpoint_and_the_run_goes_on_with_others() {
     assert_eq!((cluster.count("left"), cluster.count("went_back")), (2, 0));
 }
 
+/// The gradients that the planner counts with, and two activations per shard of each lane in flight.
+fn tensors_max(lanes: u32, shards: usize) -> usize {
+    let gradients = usize::try_from(live_gradients(lanes, lanes_in_flight(1))).expect("a number");
+    (gradients + 2 * lanes_in_flight(1)) * shards
+}
+
 /// However many lanes there are: what the lanes in flight make, and one partial sum per level of the tree.
 #[test]
 fn the_gradients_in_memory_do_not_grow_with_the_number_of_lanes() {
@@ -322,9 +328,7 @@ fn the_gradients_in_memory_do_not_grow_with_the_number_of_lanes() {
         // The device always has something more urgent to do than to add gradients.
         device.set_delay(Duration::from_micros(100));
         cluster.finish();
-        let gradients = usize::try_from(live_gradients(lanes, lanes_in_flight(1))).expect("a number");
-        // What the planner counts with, and two activations per shard of each lane in flight.
-        let most = (gradients + 2 * lanes_in_flight(1)) * shards;
+        let most = tensors_max(lanes, shards);
         let peak = device.live_tensors_max();
         assert!(peak <= most, "{peak} tensors for {lanes} lanes, {most} were expected at most");
     }
@@ -349,8 +353,7 @@ fn a_stage_that_serves_lanes_keeps_no_more_gradients_than_one_that_drives_them()
     devices[1].set_delay(Duration::from_micros(300));
     cluster.finish();
     assert!(cluster.lines("events").join("\n").contains("\"stages\":2"));
-    let gradients = usize::try_from(live_gradients(lanes, lanes_in_flight(1))).expect("a number");
-    let most = (gradients + 2 * lanes_in_flight(1)) * shards;
+    let most = tensors_max(lanes, shards);
     for device in devices {
         let peak = device.live_tensors_max();
         assert!(peak <= most, "{peak} tensors, {most} were expected at most");

@@ -79,7 +79,7 @@ proptest! {
             }
             (before, holders) = (next, learned);
         }
-        // Whoever is still missing something fetches it before the next step.
+        // Shards that are still missing are fetched before the next step.
         prop_assert!(fits(&request, &target.placement));
     }
 }
