@@ -332,9 +332,9 @@ impl Machine {
     fn on_stop_requested(&mut self) {
         self.stopping = true;
         match self.phase {
-            // Nobody is here to ask for what a checkpoint lacks. The journal has every step, and nodes that
+            // No node can be asked for what a checkpoint lacks. The journal has every step, and nodes that
             // return to the next supervisor have the state.
-            Phase::Gathering(_) if self.nodes.is_empty() => self.end(Effect::Done),
+            Phase::Gathering(_) if !self.is_durable() && self.lost_shard().is_some() => self.halt(),
             // Nothing is in flight. Otherwise the last commit is only in the nodes' memory, and waits for a
             // placement.
             Phase::Gathering(_) | Phase::Placing { .. } if self.is_durable() => {
@@ -366,6 +366,18 @@ impl Machine {
             }
             _ => {}
         }
+    }
+
+    /// Ends the supervisor before the run: nodes keep what they hold for the next one.
+    fn halt(&mut self) {
+        let durable = self.durable.unwrap_or_default();
+        let reason = format!(
+            "stopped after step {} without a checkpoint of it: the nodes that hold it are not here (the last \
+             checkpoint is of step {durable}); start the supervisor again to continue",
+            self.committed
+        );
+        self.phase = Phase::Done;
+        self.effects.push(Effect::Halt { reason });
     }
 
     /// Ends the run, with `end` as its last effect; all nodes leave.

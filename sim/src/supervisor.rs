@@ -48,6 +48,7 @@ impl World {
                 self.notices.push(notice);
             }
             Effect::Done => self.done = true,
+            Effect::Halt { .. } => self.kill_supervisor(),
             Effect::Fatal { reason } => self.fatal = Some(reason),
         }
     }

@@ -248,6 +248,8 @@ pub enum Effect {
     Notice(Notice),
     /// The run is complete, or stopped by an operator, and durable.
     Done,
+    /// The supervisor ends, and the run continues with its next one: nodes keep what they hold.
+    Halt { reason: String },
     /// The run cannot go on.
     Fatal { reason: String },
 }

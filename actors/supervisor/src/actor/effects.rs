@@ -47,6 +47,7 @@ impl SupervisorState {
             }
             Effect::Notice(notice) => self.on_notice(notice).await?,
             Effect::Done => self.on_end(RunEnd::Done { step: self.machine.committed() }),
+            Effect::Halt { reason } => self.on_end(RunEnd::Halted { reason, may_pass: false }),
             Effect::Fatal { reason } => self.on_end(RunEnd::Fatal { reason }),
         }
         Ok(())

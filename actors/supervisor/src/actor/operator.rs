@@ -52,6 +52,10 @@ impl SupervisorState {
             OperatorRequest::Checkpoint if self.machine.durable() == Some(self.machine.committed()) => {
                 Handling::Answer(OperatorReply::Done { step: self.machine.committed() })
             }
+            // Nothing tells when one will be possible.
+            OperatorRequest::Checkpoint if self.machine.activity() == Activity::Gathering => {
+                failed("no checkpoint can be written while the run waits for nodes".into())
+            }
             OperatorRequest::Checkpoint => Handling::Event(Event::CheckpointRequested),
             OperatorRequest::Stop => Handling::Event(Event::StopRequested),
             OperatorRequest::Drain { node } => {

@@ -175,3 +175,20 @@ fn a_drain_says_how_long_the_shards_take_that_only_the_node_holds() {
     });
     assert_eq!(said, Some((bytes, bytes as f64 / 1e6)));
 }
+
+#[test]
+fn a_stop_while_the_holders_of_the_last_step_are_away_ends_the_supervisor_and_not_the_run() {
+    let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+    let last = LastCommit { epoch: Epoch(1), step: Step(7), update };
+    let restored = Restored { durable: Some(Step(5)), last: Some(last), ..Restored::default() };
+    let mut run = Harness::new(settings(2), restored);
+    let effects = run.handle(Event::StopRequested);
+    let [Effect::Halt { reason }] = effects else { panic!("{effects:?}") };
+    assert!(reason.contains("after step 7") && reason.contains("checkpoint is of step 5"), "{reason}");
+}
+
+#[test]
+fn a_stop_before_any_node_has_come_ends_a_run_that_is_durable() {
+    let mut run = Harness::new(settings(2), Restored { durable: Some(Step(5)), ..Restored::default() });
+    assert!(matches!(run.handle(Event::StopRequested), [Effect::Done]));
+}
