@@ -1,8 +1,9 @@
 //! The cache of tokenized corpora that runs share. Entries are complete or absent.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::error::Error;
@@ -28,7 +29,7 @@ pub(crate) fn folder(options: &DataOptions) -> Option<PathBuf> {
 }
 
 /// The key of a corpus: its options and its files. A file is identified by its hash if its source has a
-/// manifest, and otherwise by its path, size and modification time.
+/// manifest, and otherwise by its path, size and [`Stamp`](crate::files::Stamp).
 pub(crate) fn key(options: &DataOptions, sources: &[Source]) -> Result<String, Error> {
     let mut hasher = blake3::Hasher::new();
     let mut options = DataOptions { cache: None, ..options.clone() };
@@ -50,14 +51,14 @@ pub(crate) fn key(options: &DataOptions, sources: &[Source]) -> Result<String, E
     }
     for source in sources {
         add(&(source.files.len() as u64).to_le_bytes());
-        for SourceFile { path, relative, bytes, modified_ns, blake3 } in &source.files {
+        for SourceFile { path, relative, bytes, stamp, blake3 } in &source.files {
             if let Some(hash) = blake3 {
                 add(relative.as_bytes());
                 add(hash.as_bytes());
             } else {
                 add(path.as_os_str().as_encoded_bytes());
                 add(&bytes.to_le_bytes());
-                add(&modified_ns.to_le_bytes());
+                stamp.fields().iter().for_each(|field| add(&field.to_le_bytes()));
             }
         }
     }
@@ -99,17 +100,18 @@ pub(crate) struct Partial {
     pub(crate) path: PathBuf,
 }
 
+/// The folders under construction of this process.
+static PARTIALS: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
 impl Partial {
-    /// Creates one in `folder`, and removes those there that were not modified for `abandoned` or longer.
+    /// Creates one in `folder` under a name that no other process on any machine has, and removes those there
+    /// in which nothing was modified for `abandoned` or longer.
     pub(crate) fn create(folder: &Path, abandoned: Duration) -> Result<Self, Error> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = folder.join(format!("{PARTIAL}{}-{number}", std::process::id()));
         fs::create_dir_all(folder).map_err(Error::write(folder))?;
         remove_abandoned(folder, abandoned);
-        // A process that died may have left a folder of the same name.
-        let _ = fs::remove_dir_all(&path);
-        fs::create_dir(&path).map_err(Error::write(&path))?;
+        let created = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(folder);
+        let path = created.map_err(Error::write(folder))?.keep();
+        lock_partials().insert(path.clone());
         Ok(Self { path })
     }
 }
@@ -118,19 +120,42 @@ impl Drop for Partial {
     fn drop(&mut self) {
         // After the folder became an entry, there is nothing to remove.
         let _ = fs::remove_dir_all(&self.path);
+        lock_partials().remove(&self.path);
+    }
+}
+
+fn lock_partials() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    PARTIALS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes the folders in which this process builds a corpus, for a process that ends before the preparation
+/// does. The preparation fails afterwards.
+pub fn remove_partial_folders() {
+    for path in &*lock_partials() {
+        // A thread that still writes there may have added a file meanwhile: once more.
+        if fs::remove_dir_all(path).is_err() {
+            let _ = fs::remove_dir_all(path);
+        }
     }
 }
 
 fn remove_abandoned(folder: &Path, abandoned: Duration) {
     let Ok(entries) = fs::read_dir(folder) else { return };
     for entry in entries.flatten() {
-        let age = entry.metadata().ok().and_then(|m| m.modified().ok()).and_then(|t| t.elapsed().ok());
         if entry.file_name().as_encoded_bytes().starts_with(PARTIAL.as_bytes())
-            && age.is_some_and(|a| a >= abandoned)
+            && since_modified(&entry.path()).is_some_and(|age| age >= abandoned)
         {
             let _ = fs::remove_dir_all(entry.path());
         }
     }
+}
+
+/// The time since the last change of a folder or of a file in it. The folder's own time does not tell: it
+/// stays while a file grows.
+fn since_modified(folder: &Path) -> Option<Duration> {
+    let files = fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+    let age = |path: PathBuf| fs::metadata(path).ok()?.modified().ok()?.elapsed().ok();
+    std::iter::once(folder.to_path_buf()).chain(files).filter_map(age).min()
 }
 
 /// Turns a finished folder into an entry and returns its path.

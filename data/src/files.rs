@@ -2,8 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use blake3::Hash;
 use walkdir::WalkDir;
@@ -22,10 +22,35 @@ pub struct SourceFile {
     pub relative: String,
     /// Its size on disk, in bytes.
     pub bytes: u64,
-    /// Its modification time, in nanoseconds since 1970 (0 if unknown).
-    pub modified_ns: u128,
+    /// The identity of its content.
+    pub stamp: Stamp,
     /// Its BLAKE3 hash, if the source has a manifest.
     pub blake3: Option<Hash>,
+}
+
+/// The identity of a file's content without a look at it. The time of the last change of the inode is set by
+/// the system alone: unlike the modification time, no program puts it back after a write. The inode tells a
+/// link that was pointed elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stamp {
+    inode: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Stamp {
+    fn of(metadata: &fs::Metadata) -> Self {
+        Self {
+            inode: metadata.ino(),
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        }
+    }
+
+    pub(crate) fn fields(self) -> [i64; 5] {
+        let Self { inode, modified, changed } = self;
+        [inode.cast_signed(), modified.0, modified.1, changed.0, changed.1]
+    }
 }
 
 /// The files of `source`, ordered by relative path, or in the order of its manifest.
@@ -99,9 +124,7 @@ fn listed_files(source: &SourceOptions, manifest: &Path, path: &Path) -> Result<
 
 fn describe(path: PathBuf, relative: String) -> Result<SourceFile, Error> {
     let metadata = fs::metadata(&path).map_err(Error::read(&path))?;
-    let modified = metadata.modified().ok().and_then(|t| t.duration_since(UNIX_EPOCH).ok());
-    let modified_ns = modified.map_or(0, |t| t.as_nanos());
-    Ok(SourceFile { path, relative, bytes: metadata.len(), modified_ns, blake3: None })
+    Ok(SourceFile { path, relative, bytes: metadata.len(), stamp: Stamp::of(&metadata), blake3: None })
 }
 
 fn relative_to(root: &Path, path: &Path) -> String {

@@ -42,6 +42,7 @@ pub mod source;
 pub mod tokenizer;
 mod tokens;
 
+pub use cache::remove_partial_folders;
 pub use dataset::Dataset;
 pub use error::Error;
 pub use file_manifest::{FileManifest, ListedFile};

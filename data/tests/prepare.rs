@@ -131,6 +131,29 @@ fn a_changed_file_or_option_causes_a_new_tokenization() {
 }
 
 #[test]
+fn other_bytes_of_the_same_size_and_time_and_a_link_that_points_elsewhere_are_other_text() {
+    let dir = tempdir().unwrap();
+    let a = write(dir.path(), "a.jsonl", jsonl(100..700));
+    let link = dir.path().join("link.jsonl");
+    std::os::unix::fs::symlink(&a, &link).unwrap();
+    let options = options(dir.path(), vec![source("link", &link)]);
+    let from_cache = |run: &str| prepare_16(&options, &dir.path().join(run)).unwrap().from_cache;
+    assert!(!from_cache("first") && from_cache("second"));
+    // As an editor or a copy that preserves times leaves it.
+    let modified = fs::metadata(&a).unwrap().modified().unwrap();
+    write(dir.path(), "a.jsonl", jsonl(200..800));
+    OpenOptions::new().write(true).open(&a).unwrap().set_modified(modified).unwrap();
+    assert!(!from_cache("third") && from_cache("fourth"));
+    // A copy of the same size and time.
+    let b = dir.path().join("b.jsonl");
+    fs::copy(&a, &b).unwrap();
+    OpenOptions::new().write(true).open(&b).unwrap().set_modified(modified).unwrap();
+    fs::remove_file(&link).unwrap();
+    std::os::unix::fs::symlink(&b, &link).unwrap();
+    assert!(!from_cache("fifth"));
+}
+
+#[test]
 fn a_damaged_cache_is_replaced_and_a_damaged_run_is_rejected() {
     let dir = tempdir().unwrap();
     let file = write(dir.path(), "a.jsonl", jsonl(0..400));
