@@ -8,6 +8,7 @@ use crate::node_process::NodeProcess;
 use crate::process::{Process, Signal};
 use crate::rundir::{self, Contact};
 use crate::script::{Action, node_name};
+use crate::signals::{Interrupted, Interrupts};
 use crate::units::Size;
 use anyhow::{Context, bail};
 use std::path::{Path, PathBuf};
@@ -77,12 +78,12 @@ impl Cluster {
     ///
     /// # Errors
     /// When one of them does not start.
-    pub fn start(options: LaunchOptions, dir: &RunDir) -> anyhow::Result<Self> {
+    pub fn start(options: LaunchOptions, dir: &RunDir, interrupts: &Interrupts) -> anyhow::Result<Self> {
         let logs = dir.root().join("logs");
         std::fs::create_dir_all(&logs).with_context(|| logs.display().to_string())?;
         let dashboard = Dashboard { address: options.http.clone(), served: options.serves_http };
         let mut supervisor = start_supervisor(dir, &logs, "127.0.0.1:0", &dashboard, options.starting)?;
-        let Contact { address, http, .. } = wait_for_contact(&mut supervisor, dir)?;
+        let Contact { address, http, .. } = wait_for_contact(&mut supervisor, dir, interrupts)?;
         let mut cluster = Self {
             dashboard: Dashboard { address: http, ..dashboard },
             options,
@@ -293,7 +294,11 @@ fn start_supervisor(
     Process::start("supervisor", logs, &args)
 }
 
-fn wait_for_contact(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<Contact> {
+fn wait_for_contact(
+    supervisor: &mut Process,
+    dir: &RunDir,
+    interrupts: &Interrupts,
+) -> anyhow::Result<Contact> {
     let start = Instant::now();
     while start.elapsed() < LISTEN_MAX {
         if let Some(contact) = rundir::contact(dir).filter(|contact| contact.pid == supervisor.pid()) {
@@ -301,6 +306,9 @@ fn wait_for_contact(supervisor: &mut Process, dir: &RunDir) -> anyhow::Result<Co
         }
         if supervisor.exit_status().is_some() {
             bail!("{}", supervisor.last_error());
+        }
+        if interrupts.is_interrupted() {
+            return Err(Interrupted("the supervisor was starting").into());
         }
         std::thread::sleep(LISTEN_POLL);
     }

@@ -3,7 +3,9 @@
 use crate::document;
 use crate::limits::{CERTIFICATE_LIFETIME_MS, NODE_TIMEOUT_MS, RUN_NAME_BYTES_MAX};
 use serde::{Deserialize, Serialize};
-use std::path::{Path, PathBuf};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
 use volary_core::InvalidValue;
 use volary_core::architecture::Architecture;
 use volary_core::machine::Settings;
@@ -142,21 +144,82 @@ impl Config {
         }
     }
 
-    /// The part that must not change when a run resumes: everything that the mathematics depends on, as JSON.
-    #[must_use]
-    pub fn identity(&self) -> String {
+    /// The values that must not change when a run resumes, by key: all that the mathematics depends on. The
+    /// text itself is known by the hashes of its tokens, not by its path.
+    fn identity_values(&self) -> BTreeMap<String, Value> {
         let mut training = self.training.clone();
         // A run may be prolonged under a schedule that does not depend on its end.
         if matches!(training.schedule, volary_core::schedule::Schedule::InverseSquareRoot { .. }) {
             training.steps = 0;
         }
-        let mut sources = self.data.sources.clone();
-        for source in &mut sources {
-            // A manifest's folder may move with the checkout; its files are known by their hashes.
-            source.manifest = source.manifest.take().and_then(|path| path.file_name().map(PathBuf::from));
+        let mut data = volary_data::DataOptions { cache: None, tokenizer: None, ..self.data.clone() };
+        for source in &mut data.sources {
+            source.manifest = None;
+            source.path.clear();
         }
-        let parts = (self.run.seed, &self.model, &training, &sources, self.data.vocabulary);
-        serde_json::to_string(&parts).unwrap_or_default()
+        let mut values = BTreeMap::new();
+        flatten("run.seed", serde_json::json!(self.run.seed), &mut values);
+        let sections = [
+            ("model", serde_json::to_value(&self.model)),
+            ("training", serde_json::to_value(&training)),
+            ("data", serde_json::to_value(&data)),
+        ];
+        for (name, section) in sections {
+            flatten(name, section.unwrap_or_default(), &mut values);
+        }
+        values
+    }
+
+    /// A text that is equal for equal runs.
+    #[must_use]
+    pub fn identity(&self) -> String {
+        serde_json::to_string(&self.identity_values()).unwrap_or_default()
+    }
+
+    /// The first key in which this configuration is of another run than `before`, with both values.
+    #[must_use]
+    pub fn first_difference(&self, before: &Self) -> Option<String> {
+        let (now, then) = (self.identity_values(), before.identity_values());
+        let shown = |value: Option<&Value>| value.map_or_else(|| "absent".into(), Value::to_string);
+        let key = now.keys().chain(then.keys()).find(|key| now.get(*key) != then.get(*key));
+        if let Some(key) = key {
+            return Some(format!("{key} was {}, now {}", shown(then.get(key)), shown(now.get(key))));
+        }
+        let display =
+            |path: Option<&Path>| path.map_or_else(|| "absent".into(), |path| path.display().to_string());
+        let (now, then) = (&self.data, &before.data);
+        if !is_same_file(now.tokenizer.as_deref(), then.tokenizer.as_deref()) {
+            let (then, now) = (display(then.tokenizer.as_deref()), display(now.tokenizer.as_deref()));
+            return Some(format!("data.tokenizer was {then}, now {now}"));
+        }
+        let paths = now.sources.iter().zip(&then.sources).enumerate();
+        paths.into_iter().find_map(|(at, (now, then))| {
+            let same = is_same_file(Some(Path::new(&now.path)), Some(Path::new(&then.path)));
+            (!same).then(|| format!("data.sources.{at}.path was {:?}, now {:?}", then.path, now.path))
+        })
+    }
+}
+
+/// Whether two paths lead to the same file or folder, or are spelled the same.
+fn is_same_file(one: Option<&Path>, other: Option<&Path>) -> bool {
+    let real = |path: Option<&Path>| path.and_then(|path| path.canonicalize().ok());
+    one == other || (real(one).is_some() && real(one) == real(other))
+}
+
+/// Adds the values below a value to `values`, by their keys.
+fn flatten(key: &str, value: Value, values: &mut BTreeMap<String, Value>) {
+    let below = |name: &str| format!("{key}.{name}");
+    match value {
+        Value::Object(fields) => {
+            fields.into_iter().for_each(|(name, value)| flatten(&below(&name), value, values));
+        }
+        Value::Array(items) => {
+            let items = items.into_iter().enumerate();
+            items.for_each(|(at, value)| flatten(&below(&at.to_string()), value, values));
+        }
+        value => {
+            values.insert(key.to_owned(), value);
+        }
     }
 }
 

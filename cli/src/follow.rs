@@ -6,9 +6,8 @@ use crate::commands::operate;
 use crate::limits::{DESERTED_AFTER, RUN_POLL, RUN_POLL_SCRIPTED};
 use crate::progress::{ProgressDisplay, StepMetrics, Tail};
 use crate::script::Script;
-use anyhow::{Context, bail};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use crate::signals::Interrupts;
+use anyhow::bail;
 use std::time::Instant;
 use volary_storage::RunDir;
 
@@ -30,6 +29,7 @@ pub fn follow(
     dir: &RunDir,
     display: ProgressDisplay,
     script: Script,
+    interrupts: &Interrupts,
 ) -> anyhow::Result<RunOutcome> {
     display.phase("waiting for nodes");
     let mut follower = Follower {
@@ -38,7 +38,7 @@ pub fn follow(
         metrics: Tail::new(dir.metrics()),
         display,
         script,
-        interrupts: count_interrupts()?,
+        interrupts,
         stop_requested: false,
         step: 0,
         deserted: None,
@@ -55,7 +55,7 @@ struct Follower<'a> {
     metrics: Tail,
     display: ProgressDisplay,
     script: Script,
-    interrupts: Arc<AtomicU32>,
+    interrupts: &'a Interrupts,
     stop_requested: bool,
     /// The furthest committed step.
     step: u64,
@@ -78,7 +78,7 @@ impl Follower<'_> {
                 // The new supervisor does not know the request to the old one.
                 self.stop_requested = false;
             }
-            self.handle_interrupts()?;
+            self.handle_interrupt();
             self.play_script()?;
             self.poll_nodes()?;
             let is_scripted = self.script.pending().len() > 0 || self.cluster.has_suspended_nodes();
@@ -94,20 +94,16 @@ impl Follower<'_> {
         }
     }
 
-    fn handle_interrupts(&mut self) -> anyhow::Result<()> {
-        match self.interrupts.load(Ordering::Relaxed) {
-            0 => {}
-            1 if self.stop_requested => {}
-            1 => {
-                self.stop_requested = true;
-                self.display.note("interrupted: writing a checkpoint (a second Ctrl-C ends at once)");
-                let dir = self.dir.root().to_path_buf();
-                // The request waits for the checkpoint; the bar continues meanwhile.
-                std::thread::spawn(move || operate::request_stop(&dir));
-            }
-            _ => bail!("interrupted twice: ended without a checkpoint"),
+    /// A second signal ends this process at once, and with it the others.
+    fn handle_interrupt(&mut self) {
+        if self.stop_requested || !self.interrupts.is_interrupted() {
+            return;
         }
-        Ok(())
+        self.stop_requested = true;
+        self.display.note("interrupted: writing a checkpoint (a second Ctrl-C ends at once)");
+        let dir = self.dir.root().to_path_buf();
+        // The request waits for the checkpoint; the bar continues meanwhile.
+        std::thread::spawn(move || operate::request_stop(&dir));
     }
 
     fn play_script(&mut self) -> anyhow::Result<()> {
@@ -143,32 +139,4 @@ impl Follower<'_> {
         }
         Ok(())
     }
-}
-
-/// Counts SIGINT and SIGTERM from now on.
-fn count_interrupts() -> anyhow::Result<Arc<AtomicU32>> {
-    let count = Arc::new(AtomicU32::new(0));
-    let counter = Arc::clone(&count);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let (ready, listening) = std::sync::mpsc::channel();
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        runtime.block_on(async {
-            use tokio::signal::unix::{SignalKind, signal};
-            let (Ok(mut interrupt), Ok(mut terminate)) =
-                (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-            else {
-                return;
-            };
-            let _ = ready.send(());
-            loop {
-                tokio::select! {
-                    _ = interrupt.recv() => {}
-                    _ = terminate.recv() => {}
-                }
-                counter.fetch_add(1, Ordering::Relaxed);
-            }
-        });
-    })?;
-    listening.recv().context("cannot handle signals")?;
-    Ok(count)
 }

@@ -22,15 +22,22 @@ pub use guard::{GuardArgs, dashboard_url};
 
 use anyhow::Context;
 use axum::Router;
-use axum::http::header;
+use axum::extract::Request;
+use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use tower::ServiceExt;
 use volary_telemetry::metrics::{CONTENT_TYPE, NodeMetrics, Scrape};
 
 /// The port of the dashboard unless `--http` is given; another one if it is in use.
 pub const DASHBOARD_PORT: u16 = 7680;
+
+/// The paths of the probes that a process answers as long as it lives.
+const LIVENESS: [&str; 3] = ["/health", "/healthz", "/livez"];
+/// The paths of the probes that tell whether a process has started.
+const READINESS: [&str; 2] = ["/ready", "/readyz"];
 
 /// A socket that listens and is not served yet.
 #[derive(Debug)]
@@ -58,6 +65,24 @@ impl HttpListener {
         Ok(Self { listener, address })
     }
 
+    /// Serves the probes until the process ends, and the other routes once they are there.
+    ///
+    /// # Errors
+    /// When the thread does not start.
+    pub fn serve_probes(self) -> anyhow::Result<StartingServer> {
+        let routes: Arc<OnceLock<Router>> = Arc::default();
+        let (known, others) = (Arc::clone(&routes), Arc::clone(&routes));
+        let ready = move || std::future::ready(readiness(known.get().is_some()));
+        let forward = move |request: Request| async move {
+            match others.get() {
+                Some(routes) => routes.clone().oneshot(request).await.into_response(),
+                None => readiness(false),
+            }
+        };
+        self.serve(probes(ready).fallback(forward))?;
+        Ok(StartingServer { routes })
+    }
+
     /// Serves routes on a thread of its own until the process ends.
     ///
     /// # Errors
@@ -77,15 +102,44 @@ impl HttpListener {
     }
 }
 
-/// The routes of a node.
-pub fn node_routes(metrics: Arc<NodeMetrics>) -> Router {
-    common_routes(move || encode(metrics.scrape()))
+/// A server that answers probes while the supervisor starts.
+#[derive(Debug)]
+pub struct StartingServer {
+    routes: Arc<OnceLock<Router>>,
 }
 
-fn common_routes(metrics: impl Fn() -> Response + Clone + Send + Sync + 'static) -> Router {
-    Router::new()
-        .route("/health", get(|| async { "ok\n" }))
-        .route("/metrics", get(move || std::future::ready(metrics())))
+impl StartingServer {
+    /// Serves all routes from now on.
+    pub fn open(&self, routes: Router) {
+        // The first ones stay.
+        let _ = self.routes.set(routes);
+    }
+}
+
+/// The routes of a node.
+pub fn node_routes(metrics: Arc<NodeMetrics>) -> Router {
+    probes(|| std::future::ready(readiness(true))).merge(metrics_route(move || encode(metrics.scrape())))
+}
+
+/// Probes of liveness, under their usual names, and of readiness.
+fn probes<F>(ready: impl Fn() -> F + Clone + Send + Sync + 'static) -> Router
+where
+    F: Future<Output = Response> + Send + 'static,
+{
+    let alive = || async { "ok\n" };
+    let live = LIVENESS.into_iter().fold(Router::new(), |routes, path| routes.route(path, get(alive)));
+    READINESS.into_iter().fold(live, |routes, path| routes.route(path, get(ready.clone())))
+}
+
+fn readiness(ready: bool) -> Response {
+    match ready {
+        true => "ready\n".into_response(),
+        false => (StatusCode::SERVICE_UNAVAILABLE, "starting\n").into_response(),
+    }
+}
+
+fn metrics_route(metrics: impl Fn() -> Response + Clone + Send + Sync + 'static) -> Router {
+    Router::new().route("/metrics", get(move || std::future::ready(metrics())))
 }
 
 fn encode(scrape: &Scrape) -> Response {

@@ -19,6 +19,11 @@ pub const NODE_TIMEOUT_MS: RangeInclusive<u64> = 100..=10_000;
 /// The exit status of a supervisor that cannot go on for now, as on a full disk: sysexits' EX_TEMPFAIL. Its
 /// nodes wait for its restart.
 pub const HALTED_STATUS: u8 = 75;
+/// The exit status of a command that a signal ended before its work was done, as of a shell's command that
+/// died of SIGINT.
+pub const INTERRUPTED_STATUS: u8 = 130;
+/// The interval between two looks for a signal while work is done on another thread.
+pub const SIGNAL_POLL: Duration = Duration::from_millis(50);
 /// The wait before the restart of such a supervisor, times the restarts so far.
 pub const HALTED_PAUSE: Duration = Duration::from_secs(1);
 /// Restarts of a supervisor that died, in `volary train`.
@@ -52,6 +57,8 @@ pub const RUN_POLL: Duration = Duration::from_millis(50);
 pub const RUN_POLL_SCRIPTED: Duration = Duration::from_millis(5);
 /// The interval between two progress lines where there is no terminal.
 pub const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+/// The interval between two pictures of the spinner before the first step.
+pub const SPINNER_INTERVAL: Duration = Duration::from_millis(200);
 /// The interval between two looks at a node that drains.
 pub const DRAIN_POLL: Duration = Duration::from_millis(500);
 /// The interval between two looks at a process that is leaving.

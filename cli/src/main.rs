@@ -2,8 +2,9 @@
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
-use volary_cli::limits::HALTED_STATUS;
+use volary_cli::limits::{HALTED_STATUS, INTERRUPTED_STATUS};
 use volary_cli::process::Halted;
+use volary_cli::signals::Interrupted;
 use volary_cli::{commands, environment, log, output};
 
 /// Elastic training of mixture-of-experts language models.
@@ -101,5 +102,9 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     output::note(format_args!("volary: {error:#}"));
-    if error.is::<Halted>() { ExitCode::from(HALTED_STATUS) } else { ExitCode::FAILURE }
+    match () {
+        () if error.is::<Halted>() => ExitCode::from(HALTED_STATUS),
+        () if error.is::<Interrupted>() => ExitCode::from(INTERRUPTED_STATUS),
+        () => ExitCode::FAILURE,
+    }
 }

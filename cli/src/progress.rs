@@ -1,6 +1,6 @@
 //! The progress of a run: a bar on a terminal, plain lines elsewhere, nothing with `--quiet`.
 
-use crate::limits::PROGRESS_INTERVAL;
+use crate::limits::{PROGRESS_INTERVAL, SPINNER_INTERVAL};
 use crate::output;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
@@ -75,6 +75,37 @@ pub fn validations(path: &Path) -> Vec<Validation> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// Shows what a run does before its first step.
+#[derive(Debug)]
+pub struct PhaseDisplay {
+    bar: Option<ProgressBar>,
+    quiet: bool,
+    phase: String,
+    last_line: Instant,
+}
+
+impl PhaseDisplay {
+    /// Shows a phase and the part of it that is done, from 0 to 1, where that is known.
+    pub fn show(&mut self, phase: &str, done: Option<f64>) {
+        let text = match done {
+            Some(done) => format!("{phase}: {:.0} %", 100.0 * done),
+            None => phase.to_owned(),
+        };
+        let is_new = self.phase != phase;
+        if let Some(bar) = &self.bar {
+            bar.set_message(text);
+        } else if !self.quiet && (is_new || self.last_line.elapsed() >= PROGRESS_INTERVAL) {
+            self.last_line = Instant::now();
+            output::note(if is_new { phase } else { &text });
+        }
+        phase.clone_into(&mut self.phase);
+    }
+}
+
 /// The progress display of a run, on standard error.
 #[derive(Debug)]
 pub struct ProgressDisplay {
@@ -93,10 +124,9 @@ impl ProgressDisplay {
     pub fn new(steps: u64, quiet: bool) -> Self {
         let bar = (!quiet && std::io::stderr().is_terminal()).then(|| {
             let bar = ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr());
-            let style = "{bar:28} step {pos}/{len}  {msg}  {eta} left";
-            bar.set_style(
-                ProgressStyle::with_template(style).unwrap_or_else(|_| ProgressStyle::default_bar()),
-            );
+            // Before the first step there is no speed, and no time left to tell.
+            bar.set_style(style("{spinner} {msg}  {elapsed}"));
+            bar.enable_steady_tick(SPINNER_INTERVAL);
             bar
         });
         Self { bar, steps, quiet, last_line: Instant::now(), first: None, last: None }
@@ -113,11 +143,17 @@ impl ProgressDisplay {
 
     /// Shows what the run does before its first step.
     pub fn phase(&self, phase: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(phase.to_owned());
-            bar.tick();
-        } else if !self.quiet {
-            output::note(phase);
+        self.phases().show(phase, None);
+    }
+
+    /// The display of phases before the first step, for another thread.
+    #[must_use]
+    pub fn phases(&self) -> PhaseDisplay {
+        PhaseDisplay {
+            bar: self.bar.clone(),
+            quiet: self.quiet,
+            phase: String::new(),
+            last_line: Instant::now(),
         }
     }
 
@@ -131,6 +167,8 @@ impl ProgressDisplay {
         let message = format!("loss {loss:.4}  {speed:.0} tokens/s  {nodes} nodes");
         if let Some(bar) = &self.bar {
             if is_first {
+                bar.disable_steady_tick();
+                bar.set_style(style("{bar:28} step {pos}/{len}  {msg}  {eta} left"));
                 // The remaining time is estimated from the steps of this process only.
                 bar.set_position(step);
                 bar.reset_eta();

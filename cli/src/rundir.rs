@@ -1,6 +1,7 @@
 //! The run that a command addresses, and the contact and access token of its supervisor.
 
 use crate::limits::{LISTEN_MAX, LISTEN_POLL};
+use crate::preparation::ClaimedDir;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -41,19 +42,28 @@ pub fn token_file(dir: &RunDir, role: AccessRole) -> PathBuf {
     dir.identity().join(token_file_name(role))
 }
 
-/// A new directory for a run: `runs/NAME`, or `runs/NAME-2` and so on if that exists.
+/// A directory for a new run: `runs/NAME`, or `runs/NAME-2` and so on where that holds a run or is in use.
 ///
 /// # Errors
 /// When the directory cannot be written.
-pub fn create_new(name: &str) -> anyhow::Result<RunDir> {
+pub fn claim_new(name: &str, address: &str) -> anyhow::Result<ClaimedDir> {
     let mut path = Path::new(RUNS).join(name);
     for number in 2.. {
-        if !path.exists() {
-            break;
+        if !path.exists() || RunDir::find(&path).is_ok() {
+            match ClaimedDir::take(&path, address) {
+                Ok(claimed) if claimed.holds_run => {}
+                Err(error) if is_held(&error) => {}
+                taken => return taken,
+            }
         }
         path = Path::new(RUNS).join(format!("{name}-{number}"));
     }
-    Ok(RunDir::create(&path)?)
+    bail!("{RUNS}/{name}: every number is taken")
+}
+
+fn is_held(error: &anyhow::Error) -> bool {
+    use volary_storage::Error::{Held, HeldUnnamed};
+    matches!(error.downcast_ref(), Some(Held { .. } | HeldUnnamed { .. }))
 }
 
 /// The contact of a run whose supervisor is alive.

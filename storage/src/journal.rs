@@ -87,6 +87,19 @@ impl Store {
         Ok(store)
     }
 
+    /// Whether a directory holds committed steps. One without them is of a run that was refused or cut off
+    /// before its first step. Hold the run's lock.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn has_steps(dir: &RunDir) -> Result<bool> {
+        // Opening would create it.
+        if !dir.state().join("db").exists() {
+            return Ok(false);
+        }
+        Ok(Self::open(dir)?.last_committed()?.is_some_and(|step| step > Step(0)))
+    }
+
     /// Stores the identity of the run at the first call, and compares it at later calls.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use volary_core::Step;
@@ -59,6 +59,36 @@ impl RunDir {
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Removes everything but the run's identity and its logs, for a new start of a run without a committed
+    /// step.
+    ///
+    /// # Errors
+    /// [`Error::NotWritable`].
+    pub fn clear(&self) -> Result<()> {
+        let unwritable = |source| Error::NotWritable { path: self.root.clone(), source };
+        let absent_is_removed = |removed: io::Result<()>| match removed {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(unwritable(error)),
+            _ => Ok(()),
+        };
+        let folders =
+            [self.state(), self.blobs(), self.checkpoints(), self.data(), self.tensorboard(), self.traces()];
+        for folder in folders {
+            absent_is_removed(fs::remove_dir_all(folder))?;
+        }
+        let files = [
+            self.config(),
+            self.metrics(),
+            self.events(),
+            self.validation(),
+            self.tokenizer(),
+            self.corpus(),
+        ];
+        for file in files {
+            absent_is_removed(fs::remove_file(file))?;
+        }
+        Self::create(&self.root).map(drop)
     }
 
     /// The configuration of the run.
@@ -143,6 +173,12 @@ impl RunDir {
     #[must_use]
     pub fn tokenizer(&self) -> PathBuf {
         self.root.join("tokenizer.json")
+    }
+
+    /// The fingerprints of the prepared data.
+    #[must_use]
+    pub fn corpus(&self) -> PathBuf {
+        self.root.join("corpus.json")
     }
 
     /// The lock file of the supervisor.

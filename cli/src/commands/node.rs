@@ -7,12 +7,12 @@ use crate::http::{self, HttpListener};
 use crate::limits::COMMANDS_AHEAD;
 use crate::process;
 use crate::rundir;
+use crate::signals::Interrupts;
 use crate::units::Size;
 use anyhow::bail;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use volary_core::compute::ComputeError;
 use volary_core::profile::ZONE_MAX;
@@ -93,6 +93,10 @@ fn zone(text: &str) -> Result<String, InvalidArgument> {
 /// # Errors
 /// When the device is missing, the supervisor refuses the node, or the run is lost.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    // SIGTERM and SIGINT make the node leave: the first one after it has handed everything over, the second
+    // one at once.
+    let (requests, leave) = mpsc::channel(COMMANDS_AHEAD);
+    Interrupts::forward(requests)?;
     let (commands, faults) = mpsc::channel(COMMANDS_AHEAD);
     if args.tethered {
         process::end_with_parent(move |line| queue_fault(line, &commands));
@@ -130,10 +134,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         Glam::new(&run.architecture, &run.training, run.seed, device).map_err(ComputeError::from)
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let end = runtime.block_on(async {
-        let leave = leave_requests()?;
-        anyhow::Ok(volary_node::run_node(options, make_model, leave).await?)
-    })?;
+    let end = runtime.block_on(volary_node::run_node(options, make_model, leave))?;
     match end {
         NodeEnd::Left(reason) => {
             tracing::info!(reason, "left");
@@ -165,25 +166,6 @@ fn threads(threads: Option<u16>, device: Device) -> usize {
         None if device.is_cuda() => 1,
         None => std::thread::available_parallelism().map_or(1, usize::from),
     }
-}
-
-/// SIGTERM and SIGINT make the node leave: the first one after it has handed everything over, the second one
-/// at once.
-fn leave_requests() -> std::io::Result<mpsc::Receiver<()>> {
-    let (requests, leave) = mpsc::channel(COMMANDS_AHEAD);
-    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
-    tokio::spawn(async move {
-        loop {
-            tokio::select! {
-                _ = terminate.recv() => {}
-                _ = interrupt.recv() => {}
-            }
-            if requests.send(()).await.is_err() {
-                return;
-            }
-        }
-    });
-    Ok(leave)
 }
 
 /// Queues the network fault on a line of standard input. An invalid line is only logged, since nothing

@@ -4,20 +4,21 @@ use crate::config::Config;
 use crate::http::{self, HttpListener};
 use crate::limits::LAST_CHECKPOINT_MAX;
 use crate::output;
+use crate::preparation::{self, ClaimedDir, PREPARING};
 use crate::process;
 use crate::rundir::{self, Contact};
-use anyhow::{Context, bail};
+use crate::signals::{Interrupted, Interrupts};
+use anyhow::bail;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::signal::unix::{SignalKind, signal};
 use volary_core::machine::Settings;
 use volary_data::Dataset;
 use volary_protocol::RunInfo;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
-use volary_storage::{Digest, RunDir, RunLock};
+use volary_storage::{Digest, RunDir};
 use volary_supervisor::{Door, RunEnd, Supervisor, SupervisorOptions};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_transport::Network;
@@ -75,23 +76,19 @@ pub struct Args {
 /// # Errors
 /// When the configuration, data or directory is invalid, the directory is in use, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
+    let interrupts = Interrupts::listen()?;
     if args.tethered {
         process::end_with_parent(|_| {});
     }
     let config = Config::load(&args.config, &args.set)?;
     let listen = rundir::resolve(&args.listen)?;
     let http = bind_http(&args)?;
-    let dir = RunDir::create(&args.dir)?;
-    let lock = RunLock::acquire(&dir, std::process::id(), &args.listen)?;
-    check_same_run(&config, &dir)?;
-    let text = toml::to_string(&config)?;
-    if std::fs::read_to_string(dir.config()).ok().as_deref() != Some(&text) {
-        volary_storage::write_file(&dir.config(), text.as_bytes())?;
-    }
-    let end = serve(&config, &dir, listen, http, &args);
+    let mut claimed = ClaimedDir::take(&args.dir, &args.listen)?;
+    claimed.configure(&config)?;
+    let end = serve(&config, &mut claimed, (listen, http), &args, &interrupts);
     // No other process may take the directory before the last write.
-    let _ = std::fs::remove_file(dir.supervisor());
-    drop(lock);
+    let _ = std::fs::remove_file(claimed.dir.supervisor());
+    drop(claimed);
     match end? {
         None => {
             tracing::info!("the supervisor ends; the run continues when it restarts");
@@ -126,25 +123,15 @@ fn reachable(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(ip, address.port())
 }
 
-fn check_same_run(config: &Config, dir: &RunDir) -> anyhow::Result<()> {
-    if !dir.config().exists() {
-        return Ok(());
-    }
-    let before = Config::load(&dir.config(), &[])?;
-    if before.identity() != config.identity() {
-        bail!("{} holds another run: its seed, model, data or training differ", dir.root().display());
-    }
-    Ok(())
-}
-
 /// Runs the supervisor until the run ends. Returns `None` when the run continues after a restart.
 fn serve(
     config: &Config,
-    dir: &RunDir,
-    listen: SocketAddr,
-    http: Option<HttpListener>,
+    claimed: &mut ClaimedDir,
+    (listen, http): (SocketAddr, Option<HttpListener>),
     args: &Args,
+    interrupts: &Interrupts,
 ) -> anyhow::Result<Option<RunEnd>> {
+    let dir = &claimed.dir.clone();
     let metrics = Arc::new(SupervisorMetrics::new());
     let options = SupervisorOptions {
         network: Network::quic(),
@@ -160,22 +147,24 @@ fn serve(
         certificate_lifetime: Duration::from_millis(config.cluster.certificate_lifetime_ms),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let end = runtime.block_on(async {
+        let http_address = http.as_ref().map(|listener| reachable(listener.address).to_string());
+        // Probes are answered from the first moment too.
+        let http = http.map(HttpListener::serve_probes).transpose()?;
         // Nodes that hold the run's state are answered from the first moment, however long the rest takes.
         let door = Door::open(options)?;
         let (prepared, data) = (config.clone(), dir.clone());
-        let dataset = tokio::task::spawn_blocking(move || open_dataset(&prepared, &data)).await??;
+        let dataset = tokio::task::spawn_blocking(move || open_dataset(&prepared, &data));
+        let dataset = tokio::select! {
+            dataset = dataset => dataset??,
+            () = interrupts.first() => return Err(Interrupted(PREPARING).into()),
+        };
         let supervisor = door.start(dataset).await?;
+        claimed.keep();
         output::note(format_args!("listening on {}", supervisor.address()));
-        let http_address = http.as_ref().map(|listener| reachable(listener.address).to_string());
-        if let (Some(listener), Some(address)) = (http, &http_address) {
+        if let (Some(http), Some(address)) = (http, &http_address) {
             output::note(format_args!("dashboard at {}", http::dashboard_url(dir, address)));
-            listener.serve(http::supervisor_routes(
-                supervisor.handle(),
-                dir.clone(),
-                metrics,
-                &args.guard,
-            ))?;
+            http.open(http::supervisor_routes(supervisor.handle(), dir.clone(), metrics, &args.guard));
         }
         let contact = Contact {
             run: config.run.name.clone(),
@@ -184,18 +173,24 @@ fn serve(
             http: http_address,
         };
         rundir::write_contact(dir, &contact)?;
-        let interrupted = std::pin::pin!(interrupt()?);
+        let interrupted = std::pin::pin!(interrupts.first());
         if args.stay {
             stay(supervisor, interrupted).await
         } else {
             Ok(Some(supervisor.ended(interrupted).await))
         }
-    })
+    });
+    if end.as_ref().is_err_and(|error| error.is::<Interrupted>()) {
+        // The preparation goes on, on a thread that ends with the process.
+        runtime.shutdown_background();
+        volary_data::remove_partial_folders();
+    }
+    end
 }
 
 /// The run's tokens, prepared if they are not.
 fn open_dataset(config: &Config, dir: &RunDir) -> anyhow::Result<Dataset> {
-    prepare_data(config, dir, &mut |_| {})?;
+    preparation::prepare_data(config, dir, &mut |_| {})?;
     let training = &config.training;
     let (length, sequences) = (training.sequence_length, training.sequences_per_lane);
     Ok(Dataset::open(&dir.data(), length, sequences, training.lanes, config.run.seed)?)
@@ -213,17 +208,6 @@ fn run_info(config: &Config) -> RunInfo {
         training: config.training.clone(),
         telemetry: config.telemetry.clone(),
     }
-}
-
-/// Resolves at the first SIGINT or SIGTERM.
-fn interrupt() -> std::io::Result<impl Future<Output = ()>> {
-    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-    })
 }
 
 /// With `--stay`: an interrupt ends the process with a checkpoint, and the run continues when it restarts.
@@ -251,28 +235,4 @@ async fn stay(
             Ok(None)
         }
     }
-}
-
-/// Prepares the run's tokens, unless they are prepared already, and checks that the tokenizer fits the model.
-pub(crate) fn prepare_data(
-    config: &Config,
-    dir: &RunDir,
-    progress: &mut dyn FnMut(volary_data::Progress),
-) -> anyhow::Result<()> {
-    let length = config.training.sequence_length;
-    volary_data::prepare(&config.data, length, &dir.data(), progress)?;
-    let source = dir.data().join("tokenizer.json");
-    if !dir.tokenizer().exists() {
-        let tokenizer = std::fs::read(&source).with_context(|| source.display().to_string())?;
-        volary_storage::write_file(&dir.tokenizer(), &tokenizer)?;
-    }
-    let tokenizer = volary_data::Tokenizer::load(&dir.tokenizer())?;
-    if tokenizer.vocabulary() > config.model.vocabulary {
-        bail!(
-            "model.vocabulary = {}: expected at least the {} tokens of the tokenizer",
-            config.model.vocabulary,
-            tokenizer.vocabulary()
-        );
-    }
-    Ok(())
 }

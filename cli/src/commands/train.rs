@@ -5,9 +5,11 @@ use crate::commands::generate;
 use crate::config::Config;
 use crate::follow::{RunOutcome, follow};
 use crate::output;
+use crate::preparation::{self, ClaimedDir, PREPARING};
 use crate::progress::{ProgressDisplay, Validation, validations};
 use crate::rundir;
 use crate::script::Script;
+use crate::signals::Interrupts;
 use crate::units::Size;
 use anyhow::bail;
 use std::fmt;
@@ -19,6 +21,9 @@ use volary_storage::RunDir;
 
 /// The sample at the end of a run; its seed is that of the run.
 const SAMPLING: Sampling = Sampling { max_tokens: 60, temperature: 0.7, seed: 0, stop: None };
+
+/// What others are told of a directory that is locked before its supervisor listens.
+const ADDRESS: &str = "no address yet";
 
 /// Train on this machine: a supervisor and N node processes.
 #[derive(clap::Args)]
@@ -87,10 +92,12 @@ pub struct Args {
 /// # Errors
 /// When the configuration, the data or the directory is invalid, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let (config, dir, script) = prepare(&args)?;
+    let interrupts = Interrupts::listen()?;
+    let (config, claimed, script) = prepare(&args)?;
     let display = ProgressDisplay::new(config.training.steps, args.quiet);
-    // Here and not in the supervisor, which shows no progress.
-    prepare_data(&config, &dir, &display)?;
+    let prepared = prepare_data(&config, &claimed.dir, &display, &interrupts);
+    prepared.inspect_err(|_| display.finish())?;
+    let dir = claimed.release();
     display.note(&format!("run {} in {}", config.run.name, dir.root().display()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = LaunchOptions {
@@ -106,11 +113,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         // Nodes end with the process that started them.
         starting: Starting { nodes_are_gone: args.resume, may_go_back: args.go_back },
     };
-    let mut cluster = Cluster::start(options, &dir)?;
+    let mut cluster = Cluster::start(options, &dir, &interrupts)?;
     if let Some(address) = cluster.dashboard() {
         display.note(&format!("dashboard at {}", crate::http::dashboard_url(&dir, address)));
     }
-    let outcome = follow(&mut cluster, &dir, display, script)?;
+    let outcome = follow(&mut cluster, &dir, display, script, &interrupts)?;
     cluster.end();
     if !args.quiet {
         print_summary(&config, &dir, outcome)?;
@@ -119,59 +126,58 @@ pub fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// The configuration of this run, its directory, into which the configuration is written, and its script.
-fn prepare(args: &Args) -> anyhow::Result<(Config, RunDir, Script)> {
+fn prepare(args: &Args) -> anyhow::Result<(Config, ClaimedDir, Script)> {
     let mut config = Config::load(&args.config, &args.set)?;
     // The supervisor uses it; an invalid one must fail before anything starts.
     args.http.as_deref().map(rundir::resolve).transpose()?;
     config.cluster.nodes = args.nodes.map_or_else(|| config.cluster.nodes.max(1), usize::from);
     config.data.strict |= args.strict;
     let script = args.events.as_deref().map(|path| Script::load(path, config.cluster.nodes)).transpose()?;
-    let dir = match &args.dir {
-        _ if args.resume => {
-            let path = args.dir.clone().unwrap_or_else(|| PathBuf::from(rundir::RUNS).join(&config.run.name));
-            let dir = RunDir::find(&path)?;
-            if let Some(contact) = rundir::contact(&dir) {
-                bail!("{} is in use by a live supervisor, process {}", dir.root().display(), contact.pid);
-            }
-            dir
-        }
-        Some(path) if path.join("config.toml").exists() => {
-            bail!(
-                "{} already holds a run: add --resume to continue it, or choose another --dir",
-                path.display()
-            );
-        }
-        Some(path) => RunDir::create(path)?,
-        None => rundir::create_new(&config.run.name)?,
-    };
-    if args.resume {
-        let before = Config::load(&dir.config(), &[])?;
-        if before.identity() != config.identity() {
-            bail!(
-                "{} is another run: its seed, model, data or training differ from {}",
-                dir.root().display(),
-                args.config.display()
-            );
-        }
-    }
-    volary_storage::write_file(&dir.config(), toml::to_string(&config)?.as_bytes())?;
-    Ok((config, dir, script.unwrap_or_default()))
+    let claimed = claim(args, &config)?;
+    claimed.configure(&config)?;
+    Ok((config, claimed, script.unwrap_or_default()))
 }
 
-fn prepare_data(config: &Config, dir: &RunDir, display: &ProgressDisplay) -> anyhow::Result<()> {
-    let mut shown = None;
-    let mut progress = |progress: volary_data::Progress| {
+/// The directory of the run, which is this command's alone until its supervisor starts.
+fn claim(args: &Args, config: &Config) -> anyhow::Result<ClaimedDir> {
+    let named = || PathBuf::from(rundir::RUNS).join(&config.run.name);
+    if args.resume {
+        let path = args.dir.clone().unwrap_or_else(named);
+        let dir = RunDir::find(&path)?;
+        if let Some(contact) = rundir::contact(&dir) {
+            bail!("{} is in use by a live supervisor, process {}", dir.root().display(), contact.pid);
+        }
+        return ClaimedDir::take(&path, ADDRESS);
+    }
+    let Some(path) = &args.dir else { return rundir::claim_new(&config.run.name, ADDRESS) };
+    let claimed = ClaimedDir::take(path, ADDRESS)?;
+    if claimed.holds_run {
+        bail!("{} already holds a run: add --resume to continue it, or choose another --dir", path.display());
+    }
+    Ok(claimed)
+}
+
+/// Prepares the tokens here and not in the supervisor, which shows no progress.
+fn prepare_data(
+    config: &Config,
+    dir: &RunDir,
+    display: &ProgressDisplay,
+    interrupts: &Interrupts,
+) -> anyhow::Result<()> {
+    let mut phases = display.phases();
+    let mut progress = move |progress: volary_data::Progress| {
         let phase = match progress.stage {
             PreparationStage::Reading => "reading text",
             PreparationStage::TrainingTokenizer => "training the tokenizer",
             PreparationStage::Tokenizing => "tokenizing",
         };
-        if shown != Some(phase) {
-            shown = Some(phase);
-            display.phase(phase);
-        }
+        // The tokenizer's training does not tell how far it is: only the reading of its sample does.
+        let is_known = progress.stage == PreparationStage::Tokenizing && progress.total_bytes > 0;
+        phases.show(phase, is_known.then(|| progress.done_bytes as f64 / progress.total_bytes as f64));
     };
-    crate::commands::supervisor::prepare_data(config, dir, &mut progress)
+    let (config, dir) = (config.clone(), dir.clone());
+    let work = move || preparation::prepare_data(&config, &dir, &mut progress);
+    interrupts.unless_interrupted(PREPARING, work, volary_data::remove_partial_folders)
 }
 
 /// Prints the result of the run, then a sample, which takes a moment.

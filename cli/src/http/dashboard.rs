@@ -3,7 +3,7 @@
 
 use super::guard::{self, Guard, GuardArgs, Unauthorized};
 use super::history::history;
-use super::{common_routes, encode};
+use super::{encode, metrics_route};
 use crate::commands::operate;
 use crate::limits::{DASHBOARD_STATUS_INTERVAL, DASHBOARD_STREAMS_MAX};
 use axum::extract::{Path, State};
@@ -55,7 +55,7 @@ pub fn supervisor_routes(
         .route("/api/drain/{node}", post(drain))
         .route("/api/checkpoint", post(checkpoint))
         .with_state(dashboard)
-        .merge(common_routes(move || encode(metrics.scrape())))
+        .merge(metrics_route(move || encode(metrics.scrape())))
         .layer(axum::middleware::from_fn_with_state(guard, guard::guard))
 }
 

@@ -1,7 +1,7 @@
 //! The fuzz target of HTTP requests: the real server and guard, with routes like those of the dashboard.
 
-use super::common_routes;
 use super::guard::{Guard, GuardArgs, Unauthorized, bearer, guard};
+use super::{metrics_route, probes, readiness};
 use crate::limits::{FUZZ_BUFFER_BYTES, FUZZ_RESPONSE_MAX};
 use axum::Router;
 use axum::extract::Path;
@@ -49,7 +49,8 @@ fn routes() -> Router {
         .route("/", get(|| async { SECRET }))
         .route("/trace/{id}", get(|Path(id): Path<String>| async move { format!("{SECRET} {id}") }))
         .route("/api/drain/{node}", post(drain))
-        .merge(common_routes(|| "volary_steps 1\n".into_response()))
+        .merge(probes(|| std::future::ready(readiness(true))))
+        .merge(metrics_route(|| "volary_steps 1\n".into_response()))
         .layer(axum::middleware::from_fn_with_state(state, guard))
 }
 

@@ -52,7 +52,7 @@ impl GuardArgs {
 
     /// Whether a path needs no access token.
     fn is_open(&self, path: &str) -> bool {
-        self.http_open || path == "/health" || (path == "/metrics" && !self.closed_metrics)
+        self.http_open || (path == "/metrics" && !self.closed_metrics)
     }
 }
 
