@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, default_value_t = 64)]
     max_tokens: usize,
     /// Sampling temperature: 0 takes the most likely token, 1 samples from the model's distribution.
-    #[arg(long, default_value_t = 0.8, value_parser = temperature)]
+    #[arg(long, default_value_t = 0.8, value_parser = temperature, allow_negative_numbers = true)]
     temperature: f64,
     /// The seed of sampling.
     #[arg(long, default_value_t = 0)]

@@ -239,17 +239,41 @@ struct Sample<'a> {
 impl fmt::Display for Sample<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { prompt, text, .. } = self;
-        let run = self.dir.root().display();
+        let root = self.dir.root().display().to_string();
+        let (run, word) = (quoted(&root), quoted(prompt));
         if let Some(text) = text {
             let text = format!("{prompt}{text}").trim_end().replace('\n', "\n  ");
             writeln!(f, "\na sample:\n  {text}\n")?;
         }
         writeln!(f, "try next:")?;
-        writeln!(f, "  volary generate --run {run} --prompt '{prompt}'")?;
+        writeln!(f, "  volary generate --run {run} --prompt {word}")?;
         writeln!(f, "  volary digest {run}")?;
         if !self.finished {
-            writeln!(f, "  volary train {run}/config.toml --dir {run} --resume")?;
+            let config = quoted(&format!("{root}/config.toml"));
+            writeln!(f, "  volary train {config} --dir {run} --resume")?;
         }
         Ok(())
+    }
+}
+
+/// A word of a shell's command line: quoted unless it is plain.
+fn quoted(word: &str) -> String {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/-_.".contains(c);
+    if !word.is_empty() && word.chars().all(is_plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', "'\\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_with_spaces_or_quotes_stays_one_word_of_a_shell() {
+        assert_eq!(quoted("runs/quickstart-2"), "runs/quickstart-2");
+        assert_eq!(quoted("my runs/a"), "'my runs/a'");
+        assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
+        assert_eq!(quoted(""), "''");
     }
 }
