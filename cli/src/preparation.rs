@@ -5,7 +5,7 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use volary_data::Manifest;
-use volary_storage::{RunDir, RunLock, Store};
+use volary_storage::{CheckpointReader, RunDir, RunLock, Store};
 
 /// The phase of a run before it starts.
 pub const PREPARING: &str = "preparing the data";
@@ -16,7 +16,7 @@ pub const PREPARING: &str = "preparing the data";
 pub struct ClaimedDir {
     /// The directory.
     pub dir: RunDir,
-    /// Whether it holds committed steps.
+    /// Whether it holds committed steps or checkpoints.
     pub holds_run: bool,
     _lock: RunLock,
     created: bool,
@@ -31,7 +31,9 @@ impl ClaimedDir {
         let created = !path.exists();
         let dir = RunDir::create(path)?;
         let lock = RunLock::acquire(&dir, std::process::id(), address)?;
-        let holds_run = !created && Store::has_steps(&dir)?;
+        // Checkpoints outlive a lost journal, which is restored from them.
+        let has_checkpoints = || Ok::<_, anyhow::Error>(!CheckpointReader::open(&dir)?.steps()?.is_empty());
+        let holds_run = !created && (Store::has_steps(&dir)? || has_checkpoints()?);
         Ok(Self { dir, holds_run, _lock: lock, created })
     }
 
@@ -86,7 +88,7 @@ impl Drop for ClaimedDir {
 }
 
 /// `RUN_DIR/corpus.json`: the hashes of what the run trains on. They stay when `RUN_DIR/data` is prepared
-/// anew.
+/// again.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Fingerprints {
     tokenizer: String,

@@ -48,6 +48,20 @@ fn a_refused_start_leaves_no_directory_and_a_cut_off_one_is_no_run() {
 }
 
 #[test]
+fn a_run_that_has_lost_its_journal_but_not_its_checkpoints_is_not_overwritten() {
+    let world = World::new();
+    let args = ["--set", "training.steps=3", "--dir", "runs/r", "--quiet"];
+    let trained = world.train(&args).output().unwrap();
+    assert!(trained.status.success(), "{}", stderr_of(&trained));
+    let digest = world.digest("r");
+    std::fs::remove_dir_all(world.path("runs/r/state")).unwrap();
+    std::fs::create_dir(world.path("runs/r/state")).unwrap();
+    let other = world.train(&["--set", "run.seed=6", "--dir", "runs/r"]).output().unwrap();
+    assert!(stderr_of(&other).contains("already holds a run"), "{}", stderr_of(&other));
+    assert_eq!(world.digest("r"), digest);
+}
+
+#[test]
 fn a_resumed_run_names_the_key_that_differs_and_knows_its_text() {
     let world = World::new();
     let args = ["--set", "training.steps=2", "--dir", "runs/r", "--quiet"];

@@ -226,7 +226,7 @@ impl Store {
         let first = step.next().0.to_be_bytes();
         let removed = self.keys(self.journal.range(first..), usize::MAX)?;
         let fact = (fact, record::seal(crate::table::fact(fact), value)?);
-        // Records from a base after `step` on are gone: the journal begins anew.
+        // Records from a base after `step` on are gone: the journal starts again.
         let base = self.base()?.filter(|base| *base > step).map(|_| step);
         self.transact(&removed, base, Some(fact))?;
         Ok(removed.len())
