@@ -93,7 +93,7 @@ fn zone(text: &str) -> Result<String, InvalidArgument> {
 /// # Errors
 /// When the device is missing, the supervisor refuses the node, or the run is lost.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    // SIGTERM and SIGINT make the node leave: the first one after it has handed everything over, the second
+    // Signals make the node leave: the first one after it has handed everything over, the second
     // one at once.
     let (requests, leave) = mpsc::channel(COMMANDS_AHEAD);
     Interrupts::forward(requests)?;
