@@ -76,6 +76,13 @@ fn a_resumed_run_names_the_key_that_differs_and_knows_its_text() {
     assert!(error.contains("data.validation_fraction was") && error.contains("now 0.25"), "{error}");
     let error = refused(&["--strict"]);
     assert!(error.contains("data.strict was false, now true"), "{error}");
+    // Its tokens are gone, and the source has changed meanwhile.
+    std::fs::remove_dir_all(world.path("runs/r/data")).unwrap();
+    std::fs::write(world.path("corpus/0.txt"), "another text altogether").unwrap();
+    let error = refused(&[]);
+    assert!(error.contains("was trained on other data"), "{error}");
+    // The refusal holds: nothing of the other text is left to be taken without a look.
+    assert!(refused(&[]).contains("was trained on other data"));
 }
 
 fn stderr_of(output: &std::process::Output) -> String {
