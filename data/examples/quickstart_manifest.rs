@@ -12,7 +12,7 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use glob::{MatchOptions, Pattern};
+use globset::{GlobBuilder, GlobMatcher};
 use volary_data::{FileManifest, ListedFile, Source, SourceOptions};
 
 /// The machines on which the quickstart must find the same files.
@@ -24,8 +24,8 @@ const MIN_FILE_BYTES: u64 = 300;
 /// A crate and its patterns.
 struct Selection {
     name: String,
-    include: Vec<Pattern>,
-    exclude: Vec<Pattern>,
+    include: Vec<GlobMatcher>,
+    exclude: Vec<GlobMatcher>,
 }
 
 /// A section's name, which is that of its manifest, and its crates.
@@ -77,8 +77,8 @@ fn parse(text: &str) -> Result<Vec<Section>, Box<dyn Error>> {
             let (_, selections) = sections.last_mut().ok_or("a crate before the first section")?;
             selections.push(Selection {
                 name: name.to_string(),
-                include: include.into_iter().map(Pattern::new).collect::<Result<_, _>>()?,
-                exclude: exclude.into_iter().map(|p| Pattern::new(&p[1..])).collect::<Result<_, _>>()?,
+                include: include.into_iter().map(glob).collect::<Result<_, _>>()?,
+                exclude: exclude.into_iter().map(|p| glob(&p[1..])).collect::<Result<_, _>>()?,
             });
         } else if !line.is_empty() {
             return Err(format!("{line}: expected a crate and its patterns").into());
@@ -126,15 +126,18 @@ fn compiled_versions(root: &Path) -> Result<BTreeMap<String, BTreeSet<Version>>,
     Ok(versions)
 }
 
+fn glob(pattern: &str) -> Result<GlobMatcher, globset::Error> {
+    Ok(GlobBuilder::new(pattern).literal_separator(true).build()?.compile_matcher())
+}
+
 /// The files of a package that match its patterns: relative path, path.
 fn selected_files(selection: &Selection, package: &str) -> Result<Vec<(String, PathBuf)>, Box<dyn Error>> {
-    let options = MatchOptions { require_literal_separator: true, ..MatchOptions::new() };
     let pattern = format!("$CARGO_HOME/registry/src/*/{package}/**/*");
     let found = Source::find(&SourceOptions::new(package, pattern))?;
     let mut files = Vec::new();
     for file in found.files {
         let Some((_, relative)) = file.relative.split_once(&format!("{package}/")) else { continue };
-        let matches = |patterns: &[Pattern]| patterns.iter().any(|p| p.matches_with(relative, options));
+        let matches = |patterns: &[GlobMatcher]| patterns.iter().any(|p| p.is_match(relative));
         if matches(&selection.include) && !matches(&selection.exclude) {
             files.push((relative.to_string(), file.path));
         }

@@ -15,9 +15,9 @@ use crate::source::Source;
 /// The prefix of folders under construction.
 const PARTIAL: &str = ".partial-";
 
-/// The version of the rules by which a corpus follows from its text; part of the key. Version 2: documents
-/// are held out until the share of tokens is reached.
-const RULES: u32 = 2;
+/// The version of the rules by which a corpus follows from its text; part of the key. Version 3: the
+/// content of a file decides its format, and near-duplicates of held-out documents are left out.
+const RULES: u32 = 3;
 
 /// The folder of the cache: the option, `$XDG_CACHE_HOME/volary` or `~/.cache/volary`; `None` without a home
 /// folder.

@@ -3,7 +3,8 @@
 //! [`holdout`](crate::holdout) decides which documents are for validation. A source with too few documents
 //! for that (the held-out ones would not fill a sequence, or would far exceed the share) is split by position
 //! instead: its last `validation_fraction` of tokens, but at least one sequence, is for validation, and one
-//! document may lie on both sides of the cut.
+//! document may lie on both sides of the cut. Documents of all sources that nearly equal a held-out one are
+//! neither for training nor for validation; see [`near_duplicates`](crate::near_duplicates).
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
@@ -11,15 +12,16 @@ use std::path::{Path, PathBuf};
 use crate::error::Error;
 use crate::file_manifest::hash_file;
 use crate::holdout::{self, Candidate};
-use crate::limits::BATCH_BYTES;
+use crate::limits::{BATCH_BYTES, MAX_NEAR_DUPLICATE_SHARE};
 use crate::manifest::{
-    HeldOut, Manifest, SourceManifest, Split, TOKENIZER, TokenFileRecord, VERSION, file_name,
+    HeldOut, Manifest, NearDuplicates, SourceManifest, Split, TOKENIZER, TokenFileRecord, VERSION, file_name,
 };
+use crate::near_duplicates::HeldOutRuns;
 use crate::options::DataOptions;
 use crate::progress::{PreparationStage, Reporter};
 use crate::source::{Document, Source};
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{TokenWriter, cut_at, sift};
+use crate::tokens::{Fate, TokenWriter, cut_at, distribute, for_each_document};
 
 /// Builds a corpus in `dir`, which must be empty.
 pub(crate) fn build(
@@ -44,7 +46,8 @@ pub(crate) fn build(
         tokenized.push(source);
     }
     // Only now is it known which documents any source holds out.
-    let split = |source: TokenizedSource<'_>| source.split(&held_out, options, sequence_length);
+    let runs = held_out_runs(&tokenized, &held_out, options, sequence_length)?;
+    let split = |source: TokenizedSource<'_>| source.split(&held_out, &runs, options, sequence_length);
     let manifest = Manifest {
         version: VERSION,
         tokenizer: tokenizer.fingerprint(),
@@ -54,6 +57,26 @@ pub(crate) fn build(
     };
     manifest.save(dir)?;
     Ok(manifest)
+}
+
+/// The runs of the documents that the sources hold out.
+fn held_out_runs(
+    sources: &[TokenizedSource<'_>],
+    held_out: &HashSet<u64>,
+    options: &DataOptions,
+    sequence_length: usize,
+) -> Result<HeldOutRuns, Error> {
+    let mut runs = HeldOutRuns::new();
+    for source in sources.iter().filter(|source| source.splits_by_document(held_out, options, sequence_length))
+    {
+        let lengths = source.candidates.iter().map(|candidate| candidate.tokens);
+        for_each_document(&source.validation_path, lengths, |number, ids| {
+            if held_out.contains(&source.candidates[number].rank) {
+                runs.add(ids);
+            }
+        })?;
+    }
+    Ok(runs.finish())
 }
 
 fn train_tokenizer(
@@ -81,8 +104,8 @@ struct TokenizedSource<'a> {
     source: &'a Source,
     train_path: PathBuf,
     validation_path: PathBuf,
-    /// The number of tokens in the training file.
-    train_tokens: u64,
+    /// The lengths of the training file's documents, in tokens.
+    train_lengths: Vec<u32>,
     /// The documents of the validation file, in the order of the file.
     candidates: Vec<Candidate>,
     documents: u64,
@@ -106,6 +129,7 @@ impl<'a> TokenizedSource<'a> {
             bound: holdout::candidate_bound(options.validation_fraction),
             train_file: TokenWriter::create(&train_path)?,
             candidate_file: TokenWriter::create(&validation_path)?,
+            train_lengths: Vec::new(),
             candidates: Vec::new(),
         };
         let (mut documents, mut bytes, mut replaced_utf8) = (0, 0, 0);
@@ -129,13 +153,13 @@ impl<'a> TokenizedSource<'a> {
             return Err(Error::Empty { name, path, files: source.files.len() });
         }
         sorter.candidate_file.finish()?;
-        let (train_tokens, candidates) = (sorter.train_file.finish()?, sorter.candidates);
+        sorter.train_file.finish()?;
         Ok(Self {
             source,
             train_path,
             validation_path,
-            train_tokens,
-            candidates,
+            train_lengths: sorter.train_lengths,
+            candidates: sorter.candidates,
             documents,
             bytes,
             replaced_utf8,
@@ -143,36 +167,69 @@ impl<'a> TokenizedSource<'a> {
     }
 
     fn tokens(&self) -> u64 {
-        self.train_tokens + self.candidates.iter().map(|candidate| candidate.tokens).sum::<u64>()
+        let candidates = self.candidates.iter().map(|candidate| candidate.tokens);
+        self.train_lengths.iter().map(|length| u64::from(*length)).chain(candidates).sum()
     }
 
-    /// Moves the candidates that are not in `held_out` to the training file, or splits the source by
-    /// position.
+    /// The number of tokens in documents that some source holds out.
+    fn held_out_tokens(&self, held_out: &HashSet<u64>) -> u64 {
+        let candidates = self.candidates.iter().filter(|candidate| held_out.contains(&candidate.rank));
+        candidates.map(|candidate| candidate.tokens).sum()
+    }
+
+    /// Whether the held-out documents make a plausible validation text, and leave one for training.
+    fn splits_by_document(
+        &self,
+        held_out: &HashSet<u64>,
+        options: &DataOptions,
+        sequence_length: usize,
+    ) -> bool {
+        let (total, by_document) = (self.tokens(), self.held_out_tokens(held_out));
+        let one = sequence_length as u64 + 1;
+        by_document >= one
+            && total - by_document >= one
+            && holdout::is_plausible(by_document, holdout::share(options.validation_fraction, total))
+    }
+
+    /// Moves the candidates that are not in `held_out` to the training file and leaves out near-duplicates, or
+    /// splits the source by position.
     fn split(
         self,
         held_out: &HashSet<u64>,
+        runs: &HeldOutRuns,
         options: &DataOptions,
         sequence_length: usize,
     ) -> Result<SourceManifest, Error> {
         let total = self.tokens();
-        let is_held_out = |candidate: &Candidate| held_out.contains(&candidate.rank);
-        let lengths = self.candidates.iter().map(|candidate| (candidate.tokens, is_held_out(candidate)));
-        let by_document = lengths.clone().filter_map(|(tokens, held)| held.then_some(tokens)).sum();
-        sift(&self.train_path, &self.validation_path, lengths)?;
-        let share = holdout::share(options.validation_fraction, total);
         let one = sequence_length as u64 + 1;
         if total < 2 * one {
             let name = self.source.options.name.clone();
             return Err(Error::TooShort { name, tokens: total, needed: 2 * one, sequence_length });
         }
-        let suffices = by_document >= one && total - by_document >= one;
-        let (held_out, validation) = if suffices && holdout::is_plausible(by_document, share) {
-            (HeldOut::Documents, by_document)
-        } else {
-            let tail = (share.ceil() as u64).max(one).min(total - one);
-            cut_at(&self.train_path, &self.validation_path, total - tail)?;
-            (HeldOut::Tail, tail)
-        };
+        let by_document = self.splits_by_document(held_out, options, sequence_length);
+        let mut fates = self.fates(held_out, runs)?;
+        let mut near_duplicates = near_duplicates(&fates);
+        let rest = total - self.held_out_tokens(held_out) - near_duplicates.tokens;
+        near_duplicates.left_out = by_document
+            && rest >= one
+            && near_duplicates.tokens as f64 <= MAX_NEAR_DUPLICATE_SHARE * total as f64;
+        if !near_duplicates.left_out {
+            let keep = |fate: &mut (u64, Fate)| {
+                if fate.1 == Fate::Neither {
+                    fate.1 = Fate::Training;
+                }
+            };
+            fates.iter_mut().flatten().for_each(keep);
+        }
+        distribute(&self.train_path, &self.validation_path, [&fates[0], &fates[1]])?;
+        let tokens_of = |fate| fates.iter().flatten().filter(|f| f.1 == fate).map(|f| f.0).sum::<u64>();
+        let (mut train, mut validation) = (tokens_of(Fate::Training), tokens_of(Fate::Validation));
+        if !by_document {
+            let share = holdout::share(options.validation_fraction, total);
+            validation = (share.ceil() as u64).max(one).min(total - one);
+            train = total - validation;
+            cut_at(&self.train_path, &self.validation_path, train)?;
+        }
         let record = |tokens, path: &Path| {
             Ok::<_, Error>(TokenFileRecord { tokens, blake3: hash_file(path)?.to_hex().to_string() })
         };
@@ -183,11 +240,48 @@ impl<'a> TokenizedSource<'a> {
             documents: self.documents,
             bytes: self.bytes,
             replaced_utf8: self.replaced_utf8,
-            held_out,
-            train: record(total - validation, &self.train_path)?,
+            skipped: self.source.skipped.clone(),
+            held_out: if by_document { HeldOut::Documents } else { HeldOut::Tail },
+            near_duplicates,
+            train: record(train, &self.train_path)?,
             validation: record(validation, &self.validation_path)?,
         })
     }
+
+    /// The fates of the training file's documents and of the candidates, with their lengths in tokens.
+    fn fates(&self, held_out: &HashSet<u64>, runs: &HeldOutRuns) -> Result<[Vec<(u64, Fate)>; 2], Error> {
+        let lengths = self.train_lengths.iter().map(|length| u64::from(*length));
+        let mut of_train: Vec<_> = lengths.map(|length| (length, Fate::Training)).collect();
+        let fate = |candidate: &Candidate| match held_out.contains(&candidate.rank) {
+            true => (candidate.tokens, Fate::Validation),
+            false => (candidate.tokens, Fate::Training),
+        };
+        let mut of_candidates: Vec<_> = self.candidates.iter().map(fate).collect();
+        if !runs.is_empty() {
+            for (path, fates) in
+                [(&self.train_path, &mut of_train), (&self.validation_path, &mut of_candidates)]
+            {
+                let lengths: Vec<_> = fates.iter().map(|(length, _)| *length).collect();
+                for_each_document(path, lengths.into_iter(), |number, ids| {
+                    let fate = &mut fates[number].1;
+                    if *fate == Fate::Training && runs.has_near_duplicate_of(ids) {
+                        *fate = Fate::Neither;
+                    }
+                })?;
+            }
+        }
+        Ok([of_train, of_candidates])
+    }
+}
+
+/// The documents that are neither for training nor for validation.
+fn near_duplicates(fates: &[Vec<(u64, Fate)>; 2]) -> NearDuplicates {
+    let mut found = NearDuplicates::default();
+    for (tokens, _) in fates.iter().flatten().filter(|(_, fate)| *fate == Fate::Neither) {
+        found.documents += 1;
+        found.tokens += tokens;
+    }
+    found
 }
 
 /// Writes tokenized documents to the file of the candidates or to the training file.
@@ -196,6 +290,7 @@ struct DocumentSorter<'a> {
     /// Documents with a rank below this bound are candidates.
     bound: u64,
     train_file: TokenWriter,
+    train_lengths: Vec<u32>,
     candidate_file: TokenWriter,
     candidates: Vec<Candidate>,
 }
@@ -209,6 +304,7 @@ impl DocumentSorter<'_> {
                 self.candidates.push(Candidate { rank, tokens: ids.len() as u64 + 1 });
                 self.candidate_file.write(&ids, self.tokenizer.end_of_text())?;
             } else {
+                self.train_lengths.push(ids.len() as u32 + 1);
                 self.train_file.write(&ids, self.tokenizer.end_of_text())?;
             }
         }

@@ -137,6 +137,14 @@ pub enum Error {
         /// The actual content.
         found: String,
     },
+    /// A file does not hold readable text.
+    #[error("{}: {reason}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The kind of its content, or what its name promised.
+        reason: String,
+    },
     /// A Parquet file is damaged or has no text column.
     #[error("{}: {reason}", path.display())]
     Parquet {

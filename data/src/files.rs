@@ -6,12 +6,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use blake3::Hash;
-use walkdir::WalkDir;
 
 use crate::error::Error;
 use crate::file_manifest::{FileManifest, ListedFile, hash_file};
 use crate::options::SourceOptions;
+use crate::paths::{SourcePath, walk};
 use crate::readers::is_known_extension;
+use crate::skipped::{self, Skipped};
 
 /// One file of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,47 +54,86 @@ impl Stamp {
     }
 }
 
-/// The files of `source`, ordered by relative path, or in the order of its manifest.
+/// The files of a source.
+#[derive(Clone, Debug, Default)]
+pub struct FoundFiles {
+    /// The files to read, ordered by relative path, or in the order of the source's manifest.
+    pub files: Vec<SourceFile>,
+    /// Whether they are those of a folder: then files of no known type were skipped, and files that turn out to
+    /// be unreadable are.
+    pub of_folder: bool,
+    /// The files that were skipped.
+    pub skipped: Vec<Skipped>,
+}
+
+/// Finds the files of `source`.
 ///
 /// # Errors
 /// An [`Error`] that names the source, for a path without files, a variable that is not set, a file that
 /// cannot be read, and a file that its manifest lists but that does not exist or has another content.
-pub fn find_files(source: &SourceOptions) -> Result<Vec<SourceFile>, Error> {
-    let expanded = expand(source)?;
-    // A relative path depends on the working folder; the cache's key must not.
-    let path = std::path::absolute(&expanded).map_err(|error| nothing_found(source, error.to_string()))?;
+pub fn find_files(source: &SourceOptions) -> Result<FoundFiles, Error> {
+    let path = SourcePath::expand(source)?;
+    let literal = path.literal()?;
     if let Some(manifest) = &source.manifest {
-        return listed_files(source, manifest, &path);
+        let files = listed_files(source, manifest, &path, literal)?;
+        return Ok(FoundFiles { files, ..FoundFiles::default() });
     }
-    let mut files = if path.is_file() {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        vec![describe(path, name)?]
-    } else if path.is_dir() {
-        let kinds = "the folder holds no file of a known type (text, source code, .jsonl, .parquet)";
-        some(source, walk(&path)?, kinds)?
-    } else if is_glob(&path) {
-        some(source, matching_files(source, &path)?, "no file matches")?
+    let mut found = FoundFiles::default();
+    if literal.is_file() {
+        let name = literal.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        found.files.push(describe(literal, name)?);
+    } else if literal.is_dir() {
+        found = files_of_folder(&literal)?;
+        if found.files.is_empty() {
+            let kinds = "the folder holds no file of a known type (text, source code, .jsonl, .parquet)";
+            return Err(path.nothing_found(kinds));
+        }
+    } else if path.is_pattern() {
+        let (root, paths) = path.matches()?;
+        let files = paths.into_iter().filter(|path| path.is_file());
+        let described = files.map(|path| describe(path.clone(), relative_to(&root, &path)));
+        found.files = described.collect::<Result<_, _>>()?;
+        if found.files.is_empty() {
+            return Err(path.nothing_found("no file matches"));
+        }
     } else {
-        return Err(nothing_found(source, "no such file or folder".into()));
-    };
-    files.sort_by(|a, b| a.relative.cmp(&b.relative));
-    Ok(files)
+        return Err(path.nothing_found("no such file or folder"));
+    }
+    found.files.sort_by(|a, b| (&a.relative, &a.path).cmp(&(&b.relative, &b.path)));
+    Ok(found)
 }
 
-fn nothing_found(source: &SourceOptions, reason: String) -> Error {
-    Error::NothingFound { name: source.name.clone(), path: source.path.clone(), reason }
-}
-
-fn some(source: &SourceOptions, files: Vec<SourceFile>, otherwise: &str) -> Result<Vec<SourceFile>, Error> {
-    if files.is_empty() { Err(nothing_found(source, otherwise.into())) } else { Ok(files) }
+fn files_of_folder(root: &Path) -> Result<FoundFiles, Error> {
+    let mut found = FoundFiles { of_folder: true, ..FoundFiles::default() };
+    for path in walk(root) {
+        let path = path?;
+        if !path.is_file() {
+            continue;
+        }
+        if is_known_extension(&path) {
+            let relative = relative_to(root, &path);
+            found.files.push(describe(path, relative)?);
+        } else {
+            let extension = path.extension().map(|extension| format!(" (.{})", extension.display()));
+            let reason = format!("no known type{}", extension.unwrap_or_default());
+            skipped::add(&mut found.skipped, reason, &path);
+        }
+    }
+    Ok(found)
 }
 
 /// The files of a manifest, each from the first folder that has it, after a comparison with their hashes.
-fn listed_files(source: &SourceOptions, manifest: &Path, path: &Path) -> Result<Vec<SourceFile>, Error> {
-    let mut folders = vec![path.to_path_buf()];
-    if !path.is_dir() && is_glob(path) {
-        folders = matches(source, path)?.into_iter().filter(|path| path.is_dir()).collect();
-    }
+fn listed_files(
+    source: &SourceOptions,
+    manifest: &Path,
+    path: &SourcePath<'_>,
+    literal: PathBuf,
+) -> Result<Vec<SourceFile>, Error> {
+    let folders = if !literal.is_dir() && path.is_pattern() {
+        path.matches()?.1.into_iter().filter(|path| path.is_dir()).collect()
+    } else {
+        vec![literal]
+    };
     let mut files = Vec::new();
     for ListedFile { blake3, relative } in FileManifest::load(manifest)?.files {
         let path = folders.iter().map(|folder| folder.join(&relative)).find(|path| path.is_file());
@@ -130,126 +170,4 @@ fn describe(path: PathBuf, relative: String) -> Result<SourceFile, Error> {
 fn relative_to(root: &Path, path: &Path) -> String {
     let below = path.strip_prefix(root).unwrap_or(path);
     below.iter().map(OsStr::to_string_lossy).collect::<Vec<_>>().join("/")
-}
-
-fn is_hidden(name: &OsStr) -> bool {
-    name.as_encoded_bytes().starts_with(b".")
-}
-
-fn walk(root: &Path) -> Result<Vec<SourceFile>, Error> {
-    let mut files = Vec::new();
-    // Model hubs keep their files as links into a store of blobs.
-    let entries = WalkDir::new(root).follow_links(true).into_iter();
-    for entry in entries.filter_entry(|e| e.depth() == 0 || !is_hidden(e.file_name())) {
-        let entry = match entry {
-            Ok(entry) => entry,
-            Err(error) if is_dangling(&error) => continue,
-            Err(error) => {
-                let path = error.path().unwrap_or(root).to_path_buf();
-                return Err(Error::Read { path, error: error.into() });
-            }
-        };
-        if entry.file_type().is_file() && is_known_extension(entry.path()) {
-            let relative = relative_to(root, entry.path());
-            files.push(describe(entry.into_path(), relative)?);
-        }
-    }
-    Ok(files)
-}
-
-/// A link to a missing file or to its own parent: nothing to read, and no reason to fail.
-fn is_dangling(error: &walkdir::Error) -> bool {
-    error.loop_ancestor().is_some()
-        || error.io_error().is_some_and(|e| e.kind() == std::io::ErrorKind::NotFound)
-}
-
-fn is_glob(path: &Path) -> bool {
-    path.to_string_lossy().contains(['*', '?', '['])
-}
-
-fn matching_files(source: &SourceOptions, pattern: &Path) -> Result<Vec<SourceFile>, Error> {
-    let root: PathBuf = pattern.iter().take_while(|part| !is_glob(Path::new(part))).collect();
-    let paths = matches(source, pattern)?.into_iter().filter(|path| path.is_file());
-    paths.map(|path| describe(path.clone(), relative_to(&root, &path))).collect()
-}
-
-/// The paths that match a glob, in alphabetical order.
-fn matches(source: &SourceOptions, pattern: &Path) -> Result<Vec<PathBuf>, Error> {
-    // `*` does not match a leading dot: hidden files are skipped unless the pattern names them.
-    let options = glob::MatchOptions { require_literal_leading_dot: true, ..glob::MatchOptions::new() };
-    let found = glob::glob_with(&pattern.to_string_lossy(), options)
-        .map_err(|error| nothing_found(source, format!("not a valid glob: {error}")))?;
-    let unreadable = |error: glob::GlobError| Error::Read { path: error.path().into(), error: error.into() };
-    found.map(|path| path.map_err(unreadable)).collect()
-}
-
-/// Expands a leading `~` and every `$NAME` and `${NAME}` of the source's path.
-fn expand(source: &SourceOptions) -> Result<String, Error> {
-    let lookup = |variable: &str| {
-        value_of(variable).ok_or_else(|| Error::Unset {
-            name: source.name.clone(),
-            path: source.path.clone(),
-            variable: variable.into(),
-        })
-    };
-    let mut rest = source.path.as_str();
-    let mut expanded = String::new();
-    if rest == "~" || rest.starts_with("~/") {
-        expanded = lookup("HOME")?;
-        rest = &rest[1..];
-    }
-    while let Some(at) = rest.find('$') {
-        expanded.push_str(&rest[..at]);
-        let (name, after) = variable_name(&rest[at + 1..]);
-        if name.is_empty() {
-            expanded.push('$');
-        } else {
-            expanded.push_str(&lookup(name)?);
-        }
-        rest = after;
-    }
-    expanded.push_str(rest);
-    Ok(expanded)
-}
-
-/// Splits text after a `$` into the variable's name (empty if there is none) and the rest.
-fn variable_name(text: &str) -> (&str, &str) {
-    if let Some(inner) = text.strip_prefix('{')
-        && let Some(end) = inner.find('}')
-    {
-        return (&inner[..end], &inner[end + 1..]);
-    }
-    let end = text.find(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).unwrap_or(text.len());
-    text.split_at(end)
-}
-
-fn value_of(variable: &str) -> Option<String> {
-    match std::env::var(variable) {
-        Ok(value) if !value.is_empty() => Some(value),
-        _ if variable == "CARGO_HOME" => Some(format!("{}/.cargo", value_of("HOME")?)),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn variables_and_the_home_folder_expand() {
-        let home = std::env::var("HOME").unwrap();
-        let expanded = |path: &str| expand(&SourceOptions::new("s", path)).unwrap();
-        assert_eq!(expanded("~/x"), format!("{home}/x"));
-        assert_eq!(expanded("$HOME/x"), format!("{home}/x"));
-        assert_eq!(expanded("a${HOME}b"), format!("a{home}b"));
-        assert_eq!(expanded("a~b"), "a~b");
-        assert_eq!(expanded("price$"), "price$");
-        assert!(!expanded("$CARGO_HOME/registry").contains('$'));
-    }
-
-    #[test]
-    fn an_unset_variable_is_named() {
-        let error = expand(&SourceOptions::new("books", "$VOLARY_NO_SUCH/x")).unwrap_err().to_string();
-        assert!(error.contains("books") && error.contains("VOLARY_NO_SUCH"), "{error}");
-    }
 }

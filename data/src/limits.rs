@@ -48,6 +48,22 @@ pub const MAX_CANDIDATE_SHARES: f64 = 8.0;
 /// A source whose held-out documents exceed the requested share by this factor is split by position instead.
 pub const MAX_HELD_OUT_SHARES: f64 = 4.0;
 
+/// The length of the token sequences by which documents are compared with held-out ones.
+pub const RUN_TOKENS: usize = 16;
+
+/// The share of the shorter document's runs that near-duplicates have in common.
+pub const NEAR_DUPLICATE_SHARE: f64 = 0.5;
+
+/// Documents with fewer common runs are no near-duplicates: common phrases are not copies.
+pub const MIN_SHARED_RUNS: usize = 8;
+
+/// The largest number of held-out runs to compare with; 16 bytes each.
+pub const MAX_HELD_OUT_RUNS: usize = 4 << 20;
+
+/// If more than this share of a source's tokens is nearly equal to held-out documents, the documents are of
+/// one pattern and stay.
+pub const MAX_NEAR_DUPLICATE_SHARE: f64 = 0.5;
+
 /// The longest name of a source, in bytes.
 pub const MAX_SOURCE_NAME_BYTES: usize = 100;
 
@@ -59,6 +75,22 @@ pub const MAX_FILE_MANIFEST_BYTES: u64 = 64 << 20;
 
 /// The number of field or column names that an error lists.
 pub const MAX_LISTED_NAMES: usize = 20;
+
+/// The number of reasons for skipped files that are counted one by one.
+pub const MAX_SKIP_REASONS: usize = 20;
+
+/// The start of a file that tells its format, in bytes.
+pub const HEAD_BYTES: usize = 64 << 10;
+
+/// A file is binary if more than this share of the bytes of its start are control characters.
+pub const MAX_CONTROL_SHARE: f64 = 0.1;
+
+/// Text with more replaced bytes than this share of its bytes gets a warning.
+pub const REPLACED_WARNING_SHARE: f64 = 0.001;
+
+/// The longest run of characters other than white space that the trainer of tokenizers sees as one, in bytes:
+/// its time grows with the square of the length.
+pub const MAX_TRAINED_WORD_BYTES: usize = 256;
 
 /// A partial folder that no process has touched for this long belongs to a process that died.
 pub const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);

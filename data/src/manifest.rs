@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::file_manifest::hash_file;
 use crate::limits::MAX_JSON_BYTES;
+use crate::skipped::Skipped;
 use crate::tokenizer::Tokenizer;
 
 /// The version of the folder's layout; readers reject any other.
@@ -50,12 +51,30 @@ pub struct SourceManifest {
     pub bytes: u64,
     /// The number of byte sequences that are not UTF-8 and were replaced.
     pub replaced_utf8: u64,
+    /// The files of a folder that were not read.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub skipped: Vec<Skipped>,
     /// The kind of the split.
     pub held_out: HeldOut,
+    /// The training documents that nearly equal held-out ones.
+    #[serde(default)]
+    pub near_duplicates: NearDuplicates,
     /// The training tokens.
     pub train: TokenFileRecord,
     /// The held-out tokens.
     pub validation: TokenFileRecord,
+}
+
+/// The documents of a source that nearly equal held-out documents of any source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NearDuplicates {
+    /// The number of documents.
+    pub documents: u64,
+    /// Their length, in tokens with the ends of text.
+    pub tokens: u64,
+    /// Whether they were left out. They are too many to leave out if all documents of a source follow one
+    /// pattern.
+    pub left_out: bool,
 }
 
 /// The split of a source into training and validation tokens.

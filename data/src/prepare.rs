@@ -53,7 +53,7 @@ pub fn prepare(
     // A folder that cannot be written must fail now, not after an hour of tokenizing. Leftovers of an earlier
     // attempt are of no use, because no other run uses this folder.
     let fallback = Partial::create(dir, Duration::ZERO)?;
-    let sources = options.sources.iter().map(Source::find).collect::<Result<Vec<_>, _>>()?;
+    let mut sources = options.sources.iter().map(Source::find).collect::<Result<Vec<_>, _>>()?;
     let key = cache::key(options, &sources)?;
     let folder = cache::folder(options);
     if let Some((from, manifest)) =
@@ -62,6 +62,7 @@ pub fn prepare(
         cache::install(&from, &manifest, dir)?;
         return Ok(Prepared { manifest, resumed: false, from_cache: true });
     }
+    sources.iter_mut().try_for_each(Source::check)?;
     let shared = folder.as_deref().and_then(shared_partial);
     let partial = shared.as_ref().map_or(&fallback, |(_, partial)| partial);
     let manifest = corpus::build(options, &sources, sequence_length, &partial.path, &mut reporter)?;

@@ -4,9 +4,10 @@ use std::path::{Path, PathBuf};
 use std::vec;
 
 use crate::error::{Error, Place};
-use crate::files::{SourceFile, find_files};
+use crate::files::{FoundFiles, SourceFile, find_files};
 use crate::options::SourceOptions;
 use crate::readers::{self, RawDocument, RawDocuments};
+use crate::skipped::{self, Skipped};
 use crate::tokenizer::floor_boundary;
 
 /// A source and its files.
@@ -16,6 +17,10 @@ pub struct Source {
     pub options: SourceOptions,
     /// The files, ordered by relative path, or in the order of the source's manifest.
     pub files: Vec<SourceFile>,
+    /// The files of a folder that are not read.
+    pub skipped: Vec<Skipped>,
+    /// Whether the files are those of a folder.
+    of_folder: bool,
 }
 
 /// The origin of a document.
@@ -44,7 +49,29 @@ impl Source {
     /// # Errors
     /// As [`find_files`].
     pub fn find(options: &SourceOptions) -> Result<Self, Error> {
-        Ok(Self { options: options.clone(), files: find_files(options)? })
+        let FoundFiles { files, of_folder, skipped } = find_files(options)?;
+        Ok(Self { options: options.clone(), files, skipped, of_folder })
+    }
+
+    /// Checks the header of every file. A folder may hold files that are not for training: those without
+    /// readable text are skipped and counted.
+    ///
+    /// # Errors
+    /// An [`Error`] that names the file: one that cannot be read, and one without readable text unless it is
+    /// in a folder.
+    pub fn check(&mut self) -> Result<(), Error> {
+        let mut readable = Vec::with_capacity(self.files.len());
+        for file in std::mem::take(&mut self.files) {
+            match readers::check(&file.path, self.options.column()) {
+                Ok(()) => readable.push(file),
+                Err(Error::Unreadable { path, reason }) if self.of_folder => {
+                    skipped::add(&mut self.skipped, reason, &path);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.files = readable;
+        Ok(())
     }
 
     /// The size of the files, at most `max_bytes` (the option), in bytes: an estimate of the text.

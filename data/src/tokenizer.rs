@@ -9,10 +9,11 @@ use std::thread;
 use tokenizers::decoders::byte_level::ByteLevel;
 use tokenizers::models::TrainerWrapper;
 use tokenizers::models::bpe::{BPE, BpeTrainer};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::{AddedToken, Tokenizer as Inner};
 
 use crate::error::Error;
-use crate::limits::{ENCODE_CHUNK_BYTES, MAX_JSON_BYTES, MAX_THREADS};
+use crate::limits::{ENCODE_CHUNK_BYTES, MAX_JSON_BYTES, MAX_THREADS, MAX_TRAINED_WORD_BYTES};
 
 /// The token that ends every document; id 0 in a trained tokenizer.
 pub const END_OF_TEXT: &str = "<|endoftext|>";
@@ -29,6 +30,8 @@ pub struct Tokenizer {
     json: Arc<[u8]>,
     vocabulary: usize,
     end_of_text: u32,
+    /// Whether every text can be cut before a single space without a change of its tokens.
+    splits_at_spaces: bool,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -61,7 +64,8 @@ impl Tokenizer {
         let mut inner = Inner::new(BPE::default());
         inner.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
         inner.with_decoder(Some(ByteLevel::new(false, true, true)));
-        inner.train(&mut TrainerWrapper::from(trainer), texts).map_err(failed)?;
+        let pieces = texts.flat_map(|text| pieces(&text).map(String::from).collect::<Vec<_>>());
+        inner.train(&mut TrainerWrapper::from(trainer), pieces).map_err(failed)?;
         let json = inner.to_string(true).map_err(failed)?;
         Self::from_json(json.into_bytes())
     }
@@ -100,7 +104,9 @@ impl Tokenizer {
             failed(format_args!("no token for the end of text: expected one of {ENDS_OF_TEXT:?}"))
         })?;
         let last = inner.get_vocab(true).into_values().max().unwrap_or(0);
-        Ok(Self { inner: Arc::new(inner), json: json.into(), vocabulary: last as usize + 1, end_of_text })
+        let splits_at_spaces = splits_at_spaces(&inner);
+        let (inner, json, vocabulary) = (Arc::new(inner), json.into(), last as usize + 1);
+        Ok(Self { inner, json, vocabulary, end_of_text, splits_at_spaces })
     }
 
     /// Writes the `tokenizer.json` for [`load`](Self::load); a loaded file is reproduced byte for byte.
@@ -132,18 +138,31 @@ impl Tokenizer {
     /// The tokens of a text; no special token is added, and special tokens spelled out in the text are plain
     /// text.
     ///
-    /// Long texts are encoded in chunks that end before a single space or line end, where byte-level BPE ends
-    /// a word in any case.
+    /// Long texts are encoded in chunks if that gives the tokens of the whole. Byte-level BPE ends a word before
+    /// a single space or line end in any case; a tokenizer of another make sees a text as a whole.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the tokenizer cannot represent the text; a byte-level tokenizer represents
     /// every text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, Error> {
         let mut ids = Vec::new();
-        for chunk in chunks(text) {
+        for chunk in self.chunks(text) {
             ids.extend(self.encode_chunk(chunk)?);
         }
         Ok(ids)
+    }
+
+    /// Splits a text into chunks of about `ENCODE_CHUNK_BYTES`.
+    fn chunks<'a>(&self, mut text: &'a str) -> impl Iterator<Item = &'a str> + use<'a> {
+        let splits = self.splits_at_spaces;
+        std::iter::from_fn(move || {
+            if text.is_empty() {
+                return None;
+            }
+            let (chunk, rest) = text.split_at(if splits { chunk_end(text) } else { text.len() });
+            text = rest;
+            Some(chunk)
+        })
     }
 
     fn encode_chunk(&self, chunk: &str) -> Result<Vec<u32>, Error> {
@@ -157,7 +176,7 @@ impl Tokenizer {
     pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T]) -> Result<Vec<Vec<u32>>, Error> {
         let mut work = Vec::new();
         for (at, text) in texts.iter().enumerate() {
-            work.extend(chunks(text.as_ref()).map(|chunk| (at, chunk)));
+            work.extend(self.chunks(text.as_ref()).map(|chunk| (at, chunk)));
         }
         let next = AtomicUsize::new(0);
         let threads =
@@ -196,6 +215,19 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(failed)
     }
 
+    /// The text that `continuation` adds after `prompt`, decoded with it: a decoder may drop a space at the start
+    /// of a text, and a character may have bytes in both.
+    ///
+    /// # Errors
+    /// As [`decode`](Self::decode).
+    pub fn decode_continuation(&self, prompt: &[u32], continuation: &[u32]) -> Result<String, Error> {
+        let (before, whole) = (self.decode(prompt)?, self.decode(&[prompt, continuation].concat())?);
+        match whole.strip_prefix(&before) {
+            Some(added) => Ok(added.into()),
+            None => self.decode(continuation),
+        }
+    }
+
     /// One token for display: its text, or its raw name if it is special or a part of a character.
     #[must_use]
     pub fn token(&self, id: u32) -> String {
@@ -206,22 +238,19 @@ impl Tokenizer {
     }
 }
 
-/// Splits a text into chunks of about `ENCODE_CHUNK_BYTES`.
-fn chunks(mut text: &str) -> impl Iterator<Item = &str> {
-    std::iter::from_fn(move || {
-        if text.is_empty() {
-            return None;
-        }
-        let (chunk, rest) = text.split_at(chunk_end(text));
-        text = rest;
-        Some(chunk)
-    })
+/// Whether words are split as GPT-2 splits them, without changes to the text before. Added tokens that are not
+/// special are found in the text before it is split into words.
+fn splits_at_spaces(inner: &Inner) -> bool {
+    let is_gpt2 = match inner.get_pre_tokenizer() {
+        Some(PreTokenizerWrapper::ByteLevel(level)) => level.use_regex && !level.add_prefix_space,
+        _ => false,
+    };
+    let all_special = inner.get_added_tokens_decoder().values().all(|token| token.special);
+    is_gpt2 && all_special && inner.get_normalizer().is_none()
 }
 
+/// The end of the first chunk: the first break beyond its size, or the end of the text.
 fn chunk_end(text: &str) -> usize {
-    if text.len() <= 2 * ENCODE_CHUNK_BYTES {
-        return text.len();
-    }
     let bytes = text.as_bytes();
     // White space beyond ASCII has no graphic ASCII bytes, so it cannot be next to such a break.
     let is_break = |&at: &usize| {
@@ -229,9 +258,25 @@ fn chunk_end(text: &str) -> usize {
             && bytes[at - 1].is_ascii_graphic()
             && bytes[at + 1].is_ascii_graphic()
     };
-    (ENCODE_CHUNK_BYTES..2 * ENCODE_CHUNK_BYTES - 1)
-        .find(is_break)
-        .unwrap_or_else(|| floor_boundary(text, ENCODE_CHUNK_BYTES))
+    (ENCODE_CHUNK_BYTES..text.len().saturating_sub(1)).find(is_break).unwrap_or(text.len())
+}
+
+/// A text for the trainer in pieces, none of which holds a longer word than `MAX_TRAINED_WORD_BYTES`; a usual
+/// text is one piece.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut cuts = Vec::new();
+    let (mut start, mut is_space) = (0, false);
+    for (at, c) in text.char_indices() {
+        if c.is_whitespace() != is_space {
+            (start, is_space) = (at, c.is_whitespace());
+        } else if at - start >= MAX_TRAINED_WORD_BYTES {
+            cuts.push(at);
+            start = at;
+        }
+    }
+    cuts.push(text.len());
+    let mut from = 0;
+    cuts.into_iter().map(move |cut| &text[std::mem::replace(&mut from, cut)..cut])
 }
 
 /// The last character boundary at or before byte `at`, which must be within the text.

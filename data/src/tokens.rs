@@ -43,27 +43,69 @@ impl TokenWriter {
     }
 }
 
-/// Sifts the documents of `second`: those marked `true` stay, the others move to the end of `first`.
+/// The part of the corpus to which a document belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Training,
+    Validation,
+    /// It nearly equals a held-out document.
+    Neither,
+}
+
+/// Calls `visit` for each document of a token file, with its number and tokens. `lengths` gives the lengths of
+/// the documents, in tokens, in the order of the file.
+pub(crate) fn for_each_document(
+    path: &Path,
+    lengths: impl Iterator<Item = u64>,
+    mut visit: impl FnMut(usize, &[u32]),
+) -> Result<(), Error> {
+    let file = File::open(path).map_err(Error::read(path))?;
+    let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, file);
+    let (mut bytes, mut ids) = (Vec::new(), Vec::new());
+    for (number, tokens) in lengths.enumerate() {
+        bytes.resize(4 * tokens as usize, 0);
+        input.read_exact(&mut bytes).map_err(Error::read(path))?;
+        ids.clear();
+        ids.extend(bytes.as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)));
+        visit(number, &ids);
+    }
+    Ok(())
+}
+
+/// Distributes the documents of two files: `first` then holds those for training, `second` those for
+/// validation.
 ///
-/// `documents` gives the length of each document, in tokens, in the order of the file.
-pub(crate) fn sift(
+/// The lists give the length of each document, in tokens, in the order of the file. No document of `first` is
+/// for validation.
+pub(crate) fn distribute(
     first: &Path,
     second: &Path,
-    documents: impl Iterator<Item = (u64, bool)>,
+    [of_first, of_second]: [&[(u64, Fate)]; 2],
 ) -> Result<(), Error> {
-    let rewritten = second.with_extension("new");
+    let [new_first, new_second] = [first, second].map(|path| path.with_extension("new"));
     let work = || {
-        let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, File::open(second)?);
-        let moved = OpenOptions::new().append(true).open(first)?;
-        let mut moved = BufWriter::with_capacity(WRITE_BUFFER_BYTES, moved);
-        let mut kept = BufWriter::with_capacity(WRITE_BUFFER_BYTES, File::create(&rewritten)?);
-        for (tokens, keep) in documents {
-            let target = if keep { &mut kept } else { &mut moved };
-            io::copy(&mut input.by_ref().take(4 * tokens), target)?;
+        let rewrite = of_first.iter().any(|(_, fate)| *fate != Fate::Training);
+        let kept = if rewrite { File::create(&new_first)? } else { OpenOptions::new().append(true).open(first)? };
+        let mut training = BufWriter::with_capacity(WRITE_BUFFER_BYTES, kept);
+        let mut validation = BufWriter::with_capacity(WRITE_BUFFER_BYTES, File::create(&new_second)?);
+        let files = [(first, of_first), (second, of_second)];
+        for (path, documents) in &files[usize::from(!rewrite)..] {
+            let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, File::open(path)?);
+            for (tokens, fate) in *documents {
+                let mut document = input.by_ref().take(4 * tokens);
+                match fate {
+                    Fate::Training => io::copy(&mut document, &mut training)?,
+                    Fate::Validation => io::copy(&mut document, &mut validation)?,
+                    Fate::Neither => io::copy(&mut document, &mut io::sink())?,
+                };
+            }
         }
-        moved.into_inner()?.sync_all()?;
-        kept.into_inner()?.sync_all()?;
-        fs::rename(&rewritten, second)
+        training.into_inner()?.sync_all()?;
+        validation.into_inner()?.sync_all()?;
+        if rewrite {
+            fs::rename(&new_first, first)?;
+        }
+        fs::rename(&new_second, second)
     };
     work().map_err(Error::write(second))
 }

@@ -3,6 +3,11 @@
 
 mod common;
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::sync::Arc;
+
+use ::parquet::file::writer::SerializedFileWriter;
 use common::{document, gzip, jsonl, parquet, source, write};
 use tempfile::tempdir;
 use volary_data::{Error, Source, SourceOptions};
@@ -110,6 +115,119 @@ fn damaged_parquet_is_an_error_whatever_the_damage() {
 }
 
 #[test]
+fn json_lines_are_recognized_whatever_the_name() {
+    let dir = tempdir().unwrap();
+    let body = jsonl(0..20);
+    let expected: Vec<_> = (0..20).map(document).collect();
+    let long = serde_json::json!({"id": 1, "text": document(0).repeat(500)}).to_string() + "\n";
+    for (name, content) in [
+        ("a.json", body.clone().into_bytes()),
+        ("c4.json.gz", gzip(body.as_bytes())),
+        ("no-suffix", body.clone().into_bytes()),
+        ("gzip-without-suffix.json", gzip(body.as_bytes())),
+        ("part-0001.txt", body.into_bytes()),
+    ] {
+        let file = write(dir.path(), name, content);
+        assert_eq!(texts(&source("s", &file)).unwrap(), expected, "{name}");
+    }
+    let file = write(dir.path(), "long.json", long);
+    assert_eq!(texts(&source("s", &file)).unwrap(), [document(0).repeat(500)]);
+    // Records without the wanted field are text, unless the name promises records.
+    let other = "{\"level\": \"info\"}\n{\"level\": \"warn\"}\n";
+    assert_eq!(texts(&source("s", &write(dir.path(), "log.txt", other))).unwrap(), [other]);
+    assert!(error(&source("s", &write(dir.path(), "log.json", other))).contains("level"));
+}
+
+#[test]
+fn json_that_is_not_one_object_per_line_is_refused_by_name() {
+    let dir = tempdir().unwrap();
+    for (body, reason) in [
+        ("[\n{\"text\": \"a\"}\n]\n", "one array"),
+        ("{\n  \"text\": \"a\"\n}\n", "several lines"),
+        ("hello", "other text"),
+    ] {
+        let message = error(&source("s", &write(dir.path(), "a.json", body)));
+        assert!(message.contains("a.json") && message.contains(reason), "{message}");
+    }
+}
+
+#[test]
+fn binaries_and_unknown_compressions_are_refused_by_name_and_skipped_in_folders() {
+    let dir = tempdir().unwrap();
+    let tar = [&[b'a'; 100][..], &[0; 157], b"ustar\0", &[0; 249]].concat();
+    for (name, content) in [
+        ("a.txt.xz", b"\xfd7zXZ\0\0\x04\xe6\xd6\xb4\x46".to_vec()),
+        ("image.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec()),
+        ("utf16.txt", "\u{feff}héllo".encode_utf16().flat_map(u16::to_le_bytes).collect()),
+        ("archive.txt.gz", gzip(&tar)),
+        ("plain.txt.gz", b"not compressed".to_vec()),
+    ] {
+        let message = error(&source("s", &write(dir.path(), name, content)));
+        assert!(message.contains(name), "{message}");
+    }
+    write(dir.path(), "good.txt", "good");
+    let mut found = Source::find(&source("s", dir.path())).unwrap();
+    found.check().unwrap();
+    let read: Vec<_> = found.documents(false).map(|d| d.unwrap().text).collect();
+    assert_eq!(read, ["good"]);
+    let skipped: u64 = found.skipped.iter().map(|skipped| skipped.files).sum();
+    assert_eq!(skipped, 5, "{:?}", found.skipped);
+    assert!(found.skipped.iter().any(|skipped| skipped.reason.contains(".xz")), "{:?}", found.skipped);
+}
+
+#[test]
+fn odd_records_are_read_rightly_or_named_in_strict_mode() {
+    let dir = tempdir().unwrap();
+    let deep = "[".repeat(300) + &"]".repeat(300);
+    let body = [
+        r#"{"score": NaN, "text": "a"}"#.to_string(),
+        r#"{"score": 1e999, "text": "b"}"#.into(),
+        format!(r#"{{"score": {deep}, "text": "c"}}"#),
+        r#"{"text": "d\ud800e"}"#.into(),
+    ];
+    let path = write(dir.path(), "odd.jsonl", body.join("\n"));
+    let found = Source::find(&source("s", &path)).unwrap();
+    let documents: Vec<_> = found.documents(false).map(Result::unwrap).collect();
+    let read: Vec<_> = documents.iter().map(|d| (d.text.as_str(), d.replaced)).collect();
+    assert_eq!(read, [("a", 0), ("b", 0), ("c", 0), ("d\u{fffd}e", 1)]);
+    let message = found.documents(true).last().unwrap().unwrap_err().to_string();
+    assert!(message.contains("odd.jsonl, line 4"), "{message}");
+}
+
+#[test]
+fn names_that_are_not_utf8_and_brackets_in_folders_are_names() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("run [1] {a}");
+    write(&folder, "a.txt", "a");
+    std::fs::write(folder.join(OsStr::from_bytes(b"caf\xe9.txt")), "b").unwrap();
+    std::fs::write(folder.join(OsStr::from_bytes(b"caf\xe9.png")), "c").unwrap();
+    assert_eq!(texts(&source("s", &folder)).unwrap(), ["a", "b"]);
+    let glob = SourceOptions::new("s", format!("{}/run*/*.txt", dir.path().display()));
+    assert_eq!(texts(&glob).unwrap(), ["a", "b"]);
+    let literal = SourceOptions::new("s", format!("{}/a.txt", folder.display()));
+    assert_eq!(texts(&literal).unwrap(), ["a"]);
+}
+
+#[test]
+fn a_parquet_file_is_refused_from_its_header() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("a.parquet");
+    for (schema, reason) in [
+        ("message m { required binary text (UTF8); required binary text (UTF8); }", "several columns"),
+        ("message m { repeated binary text (UTF8); }", "does not hold text"),
+        ("message m { required group text { required binary a (UTF8); } }", "does not hold text"),
+        ("message m { required int32 text; }", "does not hold text"),
+    ] {
+        let schema = Arc::new(::parquet::schema::parser::parse_message_type(schema).unwrap());
+        let file = std::fs::File::create(&path).unwrap();
+        SerializedFileWriter::new(file, schema, Arc::default()).unwrap().close().unwrap();
+        let mut found = Source::find(&source("s", &path)).unwrap();
+        let message = found.check().unwrap_err().to_string();
+        assert!(message.contains("a.parquet") && message.contains(reason), "{message}");
+    }
+}
+
+#[test]
 fn a_broken_record_is_named_by_file_and_line() {
     let dir = tempdir().unwrap();
     let bad = |body: &str| error(&source("s", &write(dir.path(), "bad.jsonl", body)));
@@ -120,7 +238,7 @@ fn a_broken_record_is_named_by_file_and_line() {
         message.contains("line 1") && message.contains("\"text\"") && message.contains("body"),
         "{message}"
     );
-    assert!(bad("{\"text\": 7}\n").contains("a number"));
+    assert!(bad("{\"text\": 7}\n").contains("integer `7`, expected a string"));
     assert!(bad("[1, 2]\n").contains("expected a JSON object"));
 }
 

@@ -9,7 +9,8 @@ use std::path::Path;
 
 use common::{document, jsonl, options, prepare_16, source, write};
 use tempfile::tempdir;
-use volary_data::{Dataset, Error, HeldOut, Manifest, PreparationStage, SourceOptions, prepare};
+use volary_data::manifest::Split;
+use volary_data::{DataOptions, Dataset, Error, HeldOut, Manifest, PreparationStage, SourceOptions, prepare};
 
 fn read_tokens(path: &Path) -> Vec<u32> {
     fs::read(path).unwrap().chunks_exact(4).map(|four| u32::from_le_bytes(four.try_into().unwrap())).collect()
@@ -252,4 +253,45 @@ fn leftovers_of_a_killed_process_are_removed_and_not_mistaken_for_a_corpus() {
     let manifest = prepare_16(&options, &run).unwrap().manifest;
     assert_eq!(Manifest::verify(&run).unwrap(), manifest);
     assert_eq!(fs::read_dir(&run).unwrap().count(), 4);
+}
+
+#[test]
+fn near_duplicates_of_held_out_documents_are_not_trained_on() {
+    let dir = tempdir().unwrap();
+    // Two copies of every document under different headers: each held-out document has a twin.
+    let folder = dir.path().join("text");
+    for n in 0..200 {
+        let body = (0..4).map(|part| document(n * 4 + part)).collect::<String>();
+        write(&folder, &format!("{n}-a.txt"), format!("The first edition.\n{body}"));
+        write(&folder, &format!("{n}-b.txt"), format!("Printed again, with a preface.\n{body}"));
+    }
+    let options = DataOptions { validation_fraction: 0.05, ..options(dir.path(), vec![source("s", &folder)]) };
+    let run = dir.path().join("run");
+    let manifest = prepare_16(&options, &run).unwrap().manifest;
+    let source = &manifest.sources[0];
+    assert_eq!(source.held_out, HeldOut::Documents);
+    assert!(source.near_duplicates.left_out && source.near_duplicates.documents >= 15, "{source:?}");
+    let share = source.validation.tokens as f64 / (source.train.tokens + source.validation.tokens) as f64;
+    assert!((0.05..0.07).contains(&share), "{share}");
+    let lines = |split| {
+        let ids = read_tokens(&run.join(source.file_name(split)));
+        let text = manifest.load_tokenizer(&run).unwrap().decode(&ids).unwrap();
+        text.lines().filter(|line| line.len() > 100).map(String::from).collect::<BTreeSet<_>>()
+    };
+    let (train, held_out) = (lines(Split::Train), lines(Split::Validation));
+    assert!(!held_out.is_empty() && train.is_disjoint(&held_out), "a held-out line is trained on");
+}
+
+#[test]
+fn documents_of_one_pattern_all_stay() {
+    let dir = tempdir().unwrap();
+    let folder = dir.path().join("text");
+    for n in 0..100 {
+        write(&folder, &format!("{n}.txt"), format!("{} {n}", document(0).repeat(4)));
+    }
+    let options = DataOptions { validation_fraction: 0.05, ..options(dir.path(), vec![source("s", &folder)]) };
+    let manifest = prepare_16(&options, &dir.path().join("run")).unwrap().manifest;
+    let near = manifest.sources[0].near_duplicates;
+    assert!(!near.left_out && near.documents > 90, "{near:?}");
+    assert!(manifest.sources[0].train.tokens > 10 * manifest.sources[0].validation.tokens);
 }

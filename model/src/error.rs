@@ -52,6 +52,9 @@ pub enum Error {
     /// A prompt without tokens.
     #[error("the prompt is empty")]
     EmptyPrompt,
+    /// The model's output is not finite.
+    #[error("the model's output is not a finite number: its weights are broken")]
+    NotFinite,
     /// A call without the preceding call that it needs, or with parameters of another shard.
     #[error("{0} was called out of turn")]
     OutOfTurn(&'static str),

@@ -24,6 +24,7 @@ mod layers;
 pub mod limits;
 mod optimizer;
 pub mod reference;
+pub mod sampling;
 mod weights;
 
 pub use engine::Glam;

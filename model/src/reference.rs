@@ -8,6 +8,7 @@ mod routing;
 use crate::error::{Error, Result};
 use crate::layers::{self, Attention, FeedForward, Gate, Positions};
 use crate::optimizer;
+use crate::sampling::{self, Sampling};
 use crate::weights::Shard;
 use routing::Routing;
 use std::collections::BTreeMap;
@@ -25,13 +26,14 @@ use volary_core::{Lane, LayerId, ShardId, Step};
 /// use volary_core::architecture::presets;
 /// use volary_core::options::TrainingOptions;
 /// use volary_model::device;
-/// use volary_model::reference::{Reference, Sampling};
+/// use volary_model::reference::Reference;
+/// use volary_model::sampling::Sampling;
 ///
 /// let (architecture, training) = (&presets()[0].architecture, TrainingOptions::new(100));
 /// let mut model = Reference::initial(architecture, &training, 7, device::parse("cpu")?)?;
 /// let lane = vec![1; training.sequences_per_lane * (training.sequence_length + 1)];
 /// let loss = model.step(&[lane], Step(1))?;
-/// let sampling = Sampling { max_tokens: 10, temperature: 0.8, seed: 1, stop: None };
+/// let sampling = Sampling { max_tokens: 10, temperature: 0.8, seed: 1, ..Sampling::default() };
 /// let tokens = model.generate(&[1, 2, 3], &sampling)?;
 /// # drop((loss, tokens));
 /// # Ok::<(), volary_model::Error>(())
@@ -43,19 +45,6 @@ pub struct Reference {
     seed: u64,
     device: Device,
     shards: BTreeMap<ShardId, Shard>,
-}
-
-/// The sampling of a continuation.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Sampling {
-    /// The maximum number of new tokens.
-    pub max_tokens: usize,
-    /// 0 takes the most likely token, 1 samples from the model's distribution.
-    pub temperature: f64,
-    /// The seed of the draws.
-    pub seed: u64,
-    /// The token that ends the text, and is not part of it.
-    pub stop: Option<u32>,
 }
 
 /// The result of one pass over a lane.
@@ -273,7 +262,8 @@ impl Reference {
     /// Continues `prompt` token by token, up to `sampling.stop` or `sampling.max_tokens`.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::Vocabulary`], or [`Error::Torch`] when libtorch fails.
+    /// [`Error::EmptyPrompt`], [`Error::Vocabulary`], [`Error::NotFinite`] for a broken model, or
+    /// [`Error::Torch`] when libtorch fails.
     pub fn generate(&self, prompt: &[u32], sampling: &Sampling) -> Result<Vec<u32>> {
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
@@ -287,7 +277,7 @@ impl Reference {
         let leaves = self.leaves(false)?;
         for _ in 0..sampling.max_tokens {
             let window = &tokens[tokens.len().saturating_sub(self.training.sequence_length)..];
-            let next = tch::no_grad(|| self.next_token(&leaves, window, sampling.temperature, &mut stream))?;
+            let next = tch::no_grad(|| self.next_token(&leaves, window, sampling, &mut stream))?;
             if Some(next) == sampling.stop {
                 break;
             }
@@ -296,12 +286,12 @@ impl Reference {
         Ok(tokens.split_off(prompt.len()))
     }
 
-    /// The token after `window`: the most likely one at temperature 0, or a sample.
+    /// The token after `window`.
     fn next_token(
         &self,
         leaves: &Leaves,
         window: &[u32],
-        temperature: f64,
+        sampling: &Sampling,
         stream: &mut Stream,
     ) -> Result<u32> {
         let ids: Vec<i64> = window.iter().map(|&t| t.into()).collect();
@@ -310,17 +300,8 @@ impl Reference {
         let last = x.f_narrow(0, ids.len() as i64 - 1, 1)?;
         let embedding = &leaves[&ShardId::Embedding];
         let logits = layers::logits(&last, &embedding[0], &embedding[1])?.f_squeeze_dim(0)?;
-        if temperature <= 0.0 {
-            return Ok(logits.f_argmax(0, false)?.f_int64_value(&[])? as u32);
-        }
-        let probabilities =
-            logits.f_div_scalar(temperature)?.f_softmax(0, Kind::Double)?.f_to_device(Device::Cpu)?;
-        let probabilities: Vec<f64> = Vec::try_from(probabilities)?;
-        let mut left = stream.next_f64() * probabilities.iter().sum::<f64>();
-        let drawn = probabilities.iter().position(|p| {
-            left -= p;
-            left < 0.0
-        });
-        Ok(drawn.unwrap_or(probabilities.len() - 1) as u32)
+        let logits = Vec::try_from(logits.f_to_kind(Kind::Double)?.f_to_device(Device::Cpu)?)?;
+        let rows = sampling.vocabulary.min(logits.len());
+        sampling::draw(&logits[..rows], sampling.temperature, stream).ok_or(Error::NotFinite)
     }
 }

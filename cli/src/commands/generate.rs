@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use volary_core::Step;
 use volary_data::Tokenizer;
 use volary_model::device;
-use volary_model::reference::{Reference, Sampling};
+use volary_model::reference::Reference;
+use volary_model::sampling::Sampling;
 use volary_storage::{CheckpointReader, RunDir};
 
 /// Continue a prompt with a trained model.
@@ -54,7 +55,7 @@ fn temperature(text: &str) -> Result<f64, InvalidArgument> {
 /// When there is no such run or checkpoint, or the tokenizer does not fit it.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let sampling =
-        Sampling { max_tokens: args.max_tokens, temperature: args.temperature, seed: args.seed, stop: None };
+        Sampling { max_tokens: args.max_tokens, temperature: args.temperature, seed: args.seed, ..Sampling::default() };
     let text = continue_prompt(&args.run, args.step.map(Step), &args.prompt, sampling, &args.device)?;
     output::line(format_args!("{}{text}", args.prompt))?;
     Ok(())
@@ -90,6 +91,7 @@ pub(crate) fn continue_prompt(
     let model = Reference::load(&config.model, &config.training, config.run.seed, device, fetch)?;
     let ids = tokenizer.encode(prompt)?;
     let ids = if ids.is_empty() { vec![tokenizer.end_of_text()] } else { ids };
-    let sampling = Sampling { stop: Some(tokenizer.end_of_text()), ..sampling };
-    Ok(tokenizer.decode(&model.generate(&ids, &sampling)?)?)
+    let (stop, vocabulary) = (Some(tokenizer.end_of_text()), tokenizer.vocabulary());
+    let continuation = model.generate(&ids, &Sampling { stop, vocabulary, ..sampling })?;
+    tokenizer.decode_continuation(&ids, &continuation).map_err(Into::into)
 }

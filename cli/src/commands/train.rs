@@ -14,13 +14,13 @@ use crate::units::Size;
 use anyhow::bail;
 use std::fmt;
 use std::path::PathBuf;
-use volary_core::Step;
+use volary_core::{Lane, Step};
 use volary_data::PreparationStage;
-use volary_model::reference::Sampling;
+use volary_model::sampling::Sampling;
 use volary_storage::RunDir;
 
-/// The sample at the end of a run; its seed is that of the run.
-const SAMPLING: Sampling = Sampling { max_tokens: 60, temperature: 0.7, seed: 0, stop: None };
+/// The length of the sample's prompt where the configuration has none, in characters.
+const PROMPT_CHARS: usize = 40;
 
 /// What others are told of a directory that is locked before its supervisor listens.
 const ADDRESS: &str = "no address yet";
@@ -186,14 +186,33 @@ fn print_summary(config: &Config, dir: &RunDir, outcome: RunOutcome) -> anyhow::
     let checkpoint = record.map(|record| record.step);
     output::text(Summary { dir, outcome, validations: validations(&dir.validation()), checkpoint })?;
     let Some(step) = checkpoint else { return Ok(()) };
-    let prompt = &config.run.sample_prompt;
-    let sampling = Sampling { seed: config.run.seed, ..SAMPLING };
-    // The run is complete, whatever becomes of its sample.
-    let text = generate::continue_prompt(dir.root(), Some(step), prompt, sampling, "cpu")
-        .inspect_err(|error| output::note(format_args!("no sample: {error:#}")))
-        .ok();
-    output::text(Sample { dir, prompt, text, finished: outcome.finished })?;
+    let sampling =
+        Sampling { max_tokens: 60, temperature: 0.7, seed: config.run.seed, ..Sampling::default() };
+    let sample = || {
+        let prompt = match &config.run.sample_prompt {
+            Some(prompt) => prompt.clone(),
+            None => held_out_prompt(config, dir)?,
+        };
+        let text = generate::continue_prompt(dir.root(), Some(step), &prompt, sampling, "cpu")?;
+        anyhow::Ok((prompt, text))
+    };
+    // The run is complete, with or without its sample.
+    let sample = sample().inspect_err(|error| output::note(format_args!("no sample: {error:#}"))).ok();
+    output::text(Sample { dir, sample, finished: outcome.finished })?;
     Ok(())
+}
+
+/// The first words of the held-out text: a good model continues text like its own.
+fn held_out_prompt(config: &Config, dir: &RunDir) -> anyhow::Result<String> {
+    let length = config.training.sequence_length;
+    let data = volary_data::Dataset::open(&dir.data(), length, 1, 1, config.run.seed)?;
+    let tokens = data.validation(0, Lane(0))?;
+    let document = tokens.split(|id| *id == data.tokenizer().end_of_text()).max_by_key(|part| part.len());
+    let text = data.tokenizer().decode(document.unwrap_or_default())?;
+    let words: String = text.trim_start().chars().take(PROMPT_CHARS).collect();
+    // Not in the middle of a word, and on one line.
+    let words = words.lines().next().unwrap_or_default();
+    Ok(words.rsplit_once(' ').map_or(words, |(whole, _)| whole).to_owned())
 }
 
 /// The result of a run: its losses and its checkpoint.
@@ -229,24 +248,23 @@ impl fmt::Display for Summary<'_> {
 /// A continuation of the run's sample prompt by its newest checkpoint, and commands to try next.
 struct Sample<'a> {
     dir: &'a RunDir,
-    prompt: &'a str,
-    /// Without it, what else there is to try.
-    text: Option<String>,
+    /// A prompt and its continuation.
+    sample: Option<(String, String)>,
     /// Whether the run reached its last step.
     finished: bool,
 }
 
 impl fmt::Display for Sample<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { prompt, text, .. } = self;
         let root = self.dir.root().display().to_string();
-        let (run, word) = (quoted(&root), quoted(prompt));
-        if let Some(text) = text {
+        let run = quoted(&root);
+        let prompt = self.sample.as_ref().map_or("Once", |(prompt, _)| prompt);
+        if let Some((prompt, text)) = &self.sample {
             let text = format!("{prompt}{text}").trim_end().replace('\n', "\n  ");
             writeln!(f, "\na sample:\n  {text}\n")?;
         }
         writeln!(f, "try next:")?;
-        writeln!(f, "  volary generate --run {run} --prompt {word}")?;
+        writeln!(f, "  volary generate --run {run} --prompt {}", quoted(prompt))?;
         writeln!(f, "  volary digest {run}")?;
         if !self.finished {
             let config = quoted(&format!("{root}/config.toml"));

@@ -1,12 +1,10 @@
 //! Lines of a plain or compressed file, of bounded length and bounded expansion.
 
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read as _};
 use std::path::{Path, PathBuf};
 
-use flate2::bufread::MultiGzDecoder;
-
-use super::format::Compression;
+use super::compression::Compression;
 use crate::error::Error;
 use crate::limits::{EXPANSION_FLOOR_BYTES, MAX_EXPANSION, READ_BUFFER_BYTES};
 
@@ -26,13 +24,7 @@ impl Lines {
         let file = File::open(path).map_err(Error::read(path))?;
         let size = file.metadata().map_err(Error::read(path))?.len();
         let raw = BufReader::with_capacity(READ_BUFFER_BYTES, file);
-        let input: Box<dyn BufRead> = match compression {
-            Compression::None => Box::new(raw),
-            Compression::Gzip => Box::new(buffered(MultiGzDecoder::new(raw))),
-            Compression::Zstd => {
-                Box::new(buffered(zstd::stream::read::Decoder::with_buffer(raw).map_err(Error::read(path))?))
-            }
-        };
+        let input = compression.expand(raw).map_err(Error::read(path))?;
         let most = match compression {
             Compression::None => u64::MAX,
             _ => size.saturating_mul(MAX_EXPANSION).max(EXPANSION_FLOOR_BYTES),
@@ -57,8 +49,4 @@ impl Lines {
     fn failed(&self, error: io::Error) -> Error {
         Error::Read { path: self.path.clone(), error }
     }
-}
-
-fn buffered(decoder: impl Read + 'static) -> impl BufRead {
-    BufReader::with_capacity(READ_BUFFER_BYTES, decoder)
 }

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use parquet::basic::Type as Physical;
+use parquet::basic::{Compression, Repetition, Type as Physical};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
@@ -13,7 +13,7 @@ use parquet::schema::types::Type;
 
 use super::raw::RawDocument;
 use crate::error::{Error, Place};
-use crate::limits::{MAX_DOCUMENT_BYTES, MAX_LISTED_NAMES};
+use crate::limits::{EXPANSION_FLOOR_BYTES, MAX_DOCUMENT_BYTES, MAX_EXPANSION, MAX_LISTED_NAMES};
 
 /// The documents of a Parquet file; rows with a null text are skipped.
 pub(crate) struct ParquetDocuments {
@@ -75,18 +75,42 @@ impl ParquetDocuments {
 fn projection(reader: &SerializedFileReader<File>, path: &Path, column: &str) -> Result<Type, Error> {
     let schema = reader.metadata().file_metadata().schema();
     let fail = |reason: String| Error::Parquet { path: path.to_path_buf(), reason };
-    let Some(field) = schema.get_fields().iter().find(|field| field.name() == column) else {
+    let mut named = schema.get_fields().iter().filter(|field| field.name() == column);
+    let Some(field) = named.next() else {
         let names: Vec<_> =
             schema.get_fields().iter().take(MAX_LISTED_NAMES).map(|field| field.name()).collect();
         return Err(fail(format!("has no column {column:?}; its columns are {names:?}")));
     };
-    if !field.is_primitive() || field.get_physical_type() != Physical::BYTE_ARRAY {
+    if named.next().is_some() {
+        return Err(fail(format!("has several columns named {column:?}")));
+    }
+    let is_repeated = field.get_basic_info().repetition() == Repetition::REPEATED;
+    if !field.is_primitive() || is_repeated || field.get_physical_type() != Physical::BYTE_ARRAY {
         return Err(fail(format!("column {column:?} does not hold text")));
     }
+    check_chunks(reader, path, column)?;
     Type::group_type_builder(schema.name())
         .with_fields(vec![Arc::clone(field)])
         .build()
         .map_err(|e| damaged(path, &e))
+}
+
+/// Refuses from the header what the pages would show too late: text that expands implausibly, and compressions
+/// that cannot be read.
+fn check_chunks(reader: &SerializedFileReader<File>, path: &Path, column: &str) -> Result<(), Error> {
+    let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
+    let limit = size.saturating_mul(MAX_EXPANSION).max(EXPANSION_FLOOR_BYTES);
+    let chunks = reader.metadata().row_groups().iter().flat_map(|group| group.columns());
+    for chunk in chunks.filter(|chunk| chunk.column_path().parts() == [column]) {
+        if u64::try_from(chunk.uncompressed_size()).map_or(true, |expanded| expanded > limit) {
+            return Err(Error::Expands { path: path.to_path_buf(), limit });
+        }
+        if chunk.compression() == Compression::LZO {
+            let reason = format!("column {column:?} is compressed by LZO, which cannot be read");
+            return Err(Error::Parquet { path: path.to_path_buf(), reason });
+        }
+    }
+    Ok(())
 }
 
 fn damaged(path: &Path, error: &parquet::errors::ParquetError) -> Error {
