@@ -47,6 +47,7 @@ pub mod arguments;
 pub mod cluster;
 pub mod commands;
 pub mod config;
+pub mod corpus_summary;
 mod document;
 pub mod environment;
 pub mod follow;

@@ -4,7 +4,7 @@ use crate::config::Config;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
-use volary_data::Manifest;
+use volary_data::{Manifest, Prepared};
 use volary_storage::{CheckpointReader, RunDir, RunLock, Store};
 
 /// The phase of a run before it starts.
@@ -135,7 +135,7 @@ pub fn prepare_data(
     config: &Config,
     dir: &RunDir,
     progress: &mut dyn FnMut(volary_data::Progress),
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Prepared> {
     let prepared =
         volary_data::prepare(&config.data, config.training.sequence_length, &dir.data(), progress)?;
     check_fingerprints(dir, &prepared.manifest)?;
@@ -152,7 +152,7 @@ pub fn prepare_data(
             tokenizer.vocabulary()
         );
     }
-    Ok(())
+    Ok(prepared)
 }
 
 fn check_fingerprints(dir: &RunDir, manifest: &Manifest) -> anyhow::Result<()> {

@@ -4,6 +4,7 @@ use crate::limits::{PROGRESS_INTERVAL, SPINNER_INTERVAL};
 use crate::output;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Deserialize;
+use std::fmt;
 use std::fs::File;
 use std::io::{IsTerminal, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -30,6 +31,16 @@ pub struct Validation {
     pub step: u64,
     /// Mean cross-entropy on held-out text, in nats per token.
     pub loss: f64,
+    /// The standard error of the loss, by document.
+    #[serde(default)]
+    pub standard_error: Option<f64>,
+}
+
+impl fmt::Display for Validation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.4}", self.loss)?;
+        self.standard_error.map_or(Ok(()), |error| write!(f, " ± {error:.4}"))
+    }
 }
 
 /// Follows a file that grows line by line.

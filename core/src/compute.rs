@@ -63,8 +63,17 @@ pub struct Gated<B: Compute> {
     pub entropy: f64,
 }
 
+/// The cross-entropy of a lane, in nats per token.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LaneLoss {
+    /// The mean over all tokens.
+    pub mean: f64,
+    /// In validation, the mean over the tokens of each sequence: `[sequences]`.
+    pub sequences: Vec<f32>,
+}
+
 /// A lane's loss and, for training, the gradients of the residual stream and of the embedding shard.
-pub type LossAndGradients<B> = (f64, Option<(<B as Compute>::Tensor, <B as Compute>::Gradient)>);
+pub type LossAndGradients<B> = (LaneLoss, Option<(<B as Compute>::Tensor, <B as Compute>::Gradient)>);
 
 /// The computations of one model on one device.
 ///
@@ -107,7 +116,7 @@ pub trait Compute: Send + Sync + Sized + 'static {
     /// `tokens` are a lane's token ids, `[sequences, sequence_length + 1]` row by row; the last of each row
     /// is a target only. `params` are those of the embedding shard.
     fn embed(&self, params: Self::Params, tokens: &[u32]) -> Computed<Self::Tensor>;
-    /// The mean cross-entropy of a lane in nats per token and, for training, its gradients: of `x`, `[tokens,
+    /// The cross-entropy of a lane in nats per token and, for training, its gradients: of `x`, `[tokens,
     /// hidden]`, and of the embedding shard as the output matrix, `[vocabulary, hidden]` with the final norm
     /// `[hidden]`.
     ///

@@ -152,6 +152,8 @@ pub struct LaneReport {
     pub load: Vec<Vec<u32>>,
     /// Assignments dropped by the experts' capacity.
     pub dropped: u32,
+    /// In validation, the mean cross-entropy of each sequence: `[sequences]`, in nats per token.
+    pub sequence_losses: Vec<f32>,
 }
 
 /// Node to supervisor.

@@ -67,7 +67,8 @@ fn held_out_runs(
     sequence_length: usize,
 ) -> Result<HeldOutRuns, Error> {
     let mut runs = HeldOutRuns::new();
-    for source in sources.iter().filter(|source| source.splits_by_document(held_out, options, sequence_length))
+    for source in
+        sources.iter().filter(|source| source.splits_by_document(held_out, options, sequence_length))
     {
         let lengths = source.candidates.iter().map(|candidate| candidate.tokens);
         for_each_document(&source.validation_path, lengths, |number, ids| {

@@ -53,6 +53,14 @@ pub struct Dataset {
     lanes: u32,
 }
 
+/// The bits of a document's number below those of its source.
+const DOCUMENT_BITS: u32 = 48;
+
+/// The window of a validation sequence.
+fn in_file_order(pick: Pick, windows: u64) -> u64 {
+    (pick.occurrence % u128::from(windows)) as u64
+}
+
 impl Dataset {
     /// Opens the corpus that [`prepare`](crate::prepare()) left in `dir`, for sequences of `sequence_length`
     /// tokens, `sequences_per_lane` in each of `lanes` lanes.
@@ -121,8 +129,29 @@ impl Dataset {
     /// # Errors
     /// As [`lane`](Self::lane).
     pub fn validation(&self, round: u64, lane: Lane) -> Result<Vec<u32>, Error> {
-        let in_order = |_: &Mixture, pick: Pick, windows| (pick.occurrence % u128::from(windows)) as u64;
-        self.sequences(round, lane.0, &self.validation, in_order)
+        self.sequences(round, lane.0, &self.validation, |_, pick, windows| in_file_order(pick, windows))
+    }
+
+    /// The documents of the sequences of [`validation`](Self::validation) in the first `rounds` rounds: of each
+    /// round and lane, `[sequences_per_lane]`. A sequence belongs to the document of its first token.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn validation_documents(&self, rounds: u64) -> Result<Vec<Vec<u64>>, Error> {
+        let ends = self.validation.iter().map(|file| file.ends(self.manifest.end_of_text));
+        let ends = ends.collect::<Result<Vec<_>, _>>()?;
+        let document = |sequence: u128| {
+            let pick = self.mixture.pick(sequence);
+            let window = in_file_order(pick, self.windows(&self.validation[pick.source]));
+            let start = window * self.sequence_length as u64;
+            let number = ends[pick.source].partition_point(|end| *end <= start);
+            (pick.source as u64) << DOCUMENT_BITS | number as u64
+        };
+        let lane = |lane: u128| {
+            let first = lane * self.sequences_per_lane as u128;
+            (first..first + self.sequences_per_lane as u128).map(document).collect()
+        };
+        Ok((0..u128::from(rounds) * u128::from(self.lanes)).map(lane).collect())
     }
 
     /// The number of rounds, over all lanes, with as many sequences as there are validation windows; at least

@@ -44,6 +44,7 @@ pub mod skipped;
 pub mod source;
 pub mod tokenizer;
 mod tokens;
+pub mod validation;
 
 pub use cache::remove_partial_folders;
 pub use dataset::Dataset;

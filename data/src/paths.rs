@@ -27,7 +27,10 @@ pub(crate) struct SourcePath<'a> {
 /// One component of a pattern.
 enum Part {
     Name(OsString),
-    Pattern { matcher: GlobMatcher, matches_hidden: bool },
+    Pattern {
+        matcher: GlobMatcher,
+        matches_hidden: bool,
+    },
     /// `**`: this folder and all folders below.
     Recursive,
 }

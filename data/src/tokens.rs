@@ -85,7 +85,8 @@ pub(crate) fn distribute(
     let [new_first, new_second] = [first, second].map(|path| path.with_extension("new"));
     let work = || {
         let rewrite = of_first.iter().any(|(_, fate)| *fate != Fate::Training);
-        let kept = if rewrite { File::create(&new_first)? } else { OpenOptions::new().append(true).open(first)? };
+        let kept =
+            if rewrite { File::create(&new_first)? } else { OpenOptions::new().append(true).open(first)? };
         let mut training = BufWriter::with_capacity(WRITE_BUFFER_BYTES, kept);
         let mut validation = BufWriter::with_capacity(WRITE_BUFFER_BYTES, File::create(&new_second)?);
         let files = [(first, of_first), (second, of_second)];
@@ -149,6 +150,21 @@ impl TokenFile {
         let file = File::open(path).map_err(Error::read(path))?;
         let tokens = file.metadata().map_err(Error::read(path))?.len() / 4;
         Ok(Self { path: path.to_path_buf(), file, tokens })
+    }
+
+    /// The positions after each `end_of_text`, in order.
+    pub(crate) fn ends(&self, end_of_text: u32) -> Result<Vec<u64>, Error> {
+        let mut input = BufReader::with_capacity(READ_BUFFER_BYTES, &self.file);
+        input.rewind().map_err(Error::read(&self.path))?;
+        let mut ends = Vec::new();
+        let mut four = [0; 4];
+        for at in 0..self.tokens {
+            input.read_exact(&mut four).map_err(Error::read(&self.path))?;
+            if u32::from_le_bytes(four) == end_of_text {
+                ends.push(at + 1);
+            }
+        }
+        Ok(ends)
     }
 
     /// Appends `count` tokens from `start` on to `ids`, all of which must be below `vocabulary`.

@@ -119,6 +119,29 @@ fn validation_is_in_file_order_and_wraps_around() {
 }
 
 #[test]
+fn the_document_of_a_validation_sequence_is_that_of_its_first_token() {
+    let dir = prepared();
+    let data = open(dir.path(), 3, 2, 7);
+    let documents = data.validation_documents(5).unwrap();
+    assert_eq!((documents.len(), documents[0].len()), (10, 3));
+    let ends = |name: &str| {
+        let bytes = std::fs::read(dir.path().join(format!("run/{name}.validation.tokens"))).unwrap();
+        let ids: Vec<_> = bytes.as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)).collect();
+        ids.split_inclusive(|id| *id == data.manifest().end_of_text).map(<[u32]>::to_vec).collect::<Vec<_>>()
+    };
+    let texts = ["a", "b"].map(ends);
+    for (at, lane) in documents.iter().enumerate() {
+        let tokens = data.validation(at as u64 / 2, Lane(at as u32 % 2)).unwrap();
+        for (document, row) in lane.iter().zip(tokens.chunks(17)) {
+            let text = &texts[(document >> 48) as usize][(document & 0xffff) as usize];
+            let shared = text.windows(4).any(|window| row.windows(4).next() == Some(window));
+            let is_short = row.iter().position(|id| *id == data.manifest().end_of_text) < Some(4);
+            assert!(shared || is_short, "round and lane {at}: {row:?} is not in document {document}");
+        }
+    }
+}
+
+#[test]
 fn requests_beyond_the_shape_are_rejected_and_far_steps_are_not() {
     let dir = prepared();
     let data = open(dir.path(), 3, 4, 7);

@@ -265,7 +265,8 @@ fn near_duplicates_of_held_out_documents_are_not_trained_on() {
         write(&folder, &format!("{n}-a.txt"), format!("The first edition.\n{body}"));
         write(&folder, &format!("{n}-b.txt"), format!("Printed again, with a preface.\n{body}"));
     }
-    let options = DataOptions { validation_fraction: 0.05, ..options(dir.path(), vec![source("s", &folder)]) };
+    let options =
+        DataOptions { validation_fraction: 0.05, ..options(dir.path(), vec![source("s", &folder)]) };
     let run = dir.path().join("run");
     let manifest = prepare_16(&options, &run).unwrap().manifest;
     let source = &manifest.sources[0];
@@ -289,7 +290,8 @@ fn documents_of_one_pattern_all_stay() {
     for n in 0..100 {
         write(&folder, &format!("{n}.txt"), format!("{} {n}", document(0).repeat(4)));
     }
-    let options = DataOptions { validation_fraction: 0.05, ..options(dir.path(), vec![source("s", &folder)]) };
+    let options =
+        DataOptions { validation_fraction: 0.05, ..options(dir.path(), vec![source("s", &folder)]) };
     let manifest = prepare_16(&options, &dir.path().join("run")).unwrap().manifest;
     let near = manifest.sources[0].near_duplicates;
     assert!(!near.left_out && near.documents > 90, "{near:?}");

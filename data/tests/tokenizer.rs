@@ -86,8 +86,7 @@ fn metaspace(dir: &Path) -> Tokenizer {
         serde_json::json!({"id": 3 * id, "content": tokens[id], "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false, "special": true})
     };
-    let metaspace =
-        serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
+    let metaspace = serde_json::json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": false});
     let json = serde_json::json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
         "added_tokens": [special(0), special(1), special(2)],

@@ -17,6 +17,7 @@ use crate::weights::host_bytes;
 use parking_lot::Mutex;
 use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
+use volary_core::compute::LaneLoss;
 use volary_core::options::TrainingOptions;
 use volary_core::schedule::Update;
 use volary_core::{LayerId, Step};
@@ -209,18 +210,21 @@ impl Glam {
         x: &Tensor,
         tokens: &[u32],
         train: bool,
-    ) -> Result<(f64, Option<(Tensor, Gradient)>)> {
+    ) -> Result<(LaneLoss, Option<(Tensor, Gradient)>)> {
         let x = self.leaf(x, train)?;
         let leaves = p.leaves(train)?;
         let logits = layers::logits(&x, &leaves[0], &leaves[1])?;
-        let loss = layers::cross_entropy(&logits, &self.ids(tokens, 1)?)?;
-        let value = loss.f_double_value(&[])?;
+        let targets = self.ids(tokens, 1)?;
+        let loss = layers::cross_entropy(&logits, &targets)?;
+        let mean = loss.f_double_value(&[])?;
         if !train {
-            return Ok((value, None));
+            let length = self.training.sequence_length as i64;
+            let sequences = layers::sequence_cross_entropy(&logits, &targets, length)?;
+            return Ok((LaneLoss { mean, sequences: Vec::try_from(sequences)? }, None));
         }
         let mut all = gradients(&loss, &[&x, &leaves[0], &leaves[1]])?;
         let dx = all.remove(0);
-        Ok((value, Some((dx, Gradient(all)))))
+        Ok((LaneLoss { mean, sequences: Vec::new() }, Some((dx, Gradient(all)))))
     }
 
     pub(super) fn apply_inner(

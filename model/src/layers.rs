@@ -201,3 +201,10 @@ pub(crate) fn logits(x: &Tensor, table: &Tensor, norm: &Tensor) -> Result<Tensor
 pub(crate) fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     Ok(logits.f_cross_entropy_loss::<Tensor>(targets, None, Reduction::Mean, -100, 0.0)?)
 }
+
+/// The mean cross-entropy of each sequence of `length` tokens, `[sequences]`, f32 on the host; see
+/// [`cross_entropy`].
+pub(crate) fn sequence_cross_entropy(logits: &Tensor, targets: &Tensor, length: i64) -> Result<Tensor> {
+    let tokens = logits.f_cross_entropy_loss::<Tensor>(targets, None, Reduction::None, -100, 0.0)?;
+    Ok(tokens.f_view([-1, length])?.f_mean_dim(1, false, Kind::Float)?.f_to_device(Device::Cpu)?)
+}

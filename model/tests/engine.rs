@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 use volary_core::architecture::{Activation, Architecture, SecondExpert};
-use volary_core::compute::Compute;
+use volary_core::compute::{Compute, LaneLoss};
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
@@ -98,7 +98,17 @@ impl Driver {
             }
             segments.push((layer, saved, moe));
         }
-        let (loss, back) = g.loss(self.params(ShardId::Embedding), x, tokens, true).unwrap();
+        let for_validation = self.glam.rows(&x, 0, x.size()[0] as usize).unwrap();
+        let (by_sequence, none) =
+            g.loss(self.params(ShardId::Embedding), for_validation, tokens, false).unwrap();
+        let (LaneLoss { mean: loss, sequences }, back) =
+            g.loss(self.params(ShardId::Embedding), x, tokens, true).unwrap();
+        assert!(none.is_none() && sequences.is_empty());
+        assert_eq!(by_sequence.mean.to_bits(), loss.to_bits(), "validation computes another loss");
+        let sequences = by_sequence.sequences;
+        let mean = sequences.iter().map(|loss| f64::from(*loss)).sum::<f64>() / sequences.len() as f64;
+        // Two orders of summation of a few dozen f32 or bf16 values near 5.
+        assert!((mean - loss).abs() < 1e-2, "{mean} {loss}");
         let (mut dx, head) = back.unwrap();
         for (layer, saved, moe) in segments.into_iter().rev() {
             if let Some((dispatch, saved, kept)) = moe {

@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use volary_core::agent;
-use volary_core::compute::Compute;
+use volary_core::compute::{Compute, LaneLoss};
 use volary_core::messages::{LaneReport, NodeCommand, Norm, Pass, ResidentState};
 use volary_core::placement::Placement;
 use volary_core::schedule::Update;
@@ -96,7 +96,7 @@ pub(crate) enum LaneMsg {
 }
 
 /// A lane's loss in nats per token and, in training, the gradient of the residual stream.
-pub(crate) type Loss<B> = (f64, Option<<B as Compute>::Tensor>);
+pub(crate) type Loss<B> = (LaneLoss, Option<<B as Compute>::Tensor>);
 
 /// To a dense actor. The first three are for the embedding, the next two for layers.
 pub(crate) enum DenseMsg<B: Compute> {

@@ -26,7 +26,9 @@ mod tensor;
 pub use device::{FakeDevice, Hold, Operation};
 pub use tensor::{FakeGradient, FakeTensor};
 use tensor::{Live, add_rows};
-use volary_core::compute::{Compute, ComputeError, Computed, Gated, HostDtype, HostTensor, LossAndGradients};
+use volary_core::compute::{
+    Compute, ComputeError, Computed, Gated, HostDtype, HostTensor, LaneLoss, LossAndGradients,
+};
 use volary_core::dispatch::{Capacity, Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::random::{Purpose, Stream};
@@ -190,15 +192,19 @@ impl Compute for FakeCompute {
         self.device.enter(Operation::Loss)?;
         let (count, width) = (x.row_count() as f32, self.hidden as f32);
         let (mut loss, mut dx, mut dw) = (0.0, Vec::new(), vec![0.0; self.hidden]);
+        let mut errors = Vec::new();
         for ((_, next), row) in self.positions(tokens).zip(x.each_row()) {
             let error = dot(row, &params) / width - target(next);
             loss += error * error / count;
+            errors.push(error * error);
             let slope = 2.0 * error / count / width;
             dx.extend(params.iter().map(|w| slope * w));
             dw.iter_mut().zip(row).for_each(|(dw, x)| *dw += slope * x);
         }
         let gradients = train.then(|| (self.tensor(dx), self.gradient(dw)));
-        Ok((loss.into(), gradients))
+        let mean = |errors: &[f32]| errors.iter().sum::<f32>() / errors.len() as f32;
+        let sequences = if train { Vec::new() } else { errors.chunks(self.length).map(mean).collect() };
+        Ok((LaneLoss { mean: loss.into(), sequences }, gradients))
     }
 
     fn embed_backward(

@@ -24,7 +24,7 @@ pub fn check(model: &Architecture, training: &TrainingOptions) -> Result<(), Inv
         let expected = format!("rows of one lane for the experts of at most {PART_BYTES_MAX} bytes");
         return Err(InvalidValue::new("training.sequences_per_lane", training.sequences_per_lane, expected));
     }
-    let (one, all) = (report_bytes(model), CONTROL_BYTES_MAX as u64);
+    let (one, all) = (report_bytes(model, training), CONTROL_BYTES_MAX as u64);
     let norms = (model.shards().len() as u64).saturating_mul(SHARD_NORM_BYTES);
     let most = all.saturating_sub(norms) / one;
     if u64::from(training.lanes) > most {
@@ -40,9 +40,10 @@ const SHARD_NORM_BYTES: u64 = 32;
 const LANE_REPORT_BYTES: u64 = 64;
 
 /// Bytes of one lane's report, at most.
-fn report_bytes(model: &Architecture) -> u64 {
+fn report_bytes(model: &Architecture, training: &TrainingOptions) -> u64 {
     let layers = model.moe_layers().count() as u64;
-    LANE_REPORT_BYTES + layers * (1 + model.experts as u64) * VARINT_BYTES
+    let sequences = (training.sequences_per_lane as u64).saturating_mul(4);
+    sequences.saturating_add(LANE_REPORT_BYTES) + layers * (1 + model.experts as u64) * VARINT_BYTES
 }
 
 /// A stored shard is one part of a frame, as is the largest tensor of a gradient.

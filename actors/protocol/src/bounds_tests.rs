@@ -33,7 +33,15 @@ fn a_shard_that_fits_into_no_frame_is_named() {
 /// All lanes on one node, with the largest numbers.
 fn report(model: &Architecture, lanes: u32) -> Vec<u8> {
     let load = vec![vec![u32::MAX; model.experts]; model.moe_layers().count()];
-    let lane = LaneReport { loss: 1e300, aux_loss: 1e300, gate_entropy: 1e300, load, dropped: u32::MAX };
+    let sequence_losses = vec![1e30; training(lanes).sequences_per_lane];
+    let lane = LaneReport {
+        loss: 1e300,
+        aux_loss: 1e300,
+        gate_entropy: 1e300,
+        load,
+        dropped: u32::MAX,
+        sequence_losses,
+    };
     let norm = Norm { squared: 1e300, finite: true };
     let report = NodeReport::Prepared {
         epoch: Epoch(u64::MAX),

@@ -89,6 +89,8 @@ pub(crate) struct SupervisorArgs {
     pub(crate) nodes_are_gone: bool,
     /// Whether an operator allows the run to go back past a damaged checkpoint.
     pub(crate) may_go_back: bool,
+    /// The documents of the validation sequences, by round and lane.
+    pub(crate) validation_documents: Vec<Vec<u64>>,
     /// Set when the run is over, so that nodes may drop what they hold.
     pub(crate) over: Arc<AtomicBool>,
     pub(crate) end: oneshot::Sender<RunEnd>,
@@ -105,6 +107,7 @@ pub(crate) struct SupervisorState {
     credentials: Arc<Credentials>,
     checkpoints: Checkpoints,
     may_go_back: bool,
+    validation_documents: Vec<Vec<u64>>,
     over: Arc<AtomicBool>,
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
@@ -179,6 +182,7 @@ impl SupervisorState {
     ) -> Self {
         let telemetry = Telemetry::new(&args);
         let (may_go_back, over) = (args.may_go_back, args.over);
+        let validation_documents = args.validation_documents;
         let SupervisorArgs { run, settings, store, credentials, checkpoints, address, end, .. } = args;
         Self {
             me,
@@ -190,6 +194,7 @@ impl SupervisorState {
             credentials,
             checkpoints,
             may_go_back,
+            validation_documents,
             over,
             files,
             checkpointer,

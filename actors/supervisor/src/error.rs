@@ -37,6 +37,9 @@ pub enum Error {
         /// The reason.
         source: Box<volary_data::Error>,
     },
+    /// The prepared data cannot be read.
+    #[error(transparent)]
+    Data(#[from] volary_data::Error),
     /// A file that the options name cannot be used.
     #[error("{}: {reason}", path.display())]
     File {

@@ -130,6 +130,9 @@ impl Door {
         let pipeline = start_telemetry(&run, &dir)?;
         let events = EventStream::default();
         register_scrape_hooks(&metrics, &pipeline, (&store, &dir), &endpoint);
+        let (dataset, rounds) = (Arc::new(dataset), settings.validation.rounds);
+        let data = Arc::clone(&dataset);
+        let validation_documents = blocking(move || data.validation_documents(rounds)).await?;
         let (end, ended) = oneshot::channel();
         let over = Arc::new(AtomicBool::new(false));
         // A member that lives dials again at once; its silence for this long is its end elsewhere too.
@@ -150,6 +153,7 @@ impl Door {
             nodes_are_gone: options.nodes_are_gone,
             may_go_back: options.may_go_back,
             over: Arc::clone(&over),
+            validation_documents,
             end,
         };
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)
@@ -158,7 +162,7 @@ impl Door {
         let shared = Arc::new(Shared::new(SharedParts {
             credentials,
             checkpoints,
-            dataset: Arc::new(dataset),
+            dataset,
             actor,
             endpoint: endpoint.clone(),
             pipeline: pipeline.clone(),

@@ -74,6 +74,10 @@ pub(crate) struct ValidationLine {
     pub step: Step,
     /// Mean cross-entropy on held-out text, nats per token.
     pub loss: f64,
+    /// The standard error of the loss, by document; null with fewer than two documents.
+    pub standard_error: Option<f64>,
+    /// The number of documents of which tokens were measured.
+    pub documents: u64,
     /// The number of measured tokens.
     pub tokens: u64,
 }

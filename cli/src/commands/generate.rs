@@ -54,8 +54,12 @@ fn temperature(text: &str) -> Result<f64, InvalidArgument> {
 /// # Errors
 /// When there is no such run or checkpoint, or the tokenizer does not fit it.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let sampling =
-        Sampling { max_tokens: args.max_tokens, temperature: args.temperature, seed: args.seed, ..Sampling::default() };
+    let sampling = Sampling {
+        max_tokens: args.max_tokens,
+        temperature: args.temperature,
+        seed: args.seed,
+        ..Sampling::default()
+    };
     let text = continue_prompt(&args.run, args.step.map(Step), &args.prompt, sampling, &args.device)?;
     output::line(format_args!("{}{text}", args.prompt))?;
     Ok(())

@@ -1,6 +1,7 @@
 //! `volary supervisor`: coordinates a run; nodes join it from any machine.
 
 use crate::config::Config;
+use crate::corpus_summary;
 use crate::http::{self, HttpListener};
 use crate::limits::LAST_CHECKPOINT_MAX;
 use crate::output;
@@ -190,7 +191,10 @@ fn serve(
 
 /// The run's tokens, prepared if they are not.
 fn open_dataset(config: &Config, dir: &RunDir) -> anyhow::Result<Dataset> {
-    preparation::prepare_data(config, dir, &mut |_| {})?;
+    let prepared = preparation::prepare_data(config, dir, &mut |_| {})?;
+    if !prepared.resumed {
+        corpus_summary::lines(&prepared.manifest).iter().for_each(output::note);
+    }
     let training = &config.training;
     let (length, sequences) = (training.sequence_length, training.sequences_per_lane);
     Ok(Dataset::open(&dir.data(), length, sequences, training.lanes, config.run.seed)?)

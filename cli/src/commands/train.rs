@@ -3,6 +3,7 @@
 use crate::cluster::{Cluster, LaunchOptions, Starting};
 use crate::commands::generate;
 use crate::config::Config;
+use crate::corpus_summary;
 use crate::follow::{RunOutcome, follow};
 use crate::output;
 use crate::preparation::{self, ClaimedDir, PREPARING};
@@ -15,7 +16,7 @@ use anyhow::bail;
 use std::fmt;
 use std::path::PathBuf;
 use volary_core::{Lane, Step};
-use volary_data::PreparationStage;
+use volary_data::{PreparationStage, Prepared};
 use volary_model::sampling::Sampling;
 use volary_storage::RunDir;
 
@@ -96,8 +97,11 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let (config, claimed, script) = prepare(&args)?;
     let display = ProgressDisplay::new(config.training.steps, args.quiet);
     let prepared = prepare_data(&config, &claimed.dir, &display, &interrupts);
-    prepared.inspect_err(|_| display.finish())?;
+    let prepared = prepared.inspect_err(|_| display.finish())?;
     let dir = claimed.release();
+    if !prepared.resumed {
+        corpus_summary::lines(&prepared.manifest).iter().for_each(|line| display.note(line));
+    }
     display.note(&format!("run {} in {}", config.run.name, dir.root().display()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = LaunchOptions {
@@ -163,7 +167,7 @@ fn prepare_data(
     dir: &RunDir,
     display: &ProgressDisplay,
     interrupts: &Interrupts,
-) -> anyhow::Result<()> {
+) -> anyhow::Result<Prepared> {
     let mut phases = display.phases();
     let mut progress = move |progress: volary_data::Progress| {
         let phase = match progress.stage {
@@ -232,10 +236,10 @@ impl fmt::Display for Summary<'_> {
             None => writeln!(f, "nothing left to do")?,
         }
         if let (Some(first), Some(last)) = (self.validations.first(), self.validations.last()) {
-            let (loss, step, first) = (last.loss, last.step, first.loss);
+            let (step, first) = (last.step, first.loss);
             writeln!(
                 f,
-                "validation loss {loss:.4} after step {step}, {first:.4} at the start (nats per token)"
+                "validation loss {last} after step {step}, {first:.4} at the start (nats per token)"
             )?;
         }
         match self.checkpoint {

@@ -229,8 +229,10 @@ impl Machine {
         let losses: Vec<f64> = reports.lanes.values().map(|lane| lane.loss).collect();
         let tokens = losses.len() as u64 * self.settings.training.tokens_per_lane() as u64;
         let loss = fold_numbers(&losses) / losses.len().max(1) as f64;
+        let sequences =
+            reports.lanes.values_mut().map(|lane| std::mem::take(&mut lane.sequence_losses)).collect();
         self.validated = Some(self.committed);
-        self.effects.push(Effect::Validated { step: self.committed, loss, tokens });
+        self.effects.push(Effect::Validated { step: self.committed, loss, tokens, sequences });
         self.advance();
     }
 }

@@ -242,8 +242,9 @@ pub enum Effect {
     VerifyCheckpoint { step: Step },
     /// Delete all committed steps after `step`, and make `state` durable in the same transaction.
     GoBack { step: Step, state: PersistentState },
-    /// The held-out loss after `step`.
-    Validated { step: Step, loss: f64, tokens: u64 },
+    /// The held-out loss after `step`: the mean over `tokens` tokens, and that of each sequence by round and
+    /// lane.
+    Validated { step: Step, loss: f64, tokens: u64, sequences: Vec<Vec<f32>> },
     /// Tell the operator.
     Notice(Notice),
     /// The run is complete, or stopped by an operator, and durable.

@@ -82,7 +82,8 @@ fn text_format(head: &[u8], extension: &str, column: &str) -> Result<Format, &'s
     let text = head.strip_prefix(b"\xef\xbb\xbf").unwrap_or(head).trim_ascii_start();
     let first_line = text.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let is_whole = first_line.len() < text.len() || head.len() < HEAD_BYTES;
-    let record = if text.starts_with(b"{") && is_whole { parse_record(first_line, column).ok() } else { None };
+    let record =
+        if text.starts_with(b"{") && is_whole { parse_record(first_line, column).ok() } else { None };
     match extension {
         "parquet" => Err("text (the name promises Parquet)"),
         // Any other content is an error of its reader, which names the line.
@@ -117,7 +118,9 @@ fn not_text(head: &[u8]) -> Option<String> {
     let known = infer::get(head).filter(|kind| kind.matcher_type() != infer::MatcherType::Text);
     match known {
         // Some marks are two letters, with which a text may begin.
-        Some(kind) if is_binary || !is_utf8 || kind.extension() == "pdf" => Some(kind.mime_type().to_string()),
+        Some(kind) if is_binary || !is_utf8 || kind.extension() == "pdf" => {
+            Some(kind.mime_type().to_string())
+        }
         None if is_binary => Some("binary data".into()),
         _ => None,
     }

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::layers;
 use crate::weights::{Parameter, Shard, parameters};
 use tch::{Kind, Tensor};
-use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor};
+use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor, LaneLoss};
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::schedule::Update;
@@ -44,7 +44,7 @@ impl Compute for Glam {
         x: Tensor,
         tokens: &[u32],
         train: bool,
-    ) -> Computed<(f64, Option<(Tensor, Gradient)>)> {
+    ) -> Computed<(LaneLoss, Option<(Tensor, Gradient)>)> {
         Ok(self.loss_inner(&params, &x, tokens, train)?)
     }
 

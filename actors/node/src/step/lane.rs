@@ -124,7 +124,7 @@ impl<B: Compute> LanePass<'_, B> {
         let tokens_for_loss = Arc::clone(&tokens);
         let loss = |meter| embedding.loss(at, x, tokens_for_loss, train, meter);
         let (loss, dx) = trace.span("dense.loss", loss).await?;
-        report.loss = loss;
+        (report.loss, report.sequence_losses) = (loss.mean, loss.sequences);
         if !train {
             return Ok(report);
         }

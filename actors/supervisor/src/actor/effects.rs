@@ -8,12 +8,13 @@ use crate::limits::{SHORT_NOTICE_S, STATUS_EVENTS};
 use crate::messages::{CheckpointerMsg, SupervisorMsg, notify};
 use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 use volary_core::machine::{Committed, Effect, Notice, PersistentState};
 use volary_core::messages::NodeCommand;
 use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
+use volary_data::validation;
 use volary_protocol::ToNode;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Error as StorageError;
@@ -39,9 +40,9 @@ impl SupervisorState {
             }
             Effect::VerifyCheckpoint { step } => self.verify_checkpoint(step),
             Effect::GoBack { step, state } => self.go_back(step, state).await?,
-            Effect::Validated { step, loss, tokens } => {
+            Effect::Validated { step, loss, tokens, sequences } => {
                 self.last_commit = Instant::now();
-                let line = ValidationLine { step, loss, tokens };
+                let line = self.validation_line(step, (loss, tokens), &sequences);
                 self.telemetry.validated(&line);
                 self.files.validation(&line);
             }
@@ -51,6 +52,23 @@ impl SupervisorState {
             Effect::Fatal { reason } => self.on_end(RunEnd::Fatal { reason }),
         }
         Ok(())
+    }
+
+    /// The loss with its uncertainty; `sequences` are the losses of the sequences by round and lane.
+    fn validation_line(
+        &self,
+        step: Step,
+        (loss, tokens): (f64, u64),
+        sequences: &[Vec<f32>],
+    ) -> ValidationLine {
+        let lanes = self.validation_documents.iter().zip(sequences);
+        let pairs = lanes.flat_map(|(documents, losses)| documents.iter().copied().zip(losses));
+        let by_document: Vec<(u64, f64)> =
+            pairs.map(|(document, loss)| (document, f64::from(*loss))).collect();
+        let documents =
+            by_document.iter().map(|(document, _)| document).collect::<BTreeSet<_>>().len() as u64;
+        let standard_error = validation::standard_error(&by_document);
+        ValidationLine { step, loss, standard_error, documents, tokens }
     }
 
     fn open_checkpoint(
