@@ -1,6 +1,7 @@
 //! Follows a run on this machine from its first step to its end: shows its progress, plays its script, and
 //! restarts its processes.
 
+use crate::alerts;
 use crate::cluster::Cluster;
 use crate::commands::operate;
 use crate::limits::{DESERTED_AFTER, RUN_POLL, RUN_POLL_SCRIPTED};
@@ -36,6 +37,7 @@ pub fn follow(
         cluster,
         dir,
         metrics: Tail::new(dir.metrics()),
+        events: Tail::at_end(dir.events()),
         display,
         script,
         interrupts,
@@ -53,6 +55,7 @@ struct Follower<'a> {
     cluster: &'a mut Cluster,
     dir: &'a RunDir,
     metrics: Tail,
+    events: Tail,
     display: ProgressDisplay,
     script: Script,
     interrupts: &'a Interrupts,
@@ -68,7 +71,7 @@ impl Follower<'_> {
         loop {
             // Before the metrics, so that none of them is missed.
             let exit_status = self.cluster.supervisor_exit_status();
-            self.read_metrics();
+            self.read_files();
             if let Some(status) = exit_status {
                 if status.success() {
                     self.note_pending_events();
@@ -86,11 +89,14 @@ impl Follower<'_> {
         }
     }
 
-    fn read_metrics(&mut self) {
+    fn read_files(&mut self) {
         let lines = self.metrics.lines();
         for metrics in lines.iter().filter_map(|line| serde_json::from_str::<StepMetrics>(line).ok()) {
             self.step = self.step.max(metrics.step);
             self.display.step(metrics);
+        }
+        for alert in self.events.lines().iter().filter_map(|line| alerts::text(line)) {
+            self.display.note(&alert);
         }
     }
 

@@ -43,6 +43,7 @@
 //! # anyhow::Ok(())
 //! ```
 
+pub mod alerts;
 pub mod arguments;
 pub mod cluster;
 pub mod commands;

@@ -3,7 +3,7 @@
 use crate::limits::{PROGRESS_INTERVAL, SPINNER_INTERVAL};
 use crate::output;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use std::fmt;
 use std::fs::File;
 use std::io::{IsTerminal, Read, Seek, SeekFrom};
@@ -15,8 +15,12 @@ use std::time::{Duration, Instant};
 pub struct StepMetrics {
     /// The step.
     pub step: u64,
-    /// Mean cross-entropy, in nats per token.
+    /// Mean cross-entropy, in nats per token; NaN, which JSON writes as null, where it is not finite.
+    #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
+    /// Whether the update was skipped because a gradient was not finite.
+    #[serde(default)]
+    pub skipped: bool,
     /// Tokens per second.
     #[serde(default)]
     pub tokens_per_second: Option<f64>,
@@ -24,12 +28,17 @@ pub struct StepMetrics {
     pub nodes: u32,
 }
 
+fn number_or_null<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
+}
+
 /// A line of `validation.jsonl`.
 #[derive(Clone, Copy, Debug, Deserialize)]
 pub struct Validation {
     /// The step after which it was measured.
     pub step: u64,
-    /// Mean cross-entropy on held-out text, in nats per token.
+    /// Mean cross-entropy on held-out text, in nats per token; NaN where it is not finite.
+    #[serde(deserialize_with = "number_or_null")]
     pub loss: f64,
     /// The standard error of the loss, by document.
     #[serde(default)]
@@ -56,6 +65,13 @@ impl Tail {
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
         Self { path, offset: 0, partial: String::new() }
+    }
+
+    /// From the present end of the file.
+    #[must_use]
+    pub fn at_end(path: PathBuf) -> Self {
+        let offset = path.metadata().map_or(0, |metadata| metadata.len());
+        Self { path, offset, partial: String::new() }
     }
 
     /// The complete lines since the last call. A file that shrank, of a run that rolled back, is followed
@@ -127,6 +143,8 @@ pub struct ProgressDisplay {
     /// The first step of this process, and its time.
     first: Option<(u64, Instant)>,
     last: Option<StepMetrics>,
+    /// Skipped steps of this process.
+    skipped: u64,
 }
 
 impl ProgressDisplay {
@@ -140,7 +158,7 @@ impl ProgressDisplay {
             bar.enable_steady_tick(SPINNER_INTERVAL);
             bar
         });
-        Self { bar, steps, quiet, last_line: Instant::now(), first: None, last: None }
+        Self { bar, steps, quiet, last_line: Instant::now(), first: None, last: None, skipped: 0 }
     }
 
     /// Shows a line above the bar.
@@ -172,10 +190,15 @@ impl ProgressDisplay {
     pub fn step(&mut self, metrics: StepMetrics) {
         let is_first = self.last.is_none();
         self.last = Some(metrics);
-        let StepMetrics { step, loss, tokens_per_second, nodes } = metrics;
+        let StepMetrics { step, loss, skipped, tokens_per_second, nodes } = metrics;
+        self.skipped += u64::from(skipped);
         self.first.get_or_insert_with(|| (step, Instant::now()));
         let speed = tokens_per_second.unwrap_or_default();
-        let message = format!("loss {loss:.4}  {speed:.0} tokens/s  {nodes} nodes");
+        let skipped = match self.skipped {
+            0 => String::new(),
+            count => format!("  {count} skipped"),
+        };
+        let message = format!("loss {loss:.4}  {speed:.0} tokens/s  {nodes} nodes{skipped}");
         if let Some(bar) = &self.bar {
             if is_first {
                 bar.disable_steady_tick();

@@ -44,7 +44,7 @@
 //! assert_eq!(effects, [Effect::Report(NodeReport::Ready { epoch })]);
 //!
 //! let lanes = vec![(Lane(0), vec![1, 2, 3])];
-//! agent.handle(Event::Command(NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes }));
+//! agent.handle(Event::Command(NodeCommand::Begin { epoch, step, data: step, pass: Pass::Train, lanes }));
 //! // The shell has run the lane and holds the gradient.
 //! let (norms, lanes) = (Vec::new(), Vec::new());
 //! agent.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, lanes, speed: None }));
@@ -187,7 +187,7 @@ impl Agent {
     fn on_command(&mut self, message: NodeCommand) {
         match message {
             NodeCommand::Assign(assignment) => self.on_assign(*assignment),
-            NodeCommand::Begin { epoch, step, pass, lanes } if epoch == self.epoch => {
+            NodeCommand::Begin { epoch, step, pass, lanes, .. } if epoch == self.epoch => {
                 self.on_begin(epoch, step, pass, lanes)
             }
             NodeCommand::Commit { epoch, step, update } if epoch == self.epoch => {

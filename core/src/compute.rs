@@ -108,6 +108,8 @@ pub trait Compute: Send + Sync + Sized + 'static {
     fn load(&self, shard: ShardId, bytes: &[u8]) -> Computed<Self::Shard>;
     /// The stored form of a shard at a version: equal bytes for equal bits, on every node.
     fn store(&self, shard: ShardId, version: Step, state: &Self::Shard) -> Computed<Vec<u8>>;
+    /// Whether all parameters of a shard are finite.
+    fn is_finite(&self, state: &Self::Shard) -> Computed<bool>;
     /// A view of a shard's parameters. It shares their memory.
     fn params(&self, state: &Self::Shard) -> Self::Params;
 

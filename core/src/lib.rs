@@ -26,6 +26,7 @@ pub mod agent;
 pub mod architecture;
 pub mod compute;
 pub mod costs;
+pub mod data_skips;
 pub mod dispatch;
 pub mod ids;
 mod invalid;

@@ -73,3 +73,6 @@ pub const PAUSE_MS: u64 = 5_000;
 
 /// The longest name of a zone, in bytes.
 pub const ZONE_MAX: usize = 128;
+
+/// Returns to one checkpoint after which a run that breaks again ends.
+pub const RETURNS_MAX: usize = 3;

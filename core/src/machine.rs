@@ -90,12 +90,14 @@
 //! | `failures`, `suspicion` | failing, unreachable and slow nodes: retries, fences, suspensions |
 //! | `rebalance`, `balance` | measured speeds and expert loads |
 //! | `checkpoints` | when they are written, and the end of a run |
+//! | `nan` | skipped steps, weights that are not finite, going back past the data |
 
 mod assignments;
 mod balance;
 mod checkpoints;
 mod failures;
 mod gathering;
+mod nan;
 mod nodes;
 mod placing;
 mod rebalance;
@@ -107,6 +109,7 @@ mod types;
 
 pub use types::{Activity, Committed, Effect, Event, LossCause, Notice, PersistentState, Restored, Settings};
 
+use crate::data_skips::DataSkips;
 use crate::ids::{NodeId, ShardId, Step, Timeline};
 use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::placement::Placement;
@@ -132,6 +135,11 @@ pub struct Machine {
     /// The checkpoint whose bytes are known to be intact.
     verified: Option<Step>,
     validated: Option<Step>,
+    /// Steps since the last one whose update was applied.
+    skipped_in_a_row: u64,
+    /// Why weights in memory may not be stored: they are not finite.
+    broken_weights: Option<String>,
+    data_skips: DataSkips,
     /// The nodes that hold each shard at version `committed`; empty while no node holds anything.
     holders: BTreeMap<ShardId, BTreeSet<NodeId>>,
     phase: Phase,
@@ -143,6 +151,8 @@ pub struct Machine {
     /// Attempts at checkpoints so far.
     checkpoint_attempts: u64,
     checkpoint_requested: bool,
+    /// The last step whose checkpoint was due and not begun.
+    passed: Option<Step>,
     stopping: bool,
     suspicion: Suspicion,
     /// Learners of this placement that have missed gradients.
@@ -160,7 +170,7 @@ impl Machine {
     /// The machine of a run, new or resumed.
     #[must_use]
     pub fn new(settings: Settings, restored: Restored) -> Self {
-        let Restored { durable, last, persistent } = restored;
+        let Restored { durable, last, skipped_in_a_row, persistent } = restored;
         // A checkpoint may be newer than what the database kept of the journal.
         let last = last.filter(|last| durable.is_none_or(|durable| last.step >= durable));
         let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
@@ -178,6 +188,9 @@ impl Machine {
             durable,
             verified: None,
             validated: None,
+            skipped_in_a_row,
+            broken_weights: None,
+            data_skips: persistent.data_skips,
             holders: BTreeMap::new(),
             phase: Phase::Gathering(Gathering {
                 wanted_nodes,
@@ -192,6 +205,7 @@ impl Machine {
             checkpoint: None,
             checkpoint_attempts: 0,
             checkpoint_requested: false,
+            passed: None,
             stopping: false,
             suspicion: Suspicion::default(),
             learners_late: BTreeMap::new(),
@@ -323,6 +337,7 @@ impl Machine {
                 self.on_failed(&node, &reason, fatal, suspect)
             }
             // A checkpoint may outlive its epoch.
+            NodeReport::WeightsNotFinite { step, shard } => self.on_not_finite(step, shard),
             NodeReport::CheckpointFailed { step, reason } => self.on_shard_not_stored(&node, step, &reason),
             // M-3.
             _ => {}

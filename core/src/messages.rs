@@ -85,6 +85,8 @@ pub enum NodeCommand {
         epoch: Epoch,
         /// The step.
         step: Step,
+        /// The step whose data a training pass takes; see [`DataSkips`](crate::data_skips::DataSkips).
+        data: Step,
         /// Training or validation.
         pass: Pass,
         /// This node's lanes with their tokens, `[sequences, sequence_length + 1]` row by row.
@@ -214,6 +216,13 @@ pub enum NodeReport {
     },
     /// An operator drains this node: it waits until it is released.
     LeaveRequested,
+    /// A shard for a checkpoint is not stored: its weights are not finite.
+    WeightsNotFinite {
+        /// The checkpoint's step.
+        step: Step,
+        /// The shard.
+        shard: ShardId,
+    },
     /// A shard for a checkpoint cannot be stored or sent.
     CheckpointFailed {
         /// The checkpoint's step.

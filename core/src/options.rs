@@ -149,6 +149,12 @@ pub struct TrainingOptions {
     /// The learning rate.
     #[serde(default)]
     pub schedule: Schedule,
+    /// What follows weights that are not finite, and `max_skipped_steps` in a row.
+    #[serde(default)]
+    pub on_nan: OnNan,
+    /// Steps in a row that may be skipped because their gradients are not finite, before `on_nan` applies.
+    #[serde(default = "default_max_skipped_steps")]
+    pub max_skipped_steps: u64,
     /// The largest norm of the whole gradient; without it, no clipping.
     #[serde(default)]
     pub clip_norm: Option<f64>,
@@ -175,6 +181,24 @@ fn default_sequence_length() -> usize {
 fn default_aux() -> f64 {
     0.01
 }
+fn default_max_skipped_steps() -> u64 {
+    10
+}
+
+/// What follows when a run is broken by numbers that are not finite (GLaM, section 6: single steps are skipped,
+/// and a run restarts from an earlier healthy checkpoint).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnNan {
+    /// The run goes back to the newest checkpoint, and past the data that broke it. It ends with an error when
+    /// that does not help.
+    #[default]
+    GoBack,
+    /// Steps are skipped without end; a run whose last steps were skipped ends with an error.
+    Skip,
+    /// The run ends with an error.
+    Stop,
+}
 
 impl TrainingOptions {
     /// The defaults for a run of `steps` steps.
@@ -188,6 +212,8 @@ impl TrainingOptions {
             sequence_length: default_sequence_length(),
             optimizer: Optimizer::default(),
             schedule: Schedule::default(),
+            on_nan: OnNan::default(),
+            max_skipped_steps: default_max_skipped_steps(),
             clip_norm: None,
             aux_loss: default_aux(),
             z_loss: 0.0,
@@ -223,6 +249,7 @@ impl TrainingOptions {
             ("lane_group", self.lane_group.into(), LANES_MAX),
             ("sequences_per_lane", self.sequences_per_lane as u64, SEQUENCES_MAX),
             ("sequence_length", self.sequence_length as u64, SEQUENCE_LENGTH_MAX),
+            ("max_skipped_steps", self.max_skipped_steps, STEPS_MAX),
         ];
         for (key, value, most) in bounded {
             if value == 0 || value > most {

@@ -131,7 +131,7 @@ mod tests {
         edited.insert(300, 7);
         assert!(index.has_near_duplicate_of(&edited));
         assert!(index.has_near_duplicate_of(&held_out[50..150]));
-        assert!(index.has_near_duplicate_of(&[text(3, 2000), held_out.clone(), text(4, 2000)].concat()));
+        assert!(index.has_near_duplicate_of(&[text(3, 2000), held_out, text(4, 2000)].concat()));
     }
 
     #[test]

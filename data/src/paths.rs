@@ -174,7 +174,7 @@ pub(crate) fn walk(root: &Path) -> impl Iterator<Item = Result<PathBuf, Error>> 
         Ok(entry) => Some(Ok(entry.into_path())),
         Err(error) if is_dangling(&error) => None,
         Err(error) => {
-            let path = error.path().unwrap_or(Path::new("")).to_path_buf();
+            let path = error.path().unwrap_or_else(|| Path::new("")).to_path_buf();
             Some(Err(Error::Read { path, error: error.into() }))
         }
     })

@@ -6,7 +6,7 @@ use tch::{Device, Kind, Tensor};
 use volary_core::architecture::{Activation, Architecture, SecondExpert};
 use volary_core::compute::{Compute, LaneLoss};
 use volary_core::dispatch::{Capacity, Dispatch};
-use volary_core::options::TrainingOptions;
+use volary_core::options::{OnNan, TrainingOptions};
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Update;
 use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
@@ -48,6 +48,8 @@ fn training() -> TrainingOptions {
         schedule: Default::default(),
         clip_norm: None,
         aux_loss: 0.01,
+        on_nan: OnNan::GoBack,
+        max_skipped_steps: 10,
         z_loss: 0.001,
     }
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use volary_core::architecture::presets;
 use volary_core::machine::{Effect, Event, LossCause, Machine, Restored, Settings};
 use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, ResidentState};
-use volary_core::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use volary_core::options::{CheckpointOptions, ClusterOptions, OnNan, TrainingOptions, ValidationOptions};
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{NodeId, ShardId};
@@ -47,6 +47,8 @@ fn settings(nodes: usize) -> Settings {
             schedule: Default::default(),
             clip_norm: None,
             aux_loss: 0.01,
+            on_nan: OnNan::GoBack,
+            max_skipped_steps: 10,
             z_loss: 0.0,
         },
         cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },

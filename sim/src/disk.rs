@@ -34,6 +34,8 @@ impl Disk {
         let last = self.journal.values().last();
         Restored {
             durable: self.durable,
+            skipped_in_a_row: self.journal.values().rev().take_while(|step| !step.update.apply).count()
+                as u64,
             last: last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update }),
             persistent: self.persistent.clone(),
         }

@@ -198,6 +198,14 @@ fn on_failure(effect: &Effect, epoch: Epoch) -> Box<dyn FnOnce(Failure) -> Event
     }
 }
 
+/// The report of a checkpoint's shard that was not stored.
+fn not_stored(step: Step, error: &Error) -> NodeReport {
+    match error {
+        Error::NotFinite { shard } => NodeReport::WeightsNotFinite { step, shard: *shard },
+        other => NodeReport::CheckpointFailed { step, reason: other.to_string() },
+    }
+}
+
 impl<B: Compute> AgentState<B> {
     /// A supervisor that does not accept this node's state makes it start with nothing.
     fn on_connected(&mut self, connection: Connection) {
@@ -370,7 +378,7 @@ impl<B: Compute> AgentState<B> {
         tokio::spawn(async move {
             let _span = span;
             if let Err(error) = send_stored(&me, &uplink, epoch, step).await {
-                let report = NodeReport::CheckpointFailed { step, reason: error.to_string() };
+                let report = not_stored(step, &error);
                 drop(messages.send(ToSupervisor::Protocol(report)).await);
             }
         });
@@ -382,7 +390,7 @@ impl<B: Compute> AgentState<B> {
         if let Err(error) = self.stores.store_before_change(&self.replicas, shards).await {
             let step = self.stores.step();
             self.stores = PendingStores::default();
-            self.report(NodeReport::CheckpointFailed { step, reason: error.to_string() }).await;
+            self.report(not_stored(step, &error)).await;
         }
     }
 

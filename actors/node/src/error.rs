@@ -25,6 +25,9 @@ pub(crate) enum Error {
     /// The state of a shard could not be loaded, updated or stored.
     #[error("{shard}: {source}")]
     Replica { shard: ShardId, source: ComputeError },
+    /// The weights of a shard are not finite.
+    #[error("{shard}: its weights are not finite")]
+    NotFinite { shard: ShardId },
     /// A peer cannot be reached, or its link broke.
     #[error("{peer} cannot be reached: {reason}")]
     Unreachable { peer: NodeId, reason: String },

@@ -151,9 +151,10 @@ impl<B: Compute> ShardActor<B> {
         self.call(|reply| ShardMsg::Apply { gradient, step, update, reply }).await
     }
 
-    /// The version and the stored form of the shard, at `version` where one is wanted.
-    pub(crate) async fn store(&self, version: Option<Step>) -> Result<(Step, Vec<u8>)> {
-        self.call(|reply| ShardMsg::Store { version, reply }).await
+    /// The version and the stored form of the shard, at `version` where one is wanted. With `finite`, weights
+    /// that are not finite are an error.
+    pub(crate) async fn store(&self, version: Option<Step>, finite: bool) -> Result<(Step, Vec<u8>)> {
+        self.call(|reply| ShardMsg::Store { version, finite, reply }).await
     }
 
     /// Drops everything that belongs to epochs before `epoch`.

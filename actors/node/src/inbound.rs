@@ -183,7 +183,7 @@ async fn shard<B: Compute>(node: &Arc<NodeContext<B>>, peer: &NodeId, frame: &Fr
         check(node, frame.epoch, peer, Traffic::Shard { shard })?;
     }
     let actors = node.shard_actors();
-    let (version, stored) = actors.get(shard)?.store(version).await?;
+    let (version, stored) = actors.get(shard)?.store(version, false).await?;
     let header = StoredShard { shard, version };
     Ok(frames::blob(FrameKind::Shard, frame.epoch, version, &header, stored)?)
 }

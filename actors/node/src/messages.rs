@@ -155,7 +155,7 @@ pub(crate) enum ShardMsg<B: Compute> {
     /// One step of the optimizer; no gradient when no token reached the expert.
     Apply { gradient: Option<B::Gradient>, step: Step, update: Update, reply: Reply<()> },
     /// The stored form and its version; refused when another version is wanted.
-    Store { version: Option<Step>, reply: Reply<(Step, Vec<u8>)> },
+    Store { version: Option<Step>, finite: bool, reply: Reply<(Step, Vec<u8>)> },
     /// Drop everything that belongs to epochs before this one.
     Discard { epoch: Epoch },
 }

@@ -172,6 +172,10 @@ impl Compute for FakeCompute {
         Ok(numbers.flat_map(|number| number.to_le_bytes()).collect())
     }
 
+    fn is_finite(&self, state: &FakeShard) -> Computed<bool> {
+        Ok(state.weights.iter().all(|weight| weight.is_finite()))
+    }
+
     fn params(&self, state: &FakeShard) -> Vec<f32> {
         state.weights.clone()
     }

@@ -70,7 +70,13 @@ fn as_many_lanes_as_are_allowed_fit_into_one_report() {
 #[test]
 fn the_tokens_of_many_lanes_are_sent_in_several_messages() {
     let tokens = |lane: u32| vec![u32::MAX - lane; 2_100];
-    let begin = |lanes| NodeCommand::Begin { epoch: Epoch(3), step: Step(4), pass: Pass::Train, lanes };
+    let begin = |lanes| NodeCommand::Begin {
+        epoch: Epoch(3),
+        step: Step(4),
+        data: Step(4),
+        pass: Pass::Train,
+        lanes,
+    };
     for lanes in [0, 1, 400, 3_000] {
         let all: Vec<(Lane, Vec<u32>)> = (0..lanes).map(|lane| (Lane(lane), tokens(lane))).collect();
         let messages = ToNode::Protocol(begin(all.clone()), None).split();

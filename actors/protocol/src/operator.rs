@@ -93,6 +93,10 @@ pub struct Status {
     pub activity: Activity,
     /// The last durable checkpoint.
     pub checkpoint: Option<Step>,
+    /// Checkpoints that could not be written since the supervisor started.
+    pub failed_checkpoints: u64,
+    /// Steps that were skipped since the supervisor started, because their gradients were not finite.
+    pub skipped_steps: u64,
     /// Assignments of the last committed step: by MoE layer, by expert.
     pub load: Vec<Vec<u64>>,
     /// The loss of the last committed step, nats per token.

@@ -123,6 +123,9 @@ pub(crate) struct SupervisorState {
     last_metrics: Option<MetricsLine>,
     /// The last lines of `events.jsonl`, for `status`.
     recent_events: VecDeque<String>,
+    /// Steps that were skipped, and checkpoints that failed, in this process.
+    skipped_steps: u64,
+    failed_checkpoints: u64,
     /// Operators' requests that are answered later.
     pending_requests: Vec<(OperatorRequest, RpcReplyPort<OperatorReply>)>,
     end: Option<oneshot::Sender<RunEnd>>,
@@ -141,7 +144,12 @@ impl Actor for SupervisorActor {
         me: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> std::result::Result<Self::State, ActorProcessingErr> {
-        let recovery = Recovery::load(&args.store, &args.checkpoints, args.nodes_are_gone)?;
+        let recovery = Recovery::load(
+            &args.store,
+            &args.checkpoints,
+            args.nodes_are_gone,
+            args.settings.training.max_skipped_steps,
+        )?;
         let files = RunFiles::open(&args.dir, &args.store)?;
         let start = CheckpointerArgs {
             checkpoints: args.checkpoints.clone(),
@@ -208,6 +216,8 @@ impl SupervisorState {
             last_metrics: None,
             recent_events: VecDeque::new(),
             pending_requests: Vec::new(),
+            skipped_steps: 0,
+            failed_checkpoints: 0,
             end: Some(end),
         }
     }

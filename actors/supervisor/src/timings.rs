@@ -126,8 +126,12 @@ impl Timings {
                 self.recover(&cause, silent);
                 self.resize = None;
             }
-            Notice::WentBack { from, to, .. } => {
-                self.recover("the last replica of a shard is lost", Duration::ZERO);
+            Notice::WentBack { from, to, .. } | Notice::WentBackFromNan { from, to, .. } => {
+                let cause = match notice {
+                    Notice::WentBackFromNan { .. } => "numbers are not finite",
+                    _ => "the last replica of a shard is lost",
+                };
+                self.recover(cause, Duration::ZERO);
                 if let Some(recovery) = &mut self.recovery {
                     recovery.steps_lost += *from - *to;
                 }

@@ -171,6 +171,8 @@ mod tests {
             steps: 200,
             activity: Activity::Training,
             checkpoint: Some(Step(40)),
+            failed_checkpoints: 0,
+            skipped_steps: 0,
             load: vec![vec![10, 10, 10, 10], vec![40, 0, 0, 0]],
             loss: Some(3.25),
             tokens_per_second: Some(5000.0),

@@ -36,7 +36,13 @@ impl Harness {
     }
 
     fn begin(&mut self, epoch: Epoch, step: Step) -> &[Effect] {
-        self.handle(Event::Command(NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes: Vec::new() }))
+        self.handle(Event::Command(NodeCommand::Begin {
+            epoch,
+            step,
+            data: step,
+            pass: Pass::Train,
+            lanes: Vec::new(),
+        }))
     }
 
     fn prepare(&mut self, epoch: Epoch, step: Step) -> &[Effect] {

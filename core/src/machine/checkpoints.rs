@@ -10,9 +10,22 @@ impl Machine {
     /// Begins a checkpoint if one is due; `last` asks for one at the end of the run.
     pub(super) fn checkpoint_if_due(&mut self, last: bool) {
         let every = self.settings.checkpoint.every;
-        let due = self.checkpoint_requested || last || (every > 0 && self.committed.is_multiple_of(every));
-        if due && !self.is_durable() && self.checkpoint.is_none() {
-            self.begin_checkpoint();
+        let in_turn = every > 0 && self.committed.is_multiple_of(every);
+        if self.is_durable() || !(self.checkpoint_requested || last || in_turn) {
+            return;
+        }
+        let passed = match &self.checkpoint {
+            Some(writing) if writing.step == self.committed => return,
+            Some(writing) => format!("the checkpoint of step {} is still being written", writing.step),
+            // What was broken at an earlier step must not push out a healthy checkpoint.
+            None if self.skipped_in_a_row > 0 && !last && !self.checkpoint_requested => {
+                format!("the last {} steps were skipped", self.skipped_in_a_row)
+            }
+            None => return self.begin_checkpoint(),
+        };
+        if in_turn && self.passed != Some(self.committed) {
+            self.passed = Some(self.committed);
+            self.notice(Notice::CheckpointPassed { step: self.committed, reason: passed });
         }
     }
 

@@ -1,7 +1,7 @@
 //! Membership: nodes that join, return, disconnect, drain and leave.
 
 use super::state::{Finish, Node, Phase};
-use super::{Effect, LossCause, Machine, Notice, PersistentState};
+use super::{Effect, LossCause, Machine, Notice};
 use crate::ids::{NodeId, ShardId};
 use crate::messages::{NodeCommand, ResidentState};
 use crate::placement::Placement;
@@ -204,8 +204,8 @@ impl Machine {
             self.release(node);
         }
         self.placement = Placement { epoch: self.placement.epoch, ..Placement::default() };
-        let (epoch, timeline) = (self.placement.epoch, self.timeline);
-        self.effects.push(Effect::Persist(PersistentState { epoch, timeline, members: Vec::new() }));
+        let state = self.persistent(Vec::new());
+        self.effects.push(Effect::Persist(state));
         self.wait_for_nodes();
     }
 

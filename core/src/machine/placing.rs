@@ -7,7 +7,7 @@
 //! nothing before the next step, and a join or a drain aborts nothing.
 
 use super::state::{Part, Phase};
-use super::{Effect, Machine, Notice, PersistentState};
+use super::{Effect, Machine, Notice};
 use crate::ids::{NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, Source};
 use crate::placement::Placement;
@@ -101,9 +101,8 @@ impl Machine {
             (node.clone(), Part { shards: assignment.shards.len(), lanes })
         };
         self.parts = assignments.iter().map(part).collect();
-        let (epoch, timeline) = (self.placement.epoch, self.timeline);
-        let members = self.placement.members.clone();
-        self.effects.push(Effect::Persist(PersistentState { epoch, timeline, members }));
+        let state = self.persistent(self.placement.members.clone());
+        self.effects.push(Effect::Persist(state));
         let placed = self.placed_notice(cause, &assignments);
         self.notice(placed);
         for (node, assignment) in assignments {
@@ -213,17 +212,7 @@ impl Machine {
         let Some(shard) = self.lost_shard() else { return };
         let checkpoint = self.durable.unwrap_or_default();
         if self.committed != checkpoint {
-            self.timeline = self.timeline.next();
-            self.notice(Notice::WentBack { from: self.committed, to: checkpoint, shard });
-            if let Some(abandoned) = self.checkpoint.take() {
-                self.effects.push(Effect::DropCheckpoint { attempt: abandoned.attempt });
-            }
-            let (epoch, timeline) = (self.placement.epoch, self.timeline);
-            let state = PersistentState { epoch, timeline, members: self.placement.members.clone() };
-            self.effects.push(Effect::GoBack { step: checkpoint, state });
-            self.last = None;
-            self.committed = checkpoint;
-            self.validated = self.validated.filter(|&step| step <= checkpoint);
+            self.go_back(Notice::WentBack { from: self.committed, to: checkpoint, shard });
         }
         self.holders.clear();
         self.away.clear();

@@ -14,6 +14,9 @@ impl Machine {
     /// At a boundary between steps: everything that is due, then the next step.
     pub(super) fn advance(&mut self) {
         let over = self.stopping || self.committed >= self.settings.training.last_step();
+        if self.handle_broken(over) {
+            return;
+        }
         if self.is_validation_due(over) {
             self.phase = Phase::Validating(ValidationReports::default());
             return self.begin(Pass::Validate { round: 0 });
@@ -42,6 +45,7 @@ impl Machine {
     fn begin(&mut self, pass: Pass) {
         self.idle_ms = 0;
         let (epoch, step) = (self.placement.epoch, self.committed.next());
+        let data = self.data_skips.data_step(step);
         let nodes: Vec<NodeId> = match pass {
             Pass::Train => self.voters().into_iter().collect(),
             Pass::Validate { .. } => self.placement.members.clone(),
@@ -50,7 +54,7 @@ impl Machine {
         for node in nodes {
             let lanes = driven.get(&node).into_iter().flatten().map(|&lane| (lane, Vec::new())).collect();
             self.effects
-                .push(Effect::Send { node, message: NodeCommand::Begin { epoch, step, pass, lanes } });
+                .push(Effect::Send { node, message: NodeCommand::Begin { epoch, step, data, pass, lanes } });
         }
     }
 
@@ -128,6 +132,7 @@ impl Machine {
         self.record_load(&committed.load);
         self.effects.push(Effect::Journal(Box::new(committed)));
         self.committed = step;
+        self.count_skipped(update.apply);
         self.away.clear();
         self.last = Some(LastCommit { epoch, step, update });
         self.retry = Retry::default();

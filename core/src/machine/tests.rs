@@ -4,6 +4,7 @@
 mod checkpoints;
 mod failures;
 mod leaving;
+mod nan;
 mod steps;
 
 use super::*;
@@ -11,7 +12,7 @@ use crate::architecture::presets;
 use crate::ids::{Epoch, Lane};
 use crate::limits::{ATTEMPTS_MAX, LEARNER_GRACE_MS, LEARNER_MISSES_MAX, RETRY_MS};
 use crate::messages::{LaneReport, Norm, Source};
-use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
+use crate::options::{CheckpointOptions, ClusterOptions, OnNan, TrainingOptions, ValidationOptions};
 use crate::schedule::{Schedule, Update};
 
 fn settings(nodes: usize) -> Settings {
@@ -29,6 +30,8 @@ fn settings(nodes: usize) -> Settings {
             schedule: Schedule::default(),
             clip_norm: None,
             aux_loss: 0.01,
+            on_nan: OnNan::GoBack,
+            max_skipped_steps: 2,
             z_loss: 0.0,
         },
         cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },

@@ -1,6 +1,7 @@
 //! The machine's settings, events and effects, and the records of a run.
 
 use crate::architecture::Architecture;
+use crate::data_skips::DataSkips;
 use crate::ids::{Epoch, NodeId, ShardId, Step, Timeline};
 use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
@@ -33,6 +34,8 @@ pub struct Restored {
     pub durable: Option<Step>,
     /// The last journaled commit.
     pub last: Option<LastCommit>,
+    /// The number of skipped steps at the end of the journal, up to `training.max_skipped_steps`.
+    pub skipped_in_a_row: u64,
     /// The state of the last [`Effect::Persist`].
     pub persistent: PersistentState,
 }
@@ -46,6 +49,8 @@ pub struct PersistentState {
     pub timeline: Timeline,
     /// The members of the last placement, which may still hold their state after a restart of the supervisor.
     pub members: Vec<NodeId>,
+    /// The training data that the run leaves out.
+    pub data_skips: DataSkips,
 }
 
 /// An input of the machine.
@@ -204,12 +209,17 @@ pub enum Notice {
     Aborted { epoch: Epoch, step: Step, reason: String },
     /// The last copy of a shard is lost: the run went back to a checkpoint.
     WentBack { from: Step, to: Step, shard: ShardId },
+    /// The run was broken by numbers that are not finite: it went back to a healthy checkpoint, and goes on with
+    /// the data of step `data`.
+    WentBackFromNan { from: Step, to: Step, data: Step, reason: String },
     /// Lost shards do not fit on the remaining nodes: the run waits for more nodes.
     NoRoom { reason: String },
     /// A checkpoint is durable.
     Checkpoint { step: Step },
     /// A checkpoint could not be written.
     CheckpointFailed { step: Step, reason: String },
+    /// A checkpoint that was due was not begun; the next one follows in its turn.
+    CheckpointPassed { step: Step, reason: String },
     /// The run cannot go on. What the nodes hold is written to a checkpoint first.
     GivingUp { step: Step, reason: String },
     /// Two replicas of a shard hold different gradients.

@@ -6,7 +6,7 @@ use super::*;
 use crate::architecture::Architecture;
 use crate::architecture::presets;
 use crate::ids::{Epoch, ShardId};
-use crate::options::TrainingOptions;
+use crate::options::{OnNan, TrainingOptions};
 use crate::profile::Profile;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +36,8 @@ fn training() -> TrainingOptions {
         schedule: Default::default(),
         clip_norm: None,
         aux_loss: 0.01,
+        on_nan: OnNan::GoBack,
+        max_skipped_steps: 2,
         z_loss: 0.0,
     }
 }

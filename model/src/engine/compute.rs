@@ -30,6 +30,15 @@ impl Compute for Glam {
         Ok(state.store(shard, version)?)
     }
 
+    fn is_finite(&self, state: &Shard) -> Computed<bool> {
+        let is_finite = |weight: &Tensor| -> Result<bool> {
+            // The sum of zeros, one for each finite number, is NaN if there is any other.
+            Ok(weight.f_mul_scalar(0.0)?.f_sum(Kind::Float)?.f_double_value(&[])?.is_finite())
+        };
+        let all = || state.slots.iter().map(|slot| is_finite(&slot.weight)).collect::<Result<Vec<_>>>();
+        Ok(tch::no_grad(all)?.into_iter().all(|finite| finite))
+    }
+
     fn params(&self, state: &Shard) -> Params {
         Params(state.slots.iter().map(|slot| slot.weight.shallow_clone()).collect())
     }

@@ -113,9 +113,9 @@ impl<B: Compute> LocalReplicas<B> {
         Ok(())
     }
 
-    /// The stored form of a shard, which must be at `step`.
+    /// The stored form of a shard for a checkpoint: it must be at `step`, and finite.
     pub(crate) async fn store(&self, step: Step, shard: ShardId) -> Result<Vec<u8>> {
-        Ok(self.node.shard_actors().get(shard)?.store(Some(step)).await?.1)
+        Ok(self.node.shard_actors().get(shard)?.store(Some(step), true).await?.1)
     }
 
     async fn spawn(&self, shard: ShardId, version: Step, state: B::Shard) -> Result<ShardActor<B>> {

@@ -88,7 +88,7 @@ impl<B: Compute> ShardReplica<B> {
     pub(crate) fn on_shard(&self, message: ShardMsg<B>) {
         match message {
             ShardMsg::Apply { gradient, step, update, reply } => self.on_apply(gradient, step, update, reply),
-            ShardMsg::Store { version, reply } => self.on_store(version, reply),
+            ShardMsg::Store { version, finite, reply } => self.on_store(version, finite, reply),
             ShardMsg::Discard { .. } => {}
         }
     }
@@ -111,17 +111,21 @@ impl<B: Compute> ShardReplica<B> {
         });
     }
 
-    fn on_store(&self, version: Option<Step>, reply: Reply<(Step, Vec<u8>)>) {
+    fn on_store(&self, version: Option<Step>, finite: bool, reply: Reply<(Step, Vec<u8>)>) {
         let (shard, state) = (self.id, Arc::clone(&self.state));
         self.node.executor.submit(Priority::Urgent, move |backend| {
             let replica = state.lock();
             let at = replica.version;
+            let store = || {
+                if finite && !backend.is_finite(&replica.shard).map_err(Error::replica(shard))? {
+                    return Err(Error::NotFinite { shard });
+                }
+                let bytes = backend.store(shard, at, &replica.shard).map_err(Error::replica(shard))?;
+                Ok((at, bytes))
+            };
             let stored = match version {
                 Some(wanted) if wanted != at => Err(Error::WrongVersion { shard, version: at, wanted }),
-                _ => backend
-                    .store(shard, at, &replica.shard)
-                    .map(|bytes| (at, bytes))
-                    .map_err(Error::replica(shard)),
+                _ => store(),
             };
             drop(replica);
             respond(reply, stored);

@@ -40,7 +40,7 @@ fn lane(backend: &FakeCompute, embedding: &FakeShard) -> Computed<(f64, Vec<f32>
     }
     let (dx, _) = backend.gate_backward(&gated.dispatch, saved_gate, inputs)?;
     let (dx, _) = backend.dense_backward(saved_dense, dx)?;
-    Ok((loss, backend.embed_backward(gradient, dx, &TOKENS)?.values))
+    Ok((loss.mean, backend.embed_backward(gradient, dx, &TOKENS)?.values))
 }
 
 /// The tolerance is that of a central difference in f32: rounding of the loss over twice the distance.

@@ -122,6 +122,7 @@ impl SupervisorState {
         if let Some(took) = prepared {
             self.telemetry.metrics.prepared(took);
         }
+        self.skipped_steps += u64::from(!committed.update.apply);
         let seconds = self.last_commit.elapsed().as_secs_f64();
         self.last_commit = Instant::now();
         let costs = self.timings.committed(committed.step);
@@ -162,8 +163,10 @@ impl SupervisorState {
             self.sessions.release(node.clone());
             self.revoke(node.clone(), "the node has left".into()).await?;
         }
+        self.failed_checkpoints += u64::from(matches!(notice, Notice::CheckpointFailed { .. }));
         match &notice {
             Notice::WentBack { .. }
+            | Notice::WentBackFromNan { .. }
             | Notice::GivingUp { .. }
             | Notice::NoRoom { .. }
             | Notice::ReplicasDiffer { .. }
@@ -177,6 +180,7 @@ impl SupervisorState {
             | Notice::MigrationFailed { .. }
             | Notice::DrainDeferred { .. }
             | Notice::LearnerLate { .. }
+            | Notice::CheckpointPassed { .. }
             | Notice::Aborted { .. } => tracing::warn!(?notice, "event"),
             _ => tracing::info!(?notice, "event"),
         }

@@ -101,6 +101,8 @@ impl SupervisorState {
             steps: self.settings.training.steps,
             activity: if self.end.is_some() { self.machine.activity() } else { Activity::Done },
             checkpoint: self.machine.durable(),
+            failed_checkpoints: self.failed_checkpoints,
+            skipped_steps: self.skipped_steps,
             load: self.load.clone(),
             loss: self.last_metrics.as_ref().map(|line| line.loss),
             tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),

@@ -21,7 +21,12 @@ pub(super) struct Recovery {
 impl Recovery {
     /// Reads the end of the journal and the catalogue, and reconciles them. It reads no checkpoint: nodes
     /// that return with their state need none, and the machine asks for one before it is loaded.
-    pub(super) fn load(store: &Store, checkpoints: &Checkpoints, nodes_are_gone: bool) -> Result<Self> {
+    pub(super) fn load(
+        store: &Store,
+        checkpoints: &Checkpoints,
+        nodes_are_gone: bool,
+        max_skipped_steps: u64,
+    ) -> Result<Self> {
         let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
         let reconciled = reconcile(store, checkpoints, persistent.timeline)?;
         if let Some(step) = reconciled.rebased {
@@ -41,8 +46,23 @@ impl Recovery {
         let restarted = !persistent.members.is_empty();
         let last = last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update });
         let durable = checkpoints.latest()?.map(|record| record.step);
-        Ok(Self { restored: Restored { durable, last, persistent }, load, restarted })
+        let skipped_in_a_row = match &last {
+            Some(last) => skipped_until(store, last.step, max_skipped_steps)?,
+            None => 0,
+        };
+        Ok(Self { restored: Restored { durable, last, skipped_in_a_row, persistent }, load, restarted })
     }
+}
+
+/// The number of skipped steps up to `last` in the journal, at most `most`.
+fn skipped_until(store: &Store, last: Step, most: u64) -> Result<u64> {
+    for count in 0..most.min(last.0) {
+        let committed: Option<Committed> = store.committed(Step(last.0 - count))?;
+        if committed.is_none_or(|committed| committed.update.apply) {
+            return Ok(count);
+        }
+    }
+    Ok(most.min(last.0))
 }
 
 /// The members of the last placement, which may return.

@@ -78,7 +78,7 @@ impl Traces {
     /// The trace that a command belongs to.
     pub(super) fn sent(&mut self, message: &NodeCommand) -> Option<TraceRequest> {
         match message {
-            NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes } => {
+            NodeCommand::Begin { epoch, step, pass: Pass::Train, lanes, .. } => {
                 self.begin(*epoch, *step);
                 let span = &self.attempt.as_ref()?.span;
                 let mut traced = TraceRequest::below(span)?;
@@ -189,7 +189,7 @@ impl Traces {
             Notice::Draining { node, .. } => self.changed_by("draining", &node.0),
             Notice::Left { node } => self.changed_by("left", &node.0),
             Notice::Aborted { epoch, step, reason } => self.aborted(*epoch, *step, reason),
-            Notice::WentBack { from, to, .. } => {
+            Notice::WentBack { from, to, .. } | Notice::WentBackFromNan { from, to, .. } => {
                 let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
                 span.set("volary.rollback.from_step", from.0 as i64);
                 span.set("volary.rollback.to_step", to.0 as i64);
@@ -221,6 +221,7 @@ impl Traces {
             | Notice::DrainDeferred { .. }
             | Notice::Emptying { .. }
             | Notice::LearnerLate { .. }
+            | Notice::CheckpointPassed { .. }
             | Notice::GivingUp { .. }
             | Notice::Rebalancing { .. }
             | Notice::ReplicasDiffer { .. } => {}

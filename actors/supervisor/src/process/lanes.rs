@@ -39,7 +39,7 @@ impl LaneReader {
         command: &mut NodeCommand,
         trace: Option<&mut TraceRequest>,
     ) -> Result<()> {
-        let NodeCommand::Begin { step, pass, lanes, .. } = command else { return Ok(()) };
+        let NodeCommand::Begin { data: step, pass, lanes, .. } = command else { return Ok(()) };
         let numbers: Vec<Lane> = lanes.iter().map(|(lane, _)| *lane).collect();
         let tokens = match (self.ahead.take(), *pass) {
             (Some(ahead), Pass::Train) if (ahead.step, &ahead.lanes) == (*step, &numbers) => {

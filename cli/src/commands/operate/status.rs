@@ -38,6 +38,13 @@ impl fmt::Display for StatusText<'_> {
             Some(step) => writeln!(f, "  checkpoint: step {step}")?,
             None => writeln!(f, "  checkpoint: none yet")?,
         }
+        for (count, what) in
+            [(self.0.failed_checkpoints, "failed checkpoints"), (self.0.skipped_steps, "skipped steps")]
+        {
+            if count > 0 {
+                writeln!(f, "  {what}: {count} since the supervisor started")?;
+            }
+        }
         self.0.nodes.iter().try_for_each(|node| writeln!(f, "  {}", NodeText(node)))
     }
 }
@@ -84,6 +91,8 @@ mod tests {
             steps: 200,
             activity: Activity::Training,
             checkpoint: Some(Step(40)),
+            failed_checkpoints: 0,
+            skipped_steps: 3,
             load: Vec::new(),
             loss: Some(3.25),
             tokens_per_second: Some(5000.0),
@@ -97,6 +106,7 @@ mod tests {
             StatusText(&status).to_string(),
             "quickstart: training, step 50 of 200, epoch 4\n  loss 3.2500, 5000 tokens/s\n  \
              supervisor: process 2 at 127.0.0.1:1\n  checkpoint: step 40\n  \
+             skipped steps: 3 since the supervisor started\n  \
              node-1: member on cpu, process 7, capacity 1.25, 17 shards, lanes 0 2\n  \
              node-2: member on cpu, process 7, capacity 1.25, 17 shards, lanes none\n"
         );

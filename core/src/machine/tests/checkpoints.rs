@@ -60,10 +60,16 @@ fn a_checkpoint_that_the_run_has_abandoned_is_not_counted() {
 
 #[test]
 fn a_checkpoint_is_verified_before_it_is_loaded_and_not_when_nodes_return_with_their_state() {
-    let persistent = PersistentState { epoch: Epoch(4), timeline: Timeline(0), members: vec![id(1)] };
+    let persistent = PersistentState {
+        epoch: Epoch(4),
+        timeline: Timeline(0),
+        members: vec![id(1)],
+        ..PersistentState::default()
+    };
     let update = Update::decide(1.0, true, 6, 0.1, None).0;
     let last = Some(LastCommit { epoch: Epoch(4), step: Step(5), update });
-    let restored = || Restored { durable: Some(Step(3)), last, persistent: persistent.clone() };
+    let restored =
+        || Restored { durable: Some(Step(3)), last, persistent: persistent.clone(), ..Restored::default() };
     let is_verified = |e: &Effect| matches!(e, Effect::VerifyCheckpoint { step: Step(3) });
     let mut run = Harness::new(settings(1), restored());
     let shards = run.machine.settings.architecture.shards();

@@ -58,7 +58,13 @@ fn a_restarted_supervisor_accepts_only_state_of_its_last_commit() {
     let restored = || Restored {
         durable: Some(Step(3)),
         last: Some(LastCommit { epoch, step: last, update }),
-        persistent: PersistentState { epoch, timeline: Timeline(2), members: vec![id(1), id(2), id(3)] },
+        persistent: PersistentState {
+            epoch,
+            timeline: Timeline(2),
+            members: vec![id(1), id(2), id(3)],
+            ..PersistentState::default()
+        },
+        ..Restored::default()
     };
     let machine = Machine::new(settings(3), restored());
     let shards: Vec<ShardId> = machine.settings.architecture.shards();
@@ -82,10 +88,15 @@ fn a_restarted_supervisor_accepts_only_state_of_its_last_commit() {
 
 #[test]
 fn a_restarted_supervisor_waits_for_its_nodes_and_resumes_with_those_that_return() {
-    let persistent = PersistentState { epoch: Epoch(4), timeline: Timeline(0), members: vec![id(1), id(2)] };
+    let persistent = PersistentState {
+        epoch: Epoch(4),
+        timeline: Timeline(0),
+        members: vec![id(1), id(2)],
+        ..PersistentState::default()
+    };
     let update = Update::decide(1.0, true, 6, 0.1, None).0;
     let last = Some(LastCommit { epoch: Epoch(4), step: Step(2), update });
-    let mut run = Harness::new(settings(2), Restored { durable: None, last, persistent });
+    let mut run = Harness::new(settings(2), Restored { last, persistent, ..Restored::default() });
     let shards = run.machine.settings.architecture.shards();
     run.join(1, ResidentState { timeline: Timeline(0), version: Step(2), shards, prepared: None });
     assert_eq!(run.machine.activity(), Activity::Gathering, "node 2 may return, too");

@@ -127,7 +127,7 @@ fn a_node_that_leaves_stays_until_the_others_have_fetched_what_only_it_holds() {
     let last = Some(LastCommit { epoch: Epoch(1), step: Step(1), update });
     let members = vec![id(1), id(2), id(3)];
     let persistent = PersistentState { epoch: Epoch(1), members, ..PersistentState::default() };
-    let mut run = Harness::new(settings(3), Restored { durable: None, last, persistent });
+    let mut run = Harness::new(settings(3), Restored { last, persistent, ..Restored::default() });
     let shards = run.machine.settings.architecture.shards();
     // No node has all dense shards of a stage, so that the next step waits for a copy.
     let (only, rest): (Vec<ShardId>, Vec<ShardId>) =

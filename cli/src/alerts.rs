@@ -1,0 +1,60 @@
+//! The events of a run that a person at the terminal must see at once.
+
+use serde::Deserialize;
+
+/// The lines of `events.jsonl` that matter to a person; others are not parsed.
+#[derive(Debug, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+enum Alert {
+    CheckpointFailed { step: u64, reason: String },
+    CheckpointPassed { step: u64, reason: String },
+    WentBack { from: u64, to: u64, shard: serde_json::Value },
+    WentBackFromNan { from: u64, to: u64, data: u64, reason: String },
+    NoRoom { reason: String },
+    DrainDeferred { node: String, reason: String },
+}
+
+/// The text of an event that a person must see; `None` for any other line.
+#[must_use]
+pub fn text(line: &str) -> Option<String> {
+    Some(match serde_json::from_str(line).ok()? {
+        Alert::CheckpointFailed { step, reason } => format!("the checkpoint of step {step} failed: {reason}"),
+        Alert::CheckpointPassed { step, reason } => format!("no checkpoint of step {step}: {reason}"),
+        Alert::WentBack { from, to, shard } => {
+            let shard = shard.as_str().map_or_else(|| shard.to_string(), str::to_owned);
+            format!("went back from step {from} to {to}: the last copy of {shard} is lost")
+        }
+        Alert::WentBackFromNan { from, to, data, reason } => {
+            format!("went back from step {from} to {to}, and on with the data of step {data}: {reason}")
+        }
+        Alert::NoRoom { reason } => reason,
+        Alert::DrainDeferred { node, reason } => format!("{node} cannot leave yet: {reason}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use volary_core::machine::Notice;
+    use volary_core::{NodeId, ShardId, Step};
+
+    #[test]
+    fn what_needs_a_person_is_told_and_the_rest_is_not() {
+        let text = |notice: &Notice| text(&serde_json::to_string(notice).unwrap());
+        let (step, reason) = (Step(7), "disk full".to_owned());
+        let failed = text(&Notice::CheckpointFailed { step, reason: reason.clone() }).unwrap();
+        assert!(failed.contains("step 7") && failed.contains("disk full"), "{failed}");
+        let nan = Notice::WentBackFromNan { from: Step(9), to: step, data: Step(10), reason: reason.clone() };
+        assert!(text(&nan).unwrap().contains("from step 9 to 7, and on with the data of step 10"));
+        for told in [
+            Notice::CheckpointPassed { step, reason: reason.clone() },
+            Notice::WentBack { from: Step(9), to: step, shard: ShardId::Embedding },
+            Notice::NoRoom { reason: reason.clone() },
+            Notice::DrainDeferred { node: NodeId::new("n1"), reason },
+        ] {
+            assert!(text(&told).is_some(), "{told:?}");
+        }
+        assert_eq!(text(&Notice::Checkpoint { step }), None);
+        assert_eq!(super::text("no JSON"), None);
+    }
+}
