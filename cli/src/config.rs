@@ -49,8 +49,8 @@ pub struct RunOptions {
     /// The seed of all random draws.
     #[serde(default)]
     pub seed: u64,
-    /// The prompt of the sample that `volary train` prints at the end; default the first words of the held-out
-    /// text.
+    /// The prompt of the sample that `volary train` prints at the end; default the first words of the
+    /// held-out text.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sample_prompt: Option<String>,
 }

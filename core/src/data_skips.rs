@@ -2,8 +2,8 @@
 //!
 //! A step trains on the data of the step of the same number, until a run that broke goes back to its newest
 //! checkpoint and past the data that broke it: from then on, each step takes the data of a later one (as in
-//! Chowdhery et al., "PaLM", arXiv 2204.02311, section 5.1). The list is part of the run's state, so that every
-//! replay of a step takes the same data.
+//! Chowdhery et al., "PaLM", arXiv 2204.02311, section 5.1). The list is part of the run's state, so that
+//! every replay of a step takes the same data.
 
 use crate::ids::Step;
 use serde::{Deserialize, Serialize};

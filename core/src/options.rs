@@ -185,13 +185,13 @@ fn default_max_skipped_steps() -> u64 {
     10
 }
 
-/// What follows when a run is broken by numbers that are not finite (GLaM, section 6: single steps are skipped,
-/// and a run restarts from an earlier healthy checkpoint).
+/// What follows when a run is broken by numbers that are not finite (GLaM, section 6: single steps are
+/// skipped, and a run restarts from an earlier healthy checkpoint).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnNan {
-    /// The run goes back to the newest checkpoint, and past the data that broke it. It ends with an error when
-    /// that does not help.
+    /// The run goes back to the newest checkpoint, and past the data that broke it. It ends with an error
+    /// when that does not help.
     #[default]
     GoBack,
     /// Steps are skipped without end; a run whose last steps were skipped ends with an error.

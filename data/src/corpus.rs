@@ -192,8 +192,8 @@ impl<'a> TokenizedSource<'a> {
             && holdout::is_plausible(by_document, holdout::share(options.validation_fraction, total))
     }
 
-    /// Moves the candidates that are not in `held_out` to the training file and leaves out near-duplicates, or
-    /// splits the source by position.
+    /// Moves the candidates that are not in `held_out` to the training file and leaves out near-duplicates,
+    /// or splits the source by position.
     fn split(
         self,
         held_out: &HashSet<u64>,

@@ -132,8 +132,8 @@ impl Dataset {
         self.sequences(round, lane.0, &self.validation, |_, pick, windows| in_file_order(pick, windows))
     }
 
-    /// The documents of the sequences of [`validation`](Self::validation) in the first `rounds` rounds: of each
-    /// round and lane, `[sequences_per_lane]`. A sequence belongs to the document of its first token.
+    /// The documents of the sequences of [`validation`](Self::validation) in the first `rounds` rounds: of
+    /// each round and lane, `[sequences_per_lane]`. A sequence belongs to the document of its first token.
     ///
     /// # Errors
     /// [`Error::Read`].

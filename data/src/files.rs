@@ -59,8 +59,8 @@ impl Stamp {
 pub struct FoundFiles {
     /// The files to read, ordered by relative path, or in the order of the source's manifest.
     pub files: Vec<SourceFile>,
-    /// Whether they are those of a folder: then files of no known type were skipped, and files that turn out to
-    /// be unreadable are.
+    /// Whether they are those of a folder: then files of no known type were skipped, and files that turn out
+    /// to be unreadable are.
     pub of_folder: bool,
     /// The files that were skipped.
     pub skipped: Vec<Skipped>,

@@ -1,11 +1,11 @@
 //! The search for training documents that nearly equal a held-out one.
 //!
 //! A model that was trained on a copy of a validation text with another header is not judged on unseen text.
-//! Documents are compared by their *runs*: all sequences of [`RUN_TOKENS`] tokens that occur in them, by hash.
-//! Two documents are nearly equal if the shorter one shares at least [`NEAR_DUPLICATE_SHARE`] of its runs with
-//! the other: a copy with edits, an excerpt, or a collection that contains it (containment as in Broder, "On
-//! the resemblance and containment of documents", 1997). In a large corpus only every 2^n-th hash counts, so
-//! that the held-out runs fit a fixed memory.
+//! Documents are compared by their *runs*: all sequences of [`RUN_TOKENS`] tokens that occur in them, by
+//! hash. Two documents are nearly equal if the shorter one shares at least [`NEAR_DUPLICATE_SHARE`] of its
+//! runs with the other: a copy with edits, an excerpt, or a collection that contains it (containment as in
+//! Broder, "On the resemblance and containment of documents", 1997). In a large corpus only every 2^n-th hash
+//! counts, so that the held-out runs fit a fixed memory.
 
 use std::collections::HashMap;
 

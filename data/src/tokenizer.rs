@@ -138,8 +138,8 @@ impl Tokenizer {
     /// The tokens of a text; no special token is added, and special tokens spelled out in the text are plain
     /// text.
     ///
-    /// Long texts are encoded in chunks if that gives the tokens of the whole. Byte-level BPE ends a word before
-    /// a single space or line end in any case; a tokenizer of another make sees a text as a whole.
+    /// Long texts are encoded in chunks if that gives the tokens of the whole. Byte-level BPE ends a word
+    /// before a single space or line end in any case; a tokenizer of another make sees a text as a whole.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] if the tokenizer cannot represent the text; a byte-level tokenizer represents
@@ -215,8 +215,8 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(failed)
     }
 
-    /// The text that `continuation` adds after `prompt`, decoded with it: a decoder may drop a space at the start
-    /// of a text, and a character may have bytes in both.
+    /// The text that `continuation` adds after `prompt`, decoded with it: a decoder may drop a space at the
+    /// start of a text, and a character may have bytes in both.
     ///
     /// # Errors
     /// As [`decode`](Self::decode).
@@ -238,8 +238,8 @@ impl Tokenizer {
     }
 }
 
-/// Whether words are split as GPT-2 splits them, without changes to the text before. Added tokens that are not
-/// special are found in the text before it is split into words.
+/// Whether words are split as GPT-2 splits them, without changes to the text before. Added tokens that are
+/// not special are found in the text before it is split into words.
 fn splits_at_spaces(inner: &Inner) -> bool {
     let is_gpt2 = match inner.get_pre_tokenizer() {
         Some(PreTokenizerWrapper::ByteLevel(level)) => level.use_regex && !level.add_prefix_space,

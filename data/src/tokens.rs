@@ -52,8 +52,8 @@ pub(crate) enum Fate {
     Neither,
 }
 
-/// Calls `visit` for each document of a token file, with its number and tokens. `lengths` gives the lengths of
-/// the documents, in tokens, in the order of the file.
+/// Calls `visit` for each document of a token file, with its number and tokens. `lengths` gives the lengths
+/// of the documents, in tokens, in the order of the file.
 pub(crate) fn for_each_document(
     path: &Path,
     lengths: impl Iterator<Item = u64>,

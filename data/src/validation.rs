@@ -1,12 +1,13 @@
 //! The uncertainty of a validation loss.
 //!
-//! The sequences of one document are alike: a long document with an odd style shifts the loss more than as many
-//! independent sequences would. The standard error is therefore that of a mean of clusters, the documents.
+//! The sequences of one document are alike: a long document with an odd style shifts the loss more than as
+//! many independent sequences would. The standard error is therefore that of a mean of clusters, the
+//! documents.
 
 use std::collections::BTreeMap;
 
-/// The standard error of the mean of `losses` (document, loss of a sequence) over all sequences, in the unit of
-/// the losses; `None` with fewer than two documents.
+/// The standard error of the mean of `losses` (document, loss of a sequence) over all sequences, in the unit
+/// of the losses; `None` with fewer than two documents.
 ///
 /// The mean is a ratio of two sums over documents, of losses and of sequences; its variance is that of the
 /// ratio's linearization (W. G. Cochran, *Sampling Techniques*, 3rd edition, 1977, equation 6.13, without the

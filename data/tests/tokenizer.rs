@@ -76,8 +76,8 @@ fn an_enormous_word_is_trained_on_and_encoded_in_seconds() {
     assert!(began.elapsed() < Duration::from_secs(60), "{:?}", began.elapsed());
 }
 
-/// A tokenizer of another make: words are marked by a leading underscore, which the decoder drops at the start
-/// of a text.
+/// A tokenizer of another make: words are marked by a leading underscore, which the decoder drops at the
+/// start of a text.
 fn metaspace(dir: &Path) -> Tokenizer {
     let tokens = ["<unk>", "</s>", "<eos>", "▁", "▁a", "b", "a", "x"];
     let vocabulary: serde_json::Map<_, _> =

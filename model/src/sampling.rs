@@ -25,8 +25,8 @@ impl Default for Sampling {
 
 /// Draws a token from `logits` (nats); `None` if the logits are not finite.
 ///
-/// Temperature 0 takes the most likely token, the first of equal ones. The limits are exact: a temperature near
-/// 0 tends to the same, and a huge one draws all tokens alike.
+/// Temperature 0 takes the most likely token, the first of equal ones. The limits are exact: a temperature
+/// near 0 tends to the same, and a huge one draws all tokens alike.
 pub(crate) fn draw(logits: &[f64], temperature: f64, stream: &mut Stream) -> Option<u32> {
     let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     if !largest.is_finite() || logits.iter().any(|logit| logit.is_nan()) {

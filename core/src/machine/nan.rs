@@ -1,8 +1,8 @@
 //! Numbers that are not finite: steps that are skipped, and runs that break.
 //!
-//! A step whose gradients hold NaN or infinity is skipped: its update is not applied (GLaM, section 6). Many in a
-//! row, or weights that are not finite themselves, mean that the run is broken; `training.on_nan` says what
-//! follows.
+//! A step whose gradients hold NaN or infinity is skipped: its update is not applied (GLaM, section 6). Many
+//! in a row, or weights that are not finite themselves, mean that the run is broken; `training.on_nan` says
+//! what follows.
 
 use super::state::Phase;
 use super::{Effect, Machine, Notice, PersistentState};
@@ -16,7 +16,8 @@ impl Machine {
         self.skipped_in_a_row = if is_applied { 0 } else { self.skipped_in_a_row + 1 };
     }
 
-    /// A node was to store a shard for a checkpoint, and its weights are not finite: no checkpoint may hold them.
+    /// A node was to store a shard for a checkpoint, and its weights are not finite: no checkpoint may hold
+    /// them.
     pub(super) fn on_not_finite(&mut self, step: Step, shard: ShardId) {
         let reason = format!("the weights of {shard} are not finite");
         if let Some(checkpoint) = self.checkpoint.take_if(|checkpoint| checkpoint.step == step) {

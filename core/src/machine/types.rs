@@ -209,8 +209,8 @@ pub enum Notice {
     Aborted { epoch: Epoch, step: Step, reason: String },
     /// The last copy of a shard is lost: the run went back to a checkpoint.
     WentBack { from: Step, to: Step, shard: ShardId },
-    /// The run was broken by numbers that are not finite: it went back to a healthy checkpoint, and goes on with
-    /// the data of step `data`.
+    /// The run was broken by numbers that are not finite: it went back to a healthy checkpoint, and goes on
+    /// with the data of step `data`.
     WentBackFromNan { from: Step, to: Step, data: Step, reason: String },
     /// Lost shards do not fit on the remaining nodes: the run waits for more nodes.
     NoRoom { reason: String },

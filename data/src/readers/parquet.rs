@@ -95,8 +95,8 @@ fn projection(reader: &SerializedFileReader<File>, path: &Path, column: &str) ->
         .map_err(|e| damaged(path, &e))
 }
 
-/// Refuses from the header what the pages would show too late: text that expands implausibly, and compressions
-/// that cannot be read.
+/// Refuses from the header what the pages would show too late: text that expands implausibly, and
+/// compressions that cannot be read.
 fn check_chunks(reader: &SerializedFileReader<File>, path: &Path, column: &str) -> Result<(), Error> {
     let size = std::fs::metadata(path).map_err(Error::read(path))?.len();
     let limit = size.saturating_mul(MAX_EXPANSION).max(EXPANSION_FLOOR_BYTES);

@@ -1,8 +1,8 @@
 //! One JSON object on a line, of which one field matters.
 //!
 //! Only the wanted field is parsed strictly. Other fields may hold what no strict parser accepts but other
-//! programs write: bare `NaN` and `Infinity`, numbers beyond the range of floats, lone surrogates, and nesting
-//! of any depth.
+//! programs write: bare `NaN` and `Infinity`, numbers beyond the range of floats, lone surrogates, and
+//! nesting of any depth.
 
 use std::fmt;
 
