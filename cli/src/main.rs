@@ -77,6 +77,10 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> anyhow::Result<()> {
+    if matches!(command, Command::Train(_) | Command::Supervisor(_) | Command::Node(_)) {
+        // Later, only a log would tell.
+        volary_telemetry::check_environment()?;
+    }
     match command {
         Command::Train(args) => commands::train::run(args),
         Command::Supervisor(args) => commands::supervisor::run(args),

@@ -133,13 +133,20 @@ impl Drop for Process {
     }
 }
 
+/// Ends this process without its exit handlers. Those of libtorch fail aloud while other threads compute.
+#[expect(unsafe_code, reason = "the only way to skip exit handlers and keep the status")]
+pub fn exit_now(status: i32) -> ! {
+    // SAFETY: it takes any number, does not return, and touches no memory of this process.
+    unsafe { libc::_exit(status) }
+}
+
 /// Ends this process when its parent does, which holds the other end of standard input. Until then each line
 /// of standard input goes to `on_line`.
 pub fn end_with_parent(on_line: impl Fn(&str) + Send + 'static) {
     let watch = move || {
         read_lines(std::io::stdin().lock(), on_line);
         tracing::warn!("the parent process has ended");
-        std::process::exit(ORPHANED);
+        exit_now(ORPHANED);
     };
     // Without the thread the process would outlive its parent; it must not start then.
     if std::thread::Builder::new().name("parent".into()).spawn(watch).is_err() {

@@ -6,6 +6,7 @@
 //! ignores SIGTERM.
 
 use crate::output;
+use crate::process;
 use anyhow::Context;
 use std::fmt;
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -124,7 +125,7 @@ impl Interrupts {
 /// Ends the process without any further work, except that what it has begun in shared places is removed.
 fn end_now() -> ! {
     volary_data::remove_partial_folders();
-    std::process::exit(INTERRUPTED_STATUS.into())
+    process::exit_now(INTERRUPTED_STATUS.into())
 }
 
 fn handlers() -> std::io::Result<Vec<Signal>> {

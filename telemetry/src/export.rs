@@ -3,86 +3,11 @@
 
 use crate::limits::{BATCH_SPANS, EXPORT_MAX, EXPORT_PAUSE, QUEUE_SPANS};
 use crate::pipeline::SpanCounts;
-use opentelemetry_otlp::tonic_types::transport::ClientTlsConfig;
-use opentelemetry_otlp::{Protocol, WithExportConfig, WithTonicConfig};
-use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::error::OTelSdkError;
 use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
-use volary_core::options::{OtlpProtocol, TelemetryOptions};
-
-/// The collector of an export.
-pub(crate) struct Target {
-    endpoint: Option<String>,
-    protocol: OtlpProtocol,
-    /// Whether the connection uses TLS.
-    tls: bool,
-}
-
-impl Target {
-    /// The collector of the standard `OTEL_*` variables, or else of the options.
-    pub(crate) fn from_environment(options: &TelemetryOptions) -> Option<Self> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let disabled = variable("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
-            || variable("OTEL_TRACES_EXPORTER").is_some_and(|value| value == "none");
-        let configured = variable("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-            .or_else(|| variable("OTEL_EXPORTER_OTLP_ENDPOINT"));
-        if disabled || (configured.is_none() && options.endpoint.is_none()) {
-            return None;
-        }
-        let protocol = variable("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL")
-            .or_else(|| variable("OTEL_EXPORTER_OTLP_PROTOCOL"));
-        let protocol = match protocol.as_deref() {
-            None => options.protocol,
-            Some("grpc") => OtlpProtocol::Grpc,
-            Some("http/protobuf") => OtlpProtocol::HttpProtobuf,
-            Some(other) => {
-                tracing::warn!(protocol = other, "traces are not exported: expected grpc or http/protobuf");
-                return None;
-            }
-        };
-        // Without an explicit endpoint, the exporter itself reads the variables.
-        let endpoint = if configured.is_some() { None } else { options.endpoint.clone() };
-        let url = configured.as_ref().or(options.endpoint.as_ref());
-        let tls = url.is_some_and(|url| url.starts_with("https://"));
-        Some(Self { endpoint, protocol, tls })
-    }
-
-    pub(crate) fn exporter(self, resource: &Resource) -> Option<opentelemetry_otlp::SpanExporter> {
-        let built = match self.protocol {
-            OtlpProtocol::Grpc => {
-                let mut builder =
-                    opentelemetry_otlp::SpanExporter::builder().with_tonic().with_timeout(EXPORT_MAX);
-                if self.tls {
-                    builder = builder.with_tls_config(ClientTlsConfig::new().with_enabled_roots());
-                }
-                if let Some(endpoint) = self.endpoint {
-                    builder = builder.with_endpoint(endpoint);
-                }
-                builder.build()
-            }
-            OtlpProtocol::HttpProtobuf => {
-                let mut builder = opentelemetry_otlp::SpanExporter::builder()
-                    .with_http()
-                    .with_protocol(Protocol::HttpBinary)
-                    .with_timeout(EXPORT_MAX);
-                if let Some(endpoint) = self.endpoint {
-                    let endpoint = endpoint.trim_end_matches('/');
-                    let path = if endpoint.ends_with("/v1/traces") { "" } else { "/v1/traces" };
-                    builder = builder.with_endpoint(format!("{endpoint}{path}"));
-                }
-                builder.build()
-            }
-        };
-        let built = built.inspect_err(|error| tracing::warn!(%error, "traces are not exported"));
-        built.ok().map(|mut exporter| {
-            exporter.set_resource(resource);
-            exporter
-        })
-    }
-}
 
 /// Why a batch was not exported.
 #[derive(Debug, thiserror::Error)]

@@ -15,6 +15,7 @@
 //! The crates below the actors only use `tracing`; [`layer`] puts their spans into the trace that is active
 //! on the thread.
 
+mod collector;
 mod export;
 pub mod layer;
 pub mod limits;
@@ -26,6 +27,7 @@ pub mod span;
 pub mod store;
 pub mod tensorboard;
 
+pub use collector::{InvalidVariable, check_environment};
 pub use pipeline::{Identity, Pipeline, SpanCounts, StoreSpans};
 pub use record::SpanRecord;
 pub use span::{Meter, Scope, Span, SpanIdentity, SpanKind, Tracer};

@@ -17,6 +17,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -71,14 +72,31 @@ struct LinkLabel {
 
 /// Bytes of links, by direction.
 #[derive(Clone, Debug, Default)]
-struct LinkBytes(Family<LinkLabel, Counter>);
+struct LinkBytes {
+    family: Family<LinkLabel, Counter>,
+    /// The links with series.
+    known: Arc<Mutex<BTreeSet<(String, String)>>>,
+}
 
 impl LinkBytes {
     fn set(&self, node: &str, peer: &str, sent: u64, received: u64) {
         for (direction, bytes) in [("sent", sent), ("received", received)] {
             let label = LinkLabel { node: node.to_owned(), peer: peer.to_owned(), direction };
-            set_total(&self.0.get_or_create(&label), bytes);
+            set_total(&self.family.get_or_create(&label), bytes);
         }
+        self.known.lock().insert((node.to_owned(), peer.to_owned()));
+    }
+
+    /// Removes the series of the links that `keep` rejects, and returns those links.
+    fn retain(&self, keep: impl Fn(&str, &str) -> bool) -> Vec<(String, String)> {
+        let gone = |(node, peer): &(String, String)| !keep(node, peer);
+        let gone: Vec<_> = self.known.lock().extract_if(.., gone).collect();
+        for (node, peer) in &gone {
+            for direction in ["sent", "received"] {
+                self.family.remove(&LinkLabel { node: node.clone(), peer: peer.clone(), direction });
+            }
+        }
+        gone
     }
 }
 

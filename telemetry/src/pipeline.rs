@@ -4,7 +4,8 @@
 //! with the run and exports them to a collector if one is configured. Spans beyond the queue are dropped and
 //! counted; an unreachable collector causes a single warning.
 
-use crate::export::{Export, Target};
+use crate::collector::Target;
+use crate::export::Export;
 use crate::limits::{BATCH_WAIT, FLUSH_MAX, QUEUE_SPANS};
 use crate::record::SpanRecord;
 use crate::span::Tracer;
@@ -129,6 +130,8 @@ impl Pipeline {
             .with_resource(resource.clone())
             .build();
         let target = Target::from_environment(options);
+        let target = target.inspect_err(|error| tracing::warn!(%error, "traces are not exported"));
+        let target = target.ok().flatten();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (process, totals) = (identity.process.clone(), Arc::clone(&counts));
         std::thread::Builder::new().name("telemetry".into()).spawn(move || {

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -70,12 +70,14 @@ struct Histogram {
 /// use volary_telemetry::tensorboard::{EventFile, Value};
 ///
 /// let directory = tempfile::tempdir()?;
-/// let mut file = EventFile::create(directory.path())?;
+/// let (mut file, last) = EventFile::open(directory.path(), 0)?;
+/// assert_eq!(last, None);
 /// file.write(7, &[("train/loss".into(), Value::Scalar(2.5)), ("load".into(), Value::Counts(&[3, 0, 5]))])?;
 /// # Ok::<(), std::io::Error>(())
 /// ```
 #[derive(Debug)]
 pub struct EventFile {
+    folder: PathBuf,
     file: File,
 }
 
@@ -102,15 +104,71 @@ fn now() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64())
 }
 
+/// The end of the names of the files that this program writes.
+const WRITER: &str = ".volary.";
+
+/// The whole records at the start of an event file: the step of each, and its bytes. Bytes of an unfinished or
+/// damaged record end the list.
+fn records(mut bytes: &[u8]) -> Vec<(i64, &[u8])> {
+    let mut records = Vec::new();
+    while let Some((head, rest)) = bytes.split_first_chunk::<8>() {
+        let length = usize::try_from(u64::from_le_bytes(*head)).unwrap_or(usize::MAX);
+        let Some(whole) = length.checked_add(16).and_then(|whole| bytes.get(..whole)) else { break };
+        let (data, checksum) = rest[4..].split_at(length);
+        if rest[..4] != mask(head) || checksum[..4] != mask(data) {
+            break;
+        }
+        let Ok(event) = <Event as prost::Message>::decode(data) else { break };
+        records.push((event.step, whole));
+        bytes = &bytes[whole.len()..];
+    }
+    records
+}
+
+/// Removes the events after `step` from a file, by a rewrite. Returns the last step that it keeps.
+fn truncate_after(path: &Path, step: i64) -> io::Result<Option<i64>> {
+    let bytes = std::fs::read(path)?;
+    let kept: Vec<_> = records(&bytes).into_iter().filter(|(at, _)| *at <= step).collect();
+    let content = kept.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>().concat();
+    if content.len() < bytes.len() {
+        let mut new = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+        new.write_all(&content)?;
+        new.persist(path)?;
+    }
+    Ok(kept.iter().map(|(at, _)| *at).filter(|at| *at > 0).max())
+}
+
 impl EventFile {
-    /// Creates an event file in a directory.
+    /// Creates an event file in a directory. Events after `step` are removed from those that are there: those
+    /// steps run again, and each has one value. Returns the last step with an event too.
     ///
     /// # Errors
-    /// When the directory or the file cannot be written.
-    pub fn create(folder: &Path) -> io::Result<Self> {
+    /// When the directory or a file cannot be read or written.
+    pub fn open(folder: &Path, step: u64) -> io::Result<(Self, Option<u64>)> {
         std::fs::create_dir_all(folder)?;
+        let mut last = None;
+        for entry in std::fs::read_dir(folder)? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().contains(WRITER) {
+                last = last.max(truncate_after(&entry.path(), i64::try_from(step).unwrap_or(i64::MAX))?);
+            }
+        }
+        let file = Self { file: Self::create(folder)?, folder: folder.to_path_buf() };
+        Ok((file, last.map(i64::cast_unsigned)))
+    }
+
+    /// Removes the events after `step`, to which the run went back.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    pub fn go_back(&mut self, step: u64) -> io::Result<()> {
+        *self = Self::open(&self.folder, step)?.0;
+        Ok(())
+    }
+
+    fn create(folder: &Path) -> io::Result<File> {
         let began = now();
-        let name = format!("events.out.tfevents.{:010}.volary.{}", began as u64, std::process::id());
+        let name = format!("events.out.tfevents.{:010}{WRITER}{}", began as u64, std::process::id());
         let mut file = File::options().create(true).append(true).open(folder.join(name))?;
         let version = Event {
             wall_time: began,
@@ -118,7 +176,7 @@ impl EventFile {
             content: Some(EventContent::FileVersion("brain.Event:2".into())),
         };
         file.write_all(&record(&version))?;
-        Ok(Self { file })
+        Ok(file)
     }
 
     /// Writes the values of a step.
@@ -183,9 +241,34 @@ mod tests {
     }
 
     #[test]
+    fn steps_that_run_again_have_one_event_each() {
+        let temp = tempfile::tempdir().unwrap();
+        let steps = |folder: &Path| {
+            let mut files: Vec<_> =
+                std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+            files.sort();
+            let read = |path| read(&std::fs::read(path).unwrap()).into_iter().map(|event| event.step);
+            files.into_iter().flat_map(read).filter(|step| *step > 0).collect::<Vec<_>>()
+        };
+        let value = [("loss".to_owned(), Value::Scalar(1.0))];
+        let (mut file, last) = EventFile::open(temp.path(), 0).unwrap();
+        assert_eq!(last, None);
+        (1..=9).for_each(|step| file.write(step, &value).unwrap());
+        file.go_back(4).unwrap();
+        (5..=8).for_each(|step| file.write(step, &value).unwrap());
+        assert_eq!(steps(temp.path()), [1, 2, 3, 4, 5, 6, 7, 8]);
+        // A resumed run: steps 1 to 6 were committed, and the last record was cut off by a crash.
+        file.file.write_all(&[9, 0, 0]).unwrap();
+        let (mut file, last) = EventFile::open(temp.path(), 6).unwrap();
+        assert_eq!(last, Some(6));
+        (7..=8).for_each(|step| file.write(step, &value).unwrap());
+        assert_eq!(steps(temp.path()), [1, 2, 3, 4, 5, 6, 7, 8]);
+    }
+
+    #[test]
     fn values_are_read_back() {
         let temp = tempfile::tempdir().unwrap();
-        let mut file = EventFile::create(temp.path()).unwrap();
+        let (mut file, _) = EventFile::open(temp.path(), 0).unwrap();
         let counts = [3, 0, 5];
         let values = [("loss".to_owned(), Value::Scalar(2.5)), ("load".to_owned(), Value::Counts(&counts))];
         file.write(7, &values).unwrap();

@@ -167,12 +167,15 @@ impl RunFiles {
         Ok(())
     }
 
-    pub(crate) fn validation(&mut self, line: &ValidationLine) {
-        if self.validated < Some(line.step) {
+    /// Writes a validation loss once. Returns whether it is the first of its step.
+    pub(crate) fn validation(&mut self, line: &ValidationLine) -> bool {
+        let is_first = self.validated < Some(line.step);
+        if is_first {
             self.validated = Some(line.step);
             let written = self.validation.append(line);
             self.note(written);
         }
+        is_first
     }
 
     pub(crate) fn event(&mut self, line: &impl Serialize) {

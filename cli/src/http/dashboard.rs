@@ -1,7 +1,7 @@
 //! The supervisor's dashboard: the page, its data and live stream, and commands with the operator's access
 //! token.
 
-use super::guard::{self, Guard, GuardArgs, Unauthorized};
+use super::guard::{self, Guard, GuardArgs, Unauthorized, cookie_name};
 use super::history::history;
 use super::{encode, metrics_route};
 use crate::commands::operate;
@@ -43,7 +43,9 @@ pub fn supervisor_routes(
     guard: &GuardArgs,
 ) -> Router {
     let checker = handle.clone();
-    let guard = Guard::new(guard, move |token| checker.check_viewer(token).map_err(Unauthorized::invalid));
+    let guard = Guard::new(guard, cookie_name(&dir), move |token| {
+        checker.check_viewer(token).map_err(Unauthorized::invalid)
+    });
     let dashboard = Dashboard { handle, dir, streams: Arc::default() };
     Router::new()
         .route("/", get(|| async { html(include_str!("dashboard.html").to_owned()) }))

@@ -38,7 +38,7 @@ fn routes() -> Router {
     let check_viewer = |token: &str| {
         if token == TOKEN { Ok(()) } else { Err(Unauthorized::invalid("unknown access token")) }
     };
-    let state = Guard::new(&GuardArgs::default(), check_viewer);
+    let state = Guard::new(&GuardArgs::default(), "volary_token".into(), check_viewer);
     let drain = |Path(node): Path<String>, headers: HeaderMap| async move {
         match bearer(&headers) {
             Some(TOKEN) => node.into_response(),

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use volary_storage::RunDir;
 use volary_transport::AccessRole;
 
+/// The start of the cookie's name.
 const COOKIE: &str = "volary_token";
 
 /// Access to the dashboard.
@@ -92,15 +93,18 @@ type CheckViewer = Arc<dyn Fn(&str) -> Result<(), Unauthorized> + Send + Sync>;
 #[derive(Clone)]
 pub(super) struct Guard {
     args: GuardArgs,
+    /// Cookies are per host and not per port: the name tells the runs on one host apart.
+    cookie: Arc<str>,
     check_viewer: CheckViewer,
 }
 
 impl Guard {
     pub(super) fn new(
         args: &GuardArgs,
+        cookie: String,
         check_viewer: impl Fn(&str) -> Result<(), Unauthorized> + Send + Sync + 'static,
     ) -> Self {
-        Self { args: args.clone(), check_viewer: Arc::new(check_viewer) }
+        Self { args: args.clone(), cookie: cookie.into(), check_viewer: Arc::new(check_viewer) }
     }
 }
 
@@ -120,9 +124,15 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ").map(str::trim)
 }
 
-fn cookie(headers: &HeaderMap) -> Option<&str> {
+/// The name of a run's cookie, by its certificate authority.
+pub(super) fn cookie_name(dir: &RunDir) -> String {
+    let authority = std::fs::read(dir.identity().join("ca.der")).unwrap_or_default();
+    format!("{COOKIE}_{}", &blake3::hash(&authority).to_hex()[..8])
+}
+
+fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
     let all = headers.get(header::COOKIE)?.to_str().ok()?;
-    all.split(';').find_map(|pair| pair.trim().strip_prefix(COOKIE)?.strip_prefix('='))
+    all.split(';').find_map(|pair| pair.trim().strip_prefix(name)?.strip_prefix('='))
 }
 
 fn in_query(request: &Request) -> Option<&str> {
@@ -136,7 +146,7 @@ pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Ne
     }
     let in_query = in_query(&request).map(str::to_owned);
     let headers = request.headers();
-    let token = bearer(headers).or(in_query.as_deref()).or_else(|| cookie(headers));
+    let token = bearer(headers).or(in_query.as_deref()).or_else(|| cookie(headers, &guard.cookie));
     let checked = match token {
         Some(token) => (guard.check_viewer)(token),
         None => Err(Unauthorized::Missing(AccessRole::Viewer)),
@@ -148,11 +158,33 @@ pub(super) async fn guard(State(guard): State<Guard>, request: Request, next: Ne
         return (StatusCode::UNAUTHORIZED, help).into_response();
     }
     let mut response = next.run(request).await;
-    let cookie = in_query.map(|token| format!("{COOKIE}={token}; HttpOnly; SameSite=Strict; Path=/"));
+    let name = &guard.cookie;
+    let cookie = in_query.map(|token| format!("{name}={token}; HttpOnly; SameSite=Strict; Path=/"));
     if let Some(value) = cookie.and_then(|text| HeaderValue::from_str(&text).ok()) {
         response.headers_mut().insert(header::SET_COOKIE, value);
         // The address has the access token: no other site may get it as the referrer.
         response.headers_mut().insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     }
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cookies_of_two_runs_on_one_host_have_different_names() {
+        let runs = ["first", "other"].map(|authority| {
+            let folder = tempfile::tempdir().unwrap();
+            let dir = RunDir::create(&folder.path().join("run")).unwrap();
+            std::fs::create_dir_all(dir.identity()).unwrap();
+            std::fs::write(dir.identity().join("ca.der"), authority).unwrap();
+            cookie_name(&dir)
+        });
+        assert_ne!(runs[0], runs[1]);
+        let mut headers = HeaderMap::new();
+        let both = format!("{}=one; {}=two", runs[0], runs[1]);
+        headers.insert(header::COOKIE, HeaderValue::from_str(&both).unwrap());
+        assert_eq!(runs.each_ref().map(|name| cookie(&headers, name)), [Some("one"), Some("two")]);
+    }
 }

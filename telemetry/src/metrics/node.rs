@@ -169,7 +169,7 @@ impl NodeMetrics {
             "volary_link",
             "UDP bytes exchanged with other nodes",
             Unit::Bytes,
-            self.link_bytes.0.clone(),
+            self.link_bytes.family.clone(),
         );
         r.register_with_unit(
             "volary_link_round_trip",
@@ -224,6 +224,13 @@ impl NodeMetrics {
         self.link_bytes.set(node, peer, sent, received);
         let label = PeerLabel { node: node.to_owned(), peer: peer.to_owned() };
         self.round_trip.get_or_create(&label).set(round_trip.as_secs_f64());
+    }
+
+    /// Removes the links to peers that are not linked any more.
+    pub fn retain_peers(&self, is_linked: impl Fn(&str) -> bool) {
+        for (node, peer) in self.link_bytes.retain(|_, peer| is_linked(peer)) {
+            self.round_trip.remove(&PeerLabel { node, peer });
+        }
     }
 
     /// Sets the total of refused connections and frames.

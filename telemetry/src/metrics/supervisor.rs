@@ -144,7 +144,7 @@ impl SupervisorMetrics {
             "volary_cluster_link",
             "UDP bytes between nodes, as reported by the nodes",
             Unit::Bytes,
-            self.link_bytes.0.clone(),
+            self.link_bytes.family.clone(),
         );
         r.register(
             "volary_checkpoint_step",
@@ -249,6 +249,11 @@ impl SupervisorMetrics {
         self.link_bytes.set(node, peer, sent, received);
     }
 
+    /// Removes the links of nodes that are not connected.
+    pub fn retain_nodes(&self, is_connected: impl Fn(&str) -> bool) {
+        self.link_bytes.retain(|node, peer| is_connected(node) && is_connected(peer));
+    }
+
     /// Sets the total of refused connections and frames.
     pub fn refused(&self, total: u64) {
         self.refusals.set(total);
@@ -298,6 +303,19 @@ mod tests {
     use super::*;
     use volary_core::schedule::Update;
     use volary_core::{Epoch, Step};
+
+    #[test]
+    fn nodes_that_are_gone_have_no_series() {
+        let metrics = SupervisorMetrics::new();
+        for (node, peer) in [("a", "b"), ("b", "a"), ("a", "c"), ("c", "b")] {
+            metrics.link(node, peer, 1, 2);
+        }
+        metrics.retain_nodes(|node| node != "c");
+        let text = metrics.scrape().encode();
+        assert!(text.contains("node=\"a\",peer=\"b\"") && text.contains("node=\"b\",peer=\"a\""), "{text}");
+        assert!(!text.contains("\"c\""), "{text}");
+        assert!(text.ends_with("# EOF\n"), "not OpenMetrics");
+    }
 
     #[test]
     fn a_commit_updates_the_metrics() {

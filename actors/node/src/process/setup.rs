@@ -89,9 +89,11 @@ pub(super) fn register_scrape_hooks<B: Compute>(node: &Arc<NodeContext<B>>, pipe
         node.metrics.executor(node.executor.totals());
         node.metrics.spans(&counts);
         node.metrics.refused(node.peers.refused());
-        for LinkReport { peer, round_trip_ms, sent_bytes, received_bytes, .. } in node.peers.reports() {
+        let links = node.peers.reports();
+        for LinkReport { peer, round_trip_ms, sent_bytes, received_bytes, .. } in &links {
             let round_trip = Duration::from_secs_f64(round_trip_ms / 1e3);
-            node.metrics.link(&node.id.0, &peer, sent_bytes, received_bytes, round_trip);
+            node.metrics.link(&node.id.0, peer, *sent_bytes, *received_bytes, round_trip);
         }
+        node.metrics.retain_peers(|peer| links.iter().any(|link| link.peer == peer));
     });
 }

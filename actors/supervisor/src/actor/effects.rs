@@ -43,8 +43,8 @@ impl SupervisorState {
             Effect::Validated { step, loss, tokens, sequences } => {
                 self.last_commit = Instant::now();
                 let line = self.validation_line(step, (loss, tokens), &sequences);
-                self.telemetry.validated(&line);
-                self.files.validation(&line);
+                let is_first = self.files.validation(&line);
+                self.telemetry.validated(&line, is_first);
             }
             Effect::Notice(notice) => self.on_notice(notice).await?,
             Effect::Done => self.on_end(RunEnd::Done { step: self.machine.committed() }),
@@ -154,6 +154,7 @@ impl SupervisorState {
         })
         .await?;
         self.files.go_back(step);
+        self.telemetry.go_back(step);
         Ok(())
     }
 

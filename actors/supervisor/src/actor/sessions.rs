@@ -146,6 +146,7 @@ impl SupervisorState {
         };
         let mut probes: Vec<(f64, f64)> = links.iter().filter_map(probed).collect();
         session.links = links;
+        self.retain_metrics();
         probes.sort_by(|a, b| a.0.total_cmp(&b.0));
         let Some(&(bandwidth, round_trip_s)) = probes.get(probes.len() / 2) else { return Ok(()) };
         self.on_event(Event::LinkMeasured { node: id.node, bandwidth, round_trip_s }).await
@@ -164,6 +165,7 @@ impl SupervisorState {
         if self.sessions.released.get(&node) == Some(&id.number) {
             self.sessions.released.remove(&node);
             self.sessions.by_node.remove(&node);
+            self.retain_metrics();
             let step = self.machine.committed();
             self.answer(&OperatorRequest::Drain { node: node.0 }, &OperatorReply::Done { step });
             return Ok(());
@@ -179,9 +181,16 @@ impl SupervisorState {
         self.on_event(Event::Lost { node: node.clone(), cause, reason: reason.to_owned() }).await
     }
 
+    /// The metrics keep no series of nodes that are gone.
+    fn retain_metrics(&self) {
+        let is_connected = |name: &str| self.sessions.by_node.keys().any(|node| node.0 == name);
+        self.telemetry.metrics.retain_nodes(is_connected);
+    }
+
     pub(super) fn disconnect(&mut self, node: &NodeId, reason: &str) {
         if let Some(last_message) = self.sessions.disconnect(node, reason) {
             self.timings.lost(node, reason, last_message.elapsed());
         }
+        self.retain_metrics();
     }
 }

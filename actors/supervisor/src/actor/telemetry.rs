@@ -3,6 +3,7 @@
 
 use super::SupervisorArgs;
 use super::traces::Traces;
+use crate::error::{Error, Result};
 use crate::events::EventStream;
 use crate::run_files::{MetricsLine, ValidationLine};
 use crate::timings::Cost;
@@ -26,14 +27,41 @@ pub(super) struct Telemetry {
 impl Telemetry {
     pub(super) fn new(args: &SupervisorArgs) -> Self {
         let options = args.run.telemetry.clone();
-        let file = EventFile::create(&args.dir.tensorboard());
-        let file = file.inspect_err(|error| tracing::warn!(%error, "no TensorBoard file"));
-        Self {
+        let mut telemetry = Self {
             sample_every: options.sample_every,
             traces: Traces::new(args.pipeline.tracer(), options, &args.run),
             metrics: Arc::clone(&args.metrics),
             events: args.events.clone(),
-            tensorboard: file.ok(),
+            tensorboard: None,
+        };
+        if let Err(error) = telemetry.open_tensorboard(args) {
+            tracing::warn!(%error, "no TensorBoard file");
+        }
+        telemetry
+    }
+
+    /// Opens TensorBoard's files. Steps that were committed and not written follow from the journal.
+    fn open_tensorboard(&mut self, args: &SupervisorArgs) -> Result<()> {
+        let committed = args.store.last_committed()?.unwrap_or_default();
+        let folder = args.dir.tensorboard();
+        let opened = EventFile::open(&folder, committed.0)
+            .map_err(|error| Error::File { path: folder, reason: error.to_string() })?;
+        let (file, last) = opened;
+        self.tensorboard = Some(file);
+        for missing in args.store.committed_range::<Committed>(Step(last.unwrap_or_default()).next()) {
+            let (_, committed) = missing?;
+            self.write_step(&committed, &MetricsLine::new(&committed, None));
+        }
+        Ok(())
+    }
+
+    /// The run went back to `step`.
+    pub(super) fn go_back(&mut self, step: Step) {
+        if let Some(file) = &mut self.tensorboard
+            && let Err(error) = file.go_back(step.0)
+        {
+            tracing::warn!(%error, "TensorBoard's file cannot be written; the run continues without it");
+            self.tensorboard = None;
         }
     }
 
@@ -89,9 +117,12 @@ impl Telemetry {
         }
     }
 
-    /// The validation loss was measured.
-    pub(super) fn validated(&mut self, line: &ValidationLine) {
+    /// The validation loss was measured; `is_first` tells it from a repetition after a restart.
+    pub(super) fn validated(&mut self, line: &ValidationLine, is_first: bool) {
         self.metrics.validated(line.loss);
+        if !is_first {
+            return;
+        }
         self.events.publish("validation", line);
         self.write(line.step, &[("validation/loss".to_owned(), Value::Scalar(line.loss))]);
     }
