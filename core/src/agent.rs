@@ -199,7 +199,10 @@ impl Agent {
             }
             NodeCommand::Leave { reason } => self.push(Effect::Leave { reason }),
             //
-            NodeCommand::Begin { .. } | NodeCommand::Commit { .. } | NodeCommand::Abort { .. } => {}
+            NodeCommand::Begin { .. }
+            | NodeCommand::Commit { .. }
+            | NodeCommand::Abort { .. }
+            | NodeCommand::LeaveDeferred { .. } => {}
         }
     }
 

@@ -115,6 +115,11 @@ pub enum NodeCommand {
         /// The shards that this node sends.
         shards: Vec<ShardId>,
     },
+    /// The node cannot leave yet; it does as soon as others can take over.
+    LeaveDeferred {
+        /// The reason, for the node's log.
+        reason: String,
+    },
     /// Leave the run.
     Leave {
         /// The reason, for the node's log.

@@ -263,6 +263,7 @@ impl<B: Compute> AgentState<B> {
             }
             NodeCommand::Assign(_) => self.traces.placement = scope,
             NodeCommand::Checkpoint { .. } => self.traces.checkpoint = scope,
+            NodeCommand::LeaveDeferred { reason } => tracing::warn!("this node cannot leave yet: {reason}"),
             NodeCommand::Abort { .. } | NodeCommand::Leave { .. } => {}
         }
         self.on_event(Event::Command(command)).await;

@@ -1,8 +1,9 @@
 //! The next placement: the planner's target, or the placement on the way to it.
 
 use super::state::Node;
-use super::{Machine, Notice};
+use super::{Effect, Machine, Notice};
 use crate::ids::{Epoch, NodeId, ShardId};
+use crate::messages::NodeCommand;
 use crate::placement::Placement;
 use crate::planner::{self, Member, Request, Shortage};
 
@@ -89,7 +90,13 @@ impl Machine {
                 notices.push(Notice::DrainDeferred { node: node.clone(), reason });
             }
         }
-        notices.into_iter().for_each(|notice| self.notice(notice));
+        for notice in notices {
+            if let Notice::DrainDeferred { node, reason } = &notice {
+                let (node, reason) = (node.clone(), reason.clone());
+                self.effects.push(Effect::Send { node, message: NodeCommand::LeaveDeferred { reason } });
+            }
+            self.notice(notice);
+        }
     }
 
     /// Whether every shard of a placement is on its nodes.

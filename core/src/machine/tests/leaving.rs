@@ -110,6 +110,11 @@ fn a_drain_for_which_there_is_no_room_waits_with_the_shortage_in_numbers() {
         "{:?}",
         run.effects
     );
+    let is_told = |effect: &Effect| match effect {
+        Effect::Send { node, message: NodeCommand::LeaveDeferred { .. } } => *node == id(2),
+        _ => false,
+    };
+    assert!(run.effects.iter().any(is_told), "the node does not know why it stays");
     assert_eq!(run.machine.placement().members, [id(1), id(2)]);
     let held = run.machine.placement().experts.values().filter(|holders| holders.contains(&id(1))).count();
     assert!(held <= 3, "no node gets more than fits");
