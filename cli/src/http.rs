@@ -26,6 +26,7 @@ use axum::extract::Request;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::{Arc, OnceLock};
 use tower::ServiceExt;
@@ -55,7 +56,14 @@ impl HttpListener {
     pub fn bind(address: Option<SocketAddr>, port: u16) -> anyhow::Result<Self> {
         let local = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
         let listener = match address {
-            Some(address) => TcpListener::bind(address).with_context(|| format!("--http {address}"))?,
+            // Where the kernel has no IPv6, all addresses are those of IPv4.
+            Some(address) => match TcpListener::bind(address) {
+                Err(error) if address.is_ipv6() && error.kind() == ErrorKind::Unsupported => {
+                    TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port()))
+                }
+                bound => bound,
+            }
+            .with_context(|| format!("--http {address}"))?,
             None => TcpListener::bind(local(port))
                 .or_else(|_| TcpListener::bind(local(0)))
                 .context("no free port for HTTP")?,

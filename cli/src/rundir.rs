@@ -112,8 +112,8 @@ fn live_runs() -> Vec<(RunDir, Contact)> {
 /// The address of a supervisor and an access token for it.
 #[derive(Debug)]
 pub struct Target {
-    /// Its QUIC address.
-    pub address: SocketAddr,
+    /// Its QUIC addresses, of which any will do.
+    pub addresses: Vec<SocketAddr>,
     /// The access token.
     pub token: AccessToken,
 }
@@ -150,7 +150,7 @@ pub fn target(
         Some(token) => token.trim().to_owned(),
         None => local_token(dir.as_ref(), role, &address)?,
     };
-    Ok(Target { address: resolve(&address)?, token: token.parse()? })
+    Ok(Target { addresses: resolve_all(&address)?, token: token.parse()? })
 }
 
 fn only_live_run() -> anyhow::Result<(RunDir, Contact)> {
@@ -179,14 +179,24 @@ fn local_token(dir: Option<&RunDir>, role: AccessRole, address: &str) -> anyhow:
     Ok(std::fs::read_to_string(&path).with_context(|| path.display().to_string())?.trim().to_owned())
 }
 
-/// The socket address of `HOST:PORT`.
+/// The first socket address of `HOST:PORT`, to listen on.
 ///
 /// # Errors
 /// When it has another form, or the host is unknown.
 pub fn resolve(address: &str) -> anyhow::Result<SocketAddr> {
-    let mut found =
+    Ok(resolve_all(address)?[0])
+}
+
+/// All socket addresses of `HOST:PORT`, to dial; at least one.
+///
+/// # Errors
+/// When it has another form, or the host is unknown.
+pub fn resolve_all(address: &str) -> anyhow::Result<Vec<SocketAddr>> {
+    let found =
         address.to_socket_addrs().with_context(|| format!("address {address}: expected HOST:PORT"))?;
-    found.next().with_context(|| format!("address {address}: unknown host"))
+    let found: Vec<_> = found.collect();
+    anyhow::ensure!(!found.is_empty(), "address {address}: unknown host");
+    Ok(found)
 }
 
 /// The access token of `--token-file` or `VOLARY_TOKEN`, if given.

@@ -155,6 +155,8 @@ pub struct Machine {
     passed: Option<Step>,
     stopping: bool,
     suspicion: Suspicion,
+    /// Why the last attempt at a step was dropped, until the next commit.
+    trouble: Option<String>,
     /// Learners of this placement that have missed gradients.
     learners_late: BTreeMap<NodeId, LateLearner>,
     /// Nodes whose links broke since the last commit, each with the shards that it holds at version
@@ -208,6 +210,7 @@ impl Machine {
             passed: None,
             stopping: false,
             suspicion: Suspicion::default(),
+            trouble: None,
             learners_late: BTreeMap::new(),
             away: BTreeMap::new(),
             gone: BTreeSet::new(),
@@ -232,6 +235,13 @@ impl Machine {
     #[must_use]
     pub fn activity(&self) -> Activity {
         self.phase.activity()
+    }
+
+    /// Why the step after the last commit was dropped, if it was: a node that was lost, or two nodes that cannot
+    /// reach each other.
+    #[must_use]
+    pub fn trouble(&self) -> Option<&str> {
+        self.trouble.as_deref()
     }
 
     /// The last durable checkpoint.

@@ -12,8 +12,8 @@ use volary_transport::{AccessToken, Interference, Network};
 pub struct NodeOptions {
     /// The network that joins it to the supervisor and to its peers.
     pub network: Network,
-    /// The supervisor's address.
-    pub supervisor: SocketAddr,
+    /// The supervisor's addresses, of which any will do.
+    pub supervisor: Vec<SocketAddr>,
     /// Its `HOST:PORT`, resolved again at each attempt, since a restarted supervisor may have another
     /// address; nothing when it has no name.
     pub supervisor_host: Option<String>,

@@ -51,13 +51,14 @@ pub async fn run_node<B: Compute>(
 ) -> Result<NodeEnd, ProcessError> {
     // The shorter of both ends' timeouts counts, and the supervisor's is the run's `cluster.node_timeout_ms`.
     let transport = TransportOptions { idle_timeout_ms: IDLE_MS, ..TransportOptions::default() };
-    let identity = tokio::select! {
+    let (identity, supervisor) = tokio::select! {
         joined = join_run(&options, &transport) => joined?,
         Some(()) = leave.recv() => {
             return Ok(NodeEnd::Left("it was asked to leave before it had joined".into()));
         }
     };
-    let (process, first) = NodeProcess::start(options, identity, &transport, make, leave).await?;
+    let (process, first) =
+        NodeProcess::start(options, (identity, supervisor), &transport, make, leave).await?;
     Ok(process.run(first).await)
 }
 
@@ -100,7 +101,7 @@ impl<B: Compute> NodeProcess<B> {
     /// Connects for the first time, and starts everything that outlives a link.
     async fn start(
         mut options: NodeOptions,
-        identity: Identity,
+        (identity, supervisor): (Identity, SocketAddr),
         transport: &TransportOptions,
         make: impl FnOnce(&RunInfo) -> Computed<B>,
         leave: mpsc::Receiver<()>,
@@ -108,7 +109,7 @@ impl<B: Compute> NodeProcess<B> {
         let name = NodeId::new(identity.name());
         let listen = match options.listen {
             Some(listen) => listen,
-            None => SocketAddr::new(options.network.local_ip(options.supervisor)?, 0),
+            None => SocketAddr::new(options.network.local_ip(supervisor)?, 0),
         };
         let endpoint = options.network.bind(listen, identity, ClientAuth::Required, transport)?;
         let faults = options.faults.take();

@@ -9,6 +9,21 @@ use volary_transport::{AccessToken, Endpoint, Error, Result, TransportOptions};
 /// # Errors
 /// When the supervisor cannot be reached, refuses the access token, or ends before it replies.
 pub async fn operate(
+    addresses: &[SocketAddr],
+    token: &AccessToken,
+    request: &OperatorRequest,
+) -> Result<OperatorReply> {
+    let mut failed = Error::connection("the supervisor", "it has no address");
+    for address in addresses {
+        match operate_at(*address, token, request).await {
+            Err(error @ Error::Connection { .. }) => failed = error,
+            answered => return answered,
+        }
+    }
+    Err(failed)
+}
+
+async fn operate_at(
     address: SocketAddr,
     token: &AccessToken,
     request: &OperatorRequest,

@@ -114,7 +114,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         network,
         http: serve_metrics(&args, &metrics)?,
         metrics,
-        supervisor: target.address,
+        supervisor: target.addresses,
         supervisor_host: Some(args.join),
         token: target.token,
         name: args.name,

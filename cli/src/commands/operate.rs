@@ -87,7 +87,7 @@ impl Args {
 pub(super) fn ask(args: &Args, request: &OperatorRequest) -> anyhow::Result<OperatorReply> {
     let target = args.target()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    Ok(runtime.block_on(volary_protocol::operate(target.address, &target.token, request))?)
+    Ok(runtime.block_on(volary_protocol::operate(&target.addresses, &target.token, request))?)
 }
 
 /// The error of a reply other than the expected one.
@@ -147,7 +147,7 @@ pub fn drain(args: DrainArgs) -> anyhow::Result<()> {
     let request = OperatorRequest::Drain { node: name.clone() };
     let reply = runtime.block_on(async {
         tokio::select! {
-            reply = volary_protocol::operate(target.address, &target.token, &request) => reply,
+            reply = volary_protocol::operate(&target.addresses, &target.token, &request) => reply,
             () = show_progress(&target, &name) => unreachable!("the progress has no end"),
         }
     })?;
@@ -180,7 +180,8 @@ async fn show_progress(target: &rundir::Target, name: &str) {
     let mut last = String::new();
     loop {
         tokio::time::sleep(DRAIN_POLL).await;
-        let reply = volary_protocol::operate(target.address, &target.token, &OperatorRequest::Status).await;
+        let reply =
+            volary_protocol::operate(&target.addresses, &target.token, &OperatorRequest::Status).await;
         let Ok(OperatorReply::Status(status)) = reply else { continue };
         let Some(node) = status.nodes.iter().find(|node| node.name == name) else { continue };
         let line = format!("{name}: {}, {} shards, {} lanes", node.state, node.shards, node.lanes.len());

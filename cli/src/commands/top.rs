@@ -81,7 +81,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let target = args.supervisor.target()?;
     let ask = |target: &Target| -> anyhow::Result<OperatorReply> {
-        let reply = volary_protocol::operate(target.address, &target.token, &OperatorRequest::Status);
+        let reply = volary_protocol::operate(&target.addresses, &target.token, &OperatorRequest::Status);
         Ok(runtime.block_on(reply)?)
     };
     let mut view = View::default();
@@ -172,6 +172,7 @@ mod tests {
             activity: Activity::Training,
             checkpoint: Some(Step(40)),
             failed_checkpoints: 0,
+            trouble: None,
             skipped_steps: 0,
             load: vec![vec![10, 10, 10, 10], vec![40, 0, 0, 0]],
             loss: Some(3.25),

@@ -24,6 +24,7 @@ impl Machine {
     pub(super) fn drop_step(&mut self, reason: &str) {
         let (epoch, step) = (self.placement.epoch, self.committed.next());
         self.notice(Notice::Aborted { epoch, step, reason: reason.into() });
+        self.trouble = Some(reason.into());
         for node in self.voters() {
             self.effects.push(Effect::Send { node, message: NodeCommand::Abort { epoch } });
         }

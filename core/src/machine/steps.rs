@@ -137,6 +137,7 @@ impl Machine {
         self.last = Some(LastCommit { epoch, step, update });
         self.retry = Retry::default();
         self.suspicion.clear();
+        self.trouble = None;
         for node in self.voters() {
             self.effects.push(Effect::Send { node, message: NodeCommand::Commit { epoch, step, update } });
         }

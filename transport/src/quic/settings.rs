@@ -5,7 +5,8 @@ use crate::limits::{
     RECEIVE_WINDOW_BYTES, SEND_WINDOW_BYTES, SOCKET_BUFFER_BYTES, STREAM_WINDOW_BYTES, STREAMS_MAX,
 };
 use crate::options::TransportOptions;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,8 +38,29 @@ pub(crate) fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
     Error::Bind { address, reason }
 }
 
+/// Binds a socket. `[::]` stands for all addresses of this machine: IPv4 and IPv6, or IPv4 where the kernel has
+/// no IPv6.
+fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
+    let domain = socket2::Domain::for_address(address);
+    let is_any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);
+    let opened = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP));
+    let bound = opened.and_then(|socket| {
+        if is_any {
+            socket.set_only_v6(false)?;
+        }
+        socket.bind(&address.into())?;
+        Ok(socket.into())
+    });
+    match bound {
+        Err(error) if is_any && error.kind() != io::ErrorKind::AddrInUse => {
+            UdpSocket::bind(SocketAddr::new(Ipv4Addr::UNSPECIFIED.into(), address.port()))
+        }
+        bound => bound,
+    }
+}
+
 pub(crate) fn udp_socket(address: SocketAddr) -> Result<UdpSocket> {
-    let socket = UdpSocket::bind(address).map_err(|error| bind_error(address, &error))?;
+    let socket = bind(address).map_err(|error| bind_error(address, &error))?;
     let buffers = socket2::SockRef::from(&socket);
     // The kernel may grant less; `volary doctor` reports it.
     let _ = buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES);

@@ -108,22 +108,30 @@ impl SupervisorConnector {
         }
     }
 
-    /// The supervisor's present address.
-    async fn supervisor(&self) -> SocketAddr {
-        resolve(&self.options).await
-    }
-
     async fn rejoin(&self) -> Result<(), ProcessError> {
         tokio::time::sleep(DIAL_PAUSE).await;
-        let NodeOptions { network, token, .. } = &self.options;
         let name = Some(self.name.0.clone());
-        let identity =
-            network.join(self.supervisor().await, token, name, &TransportOptions::default()).await?;
+        let (identity, _) = join_once(&self.options, name, &TransportOptions::default()).await?;
         Ok(self.endpoint.set_identity(identity)?)
     }
 
+    /// Connects to the first address of the supervisor that answers.
     async fn connect_once(&self, state: ResidentState) -> Result<Connected, ProcessError> {
-        let supervisor = self.supervisor().await;
+        let mut failed = None;
+        for address in addresses(&self.options).await {
+            match self.connect_to(address, state.clone()).await {
+                Err(error) if error.is_transient() => failed = Some(error),
+                answered => return answered,
+            }
+        }
+        Err(failed.unwrap_or(ProcessError::NoAddress))
+    }
+
+    async fn connect_to(
+        &self,
+        supervisor: SocketAddr,
+        state: ResidentState,
+    ) -> Result<Connected, ProcessError> {
         let (link, mut sender, mut receiver) = self.endpoint.connect_supervisor(supervisor).await?;
         sender.send(&ToSupervisor::Hello(self.info(supervisor)?, state)).await?;
         let Welcome { run, keep, canary, revoked } = receive_welcome(&mut receiver).await?;
@@ -154,22 +162,49 @@ impl SupervisorConnector {
 
     fn info(&self, supervisor: SocketAddr) -> Result<NodeInfo, ProcessError> {
         let options = &self.options;
+        let address = self.announced_address(supervisor)?;
+        let http = options.http.map(|http| match http.ip().is_unspecified() {
+            true => SocketAddr::new(address.ip(), http.port()),
+            false => http,
+        });
         Ok(NodeInfo {
             pid: std::process::id(),
             device: options.device.clone(),
             threads: options.threads,
             profile: self.profile.clone(),
-            address: self.announced_address(supervisor)?.to_string(),
-            http: options.http.map(|address| address.to_string()),
+            address: address.to_string(),
+            http: http.map(|http| http.to_string()),
             instance: self.instance,
         })
     }
 }
 
-async fn resolve(options: &NodeOptions) -> SocketAddr {
-    let Some(host) = &options.supervisor_host else { return options.supervisor };
-    let resolved = tokio::net::lookup_host(host).await;
-    resolved.ok().and_then(|mut found| found.next()).unwrap_or(options.supervisor)
+/// The supervisor's present addresses, in the order of the resolver.
+async fn addresses(options: &NodeOptions) -> Vec<SocketAddr> {
+    let Some(host) = &options.supervisor_host else { return options.supervisor.clone() };
+    let resolved: Vec<_> = match tokio::net::lookup_host(host).await {
+        Ok(found) => found.collect(),
+        Err(_) => Vec::new(),
+    };
+    if resolved.is_empty() { options.supervisor.clone() } else { resolved }
+}
+
+/// Joins the run at the first address of the supervisor that answers. Returns that address too.
+async fn join_once(
+    options: &NodeOptions,
+    name: Option<String>,
+    transport: &TransportOptions,
+) -> Result<(Identity, SocketAddr), ProcessError> {
+    let mut failed = None;
+    for address in addresses(options).await {
+        let joined = options.network.join(address, &options.token, name.clone(), transport).await;
+        match joined.map_err(ProcessError::from) {
+            Ok(identity) => return Ok((identity, address)),
+            Err(error) if error.is_transient() => failed = Some(error),
+            Err(refused) => return Err(refused),
+        }
+    }
+    Err(failed.unwrap_or(ProcessError::NoAddress))
 }
 
 /// The supervisor's answer to a node's hello.
@@ -185,17 +220,15 @@ async fn receive_welcome(receiver: &mut ControlReceiver) -> Result<Welcome, Proc
     }
 }
 
-/// Joins the run with the access token, and retries for a while where it is too early; any other refusal is
+/// Joins the run with the access token, and returns the address that answered too. It retries for a while where it is too early; any other refusal is
 /// final.
 pub(super) async fn join_run(
     options: &NodeOptions,
     transport: &TransportOptions,
-) -> Result<Identity, ProcessError> {
+) -> Result<(Identity, SocketAddr), ProcessError> {
     let (start, mut reported) = (Instant::now(), false);
     loop {
-        let joined =
-            options.network.join(options.supervisor, &options.token, options.name.clone(), transport);
-        match joined.await.map_err(ProcessError::from) {
+        match join_once(options, options.name.clone(), transport).await {
             Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
                 if !std::mem::replace(&mut reported, true) {
                     tracing::info!(%error, "waiting");

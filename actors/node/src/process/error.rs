@@ -24,6 +24,9 @@ pub enum ProcessError {
     /// The agent died.
     #[error("the node's agent died")]
     AgentDied,
+    /// The supervisor's name has no address.
+    #[error("the supervisor has no address")]
+    NoAddress,
     /// A live process has the node's name.
     #[error("a live node has this name; choose another one")]
     NameInUse,

@@ -103,6 +103,7 @@ impl SupervisorState {
             checkpoint: self.machine.durable(),
             failed_checkpoints: self.failed_checkpoints,
             skipped_steps: self.skipped_steps,
+            trouble: self.machine.trouble().map(str::to_owned),
             load: self.load.clone(),
             loss: self.last_metrics.as_ref().map(|line| line.loss),
             tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),

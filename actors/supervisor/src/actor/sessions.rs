@@ -4,6 +4,7 @@ use super::SupervisorState;
 use crate::error::Result;
 use crate::messages::{NodeArrival, SessionId};
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::time::Instant;
 use tokio::sync::mpsc;
 use volary_core::NodeId;
@@ -64,6 +65,27 @@ impl Sessions {
         self.by_node.get_mut(&id.node).filter(|session| session.number == id.number)
     }
 
+    fn send(&self, node: &NodeId, message: ToNode) {
+        if let Some(session) = self.by_node.get(node) {
+            session.send(message);
+        }
+    }
+
+    /// Why a newcomer cannot be linked with another node: one is reached on this machine only.
+    fn on_other_network(&self, newcomer: &NodeId, address: &str) -> Option<String> {
+        let is_local = |address: &str| Some(address.parse::<SocketAddr>().ok()?.ip().is_loopback());
+        let mine = is_local(address)?;
+        let others =
+            self.by_node.iter().filter(|(node, session)| *node != newcomer && session.joining.is_none());
+        others.map(|(node, session)| (node, &session.info.address)).find_map(|(node, other)| {
+            let theirs = is_local(other)?;
+            (mine != theirs).then(|| {
+                let local = if mine { address } else { other };
+                format!("{node} is at {other}, and {local} is reached on its own machine only")
+            })
+        })
+    }
+
     pub(super) fn send_to_all(&self, message: &ToNode) {
         self.by_node.values().for_each(|session| session.send(message.clone()));
     }
@@ -121,6 +143,12 @@ impl SupervisorState {
         session.info.profile = Some((*profile).clone());
         let Some(held) = session.joining.take() else { return Ok(()) };
         let address = session.info.address.clone();
+        if let Some(reason) = self.sessions.on_other_network(&id.node, &address) {
+            tracing::warn!(node = %id.node, address, reason, "a newcomer is turned away");
+            // It ends by itself when it has read this.
+            self.sessions.send(&id.node, ToNode::Unreachable { address, reason });
+            return Ok(());
+        }
         self.on_event(Event::Joined { node: id.node, profile, address, held }).await
     }
 

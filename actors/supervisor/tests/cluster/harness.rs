@@ -222,7 +222,7 @@ impl Cluster {
             std::fs::read_to_string(token).expect("a token").trim().parse().expect("a token");
         let options = NodeOptions {
             network: self.network.handle(),
-            supervisor: (Ipv4Addr::LOCALHOST, 9_000).into(),
+            supervisor: vec![(Ipv4Addr::LOCALHOST, 9_000).into()],
             supervisor_host: None,
             token,
             name: Some(name.to_owned()),

@@ -38,6 +38,9 @@ impl fmt::Display for StatusText<'_> {
             Some(step) => writeln!(f, "  checkpoint: step {step}")?,
             None => writeln!(f, "  checkpoint: none yet")?,
         }
+        if let Some(trouble) = &self.0.trouble {
+            writeln!(f, "  step {} was dropped and runs again: {trouble}", step.next())?;
+        }
         for (count, what) in
             [(self.0.failed_checkpoints, "failed checkpoints"), (self.0.skipped_steps, "skipped steps")]
         {
@@ -92,6 +95,7 @@ mod tests {
             activity: Activity::Training,
             checkpoint: Some(Step(40)),
             failed_checkpoints: 0,
+            trouble: None,
             skipped_steps: 3,
             load: Vec::new(),
             loss: Some(3.25),
