@@ -61,6 +61,7 @@ pub mod output;
 pub mod preparation;
 pub mod process;
 pub mod progress;
+pub mod registry;
 pub mod rundir;
 pub mod script;
 pub mod signals;

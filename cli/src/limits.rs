@@ -89,10 +89,13 @@ pub const TRACE_STEPS_SHOWN: usize = 10;
 /// Token texts that an error of `volary trace` lists.
 pub const TRACE_TOKENS_SHOWN: usize = 20;
 
-/// Concurrent HTTP connections; more wait to be accepted.
+/// Concurrent HTTP connections; a newcomer takes the place of the idlest one.
 pub const HTTP_CONNECTIONS_MAX: usize = 256;
-/// Concurrent HTTP connections from one address; more are dropped, so that one peer cannot occupy all.
+/// Concurrent HTTP connections from one address, so that one peer cannot occupy all; a newcomer takes the place
+/// of the idlest one.
 pub const HTTP_CONNECTIONS_PER_ADDRESS: usize = 64;
+/// The number of open files below which a process warns: a checkpoint and links to many peers need them.
+pub const OPEN_FILES_MIN: u64 = 256;
 /// The longest time in which a peer neither sends nor receives.
 pub const HTTP_IDLE_MAX: Duration = Duration::from_secs(60);
 /// The pause after a failed accept.

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use volary_cli::limits::{HALTED_STATUS, INTERRUPTED_STATUS};
 use volary_cli::process::Halted;
 use volary_cli::signals::Interrupted;
-use volary_cli::{commands, environment, log, output};
+use volary_cli::{commands, environment, log, output, process};
 
 /// Elastic training of mixture-of-experts language models.
 #[derive(Parser)]
@@ -80,6 +80,7 @@ fn run(command: Command) -> anyhow::Result<()> {
     if matches!(command, Command::Train(_) | Command::Supervisor(_) | Command::Node(_)) {
         // Later, only a log would tell.
         volary_telemetry::check_environment()?;
+        process::raise_open_files();
     }
     match command {
         Command::Train(args) => commands::train::run(args),

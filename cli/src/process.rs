@@ -2,7 +2,8 @@
 //! that Ctrl-C reaches only the parent. It holds one end of a pipe and ends when the parent does, however the
 //! parent ended.
 
-use crate::limits::{END_POLL, LINE_BYTES_MAX};
+use crate::limits::{END_POLL, LINE_BYTES_MAX, OPEN_FILES_MIN};
+use crate::output;
 use anyhow::Context;
 use rustix::process::{Pid, kill_process};
 use std::fmt;
@@ -130,6 +131,22 @@ impl Drop for Process {
         if self.exit_status().is_none() {
             self.kill();
         }
+    }
+}
+
+/// Raises the limit of open files to what the system lets this process have, and warns where that is little.
+pub fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    // A failure leaves the limit as it is.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    if let Some(most) = getrlimit(Resource::Nofile).current
+        && most < OPEN_FILES_MIN
+    {
+        output::note(format_args!(
+            "warning: this process may open only {most} files (ulimit -n): links and checkpoints may fail; allow \
+             {OPEN_FILES_MIN} or more"
+        ));
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::limits::{LISTEN_MAX, LISTEN_POLL};
 use crate::preparation::ClaimedDir;
+use crate::registry;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -95,6 +96,7 @@ pub(crate) fn is_alive(pid: u32) -> bool {
 /// # Errors
 /// When the directory cannot be written.
 pub fn write_contact(dir: &RunDir, contact: &Contact) -> anyhow::Result<()> {
+    registry::add(dir);
     Ok(volary_storage::write_file(&dir.supervisor(), serde_json::to_string(contact)?.as_bytes())?)
 }
 
@@ -138,7 +140,9 @@ pub fn target(
             (Some(dir), address)
         }
         (None, Some(address)) => {
-            let local = live_runs().into_iter().find(|(_, contact)| contact.address == address);
+            let dialed = resolve_all(address)?;
+            let mut local = live_runs().into_iter().chain(registry::runs());
+            let local = local.find(|(_, contact)| is_same(&contact.address, &dialed));
             (local.map(|(dir, _)| dir), address.to_owned())
         }
         (None, None) => {
@@ -151,6 +155,14 @@ pub fn target(
         None => local_token(dir.as_ref(), role, &address)?,
     };
     Ok(Target { addresses: resolve_all(&address)?, token: token.parse()? })
+}
+
+/// Whether a supervisor of this machine at `address` is among those that are dialed. This machine has many
+/// names: its port tells.
+fn is_same(address: &str, dialed: &[SocketAddr]) -> bool {
+    let Ok(listening) = address.parse::<SocketAddr>() else { return false };
+    let is_here = |dialed: &SocketAddr| dialed.ip() == listening.ip() || dialed.ip().is_loopback();
+    dialed.iter().any(|dialed| dialed.port() == listening.port() && is_here(dialed))
 }
 
 fn only_live_run() -> anyhow::Result<(RunDir, Contact)> {
@@ -170,8 +182,10 @@ fn only_live_run() -> anyhow::Result<(RunDir, Contact)> {
 
 fn local_token(dir: Option<&RunDir>, role: AccessRole, address: &str) -> anyhow::Result<String> {
     let Some(dir) = dir else {
+        let known = registry::folder().map(|folder| format!(" and {}", folder.display())).unwrap_or_default();
         bail!(
-            "no access token for {address}: give --token-file (the supervisor's RUN_DIR/identity/{}) or VOLARY_TOKEN",
+            "no access token for {address}: no supervisor of this machine listens there (looked in {RUNS}/{known}); \
+             give --token-file (the supervisor's RUN_DIR/identity/{}) or VOLARY_TOKEN",
             token_file_name(role)
         );
     };

@@ -54,3 +54,7 @@ pub(crate) const BENCHMARK_SECONDS_MAX: f64 = 20.0;
 pub(crate) const UNKNOWN_PEER_MAX: Duration = Duration::from_secs(10);
 /// Time between two checks whether an unknown node is known.
 pub(crate) const UNKNOWN_PEER_POLL: Duration = Duration::from_millis(20);
+
+/// The time for which a node waits for its name. An earlier process of that name is lost after at most
+/// `cluster.node_timeout_ms`, 10 s; a live one keeps it.
+pub(crate) const NAME_IN_USE_MAX: Duration = Duration::from_secs(20);

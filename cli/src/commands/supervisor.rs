@@ -7,6 +7,7 @@ use crate::limits::LAST_CHECKPOINT_MAX;
 use crate::output;
 use crate::preparation::{self, ClaimedDir, PREPARING};
 use crate::process;
+use crate::registry;
 use crate::rundir::{self, Contact};
 use crate::signals::{Interrupted, Interrupts};
 use anyhow::bail;
@@ -89,6 +90,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let end = serve(&config, &mut claimed, (listen, http), &args, &interrupts);
     // No other process may take the directory before the last write.
     let _ = std::fs::remove_file(claimed.dir.supervisor());
+    registry::remove();
     drop(claimed);
     match end? {
         None => {

@@ -1,65 +1,109 @@
-//! A listener with a bounded number of connections, in total and per address. Each connection ends when its
-//! peer is idle for too long.
+//! A listener with a bounded number of connections, in total and per address. A newcomer beyond the bound takes
+//! the place of the connection that was idle for the longest time: neither a browser's forgotten tabs nor an
+//! attacker's idle connections keep a probe out. Each connection ends when its peer is idle for too long.
 
 use crate::limits::{HTTP_ACCEPT_RETRY, HTTP_CONNECTIONS_MAX, HTTP_CONNECTIONS_PER_ADDRESS, HTTP_IDLE_MAX};
+use futures::task::AtomicWaker;
 use parking_lot::Mutex;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep};
 
 /// See the module.
 pub(super) struct BoundedListener {
     listener: TcpListener,
-    slots: Arc<Semaphore>,
-    addresses: Addresses,
+    connections: Connections,
+    /// Whether the last accept failed.
+    failing: bool,
 }
 
 impl BoundedListener {
     pub(super) fn new(listener: TcpListener) -> Self {
-        let slots = Arc::new(Semaphore::new(HTTP_CONNECTIONS_MAX));
-        Self { listener, slots, addresses: Addresses::default() }
+        Self { listener, connections: Connections::default(), failing: false }
     }
 }
 
-/// The number of connections of each address.
+/// The open connections by number, in the order of their arrival.
 #[derive(Clone, Default)]
-struct Addresses(Arc<Mutex<HashMap<IpAddr, usize>>>);
+struct Connections(Arc<Mutex<BTreeMap<u64, Arc<Seat>>>>);
 
-impl Addresses {
-    /// A slot for a connection of an address, if one is free.
-    fn acquire(&self, address: IpAddr) -> Option<AddressSlot> {
-        let mut counts = self.0.lock();
-        let count = counts.entry(address).or_default();
-        if *count >= HTTP_CONNECTIONS_PER_ADDRESS {
-            return None;
-        }
-        *count += 1;
-        Some(AddressSlot { addresses: self.clone(), address })
+/// The place of one connection.
+struct Seat {
+    address: IpAddr,
+    last_active: Mutex<Instant>,
+    evicted: AtomicBool,
+    /// The task of the connection, which waits for its peer.
+    waker: AtomicWaker,
+}
+
+impl Seat {
+    fn evict(&self) {
+        self.evicted.store(true, Ordering::Release);
+        self.waker.wake();
     }
 }
 
-/// The slot of one connection; dropping it frees the slot.
-struct AddressSlot {
-    addresses: Addresses,
-    address: IpAddr,
+impl Connections {
+    /// A place for a connection from `address`, if need be that of another one.
+    fn admit(&self, address: IpAddr) -> Guest {
+        let mut seats = self.0.lock();
+        let of_address = seats.values().filter(|seat| seat.address == address).count();
+        if of_address >= HTTP_CONNECTIONS_PER_ADDRESS {
+            evict_idlest(&mut seats, |seat| seat.address == address);
+        } else if seats.len() >= HTTP_CONNECTIONS_MAX {
+            evict_idlest(&mut seats, |_| true);
+        }
+        let number = seats.last_key_value().map_or(0, |(last, _)| last + 1);
+        let seat = Arc::new(Seat {
+            address,
+            last_active: Mutex::new(Instant::now()),
+            evicted: AtomicBool::new(false),
+            waker: AtomicWaker::new(),
+        });
+        seats.insert(number, Arc::clone(&seat));
+        Guest { connections: self.clone(), number, seat }
+    }
+
+    /// Frees the descriptor of the connection that was idle for the longest time. Returns whether there is one.
+    fn evict_one(&self) -> bool {
+        evict_idlest(&mut self.0.lock(), |_| true)
+    }
 }
 
-impl Drop for AddressSlot {
+fn evict_idlest(seats: &mut BTreeMap<u64, Arc<Seat>>, of: impl Fn(&Seat) -> bool) -> bool {
+    let candidates = seats.iter().filter(|(_, seat)| of(seat));
+    let Some(number) = candidates.min_by_key(|(_, seat)| *seat.last_active.lock()).map(|(number, _)| *number)
+    else {
+        return false;
+    };
+    if let Some(seat) = seats.remove(&number) {
+        tracing::debug!(address = %seat.address, "an idle connection makes room for another one");
+        seat.evict();
+    }
+    true
+}
+
+/// A connection's hold on its seat.
+struct Guest {
+    connections: Connections,
+    number: u64,
+    seat: Arc<Seat>,
+}
+
+impl Drop for Guest {
     fn drop(&mut self) {
-        let mut counts = self.addresses.0.lock();
-        if let Some(count) = counts.get_mut(&self.address) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.address);
-            }
+        let mut seats = self.connections.0.lock();
+        // After an eviction another connection may have the number.
+        if seats.get(&self.number).is_some_and(|seat| Arc::ptr_eq(seat, &self.seat)) {
+            seats.remove(&self.number);
         }
     }
 }
@@ -70,20 +114,19 @@ impl axum::serve::Listener for BoundedListener {
 
     async fn accept(&mut self) -> (Self::Io, Self::Addr) {
         loop {
-            // The semaphore is never closed.
-            let Ok(slot) = Arc::clone(&self.slots).acquire_owned().await else { continue };
             match self.listener.accept().await {
                 Ok((stream, from)) => {
-                    let Some(address_slot) = self.addresses.acquire(from.ip()) else {
-                        tracing::debug!(%from, "connection dropped: too many from this address");
-                        continue;
-                    };
+                    self.failing = false;
+                    let guest = self.connections.admit(from.ip());
                     let idle = Box::pin(tokio::time::sleep(HTTP_IDLE_MAX));
-                    return (Connection { stream, idle, _slot: slot, _address_slot: address_slot }, from);
+                    return (Connection { stream, idle, guest }, from);
                 }
                 // Out of descriptors, or a peer that closed early: the listener continues.
                 Err(error) => {
-                    tracing::debug!(%error, "cannot accept a connection");
+                    if !std::mem::replace(&mut self.failing, true) {
+                        tracing::warn!(%error, "cannot accept an HTTP connection; idle ones make room");
+                    }
+                    self.connections.evict_one();
                     tokio::time::sleep(HTTP_ACCEPT_RETRY).await;
                 }
             }
@@ -99,26 +142,30 @@ impl axum::serve::Listener for BoundedListener {
 pub(super) struct Connection {
     stream: TcpStream,
     idle: Pin<Box<Sleep>>,
-    _slot: OwnedSemaphorePermit,
-    _address_slot: AddressSlot,
+    guest: Guest,
 }
 
 impl Connection {
-    /// Turns a pending operation into an error when the peer was idle for too long, and restarts the timer
-    /// when it was not.
+    /// Turns a pending operation into an error when the peer was idle for too long or another connection needs
+    /// the place, and restarts the timer when it was not idle.
     fn unless_idle<T>(
         &mut self,
         context: &mut Context<'_>,
         polled: Poll<io::Result<T>>,
     ) -> Poll<io::Result<T>> {
-        match polled {
-            Poll::Ready(done) => {
-                self.idle.as_mut().reset(Instant::now() + HTTP_IDLE_MAX);
-                Poll::Ready(done)
-            }
-            Poll::Pending if self.idle.as_mut().poll(context).is_ready() => {
-                Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
-            }
+        let seat = &self.guest.seat;
+        if polled.is_ready() {
+            let now = Instant::now();
+            *seat.last_active.lock() = now;
+            self.idle.as_mut().reset(now + HTTP_IDLE_MAX);
+            return polled;
+        }
+        seat.waker.register(context.waker());
+        if seat.evicted.load(Ordering::Acquire) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        match self.idle.as_mut().poll(context) {
+            Poll::Ready(()) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
             Poll::Pending => Poll::Pending,
         }
     }
@@ -157,16 +204,43 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
+
+    const ONE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+    const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
+
+    fn is_evicted(guest: &Guest) -> bool {
+        guest.seat.evicted.load(Ordering::Acquire)
+    }
 
     #[test]
-    fn one_address_cannot_occupy_all_slots_and_its_slots_become_free_again() {
-        let addresses = Addresses::default();
-        let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let held: Vec<AddressSlot> =
-            (0..HTTP_CONNECTIONS_PER_ADDRESS).filter_map(|_| addresses.acquire(one)).collect();
-        assert_eq!(held.len(), HTTP_CONNECTIONS_PER_ADDRESS);
-        assert!(addresses.acquire(one).is_none() && addresses.acquire(other).is_some());
-        drop(held);
-        assert!(addresses.acquire(one).is_some());
+    fn a_newcomer_takes_the_place_of_the_idlest_connection_of_its_address() {
+        let connections = Connections::default();
+        let other = connections.admit(OTHER);
+        let mut held = Vec::new();
+        let began = Instant::now();
+        for at in 0..HTTP_CONNECTIONS_PER_ADDRESS {
+            held.push(connections.admit(ONE));
+            *held[at].seat.last_active.lock() = began + Duration::from_millis(at as u64);
+        }
+        *held[0].seat.last_active.lock() = began + Duration::from_secs(1);
+        let newcomer = connections.admit(ONE);
+        let evicted: Vec<usize> = (0..held.len()).filter(|at| is_evicted(&held[*at])).collect();
+        assert_eq!(evicted, [1]);
+        assert!(!is_evicted(&other) && !is_evicted(&newcomer));
+        drop((held, newcomer));
+        assert_eq!(connections.0.lock().len(), 1);
+    }
+
+    #[test]
+    fn all_addresses_together_are_bounded_too() {
+        let connections = Connections::default();
+        let address = |n: usize| IpAddr::from([10, 1, (n / 250) as u8, (n % 250) as u8]);
+        let guests: Vec<_> = (0..HTTP_CONNECTIONS_MAX + 40).map(|n| connections.admit(address(n))).collect();
+        assert_eq!(guests.iter().filter(|guest| is_evicted(guest)).count(), 40);
+        assert_eq!(connections.0.lock().len(), HTTP_CONNECTIONS_MAX);
+        assert!(connections.evict_one());
+        drop(guests);
+        assert!(!connections.evict_one(), "no connection is left");
     }
 }

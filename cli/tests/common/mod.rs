@@ -18,6 +18,8 @@ use tempfile::TempDir;
 pub fn volary() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_volary"));
     command.stdin(Stdio::null());
+    // The user's own list of runs stays as it is.
+    command.env("XDG_STATE_HOME", std::env::temp_dir().join("volary-tests"));
     command
 }
 

@@ -1,7 +1,9 @@
 //! How a node reaches its supervisor: it joins once, connects, and reconnects.
 
 use super::error::ProcessError;
-use crate::limits::{DIAL_MAX, DIAL_PAUSE, REFUSED_PAUSE, STARTING_MAX, STARTING_PAUSE, WELCOME_MAX};
+use crate::limits::{
+    DIAL_MAX, DIAL_PAUSE, NAME_IN_USE_MAX, REFUSED_PAUSE, STARTING_MAX, STARTING_PAUSE, WELCOME_MAX,
+};
 use crate::messages::NodeMsg;
 use crate::options::NodeOptions;
 use ractor::ActorRef;
@@ -81,16 +83,19 @@ impl SupervisorConnector {
     ) -> Result<Connected, ProcessError> {
         let start = Instant::now();
         let mut deadline = start + patience;
+        let mut name = NameWait::default();
         loop {
             // The certificate could not be renewed without the supervisor.
             if self.endpoint.identity()?.remaining().is_zero() {
                 drop(self.rejoin().await);
             }
             match self.connect_once(state.clone()).await {
+                Err(error) if name.is_taken(&error) => return Err(error),
                 // A fenced node may join again, with its token if that is still valid.
                 Err(error) if error.needs_rejoin() => match self.rejoin().await {
                     // Its name may be reserved, for itself, for a moment.
                     Err(error) if Instant::now() >= deadline || !error.is_early() => return Err(error),
+                    Err(error) if name.is_taken(&error) => return Err(error),
                     _ => {}
                 },
                 Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
@@ -176,6 +181,26 @@ impl SupervisorConnector {
             http: http.map(|http| http.to_string()),
             instance: self.instance,
         })
+    }
+}
+
+/// Waits for a name that another node has.
+#[derive(Default)]
+struct NameWait {
+    since: Option<Instant>,
+}
+
+impl NameWait {
+    /// Whether another node has the name and keeps it. The first time, it is only said.
+    fn is_taken(&mut self, error: &ProcessError) -> bool {
+        if !error.is_name_in_use() {
+            return false;
+        }
+        let first = || {
+            tracing::warn!(%error, "another node has the name of this one");
+            Instant::now()
+        };
+        self.since.get_or_insert_with(first).elapsed() >= NAME_IN_USE_MAX
     }
 }
 

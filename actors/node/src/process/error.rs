@@ -67,6 +67,11 @@ impl ProcessError {
         )
     }
 
+    /// Whether another node has the name: a live one, or an earlier process that is not yet known to be gone.
+    pub(super) fn is_name_in_use(&self) -> bool {
+        matches!(self, Self::NameInUse) || self.refusal() == Some(RefusalCode::NameInUse)
+    }
+
     /// Whether the supervisor is starting.
     pub(super) fn is_starting(&self) -> bool {
         self.refusal() == Some(RefusalCode::Starting)
@@ -86,6 +91,6 @@ impl ProcessError {
     /// Whether a first attempt to join may succeed later: the supervisor does not listen yet, or does not
     /// know yet that an earlier process of this name is gone.
     pub(super) fn is_early(&self) -> bool {
-        self.is_transient() || self.refusal() == Some(RefusalCode::NameInUse)
+        self.is_transient() || self.is_name_in_use()
     }
 }
