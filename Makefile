@@ -5,9 +5,10 @@ CONFIG ?= examples/quickstart.toml
 NODES ?= 3
 TARGET ?= frame
 FUZZ_SECONDS ?= 60
+ROUNDS ?= 10
 PART ?= 0/40
 
-.PHONY: train test test-fast test-gpu soak build lint audit fuzz mutants bench bundle setup setup-tools clean help
+.PHONY: train test test-fast test-gpu soak flakes build lint audit fuzz mutants bench bundle setup setup-tools clean help
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +36,9 @@ test-fast: ## Run all tests that need no libtorch: seconds, once built
 soak: build ## Long: 20,000 fault schedules in simulated time, and 20 random scripts on real processes
 	VOLARY_SOAK=20000 $(CARGO) test --release -p volary-sim soak
 	VOLARY_CHAOS=20 $(CARGO) test --release -p volary-cli --test trouble random_trouble -- --nocapture
+
+flakes: build ## Long: run all tests ROUNDS times beside two busy loops, and name those that failed
+	@scripts/flakes $(ROUNDS)
 
 test-gpu: build ## Run the numeric tests on the first GPU; skipped with a message without one
 	@if target/release/volary doctor --has-cuda; then \

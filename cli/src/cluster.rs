@@ -5,6 +5,7 @@ use crate::limits::{
     SUPERVISOR_RESTARTS_MAX,
 };
 use crate::node_process::NodeProcess;
+use crate::output;
 use crate::process::{Process, Signal};
 use crate::rundir::{self, Contact};
 use crate::script::{Action, node_name};
@@ -327,7 +328,7 @@ fn drain(dir: &Path, node: &str, notes: Sender<String>) {
         rundir::wait_until_listening(&dir);
         if let Err(error) = run_drain(&dir, &node) {
             // The receiver is gone when the run has ended meanwhile.
-            let _ = notes.send(format!("drain {node}: {error:#}"));
+            let _ = notes.send(format!("drain {node}: {}", output::with_causes(&error)));
         }
     });
 }

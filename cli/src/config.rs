@@ -80,11 +80,19 @@ impl Config {
             Err(error) if set.is_empty() || !error.is_missing_key() => return Err(error.into()),
             // A key that the file leaves out may come from --set.
             Ok(_) | Err(_) => {
+                let mut told = String::new();
+                let mut wrong = None;
                 for assignment in set {
                     assign(&mut table, assignment)?;
+                    let error = document::convert::<Self>(table.clone().into()).err();
+                    let error = error.map(|error| error.to_string()).unwrap_or_default();
+                    // The assignment with which the error of them all began.
+                    if error != told {
+                        (told, wrong) = (error, Some(assignment));
+                    }
                 }
-                document::convert(table.into())
-                    .map_err(|error| anyhow::anyhow!("--set {}: {error}", set.join(" --set ")))?
+                let wrong = wrong.map(String::as_str).unwrap_or_default();
+                document::convert(table.into()).map_err(|error| anyhow::anyhow!("--set {wrong}: {error}"))?
             }
         };
         config.check().map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
@@ -278,6 +286,16 @@ steps = 5
         );
         assert!(message.ends_with("did you mean `lanes`?"), "{message}");
         assert_eq!(message.lines().count(), 1);
+    }
+
+    #[test]
+    fn only_the_wrong_one_of_several_settings_is_named() {
+        let set = ["training.steps=7", "training.lanes=\"few\"", "model.layers=4"].map(String::from);
+        let message = error(GOOD, &set);
+        assert!(
+            message.starts_with("--set training.lanes=\"few\": ") && !message.contains("layers"),
+            "{message}"
+        );
     }
 
     #[test]

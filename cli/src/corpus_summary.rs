@@ -1,6 +1,6 @@
 //! What the preparation of a corpus has found, in lines for the terminal and the log.
 
-use crate::units::short;
+use crate::units::{counted, short};
 use std::fmt::Write as _;
 use volary_data::limits::REPLACED_WARNING_SHARE;
 use volary_data::{HeldOut, Manifest, SourceManifest};
@@ -14,11 +14,6 @@ pub fn lines(manifest: &Manifest) -> Vec<String> {
         .flat_map(|source| [Some(summary(source)), skipped(source), replaced(source)])
         .flatten()
         .collect()
-}
-
-/// `count` things: "1 file", "1,234 files".
-fn counted(count: u64, thing: &str) -> String {
-    format!("{} {thing}{}", short(count), if count == 1 { "" } else { "s" })
 }
 
 fn summary(source: &SourceManifest) -> String {

@@ -3,6 +3,7 @@
 
 use crate::document;
 use crate::limits::INVENTORY_NODES_MAX;
+use crate::output;
 use crate::units::Size;
 use serde::Deserialize;
 use std::collections::BTreeSet;
@@ -74,7 +75,7 @@ impl Inventory {
         let text =
             std::fs::read_to_string(path).map_err(|error| anyhow::anyhow!("inventory {name}: {error}"))?;
         let inventory: Self = document::parse(&text, &name)?;
-        inventory.check().map_err(|error| anyhow::anyhow!("{name}: {error:#}"))?;
+        inventory.check().map_err(|error| anyhow::anyhow!("{name}: {}", output::with_causes(&error)))?;
         Ok(inventory)
     }
 

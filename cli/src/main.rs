@@ -106,7 +106,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     if output::is_closed_by_reader(error) {
         return ExitCode::SUCCESS;
     }
-    output::note(format_args!("volary: {error:#}"));
+    output::note(format_args!("volary: {}", output::with_causes(error)));
     match () {
         () if error.is::<Halted>() => ExitCode::from(HALTED_STATUS),
         () if error.is::<Interrupted>() => ExitCode::from(INTERRUPTED_STATUS),

@@ -55,6 +55,19 @@ pub fn is_closed_by_reader(error: &anyhow::Error) -> bool {
     written.is_some_and(|Error(error)| error.kind() == io::ErrorKind::BrokenPipe)
 }
 
+/// An error and its causes in one line. Some errors tell their cause themselves: it is told once.
+#[must_use]
+pub fn with_causes(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |told, cause| {
+        let cause = cause.to_string();
+        match told.as_str() {
+            "" => cause,
+            told if told.contains(&cause) => told.to_owned(),
+            told => format!("{told}: {cause}"),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -66,6 +79,17 @@ mod tests {
         assert!(!is_closed_by_reader(&error(io::ErrorKind::StorageFull)));
         let elsewhere = anyhow::Error::new(io::Error::from(io::ErrorKind::BrokenPipe));
         assert!(!is_closed_by_reader(&elsewhere), "a pipe to a child process");
+    }
+
+    #[test]
+    fn a_cause_that_an_error_tells_itself_is_told_once() {
+        let cause = io::Error::from_raw_os_error(2);
+        let read = volary_data::Error::Read { path: "a.txt".into(), error: cause };
+        let told = with_causes(&anyhow::Error::new(read).context("source a"));
+        assert_eq!(told.matches("(os error 2)").count(), 1, "{told}");
+        assert!(told.starts_with("source a: cannot read a.txt: "), "{told}");
+        let silent = anyhow::anyhow!("no space").context("cannot write");
+        assert_eq!(with_causes(&silent), "cannot write: no space");
     }
 
     #[test]

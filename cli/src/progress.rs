@@ -2,6 +2,7 @@
 
 use crate::limits::{PROGRESS_INTERVAL, SPINNER_INTERVAL};
 use crate::output;
+use crate::units::counted;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Deserializer};
 use std::fmt;
@@ -198,7 +199,8 @@ impl ProgressDisplay {
             0 => String::new(),
             count => format!("  {count} skipped"),
         };
-        let message = format!("loss {loss:.4}  {speed:.0} tokens/s  {nodes} nodes{skipped}");
+        let message =
+            format!("loss {loss:.4}  {speed:.0} tokens/s  {}{skipped}", counted(nodes.into(), "node"));
         if let Some(bar) = &self.bar {
             if is_first {
                 bar.disable_steady_tick();

@@ -111,6 +111,12 @@ pub fn short(number: u64) -> String {
     format!("{value:.3}{unit}")
 }
 
+/// A number of things: `1 file`, `1.204k files`.
+#[must_use]
+pub fn counted(count: u64, thing: &str) -> String {
+    format!("{} {thing}{}", short(count), if count == 1 { "" } else { "s" })
+}
+
 /// Seconds in text: `12.5 ms`, `2.50 s`.
 #[must_use]
 pub fn seconds(s: f64) -> String {

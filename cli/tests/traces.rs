@@ -17,7 +17,18 @@ use volary_data::Dataset;
 use volary_telemetry::limits::{BATCH_SPANS, QUEUE_SPANS};
 use volary_telemetry::{Identity, Pipeline};
 
-const THREE: [&str; 5] = ["--nodes", "3", "--threads", "1", "--quiet"];
+/// Three equal nodes, whatever the machine measures: each has lanes and experts.
+const THREE: [&str; 9] = [
+    "--nodes",
+    "3",
+    "--threads",
+    "1",
+    "--quiet",
+    "--set",
+    "cluster.measure=false",
+    "--set",
+    "cluster.rebalance=false",
+];
 
 fn traced(world: &World, collector: &Collector, protocol: &str, args: &[&str]) {
     let mut command = world.train(&[&THREE, args].concat());

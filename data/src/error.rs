@@ -180,7 +180,7 @@ pub enum Error {
         limit: u64,
     },
     /// A source has no text.
-    #[error("source {name:?}: {path:?} holds no text (all of its {files} files are empty)")]
+    #[error("source {name:?}: {path:?} holds no text: {} empty", empty_files(*files))]
     Empty {
         /// The source.
         name: String,
@@ -218,6 +218,10 @@ pub enum Error {
     /// A step, a lane or a shape that a dataset does not have.
     #[error("{0}")]
     OutOfRange(String),
+}
+
+fn empty_files(files: usize) -> String {
+    if files == 1 { "its only file is".into() } else { format!("all of its {files} files are") }
 }
 
 impl Error {

@@ -5,7 +5,7 @@ pub(crate) mod status;
 use crate::limits::{DRAIN_POLL, LEAVE_POLL};
 use crate::output;
 use crate::rundir;
-use crate::units;
+use crate::units::{self, counted};
 use anyhow::Context;
 use status::StatusText;
 use std::path::{Path, PathBuf};
@@ -184,7 +184,8 @@ async fn show_progress(target: &rundir::Target, name: &str) {
             volary_protocol::operate(&target.addresses, &target.token, &OperatorRequest::Status).await;
         let Ok(OperatorReply::Status(status)) = reply else { continue };
         let Some(node) = status.nodes.iter().find(|node| node.name == name) else { continue };
-        let line = format!("{name}: {}, {} shards, {} lanes", node.state, node.shards, node.lanes.len());
+        let shards = counted(node.shards as u64, "shard");
+        let line = format!("{name}: {}, {shards}, {}", node.state, counted(node.lanes.len() as u64, "lane"));
         if line != last {
             output::note(format_args!("step {}: {line}", status.step));
             last = line;

@@ -60,7 +60,7 @@ impl View {
             }
             Ok(OperatorReply::Failed { reason }) => self.error = Some(reason),
             Ok(_) => self.error = Some("unexpected reply of the supervisor".into()),
-            Err(error) => self.error = Some(format!("{error:#}; retrying")),
+            Err(error) => self.error = Some(format!("{}; retrying", output::with_causes(&error))),
         }
     }
 }

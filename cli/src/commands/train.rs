@@ -201,7 +201,9 @@ fn print_summary(config: &Config, dir: &RunDir, outcome: RunOutcome) -> anyhow::
         anyhow::Ok((prompt, text))
     };
     // The run is complete, with or without its sample.
-    let sample = sample().inspect_err(|error| output::note(format_args!("no sample: {error:#}"))).ok();
+    let sample = sample()
+        .inspect_err(|error| output::note(format_args!("no sample: {}", output::with_causes(error))))
+        .ok();
     output::text(Sample { dir, sample, finished: outcome.finished })?;
     Ok(())
 }

@@ -19,7 +19,8 @@ impl Machine {
             Some(writing) => format!("the checkpoint of step {} is still being written", writing.step),
             // What was broken at an earlier step must not push out a healthy checkpoint.
             None if self.skipped_in_a_row > 0 && !last && !self.checkpoint_requested => {
-                format!("the last {} steps were skipped", self.skipped_in_a_row)
+                let (count, s) = (self.skipped_in_a_row, if self.skipped_in_a_row == 1 { "" } else { "s" });
+                format!("{count} step{s} up to this one were skipped")
             }
             None => return self.begin_checkpoint(),
         };
