@@ -12,6 +12,7 @@ use crate::script::{Action, node_name};
 use crate::signals::{Interrupted, Interrupts};
 use crate::units::Size;
 use anyhow::{Context, bail};
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -126,12 +127,14 @@ impl Cluster {
         let zone = round_robin(&self.options.zones, index).map(|zone| format!("--zone={zone}"));
         let machine: Vec<&str> = memory.iter().chain(&zone).map(String::as_str).collect();
         let threads = self.options.threads.to_string();
-        let token = rundir::token_file(&self.dir, AccessRole::Node).display().to_string();
+        let token = rundir::token_file(&self.dir, AccessRole::Node);
         let join = ["-v", "node", "--tethered", "--join", &self.address, "--name", name];
-        let device = ["--device", &self.options.device, "--threads", &threads, "--token-file", &token];
+        let device = ["--device", &self.options.device, "--threads", &threads, "--token-file"];
         let faults: &[&str] = if self.options.injects_faults { &["--inject-faults"] } else { &[] };
         let http: &[&str] = if self.dashboard.served { &[] } else { &["--no-http"] };
-        Process::start(name, &self.logs, &[join.as_slice(), &device, faults, http, &machine].concat())
+        let words = [faults, http, &machine, &join[2..], &device].concat();
+        let words = join[..2].iter().chain(&words).map(OsStr::new).chain([token.as_os_str()]);
+        Process::start(name, &self.logs, &words.collect::<Vec<_>>())
     }
 
     /// The supervisor's exit status, if it has ended.
@@ -277,18 +280,21 @@ fn start_supervisor(
     dashboard: &Dashboard,
     starting: Starting,
 ) -> anyhow::Result<Process> {
-    let (config, root) = (dir.config().display().to_string(), dir.root().display().to_string());
-    let mut args = vec!["-v", "supervisor", &config, "--listen", listen, "--tethered", "--dir", &root];
+    // Paths are bytes.
+    let config = dir.config();
+    let mut args: Vec<&OsStr> = ["-v", "supervisor"].map(OsStr::new).to_vec();
+    args.extend([config.as_os_str(), "--dir".as_ref(), dir.root().as_os_str()]);
+    args.extend(["--listen", listen, "--tethered"].map(OsStr::new));
     match &dashboard.address {
-        _ if !dashboard.served => args.push("--no-http"),
-        Some(address) => args.extend(["--http", address]),
+        _ if !dashboard.served => args.push("--no-http".as_ref()),
+        Some(address) => args.extend(["--http", address].map(OsStr::new)),
         None => {}
     }
     if starting.nodes_are_gone {
-        args.push("--nodes-are-gone");
+        args.push("--nodes-are-gone".as_ref());
     }
     if starting.may_go_back {
-        args.push("--go-back");
+        args.push("--go-back".as_ref());
     }
     // The contact of an earlier supervisor must not be taken for that of the new one.
     let _ = std::fs::remove_file(dir.supervisor());

@@ -290,7 +290,7 @@ steps = 5
 
     #[test]
     fn only_the_wrong_one_of_several_settings_is_named() {
-        let set = ["training.steps=7", "training.lanes=\"few\"", "model.layers=4"].map(String::from);
+        let set = ["training.steps=7", "training.lanes=\"few\"", "model.layers=4"];
         let message = error(GOOD, &set);
         assert!(
             message.starts_with("--set training.lanes=\"few\": ") && !message.contains("layers"),

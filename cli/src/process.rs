@@ -6,6 +6,7 @@ use crate::limits::{END_POLL, LINE_BYTES_MAX, OPEN_FILES_MIN};
 use crate::output;
 use anyhow::Context;
 use rustix::process::{Pid, kill_process};
+use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, Read, Write};
@@ -46,7 +47,7 @@ impl Process {
     ///
     /// # Errors
     /// When it does not start or its log cannot be written.
-    pub fn start(name: &str, logs: &Path, args: &[&str]) -> anyhow::Result<Self> {
+    pub fn start(name: &str, logs: &Path, args: &[impl AsRef<OsStr>]) -> anyhow::Result<Self> {
         let log = logs.join(format!("{name}.log"));
         let file = File::options()
             .create(true)

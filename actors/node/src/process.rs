@@ -187,7 +187,7 @@ impl<B: Compute> NodeProcess<B> {
                 reason = session.ended() => {
                     session.close();
                     notify(&self.agent, NodeMsg::SupervisorLost);
-                    tracing::warn!(reason, "supervisor lost; this node keeps its state and waits");
+                    tracing::warn!(reason, "the link to the supervisor has ended; this node keeps its state and connects again");
                     return Next::Ended { reason };
                 }
             }

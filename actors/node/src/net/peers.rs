@@ -1,7 +1,7 @@
 //! Links to the other nodes, dialed when they are first needed and re-dialed when they broke.
 
 use crate::error::{Error, Result};
-use crate::limits::{CALL_MAX, UNKNOWN_PEER_MAX, UNKNOWN_PEER_POLL};
+use crate::limits::{CALL_MAX, DIAL_AGAIN, UNKNOWN_PEER_MAX, UNKNOWN_PEER_POLL};
 use crate::net::probe::probe;
 use parking_lot::Mutex;
 use std::collections::HashMap;
@@ -30,6 +30,8 @@ struct State {
     /// A cell each: two senders to one peer share its dialing, and a peer that does not answer holds up no
     /// other.
     links: HashMap<NodeId, LinkCell>,
+    /// The last failed dial of each peer: when it failed, and why.
+    failed_dials: HashMap<NodeId, (Instant, String)>,
     /// Bytes per second to others, measured once for each link; 0 where the probe failed.
     bandwidths: HashMap<NodeId, f64>,
 }
@@ -67,10 +69,12 @@ impl Peers {
     pub(crate) fn set_members(&self, addresses: &[(NodeId, String)]) {
         let mut state = self.state.lock();
         let before = std::mem::replace(&mut state.addresses, addresses.iter().cloned().collect());
-        let State { addresses, links, bandwidths } = &mut *state;
+        let State { addresses, links, bandwidths, failed_dials } = &mut *state;
         bandwidths.retain(|node, _| addresses.contains_key(node));
         // A node of the same name at another address is another process.
-        links.retain(|node, _| addresses.get(node).is_some_and(|now| before.get(node) == Some(now)));
+        let is_same = |node: &NodeId| addresses.get(node).is_some_and(|now| before.get(node) == Some(now));
+        links.retain(|node, _| is_same(node));
+        failed_dials.retain(|node, _| is_same(node));
     }
 
     /// Removes a broken link, and tells whether it was in use: a frame may be lost with it, which no
@@ -166,14 +170,41 @@ impl Peers {
             let address = address.ok_or_else(|| Error::NotAMember { peer: peer.clone() })?;
             (Arc::clone(state.links.entry(peer.clone()).or_default()), address)
         };
+        let asked = Instant::now();
         let dial = || async {
             let unreachable = |reason: String| Error::Unreachable { peer: peer.clone(), reason };
+            // The dial for which this one has waited: another one would fail as late.
+            if let Some(reason) = self.failed_since(peer, asked) {
+                return Err(unreachable(reason));
+            }
             let bad = |_| Error::BadAddress { peer: peer.clone(), address: address.clone() };
             let socket: SocketAddr = address.parse().map_err(bad)?;
-            let link = self.endpoint.connect(socket, &peer.0).await;
-            link.map(|link| self.watch(peer.clone(), link)).map_err(|error| unreachable(error.to_string()))
+            match self.endpoint.connect(socket, &peer.0).await {
+                Ok(link) => Ok(self.watch(peer.clone(), link)),
+                Err(error) => {
+                    let reason = error.to_string();
+                    let failed = (Instant::now(), reason.clone());
+                    self.state.lock().failed_dials.insert(peer.clone(), failed);
+                    Err(unreachable(reason))
+                }
+            }
         };
         cell.get_or_try_init(dial).await.map(|watched| watched.link.clone())
+    }
+
+    /// Why the peer could not be dialed since `moment`, if that was tried.
+    fn failed_since(&self, peer: &NodeId, moment: Instant) -> Option<String> {
+        let state = self.state.lock();
+        state.failed_dials.get(peer).filter(|(at, _)| *at >= moment).map(|(_, reason)| reason.clone())
+    }
+
+    /// An error if the peer could not be dialed a moment ago: what can wait does not try again so soon.
+    pub(crate) fn check_dialed(&self, peer: &NodeId) -> Result<()> {
+        let moment = Instant::now().checked_sub(DIAL_AGAIN);
+        match moment.and_then(|moment| self.failed_since(peer, moment)) {
+            Some(reason) => Err(Error::Unreachable { peer: peer.clone(), reason }),
+            None => Ok(()),
+        }
     }
 
     fn watch(&self, peer: NodeId, link: Link) -> WatchedLink {

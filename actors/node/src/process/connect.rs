@@ -8,6 +8,7 @@ use crate::messages::NodeMsg;
 use crate::options::NodeOptions;
 use ractor::ActorRef;
 use ractor::rpc::CallResult;
+use std::fmt::Display;
 use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -87,12 +88,12 @@ impl SupervisorConnector {
         loop {
             // The certificate could not be renewed without the supervisor.
             if self.endpoint.identity()?.remaining().is_zero() {
-                drop(self.rejoin().await);
+                drop(self.rejoin(&"its certificate has expired").await);
             }
             match self.connect_once(state.clone()).await {
                 Err(error) if name.is_taken(&error) => return Err(error),
                 // A fenced node may join again, with its token if that is still valid.
-                Err(error) if error.needs_rejoin() => match self.rejoin().await {
+                Err(error) if error.needs_rejoin() => match self.rejoin(&error).await {
                     // Its name may be reserved, for itself, for a moment.
                     Err(error) if Instant::now() >= deadline || !error.is_early() => return Err(error),
                     Err(error) if name.is_taken(&error) => return Err(error),
@@ -113,7 +114,8 @@ impl SupervisorConnector {
         }
     }
 
-    async fn rejoin(&self) -> Result<(), ProcessError> {
+    async fn rejoin(&self, reason: &(dyn Display + Sync)) -> Result<(), ProcessError> {
+        tracing::warn!(%reason, "this node is not admitted any more, as after it was fenced: it joins again");
         tokio::time::sleep(DIAL_PAUSE).await;
         let name = Some(self.name.0.clone());
         let (identity, _) = join_once(&self.options, name, &TransportOptions::default()).await?;

@@ -82,7 +82,8 @@ impl<B: Compute> Fetch<'_, B> {
     }
 }
 
-/// Copies a shard, at its holder's present version, from the first of `from` while training continues.
+/// Copies a shard, at its holder's present version, from the first of `from` that could be dialed lately, while
+/// training continues.
 pub(crate) async fn copy_to_learn<B: Compute>(
     node: &Arc<NodeContext<B>>,
     fetched: &FetchedShards<B>,
@@ -90,7 +91,9 @@ pub(crate) async fn copy_to_learn<B: Compute>(
     from: &[NodeId],
     epoch: Epoch,
 ) -> Result<Step> {
-    let peer = from.first().ok_or(Error::NoHolder { shard })?;
+    let dialed = from.iter().find(|peer| node.peers.check_dialed(peer).is_ok());
+    let peer = dialed.or(from.first()).ok_or(Error::NoHolder { shard })?;
+    node.peers.check_dialed(peer)?;
     let (version, bytes) = copy(node, shard, peer, None, epoch).await?;
     fetched.put(shard, version, load(node, shard, bytes).await?);
     Ok(version)
