@@ -125,6 +125,12 @@ pub enum Error {
         #[source]
         error: io::Error,
     },
+    /// A file has changed while it was read.
+    #[error("{} has changed while it was read: start again when it is complete", path.display())]
+    ChangedWhileRead {
+        /// The file.
+        path: PathBuf,
+    },
     /// A record does not match the format.
     #[error("{}, {place}: expected {expected}, found {found}", path.display())]
     Record {

@@ -1,14 +1,17 @@
 //! From options to a folder of token files that belongs to the run.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::Duration;
 
 use crate::cache::{self, Partial};
 use crate::corpus;
 use crate::error::Error;
+use crate::files::SourceFile;
 use crate::limits::ABANDONED_AFTER;
 use crate::manifest::{MANIFEST, Manifest};
-use crate::options::DataOptions;
+
+use crate::options::{DataOptions, SourceOptions};
 use crate::progress::{Progress, Reporter};
 use crate::source::Source;
 
@@ -66,6 +69,7 @@ pub fn prepare(
     let shared = folder.as_deref().and_then(shared_partial);
     let partial = shared.as_ref().map_or(&fallback, |(_, partial)| partial);
     let manifest = corpus::build(options, &sources, sequence_length, &partial.path, &mut reporter)?;
+    check_unchanged(&options.sources, &sources)?;
     match &shared {
         Some((folder, partial)) => {
             let entry = cache::store(folder, &key, sequence_length, partial, &manifest)?;
@@ -74,6 +78,21 @@ pub fn prepare(
         None => cache::install(&partial.path, &manifest, dir)?,
     }
     Ok(Prepared { manifest, resumed: false, from_cache: false })
+}
+
+/// Refuses a corpus of which files have changed while they were read: it would be of no state of the text, and
+/// other runs would take it from the cache.
+fn check_unchanged(options: &[SourceOptions], read: &[Source]) -> Result<(), Error> {
+    for (options, read) in options.iter().zip(read) {
+        let now = Source::find(options)?;
+        let stamps: HashMap<_, _> =
+            now.files.iter().map(|file| (&file.path, (file.bytes, file.stamp))).collect();
+        let is_changed = |file: &&SourceFile| stamps.get(&file.path) != Some(&(file.bytes, file.stamp));
+        if let Some(file) = read.files.iter().find(is_changed) {
+            return Err(Error::ChangedWhileRead { path: file.path.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// A new folder in the cache; `None`, with a warning, if the cache cannot be written.

@@ -297,3 +297,20 @@ fn documents_of_one_pattern_all_stay() {
     assert!(!near.left_out && near.documents > 90, "{near:?}");
     assert!(manifest.sources[0].train.tokens > 10 * manifest.sources[0].validation.tokens);
 }
+
+#[test]
+fn a_file_that_changes_while_it_is_read_is_refused_by_name() {
+    let dir = tempdir().unwrap();
+    let path = write(dir.path(), "growing.jsonl", jsonl(0..400));
+    let options = options(dir.path(), vec![source("s", &path)]);
+    let mut appended = false;
+    let mut append = |progress: volary_data::Progress| {
+        if progress.stage == PreparationStage::Tokenizing && !std::mem::replace(&mut appended, true) {
+            let mut file = OpenOptions::new().append(true).open(&path).unwrap();
+            std::io::Write::write_all(&mut file, jsonl(400..401).as_bytes()).unwrap();
+        }
+    };
+    let error = prepare(&options, 16, &dir.path().join("run"), &mut append).unwrap_err().to_string();
+    assert!(error.contains("growing.jsonl has changed while it was read"), "{error}");
+    prepare_16(&options, &dir.path().join("run")).unwrap();
+}

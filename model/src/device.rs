@@ -7,9 +7,19 @@ use tch::Cuda;
 pub use tch::Device;
 
 /// Variables that make the results of libtorch independent of the alignment of buffers and of the number of
-/// threads. They must be in the environment before the process starts, since OpenMP reads them at load time.
-pub const ENVIRONMENT: [(&str, &str); 3] =
-    [("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("MKL_CBWR", "AVX2,STRICT")];
+/// threads, and equal on all CPUs with AVX2: MKL, libtorch's own kernels and oneDNN would each choose wider vectors
+/// where there are any. They must be in the environment before the process starts, since OpenMP reads them at load
+/// time.
+#[must_use]
+pub fn environment() -> Vec<(&'static str, &'static str)> {
+    let mut variables = vec![("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("MKL_CBWR", "AVX2,STRICT")];
+    // libtorch takes the value without a look at the CPU.
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+        variables.extend([("ATEN_CPU_CAPABILITY", "avx2"), ("ONEDNN_MAX_CPU_ISA", "AVX2")]);
+    }
+    variables
+}
 
 /// The device of a name: `auto` (the first GPU, or the CPU), `cpu`, `cuda` or `cuda:N`.
 ///

@@ -242,3 +242,34 @@ impl Peers {
         Ok(reply)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::expect_used, reason = "tests")]
+
+    use super::*;
+    use std::time::Duration;
+    use volary_transport::{Authority, ClientAuth, Network, TransportOptions};
+
+    #[tokio::test]
+    async fn all_who_wait_for_a_dial_share_its_failure() {
+        let authority = Authority::create().expect("an authority");
+        let identity = authority.identity("a").expect("an identity");
+        let any = ([127, 0, 0, 1], 0).into();
+        let endpoint = Network::quic()
+            .bind(any, identity, ClientAuth::Required, &TransportOptions::default())
+            .expect("an endpoint");
+        // It takes datagrams and answers none.
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        let (peers, _broken) = Peers::new(endpoint);
+        let peer = NodeId::new("b");
+        peers.set_members(&[(peer.clone(), silent.local_addr().expect("an address").to_string())]);
+        peers.check_dialed(&peer).expect("not dialed yet");
+        let began = Instant::now();
+        let (one, two, three) = tokio::join!(peers.link(&peer), peers.link(&peer), peers.link(&peer));
+        assert!(one.is_err() && two.is_err() && three.is_err());
+        let once = volary_transport::limits::HANDSHAKE_MAX;
+        assert!(began.elapsed() < once + Duration::from_secs(4), "{:?}", began.elapsed());
+        assert!(peers.check_dialed(&peer).is_err(), "a copy would dial again at once");
+    }
+}
