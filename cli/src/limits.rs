@@ -91,8 +91,8 @@ pub const TRACE_TOKENS_SHOWN: usize = 20;
 
 /// Concurrent HTTP connections; a newcomer takes the place of the idlest one.
 pub const HTTP_CONNECTIONS_MAX: usize = 256;
-/// Concurrent HTTP connections from one address, so that one peer cannot occupy all; a newcomer takes the place
-/// of the idlest one.
+/// Concurrent HTTP connections from one address, so that one peer cannot occupy all; a newcomer takes the
+/// place of the idlest one.
 pub const HTTP_CONNECTIONS_PER_ADDRESS: usize = 64;
 /// The number of open files below which a process warns: a checkpoint and links to many peers need them.
 pub const OPEN_FILES_MIN: u64 = 256;

@@ -1,12 +1,12 @@
-//! The runs of this user on this machine, wherever their directories are: links to those whose supervisors were
-//! started, by the number of the process.
+//! The runs of this user on this machine, wherever their directories are: links to those whose supervisors
+//! were started, by the number of the process.
 
 use crate::rundir;
 use std::path::PathBuf;
 use volary_storage::RunDir;
 
-/// The folder of the links: `$XDG_STATE_HOME/volary/runs`, else `~/.local/state/volary/runs`; `None` without a
-/// home folder.
+/// The folder of the links: `$XDG_STATE_HOME/volary/runs`, else `~/.local/state/volary/runs`; `None` without
+/// a home folder.
 #[must_use]
 pub fn folder() -> Option<PathBuf> {
     let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);

@@ -1,5 +1,5 @@
-//! Limits of the machine and names of runs: what runs out is named, and a probe is answered beside any number of
-//! idle connections.
+//! Limits of the machine and names of runs: what runs out is named, and a probe is answered beside any number
+//! of idle connections.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;

@@ -237,8 +237,8 @@ impl Machine {
         self.phase.activity()
     }
 
-    /// Why the step after the last commit was dropped, if it was: a node that was lost, or two nodes that cannot
-    /// reach each other.
+    /// Why the step after the last commit was dropped, if it was: a node that was lost, or two nodes that
+    /// cannot reach each other.
     #[must_use]
     pub fn trouble(&self) -> Option<&str> {
         self.trouble.as_deref()

@@ -80,8 +80,8 @@ pub fn prepare(
     Ok(Prepared { manifest, resumed: false, from_cache: false })
 }
 
-/// Refuses a corpus of which files have changed while they were read: it would be of no state of the text, and
-/// other runs would take it from the cache.
+/// Refuses a corpus of which files have changed while they were read: it would be of no state of the text,
+/// and other runs would take it from the cache.
 fn check_unchanged(options: &[SourceOptions], read: &[Source]) -> Result<(), Error> {
     for (options, read) in options.iter().zip(read) {
         let now = Source::find(options)?;

@@ -7,9 +7,9 @@ use tch::Cuda;
 pub use tch::Device;
 
 /// Variables that make the results of libtorch independent of the alignment of buffers and of the number of
-/// threads, and equal on all CPUs with AVX2: MKL, libtorch's own kernels and oneDNN would each choose wider vectors
-/// where there are any. They must be in the environment before the process starts, since OpenMP reads them at load
-/// time.
+/// threads, and equal on all CPUs with AVX2: MKL, libtorch's own kernels and oneDNN would each choose wider
+/// vectors where there are any. They must be in the environment before the process starts, since OpenMP reads
+/// them at load time.
 #[must_use]
 pub fn environment() -> Vec<(&'static str, &'static str)> {
     let mut variables = vec![("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("MKL_CBWR", "AVX2,STRICT")];

@@ -107,8 +107,8 @@ fn now() -> f64 {
 /// The end of the names of the files that this program writes.
 const WRITER: &str = ".volary.";
 
-/// The whole records at the start of an event file: the step of each, and its bytes. Bytes of an unfinished or
-/// damaged record end the list.
+/// The whole records at the start of an event file: the step of each, and its bytes. Bytes of an unfinished
+/// or damaged record end the list.
 fn records(mut bytes: &[u8]) -> Vec<(i64, &[u8])> {
     let mut records = Vec::new();
     while let Some((head, rest)) = bytes.split_first_chunk::<8>() {
@@ -131,7 +131,7 @@ fn truncate_after(path: &Path, step: i64) -> io::Result<Option<i64>> {
     let kept: Vec<_> = records(&bytes).into_iter().filter(|(at, _)| *at <= step).collect();
     let content = kept.iter().map(|(_, bytes)| *bytes).collect::<Vec<_>>().concat();
     if content.len() < bytes.len() {
-        let mut new = tempfile::NamedTempFile::new_in(path.parent().unwrap_or(Path::new(".")))?;
+        let mut new = tempfile::NamedTempFile::new_in(path.parent().unwrap_or_else(|| Path::new(".")))?;
         new.write_all(&content)?;
         new.persist(path)?;
     }

@@ -59,6 +59,6 @@ pub(crate) const UNKNOWN_PEER_POLL: Duration = Duration::from_millis(20);
 /// `cluster.node_timeout_ms`, 10 s; a live one keeps it.
 pub(crate) const NAME_IN_USE_MAX: Duration = Duration::from_secs(20);
 
-/// The pause before a background copy dials a peer again that could not be reached: one failed dial stands for
-/// the copies of all shards.
+/// The pause before a background copy dials a peer again that could not be reached: one failed dial stands
+/// for the copies of all shards.
 pub(crate) const DIAL_AGAIN: Duration = Duration::from_secs(5);

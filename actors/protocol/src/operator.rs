@@ -97,7 +97,8 @@ pub struct Status {
     pub failed_checkpoints: u64,
     /// Steps that were skipped since the supervisor started, because their gradients were not finite.
     pub skipped_steps: u64,
-    /// Why the step after the last commit was dropped, if it was: it names the nodes that cannot reach each other.
+    /// Why the step after the last commit was dropped, if it was: it names the nodes that cannot reach each
+    /// other.
     pub trouble: Option<String>,
     /// Assignments of the last committed step: by MoE layer, by expert.
     pub load: Vec<Vec<u64>>,

@@ -1,6 +1,7 @@
-//! A listener with a bounded number of connections, in total and per address. A newcomer beyond the bound takes
-//! the place of the connection that was idle for the longest time: neither a browser's forgotten tabs nor an
-//! attacker's idle connections keep a probe out. Each connection ends when its peer is idle for too long.
+//! A listener with a bounded number of connections, in total and per address. A newcomer beyond the bound
+//! takes the place of the connection that was idle for the longest time: neither a browser's forgotten tabs
+//! nor an attacker's idle connections keep a probe out. Each connection ends when its peer is idle for too
+//! long.
 
 use crate::limits::{HTTP_ACCEPT_RETRY, HTTP_CONNECTIONS_MAX, HTTP_CONNECTIONS_PER_ADDRESS, HTTP_IDLE_MAX};
 use futures::task::AtomicWaker;
@@ -72,7 +73,8 @@ impl Connections {
         Guest { connections: self.clone(), number, seat }
     }
 
-    /// Frees the descriptor of the connection that was idle for the longest time. Returns whether there is one.
+    /// Frees the descriptor of the connection that was idle for the longest time. Returns whether there is
+    /// one.
     fn evict_one(&self) -> bool {
         evict_idlest(&mut self.0.lock(), |_| true)
     }
@@ -146,8 +148,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Turns a pending operation into an error when the peer was idle for too long or another connection needs
-    /// the place, and restarts the timer when it was not idle.
+    /// Turns a pending operation into an error when the peer was idle for too long or another connection
+    /// needs the place, and restarts the timer when it was not idle.
     fn unless_idle<T>(
         &mut self,
         context: &mut Context<'_>,

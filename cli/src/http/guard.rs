@@ -176,7 +176,7 @@ mod tests {
     fn the_cookies_of_two_runs_on_one_host_have_different_names() {
         let runs = ["first", "other"].map(|authority| {
             let folder = tempfile::tempdir().unwrap();
-            let dir = RunDir::create(&folder.path().join("run")).unwrap();
+            let dir = RunDir::create(folder.path().join("run")).unwrap();
             std::fs::create_dir_all(dir.identity()).unwrap();
             std::fs::write(dir.identity().join("ca.der"), authority).unwrap();
             cookie_name(&dir)

@@ -38,8 +38,8 @@ pub(crate) fn bind_error(address: SocketAddr, error: &std::io::Error) -> Error {
     Error::Bind { address, reason }
 }
 
-/// Binds a socket. `[::]` stands for all addresses of this machine: IPv4 and IPv6, or IPv4 where the kernel has
-/// no IPv6.
+/// Binds a socket. `[::]` stands for all addresses of this machine: IPv4 and IPv6, or IPv4 where the kernel
+/// has no IPv6.
 fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     let domain = socket2::Domain::for_address(address);
     let is_any = address.ip() == IpAddr::V6(Ipv6Addr::UNSPECIFIED);

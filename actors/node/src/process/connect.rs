@@ -247,8 +247,8 @@ async fn receive_welcome(receiver: &mut ControlReceiver) -> Result<Welcome, Proc
     }
 }
 
-/// Joins the run with the access token, and returns the address that answered too. It retries for a while where it is too early; any other refusal is
-/// final.
+/// Joins the run with the access token, and returns the address that answered too. It retries for a while
+/// where it is too early; any other refusal is final.
 pub(super) async fn join_run(
     options: &NodeOptions,
     transport: &TransportOptions,

@@ -82,8 +82,8 @@ impl<B: Compute> Fetch<'_, B> {
     }
 }
 
-/// Copies a shard, at its holder's present version, from the first of `from` that could be dialed lately, while
-/// training continues.
+/// Copies a shard, at its holder's present version, from the first of `from` that could be dialed lately,
+/// while training continues.
 pub(crate) async fn copy_to_learn<B: Compute>(
     node: &Arc<NodeContext<B>>,
     fetched: &FetchedShards<B>,
@@ -92,7 +92,7 @@ pub(crate) async fn copy_to_learn<B: Compute>(
     epoch: Epoch,
 ) -> Result<Step> {
     let dialed = from.iter().find(|peer| node.peers.check_dialed(peer).is_ok());
-    let peer = dialed.or(from.first()).ok_or(Error::NoHolder { shard })?;
+    let peer = dialed.or_else(|| from.first()).ok_or(Error::NoHolder { shard })?;
     node.peers.check_dialed(peer)?;
     let (version, bytes) = copy(node, shard, peer, None, epoch).await?;
     fetched.put(shard, version, load(node, shard, bytes).await?);
