@@ -73,34 +73,70 @@ use crate::costs::Costs;
 use crate::ids::NodeId;
 use crate::placement::Placement;
 use candidates::Candidates;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The ratio of step times below which another number of stages replaces the present one, and fewer nodes
 /// replace all.
 const WORTHWHILE: f64 = 0.8;
+/// The ratio of step times below which another placement replaces the present one.
+const WORTH_IT: f64 = 0.97;
 /// The ratio of network time to compute time above which plans with fewer nodes are tried.
 const NETWORK_BOUND: f64 = 0.5;
 
-/// The placement with the shortest predicted step. It fits into the memory of every node.
+/// The placement with the shortest predicted step, which fits into the memory of every node: the present one,
+/// unless another is safer, or as safe and worth the way.
+///
+/// Whether another one is worth the way is judged by where it leads, and not by how far `moves_max` lets one
+/// placement go. Every placement on the way is safer or shorter than the one before it, so that repeated
+/// plans settle.
 ///
 /// # Errors
 /// The missing memory, where no placement fits.
 pub fn plan(request: &Request<'_>) -> Result<Plan, Shortage> {
     let costs = Costs::new(request.architecture, request.training);
+    let Some(present) = present(request, &costs) else { return best(request, &costs) };
+    let target = best(&Request { moves_max: usize::MAX, ..request.clone() }, &costs)?;
+    if !target.beats(&present, request, WORTH_IT) {
+        return Ok(present);
+    }
+    if request.moves_max < usize::MAX {
+        let step = best(request, &costs)?;
+        if step.beats(&present, request, 1.0) {
+            return Ok(step);
+        }
+    }
+    Ok(target)
+}
+
+/// The previous placement, if all of its nodes are there and have room for it.
+fn present(request: &Request<'_>, costs: &Costs) -> Option<Plan> {
+    let previous = request.previous.filter(|previous| !previous.members.is_empty())?;
+    let names: BTreeSet<&NodeId> = request.members.iter().map(|member| &member.node).collect();
+    let is_here = previous.members.iter().all(|node| names.contains(node));
+    if !is_here || !fits(request, previous) {
+        return None;
+    }
+    let placement = Placement { epoch: request.epoch, learners: BTreeMap::new(), ..previous.clone() };
+    Some(predicted(placement, request, costs)).filter(|plan| plan.prediction.step_s.is_finite())
+}
+
+/// The best placement, whatever the present one is worth.
+fn best(request: &Request<'_>, costs: &Costs) -> Result<Plan, Shortage> {
     let mut candidates = Candidates::new(request.members);
     let present = request.previous.map_or(1, |placement| placement.stages.len().max(1));
     let mut best: Option<Incumbent> = None;
-    let counts = stages::counts(&costs, present).into_iter();
+    let counts = stages::counts(costs, present).into_iter();
     let drop_idle = request.previous.is_some_and(|placement| has_stageless_member(placement, &candidates));
     for (count, drop_idle) in counts.flat_map(|count| [(count, drop_idle), (count, !drop_idle)]) {
-        let Some(placement) = attempt(&candidates, &costs, request, count, drop_idle) else { continue };
-        let plan = predicted(placement, request, &costs);
-        if best.as_ref().is_none_or(|best| best.is_beaten_by(&plan, request.replication, WORTHWHILE)) {
+        let Some(placement) = attempt(&candidates, costs, request, count, drop_idle) else { continue };
+        let plan = predicted(placement, request, costs);
+        if best.as_ref().is_none_or(|best| plan.beats(&best.plan, request, WORTHWHILE)) {
             best = Some(Incumbent { stages: count, plan });
         }
     }
     match best {
-        Some(best) => Ok(with_fewer_nodes(&mut candidates, &costs, request, best)),
-        None => Err(candidates.shortage(&costs, experts::least_replicas(request.architecture))),
+        Some(best) => Ok(with_fewer_nodes(&mut candidates, costs, request, best)),
+        None => Err(candidates.shortage(costs, experts::least_replicas(request.architecture))),
     }
 }
 
@@ -127,12 +163,6 @@ struct Incumbent {
 }
 
 impl Incumbent {
-    /// Safety comes before speed.
-    fn is_beaten_by(&self, other: &Plan, replication: usize, factor: f64) -> bool {
-        let (ours, theirs) = (self.plan.safety(replication), other.safety(replication));
-        theirs > ours || (theirs == ours && other.prediction.step_s < factor * self.plan.prediction.step_s)
-    }
-
     /// Whether the network dominates the step of the slowest node.
     fn is_network_bound(&self) -> bool {
         let Prediction { slowest, nodes, .. } = &self.plan.prediction;
@@ -165,7 +195,7 @@ fn with_fewer_nodes(
             let plan = predicted(placement, request, costs);
             // A present choice stays until it is no longer shorter.
             let factor = if running == Some(runners) { 1.0 } else { WORTHWHILE };
-            if best.is_beaten_by(&plan, request.replication, factor) {
+            if plan.beats(&best.plan, request, factor) {
                 best.plan = plan;
             }
         }

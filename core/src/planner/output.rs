@@ -1,5 +1,6 @@
 //! The planner's output.
 
+use super::input::Request;
 use super::predict::Prediction;
 use crate::ids::LayerId;
 use crate::placement::{Placement, Stage};
@@ -17,13 +18,22 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// A greater value is safer: fewer shards without a wanted second copy, then more copies, where copies of
-    /// layers count up to `replication`.
-    pub(super) fn safety(&self, replication: usize) -> (Reverse<usize>, usize) {
+    /// Whether it is safer than another plan, or as safe and shorter by a factor.
+    pub(super) fn beats(&self, other: &Self, request: &Request<'_>, factor: f64) -> bool {
+        let (ours, theirs) = (self.safety(request), other.safety(request));
+        ours > theirs || (ours == theirs && self.prediction.step_s < factor * other.prediction.step_s)
+    }
+
+    /// A greater value is safer: fewer shards without a wanted second copy, then more copies, up to those
+    /// that are wanted.
+    pub(super) fn safety(&self, request: &Request<'_>) -> (Reverse<usize>, usize) {
         let Placement { stages, experts, .. } = &self.placement;
+        let replication = request.replication;
         let layers =
             stages.iter().map(|stage: &Stage| (stage.layers.len(), stage.holders.len().min(replication)));
-        let copies = layers.chain(experts.values().map(|holders| (1, holders.len())));
+        let wanted = |shard| request.extra_replicas.get(shard).copied().unwrap_or(0).max(replication);
+        let experts = experts.iter().map(|(shard, holders)| (1, holders.len().min(wanted(shard))));
+        let copies = layers.chain(experts);
         let alone = copies.clone().filter(|(_, copies)| *copies < replication.min(2));
         (Reverse(alone.map(|(shards, _)| shards).sum()), copies.map(|(shards, copies)| shards * copies).sum())
     }

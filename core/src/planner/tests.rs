@@ -1,5 +1,6 @@
 //! The planner's guarantees; against exhaustive search where that is possible.
 
+mod settling;
 mod transition;
 
 use super::*;
