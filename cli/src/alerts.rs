@@ -1,6 +1,25 @@
-//! The events of a run that a person at the terminal must see at once.
+//! The events of a run that a person at the terminal must see at once. A supervisor that `volary train`
+//! started writes them to its standard output, which works on a full disk too.
 
+use crate::output;
 use serde::Deserialize;
+use tokio::sync::broadcast::Receiver;
+use tokio::sync::broadcast::error::RecvError;
+use volary_supervisor::events::Event;
+
+/// Writes the alerts among some events to standard output, until there are no more.
+pub async fn write(mut events: Receiver<Event>) {
+    loop {
+        match events.recv().await {
+            Ok(event) => {
+                // Without a reader there is no one to tell.
+                let _ = text(&event.json).map(output::line);
+            }
+            Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return,
+        }
+    }
+}
 
 /// The lines of `events.jsonl` that matter to a person; others are not parsed.
 #[derive(Debug, Deserialize)]

@@ -137,6 +137,12 @@ impl Cluster {
         Process::start(name, &self.logs, &words.collect::<Vec<_>>())
     }
 
+    /// What the supervisor tells a person since the last call.
+    #[must_use]
+    pub fn alerts(&self) -> Vec<String> {
+        self.supervisor.output_lines()
+    }
+
     /// The supervisor's exit status, if it has ended.
     pub fn supervisor_exit_status(&mut self) -> Option<ExitStatus> {
         self.supervisor.exit_status()

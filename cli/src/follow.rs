@@ -1,7 +1,6 @@
 //! Follows a run on this machine from its first step to its end: shows its progress, plays its script, and
 //! restarts its processes.
 
-use crate::alerts;
 use crate::cluster::Cluster;
 use crate::commands::operate;
 use crate::limits::{DESERTED_AFTER, RUN_POLL, RUN_POLL_SCRIPTED};
@@ -37,7 +36,6 @@ pub fn follow(
         cluster,
         dir,
         metrics: Tail::new(dir.metrics()),
-        events: Tail::at_end(dir.events()),
         display,
         script,
         interrupts,
@@ -55,7 +53,6 @@ struct Follower<'a> {
     cluster: &'a mut Cluster,
     dir: &'a RunDir,
     metrics: Tail,
-    events: Tail,
     display: ProgressDisplay,
     script: Script,
     interrupts: &'a Interrupts,
@@ -95,7 +92,7 @@ impl Follower<'_> {
             self.step = self.step.max(metrics.step);
             self.display.step(metrics);
         }
-        for alert in self.events.lines().iter().filter_map(|line| alerts::text(line)) {
+        for alert in self.cluster.alerts() {
             self.display.note(&alert);
         }
     }

@@ -94,6 +94,8 @@ pub const HTTP_CONNECTIONS_MAX: usize = 256;
 /// Concurrent HTTP connections from one address, so that one peer cannot occupy all; a newcomer takes the
 /// place of the idlest one.
 pub const HTTP_CONNECTIONS_PER_ADDRESS: usize = 64;
+/// Lines of a process's standard output that wait to be shown; more are dropped.
+pub const OUTPUT_LINES_AHEAD: usize = 1_000;
 /// The number of open files below which a process warns: a checkpoint and links to many peers need them.
 pub const OPEN_FILES_MIN: u64 = 256;
 /// The longest time in which a peer neither sends nor receives.

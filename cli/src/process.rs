@@ -2,17 +2,18 @@
 //! that Ctrl-C reaches only the parent. It holds one end of a pipe and ends when the parent does, however the
 //! parent ended.
 
-use crate::limits::{END_POLL, LINE_BYTES_MAX, OPEN_FILES_MIN};
+use crate::limits::{END_POLL, LINE_BYTES_MAX, OPEN_FILES_MIN, OUTPUT_LINES_AHEAD};
 use crate::output;
 use anyhow::Context;
 use rustix::process::{Pid, kill_process};
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::File;
-use std::io::{BufRead, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::{Duration, Instant};
 
 pub use rustix::process::Signal;
@@ -40,6 +41,8 @@ pub struct Process {
     /// The file of its standard error, shared with earlier processes of the same name.
     pub log: PathBuf,
     child: Child,
+    /// The lines of its standard output.
+    lines: Receiver<String>,
 }
 
 impl Process {
@@ -58,12 +61,26 @@ impl Process {
         let child = Command::new(program)
             .args(args)
             .stdin(Stdio::piped())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(file)
             .process_group(0)
             .spawn()
             .with_context(|| format!("cannot start {name}"))?;
-        Ok(Self { name: name.to_owned(), log, child })
+        let (sender, lines) = sync_channel(OUTPUT_LINES_AHEAD);
+        let mut process = Self { name: name.to_owned(), log, child, lines };
+        if let Some(output) = process.child.stdout.take() {
+            // Lines that nobody takes are dropped: the process must not wait for this one.
+            let read =
+                move || read_lines(BufReader::new(output), |line| drop(sender.try_send(line.to_owned())));
+            std::thread::Builder::new().name(format!("{name}-output")).spawn(read)?;
+        }
+        Ok(process)
+    }
+
+    /// The lines of its standard output since the last call.
+    #[must_use]
+    pub fn output_lines(&self) -> Vec<String> {
+        self.lines.try_iter().collect()
     }
 
     /// Its process number.

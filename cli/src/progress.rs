@@ -68,13 +68,6 @@ impl Tail {
         Self { path, offset: 0, partial: String::new() }
     }
 
-    /// From the present end of the file.
-    #[must_use]
-    pub fn at_end(path: PathBuf) -> Self {
-        let offset = path.metadata().map_or(0, |metadata| metadata.len());
-        Self { path, offset, partial: String::new() }
-    }
-
     /// The complete lines since the last call. A file that shrank, of a run that rolled back, is followed
     /// from its new end.
     pub fn lines(&mut self) -> Vec<String> {

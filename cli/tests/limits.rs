@@ -74,6 +74,26 @@ fn a_node_finds_the_token_of_a_run_elsewhere_on_this_machine_or_says_where_it_lo
 }
 
 #[test]
+fn a_node_joins_by_a_name_of_which_only_one_address_answers() {
+    use std::net::ToSocketAddrs;
+    let Waiting { world, mut supervisor, contact } =
+        waiting(&["--set", "training.steps=2", "--set", "cluster.nodes=1"]);
+    let address: std::net::SocketAddr =
+        contact["address"].as_str().expect("an address").parse().expect("one");
+    // Of the addresses of this name, the supervisor listens on that of IPv4 only.
+    let name = format!("localhost:{}", address.port());
+    if name.to_socket_addrs().expect("addresses").count() < 2 {
+        eprintln!("skipped in part: localhost has one address here");
+    }
+    let mut node = volary();
+    node.current_dir(world.dir.path());
+    node.args(["node", "--join", &name, "--threads", "1", "--device", "cpu", "--no-http"]);
+    let node = node.output().expect("the binary");
+    assert!(node.status.success(), "{}", text(&node.stderr));
+    assert!(supervisor.wait(LONG).success());
+}
+
+#[test]
 fn a_low_limit_of_open_files_is_said_at_the_start() {
     let world = World::new();
     let binary = env!("CARGO_BIN_EXE_volary");

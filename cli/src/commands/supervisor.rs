@@ -1,5 +1,6 @@
 //! `volary supervisor`: coordinates a run; nodes join it from any machine.
 
+use crate::alerts;
 use crate::config::Config;
 use crate::corpus_summary;
 use crate::http::{self, HttpListener};
@@ -163,6 +164,9 @@ fn serve(
             () = interrupts.first() => return Err(Interrupted(PREPARING).into()),
         };
         let supervisor = door.start(dataset).await?;
+        if args.tethered {
+            tokio::spawn(alerts::write(supervisor.handle().events().subscribe()));
+        }
         claimed.keep();
         output::note(format_args!("listening on {}", supervisor.address()));
         if let (Some(http), Some(address)) = (http, &http_address) {
