@@ -8,7 +8,6 @@ use crate::messages::NodeMsg;
 use crate::options::NodeOptions;
 use ractor::ActorRef;
 use ractor::rpc::CallResult;
-use std::fmt::Display;
 use std::hash::{BuildHasher, Hasher};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -84,21 +83,27 @@ impl SupervisorConnector {
     ) -> Result<Connected, ProcessError> {
         let start = Instant::now();
         let mut deadline = start + patience;
-        let mut name = NameWait::default();
+        let (mut name, mut told) = (NameWait::default(), false);
         loop {
             // The certificate could not be renewed without the supervisor.
             if self.endpoint.identity()?.remaining().is_zero() {
-                drop(self.rejoin(&"its certificate has expired").await);
+                drop(self.rejoin().await);
             }
             match self.connect_once(state.clone()).await {
                 Err(error) if name.is_taken(&error) => return Err(error),
                 // A fenced node may join again, with its token if that is still valid.
-                Err(error) if error.needs_rejoin() => match self.rejoin(&error).await {
-                    // Its name may be reserved, for itself, for a moment.
-                    Err(error) if Instant::now() >= deadline || !error.is_early() => return Err(error),
-                    Err(error) if name.is_taken(&error) => return Err(error),
-                    _ => {}
-                },
+                Err(error) if error.needs_rejoin() => {
+                    if !std::mem::replace(&mut told, true) {
+                        tracing::warn!(%error, "this node is not admitted any more: it joins again");
+                    }
+                    match self.rejoin().await {
+                        // Its name may be reserved, for itself, for a moment.
+                        Err(error) if Instant::now() >= deadline || !error.is_early() => return Err(error),
+                        Err(error) if name.is_taken(&error) => return Err(error),
+                        Err(error) if error.is_name_in_use() => tokio::time::sleep(REFUSED_PAUSE).await,
+                        _ => {}
+                    }
+                }
                 Err(error) if error.is_starting() && start.elapsed() < STARTING_MAX => {
                     tracing::debug!(%error, "waiting");
                     tokio::time::sleep(STARTING_PAUSE).await;
@@ -114,8 +119,7 @@ impl SupervisorConnector {
         }
     }
 
-    async fn rejoin(&self, reason: &(dyn Display + Sync)) -> Result<(), ProcessError> {
-        tracing::warn!(%reason, "this node is not admitted any more, as after it was fenced: it joins again");
+    async fn rejoin(&self) -> Result<(), ProcessError> {
         tokio::time::sleep(DIAL_PAUSE).await;
         let name = Some(self.name.0.clone());
         let (identity, _) = join_once(&self.options, name, &TransportOptions::default()).await?;
