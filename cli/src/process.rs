@@ -69,7 +69,7 @@ impl Process {
         let (sender, lines) = sync_channel(OUTPUT_LINES_AHEAD);
         let mut process = Self { name: name.to_owned(), log, child, lines };
         if let Some(output) = process.child.stdout.take() {
-            // Lines that nobody takes are dropped: the process must not wait for this one.
+            // When the queue is full, lines are dropped: the process must not wait for this one.
             let read =
                 move || read_lines(BufReader::new(output), |line| drop(sender.try_send(line.to_owned())));
             std::thread::Builder::new().name(format!("{name}-output")).spawn(read)?;
