@@ -5,10 +5,12 @@
 //! | [`commands`] | one file per command |
 //! | [`config`], `document` | the configuration file; TOML documents and their errors |
 //! | [`inventory`] | the machines of a planned cluster |
-//! | [`rundir`] | the run that a command addresses, and the contact of its supervisor |
+//! | [`preparation`], [`corpus_summary`] | before a run starts: its directory and tokens |
+//! | [`rundir`], [`registry`] | the run that a command addresses; the live runs of this machine |
 //! | [`cluster`] | the processes of a run on this machine |
 //! | `node_process`, [`process`] | one node with its restarts; one process |
 //! | [`follow`], [`progress`] | a run on this machine from its first step to its end; its progress bar |
+//! | [`alerts`], [`signals`] | events that a person must see; interrupts |
 //! | [`script`] | faults and membership changes at chosen steps |
 //! | [`http`] | the dashboard of the supervisor, and metrics for Prometheus |
 //! | [`output`] | standard output and standard error |

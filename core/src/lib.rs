@@ -11,6 +11,7 @@
 //! | [`random`] | random draws keyed by their purpose |
 //! | [`architecture`] | the shape of a model, the paper's presets, parameter counts |
 //! | [`options`], [`schedule`] | the options of a run; learning rate, skipped steps, clipping |
+//! | [`data_skips`] | the training data that a run leaves out |
 //! | [`dispatch`] | top-2 choices to batches per expert |
 //! | [`tree`] | the fixed order in which gradients are summed |
 //! | [`reduction`] | the nodes that make each sum, and the transfers between them |

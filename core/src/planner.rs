@@ -123,9 +123,9 @@ fn present(request: &Request<'_>, costs: &Costs) -> Option<Plan> {
 /// The best placement, whatever the present one is worth.
 fn best(request: &Request<'_>, costs: &Costs) -> Result<Plan, Shortage> {
     let mut candidates = Candidates::new(request.members);
-    let present = request.previous.map_or(1, |placement| placement.stages.len().max(1));
+    let stage_count = request.previous.map_or(1, |placement| placement.stages.len().max(1));
     let mut best: Option<Incumbent> = None;
-    let counts = stages::counts(costs, present).into_iter();
+    let counts = stages::counts(costs, stage_count).into_iter();
     let drop_idle = request.previous.is_some_and(|placement| has_stageless_member(placement, &candidates));
     for (count, drop_idle) in counts.flat_map(|count| [(count, drop_idle), (count, !drop_idle)]) {
         let Some(placement) = attempt(&candidates, costs, request, count, drop_idle) else { continue };

@@ -85,7 +85,8 @@ pub fn find_files(source: &SourceOptions) -> Result<FoundFiles, Error> {
     } else if literal.is_dir() {
         found = files_of_folder(&literal)?;
         if found.files.is_empty() {
-            let kinds = "the folder holds no file of a known type (text, source code, .jsonl, .parquet)";
+            let kinds =
+                "the folder holds no file of a known type (text, source code, .jsonl, .json, .parquet)";
             return Err(path.nothing_found(kinds));
         }
     } else if path.is_pattern() {

@@ -7,11 +7,12 @@
 //! | --- | --- |
 //! | [`options`] | the options: sources, tokenizer, validation, cache |
 //! | [`file_manifest`] | a source's list of files with their hashes |
-//! | [`files`] | from a path, folder or glob to a list of files |
-//! | `readers` | plain text, JSONL and Parquet, with gzip and zstd |
+//! | `paths` | variables and patterns in the path of a source |
+//! | [`files`], [`skipped`] | from a path, folder or glob to a list of files; those that are not read |
+//! | `readers` | formats by content: plain text, JSONL and Parquet, with gzip and zstd |
 //! | [`source`] | a source as a stream of documents |
 //! | [`tokenizer`] | training, loading, encoding, decoding |
-//! | `holdout` | the choice of the validation documents |
+//! | `holdout`, `near_duplicates` | the choice of the validation documents; training documents like them |
 //! | `corpus` | from documents to token files |
 //! | `tokens` | writing, splitting and reading token files |
 //! | [`manifest`] | the description and verification of the resulting folder |
@@ -20,6 +21,7 @@
 //! | [`mod@prepare`] | the preparation as a whole |
 //! | [`mixture`], [`permutation`] | from the number of a sequence to its source and window |
 //! | [`dataset`] | from (step, lane) to token ids |
+//! | [`validation`] | the standard error of a validation loss |
 //! | [`limits`] | every bound |
 //! | [`error`] | every error |
 

@@ -10,7 +10,6 @@ use crate::error::Error;
 use crate::files::SourceFile;
 use crate::limits::ABANDONED_AFTER;
 use crate::manifest::{MANIFEST, Manifest};
-
 use crate::options::{DataOptions, SourceOptions};
 use crate::progress::{Progress, Reporter};
 use crate::source::Source;

@@ -14,6 +14,7 @@
 //! | [`limits`] | bounds |
 //! | `optimizer` | Adafactor and AdamW |
 //! | [`mod@reference`] | the whole model in one autograd graph |
+//! | [`sampling`] | the choice of a token from logits |
 //! | `weights` | the parameters and optimizer state of a shard, and their stored form |
 
 pub mod device;

@@ -4,7 +4,7 @@
 //! | --- | --- |
 //! | [`span`] | spans and their scopes; both empty where a step is not traced |
 //! | [`pipeline`] | ended spans, to the collector and the run's trace store, without blocking training |
-//! | `export` | export to a collector over OTLP |
+//! | `collector`, `export` | the collector by environment and options; export to it over OTLP |
 //! | [`layer`] | spans of the `tracing` crate within a trace |
 //! | [`record`], [`store`] | a span in its stored form, and the bounded directory of traces |
 //! | [`render`] | a trace as a tree, a file for Perfetto, a web page; the paths of sampled tokens |
