@@ -44,10 +44,11 @@
 //! assert_eq!(effects, [Effect::Report(NodeReport::Ready { epoch })]);
 //!
 //! let lanes = vec![(Lane(0), vec![1, 2, 3])];
-//! agent.handle(Event::Command(NodeCommand::Begin { epoch, step, data: step, pass: Pass::Train, lanes }));
+//! let (pass, compare) = (Pass::Train, Vec::new());
+//! agent.handle(Event::Command(NodeCommand::Begin { epoch, step, data: step, pass, lanes, compare }));
 //! // The shell has run the lane and holds the gradient.
-//! let (norms, lanes) = (Vec::new(), Vec::new());
-//! agent.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, lanes, speed: None }));
+//! let (norms, digests, lanes) = (Vec::new(), Vec::new(), Vec::new());
+//! agent.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, digests, lanes, speed: None }));
 //!
 //! let update = Update { apply: true, rate: 0.01, scale: 1.0 };
 //! let effects = agent.handle(Event::Command(NodeCommand::Commit { epoch, step, update }));
@@ -187,8 +188,8 @@ impl Agent {
     fn on_command(&mut self, message: NodeCommand) {
         match message {
             NodeCommand::Assign(assignment) => self.on_assign(*assignment),
-            NodeCommand::Begin { epoch, step, pass, lanes, .. } if epoch == self.epoch => {
-                self.on_begin(epoch, step, pass, lanes)
+            NodeCommand::Begin { epoch, step, pass, lanes, compare, .. } if epoch == self.epoch => {
+                self.on_begin((epoch, step), pass, lanes, compare)
             }
             NodeCommand::Commit { epoch, step, update } if epoch == self.epoch => {
                 self.on_commit(epoch, step, update)
@@ -300,7 +301,13 @@ impl Agent {
         self.copy_more();
     }
 
-    fn on_begin(&mut self, epoch: Epoch, step: Step, pass: Pass, lanes: Vec<(Lane, Vec<u32>)>) {
+    fn on_begin(
+        &mut self,
+        (epoch, step): (Epoch, Step),
+        pass: Pass,
+        lanes: Vec<(Lane, Vec<u32>)>,
+        mut compare: Vec<ShardId>,
+    ) {
         // A repeated command changes nothing: the gradients of a prepared step wait for its commit. A-3.
         if !self.is_ready() || self.prepared == Some((epoch, step)) {
             return;
@@ -322,8 +329,9 @@ impl Agent {
             self.shards.retain(|shard, _| kept.contains(shard));
             self.push(Effect::Release(released));
         }
+        compare.retain(|shard| self.shards.get(shard) == Some(&self.version));
         self.prepared = None;
-        self.push(Effect::Run { epoch, step, pass, lanes });
+        self.push(Effect::Run { epoch, step, pass, lanes, compare });
     }
 
     fn on_done(&mut self, message: NodeReport) {

@@ -12,6 +12,7 @@
 //! | [`architecture`] | the shape of a model, the paper's presets, parameter counts |
 //! | [`options`], [`schedule`] | the options of a run; learning rate, skipped steps, clipping |
 //! | [`data_skips`] | the training data that a run leaves out |
+//! | [`digest`] | BLAKE3 digests of blobs and replicas |
 //! | [`dispatch`] | top-2 choices to batches per expert |
 //! | [`tree`] | the fixed order in which gradients are summed |
 //! | [`reduction`] | the nodes that make each sum, and the transfers between them |
@@ -28,6 +29,7 @@ pub mod architecture;
 pub mod compute;
 pub mod costs;
 pub mod data_skips;
+pub mod digest;
 pub mod dispatch;
 pub mod ids;
 mod invalid;
@@ -43,5 +45,6 @@ pub mod reduction;
 pub mod schedule;
 pub mod tree;
 
+pub use digest::Digest;
 pub use ids::{Epoch, ExpertId, Lane, LayerId, LayerRange, NodeId, ShardId, Step, Timeline};
 pub use invalid::InvalidValue;

@@ -16,7 +16,7 @@
 //! Two nodes, and one step:
 //!
 //! ```
-//! use volary_core::NodeId;
+//! use volary_core::{Digest, NodeId};
 //! use volary_core::architecture::presets;
 //! use volary_core::machine::{Effect, Event, Machine, Restored, Settings};
 //! use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm};
@@ -57,7 +57,7 @@
 //!         };
 //!         let message = match message {
 //!             NodeCommand::Assign(assignment) => NodeReport::Ready { epoch: assignment.placement.epoch },
-//!             NodeCommand::Begin { epoch, step, lanes, .. } => {
+//!             NodeCommand::Begin { epoch, step, lanes, compare, .. } => {
 //!                 let held = shards.iter().filter(|shard| machine.placement().holds(&node, **shard));
 //!                 let norm = Norm { squared: 1.0, finite: true };
 //!                 let report = LaneReport { loss: 2.5, ..LaneReport::default() };
@@ -65,6 +65,7 @@
 //!                     epoch,
 //!                     step,
 //!                     norms: held.map(|shard| (*shard, norm)).collect(),
+//!                     digests: compare.into_iter().map(|shard| (shard, Digest::of(b"equal"))).collect(),
 //!                     lanes: lanes.into_iter().map(|(lane, _)| (lane, report.clone())).collect(),
 //!                     speed: None,
 //!                 }
@@ -90,11 +91,13 @@
 //! | `failures`, `suspicion` | failing, unreachable and slow nodes: retries, fences, suspensions |
 //! | `rebalance`, `balance` | measured speeds and expert loads |
 //! | `checkpoints` | when they are written, and the end of a run |
+//! | `comparison` | replicas that are compared, and what follows where they differ |
 //! | `nan` | skipped steps, weights that are not finite, going back past the data |
 
 mod assignments;
 mod balance;
 mod checkpoints;
+mod comparison;
 mod failures;
 mod gathering;
 mod nan;
@@ -107,7 +110,7 @@ mod suspicion;
 mod target;
 mod types;
 
-pub use types::{Activity, Committed, Effect, Event, LossCause, Notice, PersistentState, Restored, Settings};
+pub use types::{Activity, Committed, Compared, Effect, Event, LossCause, Notice, PersistentState, Restored, Settings};
 
 use crate::data_skips::DataSkips;
 use crate::ids::{NodeId, ShardId, Step, Timeline};
@@ -115,7 +118,8 @@ use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::placement::Placement;
 use crate::profile::Profile;
 use balance::Balance;
-use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Part, Phase, Replan, Retry};
+use comparison::Comparison;
+use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Part, Phase, Prepared, Replan, Retry};
 use std::collections::{BTreeMap, BTreeSet};
 use suspicion::Suspicion;
 
@@ -132,6 +136,7 @@ pub struct Machine {
     /// The last commit, for nodes that missed it; none after going back.
     last: Option<LastCommit>,
     durable: Option<Step>,
+    comparison: Comparison,
     /// The checkpoint whose bytes are known to be intact.
     verified: Option<Step>,
     validated: Option<Step>,
@@ -172,7 +177,7 @@ impl Machine {
     /// The machine of a run, new or resumed.
     #[must_use]
     pub fn new(settings: Settings, restored: Restored) -> Self {
-        let Restored { durable, last, skipped_in_a_row, persistent } = restored;
+        let Restored { durable, agreed, last, skipped_in_a_row, persistent } = restored;
         // A checkpoint may be newer than what the database kept of the journal.
         let last = last.filter(|last| durable.is_none_or(|durable| last.step >= durable));
         let awaited: BTreeSet<NodeId> = persistent.members.into_iter().collect();
@@ -188,6 +193,7 @@ impl Machine {
             committed: last.map(|last| last.step).max(durable).unwrap_or_default(),
             last,
             durable,
+            comparison: Comparison::new(durable, agreed),
             verified: None,
             validated: None,
             skipped_in_a_row,
@@ -322,9 +328,9 @@ impl Machine {
         match message {
             NodeReport::LeaveRequested => self.on_drain(node),
             NodeReport::Ready { epoch } if epoch == current => self.on_ready(&node),
-            NodeReport::Prepared { epoch, step, norms, lanes, speed } if epoch == current => {
+            NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } if epoch == current => {
                 self.record_speed(&node, speed);
-                self.on_prepared(node, step, norms, lanes);
+                self.on_prepared(node, step, Prepared { norms, digests }, lanes);
             }
             NodeReport::Validated { epoch, round, lanes } if epoch == current => {
                 self.on_validated(node, round, lanes)

@@ -1,5 +1,6 @@
 //! The messages between the supervisor and the nodes on the control stream.
 
+use crate::digest::Digest;
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::placement::Placement;
 use crate::schedule::Update;
@@ -91,6 +92,8 @@ pub enum NodeCommand {
         pass: Pass,
         /// This node's lanes with their tokens, `[sequences, sequence_length + 1]` row by row.
         lanes: Vec<(Lane, Vec<u32>)>,
+        /// In training, the shards whose replicas are compared at the version before the step.
+        compare: Vec<ShardId>,
     },
     /// The step is committed: apply it.
     Commit {
@@ -180,6 +183,8 @@ pub enum NodeReport {
         step: Step,
         /// The norm of every held shard's gradient.
         norms: Vec<(ShardId, Norm)>,
+        /// The content of the shards to compare that are here, at the version before the step.
+        digests: Vec<(ShardId, Digest)>,
         /// The measurements of the lanes.
         lanes: Vec<(Lane, LaneReport)>,
         /// Lanes per second of compute on its device, measured in this step; `None` without lanes.

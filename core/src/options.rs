@@ -296,6 +296,8 @@ pub struct ClusterOptions {
     pub return_timeout_ms: u64,
     /// The lifetime of a node's certificate, in milliseconds; nodes renew theirs after half of it.
     pub certificate_lifetime_ms: u64,
+    /// Steps within which the replicas of every shard are compared bit by bit; 0 compares nothing.
+    pub compare_within: u64,
     /// Whether nodes run a benchmark before they are placed; otherwise their number of threads counts.
     pub measure: bool,
     /// Whether measured speeds and expert loads may change the placement.
@@ -316,6 +318,7 @@ impl Default for ClusterOptions {
             supervisor_timeout_ms: 120_000,
             return_timeout_ms: 20_000,
             certificate_lifetime_ms: 7 * 24 * 3_600_000,
+            compare_within: 16,
             measure: true,
             rebalance: true,
             rebalance_bytes: 1 << 30,

@@ -11,7 +11,7 @@ use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, ResidentS
 use volary_core::options::{CheckpointOptions, ClusterOptions, OnNan, TrainingOptions, ValidationOptions};
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
-use volary_core::{NodeId, ShardId};
+use volary_core::{Digest, NodeId, ShardId};
 
 const SIZES: [usize; 4] = [300, 1_000, 3_000, 10_000];
 const ROUNDS: u64 = 3;
@@ -126,12 +126,15 @@ impl Cluster {
                     answers.push(NodeReport::Learned { epoch, version: assignment.version, shards });
                 }
             }
-            NodeCommand::Begin { epoch, step, lanes, .. } => {
+            NodeCommand::Begin { epoch, step, lanes, compare, .. } => {
                 let placement = self.machine.placement();
                 let kept = self.shards.iter().filter(|shard| placement.holds_or_learns(node, **shard));
                 let norms = kept.map(|&shard| (shard, Norm { squared: 1.0, finite: true })).collect();
+                let holds = |shard: &ShardId| placement.holds_or_learns(node, *shard);
+                let equal = compare.into_iter().filter(holds);
+                let digests = equal.map(|shard| (shard, Digest([0; 32]))).collect();
                 let lanes = lanes.into_iter().map(|(lane, _)| (lane, LaneReport::default())).collect();
-                answers.push(NodeReport::Prepared { epoch, step, norms, lanes, speed: Some(1.0) });
+                answers.push(NodeReport::Prepared { epoch, step, norms, digests, lanes, speed: Some(1.0) });
             }
             _ => {}
         }

@@ -13,6 +13,9 @@ pub(crate) struct Disk {
     pub(crate) ever: BTreeMap<Step, (u64, u64)>,
     pub(crate) persistent: PersistentState,
     pub(crate) durable: Option<Step>,
+    pub(crate) agreed: Option<Step>,
+    /// Checkpoints that hold a corrupted copy.
+    pub(crate) bad: BTreeSet<Step>,
     pub(crate) pending: Option<PendingCheckpoint>,
 }
 
@@ -34,6 +37,7 @@ impl Disk {
         let last = self.journal.values().last();
         Restored {
             durable: self.durable,
+            agreed: self.agreed,
             skipped_in_a_row: self.journal.values().rev().take_while(|step| !step.update.apply).count()
                 as u64,
             last: last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update }),

@@ -1,6 +1,6 @@
 //! The faults that a test can inject.
 
-use volary_core::NodeId;
+use volary_core::{NodeId, ShardId};
 
 /// A fault, or an operator's action.
 #[derive(Clone, Debug)]
@@ -31,6 +31,8 @@ pub enum Fault {
     Slow(NodeId, f64),
     /// An operator stops the run: it writes a checkpoint and ends.
     Stop,
+    /// A bit flips in a node's copy of a shard, in its next update.
+    Corrupt(NodeId, ShardId),
     /// The network treats messages in another way.
     Network(NetworkFaults),
 }

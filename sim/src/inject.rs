@@ -51,6 +51,11 @@ impl World {
                     node.speed = speed;
                 }
             }
+            Fault::Corrupt(node, shard) => {
+                if let Some(node) = self.nodes.get_mut(&node) {
+                    node.corrupts = Some(shard);
+                }
+            }
             Fault::Stop => self.machine_event(machine::Event::StopRequested),
             Fault::Network(network) => {
                 self.network = network;

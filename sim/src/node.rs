@@ -31,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) fetched: BTreeMap<ShardId, (Step, u64)>,
     /// Gradients of shards that are being copied.
     pub(crate) stash: BTreeMap<ShardId, Vec<(Step, u64)>>,
+    /// The shard of which a bit flips in the next update.
+    pub(crate) corrupts: Option<ShardId>,
     /// The pass in progress.
     pub(crate) work: Option<Work>,
 }
@@ -42,6 +44,7 @@ pub(crate) struct Work {
     pub(crate) step: Step,
     pub(crate) pass: Pass,
     pub(crate) lanes: Vec<Lane>,
+    pub(crate) compare: Vec<ShardId>,
 }
 
 impl Work {
@@ -91,6 +94,7 @@ impl Node {
             copied: BTreeMap::new(),
             fetched: BTreeMap::new(),
             stash: BTreeMap::new(),
+            corrupts: None,
             work: None,
         }
     }
@@ -109,6 +113,13 @@ impl Node {
         self.copied.clear();
         self.fetched.clear();
         self.stash.clear();
+    }
+
+    /// Corrupts a copy.
+    pub(crate) fn flip_bit(&mut self, shard: ShardId) {
+        if let Some((_, value)) = self.weights.get_mut(&shard) {
+            *value ^= 1;
+        }
     }
 
     /// Applies a step's gradient to one shard.

@@ -9,7 +9,7 @@ use volary_core::agent::{self, Effect, Failure};
 use volary_core::costs::{Costs, lanes_in_flight};
 use volary_core::messages::{Assignment, LaneReport, NodeReport, Norm, Pass, Source};
 use volary_core::placement::Placement;
-use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step};
+use volary_core::{Digest, Epoch, Lane, LayerId, NodeId, ShardId, Step};
 
 impl World {
     /// The correct state of a shard after a step.
@@ -54,9 +54,9 @@ impl World {
             }
             Effect::Install { shard, version, replay } => self.install(id, shard, version, &replay),
             Effect::Release(shards) => node.weights.retain(|shard, _| !shards.contains(shard)),
-            Effect::Run { epoch, step, pass, lanes } => {
+            Effect::Run { epoch, step, pass, lanes, compare } => {
                 let lanes = lanes.into_iter().map(|(lane, _)| lane).collect();
-                node.work = Some(Work { epoch, step, pass, lanes });
+                node.work = Some(Work { epoch, step, pass, lanes, compare });
                 let (least, most) = ((30.0 / node.speed) as u64, (120.0 / node.speed) as u64);
                 let node = id.clone();
                 self.after(least, most, Event::Work { node, process, epoch, step, since: now });
@@ -81,6 +81,10 @@ impl World {
         let Some(node) = self.nodes.get_mut(id) else { return };
         for &shard in shards {
             node.apply(shard, step, gradient);
+            if node.corrupts.take_if(|corrupted| *corrupted == shard).is_some() {
+                node.flip_bit(shard);
+                self.corrupted_at.get_or_insert(step);
+            }
         }
         for &(shard, most) in stash {
             let kept = node.stash.entry(shard).or_default();
@@ -101,7 +105,10 @@ impl World {
                 Some(&version),
                 "{id}: the agent has another version of {shard}"
             );
-            assert_eq!(value, self.expected(shard, version), "{id}: {shard} at step {version} is wrong");
+            assert!(
+                value == self.expected(shard, version) || self.corrupted_at.is_some(),
+                "{id}: {shard} at step {version} is wrong"
+            );
         }
     }
 
@@ -136,7 +143,10 @@ impl World {
         for (shard, source) in shards {
             let value = match source {
                 Source::Initial => self.expected(*shard, Step(0)),
-                Source::Checkpoint(step) if Some(*step) == self.disk.durable => self.expected(*shard, *step),
+                Source::Checkpoint(step) if Some(*step) == self.disk.durable => {
+                    assert!(!self.disk.bad.contains(step), "a corrupted checkpoint of step {step} is loaded");
+                    self.expected(*shard, *step)
+                }
                 Source::Checkpoint(step) => {
                     // A late message: the placement is over.
                     assert!(self.disk.durable > Some(*step));
@@ -216,6 +226,9 @@ impl World {
     fn store(&mut self, id: &NodeId, step: Step, mut shards: Vec<ShardId>) {
         let Some((node, session)) = self.nodes.get(id).and_then(|n| Some((n, n.session?))) else { return };
         shards.retain(|shard| node.weights.get(shard).is_some_and(|(at, _)| *at == step));
+        if shards.iter().any(|shard| node.weights[shard].1 != self.expected(*shard, step)) {
+            self.disk.bad.insert(step);
+        }
         self.after(5, 80, Event::CheckpointShards { node: id.clone(), session, step, shards });
     }
 
@@ -282,11 +295,16 @@ impl World {
             let squared = measured(step, shard_hash(shard), owner);
             Some((shard, Norm { squared, finite: true }))
         };
+        let digest = |shard: &ShardId| {
+            let (version, value) = node.weights.get(shard)?;
+            (version.next() == step).then(|| (*shard, Digest::of(&value.to_le_bytes())))
+        };
         let kept = architecture.shards().into_iter().filter(|s| placement.holds_or_learns(id, *s));
         NodeReport::Prepared {
             epoch,
             step,
             norms: kept.filter_map(norm).collect(),
+            digests: work.compare.iter().filter_map(digest).collect(),
             lanes,
             speed: Some(node.speed),
         }

@@ -35,6 +35,7 @@ impl World {
             Effect::DropCheckpoint { attempt } => {
                 self.disk.pending.take_if(|pending| pending.attempt == attempt);
             }
+            Effect::CheckpointAgreed { step } => self.disk.agreed = Some(step),
             Effect::VerifyCheckpoint { step } => {
                 let life = self.life;
                 self.after(1, VERIFY_MS, Event::Verified { life, step });
@@ -76,8 +77,10 @@ impl World {
         // M-1. A repeated step must have the same result.
         assert_eq!(committed.step, self.disk.last_step().next(), "steps are committed in order, once");
         let bits = (committed.loss.to_bits(), committed.update.rate.to_bits());
-        let before = *self.disk.ever.entry(committed.step).or_insert(bits);
-        assert_eq!(before, bits, "the repeated step {} has another result", committed.step);
+        let before = self.disk.ever.insert(committed.step, bits).unwrap_or(bits);
+        // Until it is found, a corrupted copy takes part in steps, which are then repeated.
+        let is_met = self.corrupted_at.is_some_and(|at| committed.step > at);
+        assert!(before == bits || is_met, "the repeated step {} has another result", committed.step);
         self.commits.push((committed.step, self.now));
         self.disk.journal.insert(committed.step, committed);
     }
@@ -87,7 +90,10 @@ impl World {
         // An abandoned checkpoint that became durable after all is skipped.
         assert!(step <= self.disk.durable.unwrap_or_default());
         assert!(state.timeline > self.disk.persistent.timeline, "every going-back begins a new timeline");
+        let is_kept = step == Step(0) || Some(step) == self.disk.durable || Some(step) == self.disk.agreed;
+        assert!(is_kept, "the checkpoint of step {step} may be gone");
         self.disk.durable = (step > Step(0)).then_some(step);
+        self.disk.bad.retain(|at| *at <= step);
         let timeline = std::mem::replace(&mut self.disk.persistent, state).timeline;
         let committed = self.disk.last_step();
         let last = self.disk.restored().last;
@@ -106,7 +112,7 @@ impl World {
         let lost = shards.iter().any(|shard| !self.nodes.keys().any(|node| has(node, shard)));
         // With lost messages the supervisor may not know of a copy.
         assert!(
-            lost || self.lossy,
+            lost || self.lossy || self.corrupted_at.is_some(),
             "went back from {committed} to {step} while a copy of every shard exists"
         );
         self.disk.journal.retain(|at, _| *at <= step);

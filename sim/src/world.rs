@@ -53,6 +53,8 @@ pub struct World {
     pub(crate) network: NetworkFaults,
     /// Whether messages could ever be lost.
     pub(crate) lossy: bool,
+    /// The version of the first corrupted copy.
+    pub(crate) corrupted_at: Option<Step>,
     processes: u64,
     named: u64,
     /// Whether the run has ended well.
@@ -102,6 +104,7 @@ impl World {
             hidden: BTreeSet::new(),
             network: NetworkFaults::default(),
             lossy: false,
+            corrupted_at: None,
             processes: 0,
             named: 0,
             done: false,
@@ -128,6 +131,12 @@ impl World {
     #[must_use]
     pub fn durable(&self) -> Option<Step> {
         self.disk.durable
+    }
+
+    /// Whether no corrupted copy is in the last durable checkpoint.
+    #[must_use]
+    pub fn is_checkpoint_right(&self) -> bool {
+        self.disk.durable.is_some_and(|step| !self.disk.bad.contains(&step))
     }
 
     /// The supervisor's placement, while its process lives.

@@ -3,7 +3,7 @@
 //! A blob is written to a temporary name, synced, and renamed. [`BlobStore::sync`] syncs the directory, once
 //! for many blobs. A crash leaves at most temporary files, which the next opening removes.
 
-use crate::digest::Digest;
+use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use parking_lot::Mutex;

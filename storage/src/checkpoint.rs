@@ -10,7 +10,7 @@
 
 use crate::blobs::{BlobStore, RemovedReport};
 use crate::catalogue::Catalogue;
-use crate::digest::Digest;
+use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::journal::Store;

@@ -1,6 +1,6 @@
 //! The error of this crate: each variant names the operation and the place.
 
-use crate::digest::Digest;
+use volary_core::Digest;
 use std::io;
 use std::path::{Path, PathBuf};
 use volary_core::{ShardId, Step};
@@ -132,12 +132,6 @@ pub enum Error {
         stored: String,
         /// The given value.
         given: String,
-    },
-    /// The text is not a digest.
-    #[error("{text:?} is not a digest: expected 64 hexadecimal digits")]
-    BadDigest {
-        /// The text.
-        text: String,
     },
     /// A blob is missing.
     #[error("the blob {} is missing", path.display())]

@@ -7,7 +7,7 @@
 
 use crate::catalogue::{CATALOGUE, CATALOGUE_PAGES};
 use crate::database::{Database, SyncFile};
-use crate::digest::Digest;
+use volary_core::Digest;
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
 use crate::limits::PRUNED_AT_ONCE_MAX;

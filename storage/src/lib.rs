@@ -15,7 +15,6 @@
 //! | `catalogue` | the entries of checkpoints | sled in `state/` |
 //! | `reconcile` | a catalogue and a journal that a crash left apart | |
 //! | [`manifest`], [`reader`] | the catalogue for processes without access to sled | `checkpoints/*.json` |
-//! | [`digest`] | BLAKE3 digests | |
 //! | [`disk`] | file operations, as a trait for fault injection | |
 //! | [`lines`] | metrics and events | JSONL files |
 //! | [`error`] | [`Error`] | |
@@ -52,7 +51,6 @@ pub mod blobs;
 mod catalogue;
 pub mod checkpoint;
 mod database;
-pub mod digest;
 pub mod disk;
 pub mod error;
 pub mod journal;
@@ -80,7 +78,7 @@ mod testing;
 
 pub use blobs::{BlobStore, RemovedReport, write_file};
 pub use checkpoint::Checkpoints;
-pub use digest::Digest;
+pub use volary_core::Digest;
 pub use disk::{Disk, RealDisk};
 pub use error::{Error, Result};
 pub use journal::{RunIdentity, Store};

@@ -2,7 +2,7 @@
 //! other processes, and for the restoration of lost catalogue entries.
 
 use crate::blobs;
-use crate::digest::Digest;
+use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::layout::RunDir;

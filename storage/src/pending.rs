@@ -1,7 +1,7 @@
 //! A checkpoint in progress: it is not in the catalogue until it is complete.
 
 use crate::checkpoint::Checkpoints;
-use crate::digest::Digest;
+use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::manifest::{self, BlobRef, CheckpointRecord};

@@ -2,7 +2,7 @@
 //! all.
 
 use crate::blobs::read_blob;
-use crate::digest::Digest;
+use volary_core::Digest;
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
 use crate::manifest::{self, CheckpointDigest, CheckpointRecord};

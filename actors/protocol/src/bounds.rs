@@ -25,7 +25,7 @@ pub fn check(model: &Architecture, training: &TrainingOptions) -> Result<(), Inv
         return Err(InvalidValue::new("training.sequences_per_lane", training.sequences_per_lane, expected));
     }
     let (one, all) = (report_bytes(model, training), CONTROL_BYTES_MAX as u64);
-    let norms = (model.shards().len() as u64).saturating_mul(SHARD_NORM_BYTES);
+    let norms = (model.shards().len() as u64).saturating_mul(SHARD_REPORT_BYTES);
     let most = all.saturating_sub(norms) / one;
     if u64::from(training.lanes) > most {
         let expected = format!("at most {most} lanes: their reports must fit into one message");
@@ -34,8 +34,8 @@ pub fn check(model: &Architecture, training: &TrainingOptions) -> Result<(), Inv
     Ok(())
 }
 
-/// Bytes of the norm of one shard in a report, at most: its number and three fields.
-const SHARD_NORM_BYTES: u64 = 32;
+/// Bytes of one shard in a report, at most: its norm and its digest, each with the shard's number.
+const SHARD_REPORT_BYTES: u64 = 32 + 48;
 /// Bytes of one lane's report besides its loads, at most.
 const LANE_REPORT_BYTES: u64 = 64;
 

@@ -47,6 +47,7 @@ fn report(model: &Architecture, lanes: u32) -> Vec<u8> {
         epoch: Epoch(u64::MAX),
         step: Step(u64::MAX),
         norms: model.shards().into_iter().map(|shard| (shard, norm)).collect(),
+        digests: model.shards().into_iter().map(|shard| (shard, Digest([u8::MAX; 32]))).collect(),
         lanes: (0..lanes).map(|number| (Lane(u32::MAX - number), lane.clone())).collect(),
         speed: Some(1e300),
     };
@@ -76,6 +77,7 @@ fn the_tokens_of_many_lanes_are_sent_in_several_messages() {
         data: Step(4),
         pass: Pass::Train,
         lanes,
+        compare: vec![ShardId::Embedding],
     };
     for lanes in [0, 1, 400, 3_000] {
         let all: Vec<(Lane, Vec<u32>)> = (0..lanes).map(|lane| (Lane(lane), tokens(lane))).collect();

@@ -42,6 +42,7 @@ impl Harness {
             data: step,
             pass: Pass::Train,
             lanes: Vec::new(),
+            compare: Vec::new(),
         }))
     }
 
@@ -53,7 +54,14 @@ impl Harness {
     fn prepare_with(&mut self, epoch: Epoch, step: Step, shards: &[ShardId]) -> &[Effect] {
         let norm = Norm { squared: 1.0, finite: true };
         let norms = shards.iter().map(|shard| (*shard, norm)).collect();
-        let message = NodeReport::Prepared { epoch, step, norms, lanes: Vec::new(), speed: None };
+        let message = NodeReport::Prepared {
+            epoch,
+            step,
+            norms,
+            digests: Vec::new(),
+            lanes: Vec::new(),
+            speed: None,
+        };
         self.handle(Event::Done(message))
     }
 

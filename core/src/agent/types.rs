@@ -146,6 +146,8 @@ pub enum Effect {
         pass: Pass,
         /// The lanes and their tokens.
         lanes: Vec<(Lane, Vec<u32>)>,
+        /// Shards in memory whose content is reported, at the version before the step.
+        compare: Vec<ShardId>,
     },
     /// Store these shards at their present version, and send them to the checkpoint.
     Store {

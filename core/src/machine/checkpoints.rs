@@ -72,6 +72,7 @@ impl Machine {
         self.durable = self.durable.max(Some(step));
         self.verified = self.durable;
         self.notice(Notice::Checkpoint { step });
+        self.on_later_checkpoint(step, checkpoint.senders);
         self.release_drained();
         self.finish_when_durable();
     }

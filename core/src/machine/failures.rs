@@ -59,7 +59,7 @@ impl Machine {
     }
 
     /// Whether the run can go on without a node.
-    fn is_dispensable(&self, node: &NodeId) -> bool {
+    pub(super) fn is_dispensable(&self, node: &NodeId) -> bool {
         self.nodes.len() > 1 && !self.has_last_copy(node) && !self.holders.is_empty()
     }
 
@@ -103,15 +103,22 @@ impl Machine {
 
     /// Fences a node: nothing that it still sends counts. It may rejoin without state.
     pub(super) fn fence(&mut self, node: &NodeId, reason: &str) {
+        if self.expel(node, reason) {
+            self.on_node_removed(node, reason);
+        }
+    }
+
+    /// Ends a node's link, with no consequences for the step in flight. Returns whether it was here.
+    pub(super) fn expel(&mut self, node: &NodeId, reason: &str) -> bool {
         if self.nodes.remove(node).is_none() {
-            return;
+            return false;
         }
         self.suspicion.suspend(node);
         // Its state does not count any more.
         self.gone.insert(node.clone());
         self.notice(Notice::Fenced { node: node.clone(), reason: reason.into() });
         self.effects.push(Effect::Fence { node: node.clone(), reason: reason.into() });
-        self.on_node_removed(node, reason);
+        true
     }
 
     /// A background copy failed: a new node is fenced; for a member placement changes pause.
@@ -154,7 +161,7 @@ impl Machine {
     }
 
     /// Retries the step, unless the failure is permanent or attempts are exhausted. Later attempts wait.
-    fn retry_step(&mut self, reason: &str, fatal: bool) {
+    pub(super) fn retry_step(&mut self, reason: &str, fatal: bool) {
         match self.retry.after_failure().filter(|_| !fatal) {
             None => self.give_up(reason.into()),
             Some(0) => self.abort(reason),

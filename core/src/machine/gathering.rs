@@ -120,6 +120,7 @@ impl Machine {
             && std::mem::take(&mut gathering.verifying)
         {
             (self.durable, self.verified) = (intact, intact);
+            self.forget_comparisons();
             self.gather();
         }
     }

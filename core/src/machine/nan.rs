@@ -101,6 +101,7 @@ impl Machine {
         (self.skipped_in_a_row, self.broken_weights) = (0, None);
         self.holders.clear();
         self.away.clear();
+        self.forget_comparisons();
     }
 
     /// The state of the cluster that outlives this process.

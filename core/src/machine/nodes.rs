@@ -76,6 +76,7 @@ impl Machine {
     pub(super) fn on_node_removed(&mut self, node: &NodeId, reason: &str) {
         let has_last_copy = self.has_last_copy(node);
         let held = self.forget_holder(node);
+        self.forget_stored_by(node);
         if !self.gone.contains(node) {
             self.away.insert(node.clone(), held);
         }

@@ -44,17 +44,21 @@ impl Machine {
         if self.replan.is_exhausted() && self.placement.learners.is_empty() {
             return false;
         }
-        if self.all_learned() {
-            let (epoch, step) = (self.placement.epoch, self.committed);
-            let shards = self.placement.learners.values().map(BTreeSet::len).sum();
-            self.notice(Notice::Migrated { epoch, step, shards });
-        }
         // While every shard is held, there is a placement.
         let Ok(next) = self.next_placement() else { return false };
         let learning = self.placement.learning_nodes();
         let unchanged = next.has_same_layout(&self.placement)
             && next.learners == self.placement.learners
             && learning.iter().all(|node| self.nodes.contains_key(node));
+        if !unchanged && self.compares_before(&next) {
+            self.replan.dirty = true;
+            return false;
+        }
+        if self.all_learned() {
+            let (epoch, step) = (self.placement.epoch, self.committed);
+            let shards = self.placement.learners.values().map(BTreeSet::len).sum();
+            self.notice(Notice::Migrated { epoch, step, shards });
+        }
         if !unchanged {
             self.replan.rounds += 1;
             let cause = self.cause(&next);
@@ -91,6 +95,7 @@ impl Machine {
         self.placement = placement;
         self.learners_late.clear();
         self.gone.clear();
+        self.forget_new_copies();
         self.idle_ms = 0;
         // The budget for moves may have left something over.
         self.replan.dirty = self.placement.learners.is_empty();
@@ -178,16 +183,21 @@ impl Machine {
         }
         for shard in shards {
             if self.placement.learners.get(shard).is_some_and(|nodes| nodes.contains(node)) {
-                self.holders.entry(*shard).or_default().insert(node.clone());
+                let is_new = self.holders.entry(*shard).or_default().insert(node.clone());
+                if is_new {
+                    self.on_new_copy(*shard, node);
+                }
             }
         }
         self.replan.dirty |= self.all_learned();
     }
 
-    /// Whether there are learners, and all that are still connected have their shards.
-    fn all_learned(&self) -> bool {
-        let has =
-            |shard: ShardId, node: &NodeId| !self.nodes.contains_key(node) || self.is_holder(shard, node);
+    /// Whether there are learners, and all that are still connected have their shards, equal to the members'.
+    pub(super) fn all_learned(&self) -> bool {
+        let has = |shard: ShardId, node: &NodeId| {
+            let is_equal = || self.is_holder(shard, node) && !self.is_new_copy(shard, node);
+            !self.nodes.contains_key(node) || is_equal()
+        };
         let learners = &self.placement.learners;
         !learners.is_empty()
             && learners.iter().all(|(shard, nodes)| nodes.iter().all(|node| has(*shard, node)))

@@ -1,6 +1,7 @@
 //! The parts of the machine's state. State of one phase exists only in that phase.
 
 use super::types::Activity;
+use crate::digest::Digest;
 use crate::ids::{Lane, NodeId, ShardId, Step};
 use crate::limits::{ATTEMPTS_MAX, PROMPT_ATTEMPTS_MAX, REPLAN_ROUNDS_MAX, RETRY_MAX_MS, RETRY_MS};
 use crate::messages::{LaneReport, Norm};
@@ -125,11 +126,22 @@ pub(super) struct Part {
 /// The reports of a step in flight.
 #[derive(Debug, Default)]
 pub(super) struct StepReports {
-    /// The norms of each node that has prepared the step.
-    pub(super) prepared: BTreeMap<NodeId, Vec<(ShardId, Norm)>>,
+    /// What each node that has prepared the step reports of its shards.
+    pub(super) prepared: BTreeMap<NodeId, Prepared>,
+    /// The shards whose replicas are compared.
+    pub(super) compare: Vec<ShardId>,
     pub(super) lanes: BTreeMap<Lane, LaneReport>,
     /// Milliseconds since all members were prepared: the commit waits for learners only.
     pub(super) grace_ms: u64,
+}
+
+/// The report of one node on its shards.
+#[derive(Debug, Default)]
+pub(super) struct Prepared {
+    /// The norms of its gradients.
+    pub(super) norms: Vec<(ShardId, Norm)>,
+    /// The content of the shards to compare.
+    pub(super) digests: Vec<(ShardId, Digest)>,
 }
 
 /// The reports of a validation.

@@ -1,7 +1,8 @@
 //! From one boundary between steps to the next: begin, prepared, commit; and the held-out loss between steps.
 
-use super::state::{Finish, Part, Phase, Retry, StepReports, ValidationReports};
-use super::{Committed, Effect, Machine, Notice};
+use super::state::{Finish, Part, Phase, Prepared, Retry, StepReports, ValidationReports};
+use super::{Committed, Effect, Machine};
+use crate::digest::Digest;
 use crate::ids::{Lane, NodeId, ShardId, Step};
 use crate::limits::LEARNER_GRACE_MS;
 use crate::messages::{LaneReport, LastCommit, NodeCommand, Norm, Pass};
@@ -31,7 +32,8 @@ impl Machine {
         if self.replan_if_dirty() {
             return;
         }
-        self.phase = Phase::Training(StepReports::default());
+        let compare = self.shards_to_compare();
+        self.phase = Phase::Training(StepReports { compare, ..StepReports::default() });
         self.begin(Pass::Train);
     }
 
@@ -50,11 +52,16 @@ impl Machine {
             Pass::Train => self.voters().into_iter().collect(),
             Pass::Validate { .. } => self.placement.members.clone(),
         };
+        let compare = match &self.phase {
+            Phase::Training(reports) => reports.compare.clone(),
+            _ => Vec::new(),
+        };
         let driven = self.placement.lanes_by_driver();
         for node in nodes {
             let lanes = driven.get(&node).into_iter().flatten().map(|&lane| (lane, Vec::new())).collect();
-            self.effects
-                .push(Effect::Send { node, message: NodeCommand::Begin { epoch, step, data, pass, lanes } });
+            let compare = compare.clone();
+            let message = NodeCommand::Begin { epoch, step, data, pass, lanes, compare };
+            self.effects.push(Effect::Send { node, message });
         }
     }
 
@@ -69,7 +76,7 @@ impl Machine {
         &mut self,
         node: NodeId,
         step: Step,
-        norms: Vec<(ShardId, Norm)>,
+        prepared: Prepared,
         lanes: Vec<(Lane, LaneReport)>,
     ) {
         let has_part = self.placement.is_member(&node) || self.placement.is_learning(&node);
@@ -78,12 +85,14 @@ impl Machine {
         if step != self.committed.next() || !is_voter || reports.prepared.contains_key(&node) {
             return;
         }
-        let held = norms.iter().map(|(shard, _)| *shard).collect();
-        if let Err(reason) = check_part(&self.placement, self.parts.get(&node), &node, held, &lanes) {
+        let held = prepared.norms.iter().map(|(shard, _)| *shard).collect();
+        let checked = check_part(&self.placement, self.parts.get(&node), &node, held, &lanes)
+            .and_then(|()| check_digests(&self.placement, &node, &reports.compare, &prepared.digests));
+        if let Err(reason) = checked {
             return self.on_failed(&node, &reason, false, None);
         }
         reports.lanes.extend(lanes);
-        reports.prepared.insert(node, norms);
+        reports.prepared.insert(node, prepared);
         self.commit_if_prepared();
     }
 
@@ -109,7 +118,9 @@ impl Machine {
             return;
         }
         let reports = std::mem::take(reports);
-        self.commit(reports, &missing);
+        if self.are_replicas_equal(&reports) {
+            self.commit(reports, &missing);
+        }
     }
 
     /// The time that a commit waits for learners.
@@ -126,7 +137,8 @@ impl Machine {
     /// M-1, M-2: every member holds the whole gradient; the step becomes part of the run.
     fn commit(&mut self, reports: StepReports, late: &[NodeId]) {
         let (step, epoch) = (self.committed.next(), self.placement.epoch);
-        let norms = self.merge_norms(step, &reports.prepared);
+        let members = reports.prepared.iter().filter(|(node, _)| self.placement.is_member(node));
+        let norms = members.flat_map(|(_, prepared)| &prepared.norms).copied().collect();
         let committed = self.committed_record(step, &norms, &reports.lanes);
         let update = committed.update;
         self.record_load(&committed.load);
@@ -150,11 +162,11 @@ impl Machine {
     }
 
     /// A learner without a shard's gradient of the committed step has no copy of it any more.
-    fn forget_missed_copies(&mut self, prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>) {
+    fn forget_missed_copies(&mut self, prepared: &BTreeMap<NodeId, Prepared>) {
         for (shard, learners) in &self.placement.learners {
             let Some(holders) = self.holders.get_mut(shard) else { continue };
             for node in learners.iter().filter(|node| !self.placement.holds(node, *shard)) {
-                let has = |norms: &Vec<(ShardId, Norm)>| norms.iter().any(|(at, _)| at == shard);
+                let has = |prepared: &Prepared| prepared.norms.iter().any(|(at, _)| at == shard);
                 if !prepared.get(node).is_some_and(has) {
                     holders.remove(node);
                 }
@@ -191,26 +203,6 @@ impl Machine {
             load: sum_load(lanes.values()),
             dropped: lanes.values().map(|lane| u64::from(lane.dropped)).sum(),
         }
-    }
-
-    /// The norm of every shard in the fixed order. Replicas of one shard must agree to the bit.
-    fn merge_norms(
-        &mut self,
-        step: Step,
-        prepared: &BTreeMap<NodeId, Vec<(ShardId, Norm)>>,
-    ) -> BTreeMap<ShardId, Norm> {
-        let mut merged: BTreeMap<ShardId, Norm> = BTreeMap::new();
-        let mut different = Vec::new();
-        for (shard, norm) in prepared.values().flatten() {
-            match merged.insert(*shard, *norm) {
-                Some(other) if other.squared.to_bits() != norm.squared.to_bits() => different.push(*shard),
-                _ => {}
-            }
-        }
-        for shard in different {
-            self.notice(Notice::ReplicasDiffer { step, shard });
-        }
-        merged
     }
 
     pub(super) fn on_validated(&mut self, node: NodeId, round: u64, lanes: Vec<(Lane, LaneReport)>) {
@@ -261,6 +253,20 @@ fn check_part(
         return Ok(());
     }
     Err(format!("it reports {held} of the {expected} shards that it holds"))
+}
+
+/// Checks that a member reports the content of every shard to compare that it holds.
+fn check_digests(
+    placement: &Placement,
+    node: &NodeId,
+    compare: &[ShardId],
+    digests: &[(ShardId, Digest)],
+) -> Result<(), String> {
+    let reported: BTreeSet<ShardId> = digests.iter().map(|(shard, _)| *shard).collect();
+    match compare.iter().find(|shard| placement.holds(node, **shard) && !reported.contains(*shard)) {
+        Some(shard) => Err(format!("it does not report the content of {shard}")),
+        None => Ok(()),
+    }
 }
 
 /// Checks that a node reports the lanes that it drives, each once.

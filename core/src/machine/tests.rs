@@ -2,6 +2,7 @@
 //! with faults.
 
 mod checkpoints;
+mod comparison;
 mod failures;
 mod leaving;
 mod nan;
@@ -9,6 +10,7 @@ mod steps;
 
 use super::*;
 use crate::architecture::presets;
+use crate::digest::Digest;
 use crate::ids::{Epoch, Lane};
 use crate::limits::{ATTEMPTS_MAX, LEARNER_GRACE_MS, LEARNER_MISSES_MAX, RETRY_MS};
 use crate::messages::{LaneReport, Norm, Source};
@@ -34,7 +36,8 @@ fn settings(nodes: usize) -> Settings {
             max_skipped_steps: 2,
             z_loss: 0.0,
         },
-        cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },
+        // Comparisons have their own tests.
+        cluster: ClusterOptions { nodes, replication: 2, compare_within: 0, ..ClusterOptions::default() },
         checkpoint: CheckpointOptions { every: 3, keep: 2 },
         validation: ValidationOptions { every: 0, rounds: 0 },
         stay: false,
@@ -89,16 +92,26 @@ impl Harness {
         }
     }
 
+    /// The shards that are compared in the step in flight.
+    fn compared(&self) -> Vec<ShardId> {
+        match &self.machine.phase {
+            Phase::Training(reports) => reports.compare.clone(),
+            _ => Vec::new(),
+        }
+    }
+
     /// The report of a node that has prepared the step in flight.
     fn prepared(&self, node: usize) -> NodeReport {
         let placement = self.machine.placement();
         let shards = self.machine.settings.architecture.shards().into_iter();
         let kept = shards.filter(|&shard| placement.holds_or_learns(&id(node), shard));
+        let compare = self.compared();
         let report = |lane: Lane| (lane, LaneReport { loss: f64::from(lane.0), ..LaneReport::default() });
         NodeReport::Prepared {
             epoch: placement.epoch,
             step: self.machine.committed().next(),
-            norms: kept.map(|shard| (shard, Norm { squared: 1.0, finite: true })).collect(),
+            norms: kept.clone().map(|shard| (shard, Norm { squared: 1.0, finite: true })).collect(),
+            digests: kept.filter(|s| compare.contains(s)).map(|s| (s, Digest::of(b"equal"))).collect(),
             lanes: placement.lanes_of(&id(node)).into_iter().map(report).collect(),
             speed: Some(1.0),
         }

@@ -9,6 +9,7 @@ use crate::profile::Profile;
 use crate::schedule::Update;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt;
 
 /// The settings of a run.
 #[derive(Clone, Debug)]
@@ -32,6 +33,8 @@ pub struct Settings {
 pub struct Restored {
     /// The newest checkpoint in the catalogue. Its bytes are verified when they are about to be used.
     pub durable: Option<Step>,
+    /// The checkpoint of the last [`Effect::CheckpointAgreed`].
+    pub agreed: Option<Step>,
     /// The last journaled commit.
     pub last: Option<LastCommit>,
     /// The number of skipped steps at the end of the journal, up to `training.max_skipped_steps`.
@@ -134,6 +137,25 @@ pub enum LossCause {
     Unlinked,
 }
 
+/// What replicas of one shard have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compared {
+    /// Parameters and optimizer state, before the step.
+    State,
+    /// The summed gradient of the step.
+    Gradient,
+}
+
+impl fmt::Display for Compared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::State => "state",
+            Self::Gradient => "gradient",
+        })
+    }
+}
+
 /// One committed step, for the journal and the metrics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Committed {
@@ -222,8 +244,11 @@ pub enum Notice {
     CheckpointPassed { step: Step, reason: String },
     /// The run cannot go on. What the nodes hold is written to a checkpoint first.
     GivingUp { step: Step, reason: String },
-    /// Two replicas of a shard hold different gradients.
-    ReplicasDiffer { step: Step, shard: ShardId },
+    /// Replicas of a shard are not equal, or have unlike gradients: step `step` is not committed. `blamed`
+    /// nodes differ from the majority; without a majority there are none.
+    ReplicasDiffer { step: Step, shard: ShardId, what: Compared, nodes: Vec<NodeId>, blamed: Vec<NodeId> },
+    /// Replicas were not equal: the run went back to the newest checkpoint from before.
+    WentBackFromDifference { from: Step, to: Step, shard: ShardId },
 }
 
 #[expect(missing_docs, reason = "the names of the fields describe them")]
@@ -248,6 +273,9 @@ pub enum Effect {
     },
     /// Abandon an incomplete checkpoint.
     DropCheckpoint { attempt: u64 },
+    /// The replicas of every shard were equal after the checkpoint of `step`: the run can go back to it, until
+    /// a later one is named.
+    CheckpointAgreed { step: Step },
     /// Read all bytes of a checkpoint, off the event loop, then report [`Event::CheckpointVerified`].
     VerifyCheckpoint { step: Step },
     /// Delete all committed steps after `step`, and make `state` durable in the same transaction.

@@ -45,10 +45,10 @@ fn a_commit_is_journaled_before_any_node_learns_of_it() {
 #[test]
 fn a_message_of_another_epoch_changes_nothing() {
     let mut run = Harness::training(2);
-    let NodeReport::Prepared { epoch, step, norms, lanes, speed } = run.prepared(1) else { unreachable!() };
+    let NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } = run.prepared(1) else { unreachable!() };
     for epoch in [epoch.previous(), epoch.next()] {
-        let (norms, lanes) = (norms.clone(), lanes.clone());
-        run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
+        let (norms, digests, lanes) = (norms.clone(), digests.clone(), lanes.clone());
+        run.report(1, NodeReport::Prepared { epoch, step, norms, digests, lanes, speed });
         let failed = NodeReport::Failed { epoch, reason: "late".into(), fatal: true, suspect: None };
         assert!(run.report(1, failed).is_empty());
         assert!(
@@ -63,11 +63,11 @@ fn a_message_of_another_epoch_changes_nothing() {
 #[test]
 fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_continues() {
     let mut run = Harness::training(1);
-    let NodeReport::Prepared { epoch, step, mut norms, lanes, speed } = run.prepared(1) else {
+    let NodeReport::Prepared { epoch, step, mut norms, digests, lanes, speed } = run.prepared(1) else {
         unreachable!()
     };
     norms[2].1.finite = false;
-    let effects = run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
+    let effects = run.report(1, NodeReport::Prepared { epoch, step, norms, digests, lanes, speed });
     let update = effects.iter().find_map(|effect| match effect {
         Effect::Send { message: NodeCommand::Commit { update, .. }, .. } => Some(*update),
         _ => None,
@@ -77,25 +77,12 @@ fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_continues() {
 }
 
 #[test]
-fn replicas_that_differ_are_reported() {
-    let mut run = Harness::training(2);
-    let NodeReport::Prepared { epoch, step, mut norms, lanes, speed } = run.prepared(1) else {
-        unreachable!()
-    };
-    let shard = norms[0].0;
-    norms[0].1.squared = 1.0 + f64::EPSILON;
-    run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed });
-    let message = run.prepared(2);
-    run.report(2, message);
-    assert!(run.notices().any(|notice| *notice == Notice::ReplicasDiffer { step: Step(1), shard }));
-}
-
-#[test]
 fn a_report_that_is_not_a_nodes_own_part_commits_nothing() {
     let mut run = Harness::training(2);
     run.step(2);
-    let NodeReport::Prepared { epoch, step, norms, lanes, speed } = run.prepared(1) else { unreachable!() };
-    let prepared = |norms, lanes| NodeReport::Prepared { epoch, step, norms, lanes, speed };
+    let NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } = run.prepared(1) else { unreachable!() };
+    let prepared =
+        |norms, lanes| NodeReport::Prepared { epoch, step, norms, digests: digests.clone(), lanes, speed };
     let mut foreign = lanes.clone();
     foreign[0].0 = run.machine.placement().lanes_of(&id(2))[0];
     let wrong = [
@@ -137,10 +124,10 @@ fn holders_are_listed_owner_first_and_with_learners_that_have_copied() {
 fn a_speed_that_cannot_be_is_not_recorded() {
     let mut run = Harness::training(1);
     for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let NodeReport::Prepared { epoch, step, norms, lanes, .. } = run.prepared(1) else {
+        let NodeReport::Prepared { epoch, step, norms, digests, lanes, .. } = run.prepared(1) else {
             panic!("a report")
         };
-        run.report(1, NodeReport::Prepared { epoch, step, norms, lanes, speed: Some(wrong) });
+        run.report(1, NodeReport::Prepared { epoch, step, norms, digests, lanes, speed: Some(wrong) });
         assert_eq!(run.machine.nodes[&id(1)].speed, None, "{wrong}");
     }
     run.step(1);

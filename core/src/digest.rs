@@ -1,9 +1,13 @@
-//! BLAKE3 digests: the names of blobs, and proofs of their content.
+//! BLAKE3 digests: the names of blobs, and proofs of the content of a replica.
 
-use crate::error::Error;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 use std::str::FromStr;
+
+/// A text that is no digest.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is not a digest: expected 64 hexadecimal digits")]
+pub struct InvalidDigest(String);
 
 /// A BLAKE3 digest: hexadecimal in text formats, 32 bytes in binary ones.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -30,12 +34,12 @@ impl fmt::Debug for Digest {
 }
 
 impl FromStr for Digest {
-    type Err = Error;
+    type Err = InvalidDigest;
 
-    fn from_str(text: &str) -> Result<Self, Error> {
+    fn from_str(text: &str) -> Result<Self, InvalidDigest> {
         blake3::Hash::from_hex(text)
             .map(|hash| Self(*hash.as_bytes()))
-            .map_err(|_| Error::BadDigest { text: text.to_owned() })
+            .map_err(|_| InvalidDigest(text.to_owned()))
     }
 }
 
