@@ -5,6 +5,7 @@ use crate::output;
 use serde::Deserialize;
 use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
+use volary_core::ShardId;
 use volary_supervisor::events::Event;
 
 /// Writes the alerts among some events to standard output, until there are no more.
@@ -27,8 +28,11 @@ pub async fn write(mut events: Receiver<Event>) {
 enum Alert {
     CheckpointFailed { step: u64, reason: String },
     CheckpointPassed { step: u64, reason: String },
-    WentBack { from: u64, to: u64, shard: serde_json::Value },
+    WentBack { from: u64, to: u64, shard: ShardId },
     WentBackFromNan { from: u64, to: u64, data: u64, reason: String },
+    WentBackFromDifference { from: u64, to: u64, shard: ShardId },
+    ReplicasDiffer { step: u64, shard: ShardId, what: String, nodes: Vec<String>, blamed: Vec<String> },
+    ArithmeticMixed { kinds: Vec<Vec<String>> },
     NoRoom { reason: String },
     DrainDeferred { node: String, reason: String },
 }
@@ -40,11 +44,30 @@ pub fn text(line: &str) -> Option<String> {
         Alert::CheckpointFailed { step, reason } => format!("the checkpoint of step {step} failed: {reason}"),
         Alert::CheckpointPassed { step, reason } => format!("no checkpoint of step {step}: {reason}"),
         Alert::WentBack { from, to, shard } => {
-            let shard = shard.as_str().map_or_else(|| shard.to_string(), str::to_owned);
-            format!("went back from step {from} to {to}: the last copy of {shard} is lost")
+            format!("went back from step {from} to {to}: the last copy of {} is lost", shard)
+        }
+        Alert::WentBackFromDifference { from, to, shard } => {
+            format!("went back from step {from} to {to}: replicas of {} were not equal", shard)
+        }
+        Alert::ReplicasDiffer { step, shard, what, nodes, blamed } => {
+            let whose = match blamed.as_slice() {
+                [] => format!("no majority among {}", nodes.join(", ")),
+                blamed => format!("that of {} differs from the others'", blamed.join(", ")),
+            };
+            format!(
+                "step {step} is not committed: the {what} of {} is not the same on all nodes; {whose}",
+                shard
+            )
         }
         Alert::WentBackFromNan { from, to, data, reason } => {
             format!("went back from step {from} to {to}, and on with the data of step {data}: {reason}")
+        }
+        Alert::ArithmeticMixed { kinds } => {
+            let kinds: Vec<String> = kinds.iter().map(|nodes| nodes.join(", ")).collect();
+            format!(
+                "nodes of several arithmetic kinds ({}): losses and weights depend on the placement",
+                kinds.join("; ")
+            )
         }
         Alert::NoRoom { reason } => reason,
         Alert::DrainDeferred { node, reason } => format!("{node} cannot leave yet: {reason}"),
@@ -54,8 +77,8 @@ pub fn text(line: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volary_core::machine::Notice;
-    use volary_core::{NodeId, ShardId, Step};
+    use volary_core::machine::{Compared, Notice};
+    use volary_core::{NodeId, Step};
 
     #[test]
     fn what_needs_a_person_is_told_and_the_rest_is_not() {
@@ -68,6 +91,15 @@ mod tests {
         for told in [
             Notice::CheckpointPassed { step, reason: reason.clone() },
             Notice::WentBack { from: Step(9), to: step, shard: ShardId::Embedding },
+            Notice::WentBackFromDifference { from: Step(9), to: step, shard: ShardId::Embedding },
+            Notice::ReplicasDiffer {
+                step,
+                shard: ShardId::Embedding,
+                what: Compared::State,
+                nodes: vec![NodeId::new("n1"), NodeId::new("n2")],
+                blamed: vec![],
+            },
+            Notice::ArithmeticMixed { kinds: vec![vec![NodeId::new("n1")], vec![NodeId::new("n2")]] },
             Notice::NoRoom { reason: reason.clone() },
             Notice::DrainDeferred { node: NodeId::new("n1"), reason },
         ] {

@@ -42,7 +42,7 @@ pub struct LaunchOptions {
     pub http: Option<String>,
     /// Whether the dashboard and the nodes' metrics are served.
     pub serves_http: bool,
-    /// Whether the script injects network faults.
+    /// Whether the script injects faults into nodes.
     pub injects_faults: bool,
     /// What the supervisor is told of the state that it finds.
     pub starting: Starting,
@@ -186,9 +186,18 @@ impl Cluster {
                 drain(self.dir.root(), node, self.notes.0.clone());
                 true
             }
-            Action::Partition { .. } | Action::Cut { .. } | Action::Lose { .. } => self.inject_fault(action),
+            Action::Corrupt { .. } | Action::Partition { .. } | Action::Cut { .. } | Action::Lose { .. } => {
+                self.inject_fault(action)
+            }
         };
         Ok((!performed).then(|| format!("cannot {action}: the process has ended")))
+    }
+
+    /// Kills a node whose machine is taken away.
+    pub fn take_away(&mut self, name: &str) {
+        if let Some(node) = self.node(name) {
+            node.take_away();
+        }
     }
 
     fn node(&mut self, name: &str) -> Option<&mut NodeProcess> {
@@ -206,7 +215,7 @@ impl Cluster {
     }
 
     fn inject_fault(&mut self, action: &Action) -> bool {
-        let Some((name, fault)) = action.network_fault() else { return false };
+        let Some((name, fault)) = action.node_fault() else { return false };
         self.node(name).is_some_and(|node| node.process.send_line(&fault.to_string()).is_ok())
     }
 

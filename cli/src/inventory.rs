@@ -148,6 +148,7 @@ impl MachineType {
             bandwidth: self.bandwidth.0 as f64,
             round_trip_s: self.round_trip_ms / 1e3,
             network_s_per_byte: 0.0,
+            arithmetic: None,
         }
     }
 

@@ -11,6 +11,7 @@
 //! | `node_process`, [`process`] | one node with its restarts; one process |
 //! | [`follow`], [`progress`] | a run on this machine from its first step to its end; its progress bar |
 //! | [`alerts`], [`signals`] | events that a person must see; interrupts |
+//! | [`spot`] | a recorded trace of spot instances, played on this machine |
 //! | [`script`] | faults and membership changes at chosen steps |
 //! | [`http`] | the dashboard of the supervisor, and metrics for Prometheus |
 //! | [`output`] | standard output and standard error |
@@ -67,4 +68,5 @@ pub mod registry;
 pub mod rundir;
 pub mod script;
 pub mod signals;
+pub mod spot;
 pub mod units;

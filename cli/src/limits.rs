@@ -115,3 +115,14 @@ pub const DASHBOARD_EVENTS_MAX: usize = 500;
 pub const FUZZ_BUFFER_BYTES: usize = 1 << 16;
 /// The longest time of its server from the end of a request to the end of the response.
 pub const FUZZ_RESPONSE_MAX: Duration = Duration::from_secs(5);
+
+/// Lines of a trace of spot instances.
+pub const SPOT_POINTS_MAX: usize = 100_000;
+/// Steps after a change of the nodes before an undisturbed run is measured.
+pub const SPOT_SETTLING_STEPS: u64 = 5;
+/// The time for which an undisturbed run is measured with each number of nodes.
+pub const SPOT_QUIET: Duration = Duration::from_secs(10);
+/// The time between two samples of a replayed trace.
+pub const SPOT_SAMPLE: Duration = Duration::from_millis(250);
+/// The longest replay.
+pub const SPOT_REPLAY_MAX: Duration = Duration::from_secs(7 * 24 * 3_600);

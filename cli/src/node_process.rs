@@ -69,6 +69,12 @@ impl NodeProcess {
         }
     }
 
+    /// Kills it, as its machine ends: its death is no news.
+    pub(crate) fn take_away(&mut self) {
+        self.process.kill();
+        self.state = State::Gone;
+    }
+
     fn on_death(&mut self, status: ExitStatus, respawn: bool) -> String {
         let ended = format!("{} ended ({status})", self.process.name);
         if respawn && self.restarts < NODE_RESTARTS_MAX {

@@ -9,7 +9,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::path::Path;
 use std::time::Duration;
-use volary_node::{FAULT_SECONDS_MAX, NetworkFault, is_fraction};
+use volary_node::{FAULT_SECONDS_MAX, Fault, is_fraction};
 
 /// A change to the processes of a run or to their network.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -61,6 +61,13 @@ pub enum Action {
         /// The duration.
         for_seconds: f64,
     },
+    /// Flips a bit in a node's replica of a shard.
+    Corrupt {
+        /// The node.
+        node: String,
+        /// The shard: `embedding`, `layer.0.dense`, `layer.1.router` or `layer.1.expert.3`.
+        shard: String,
+    },
 }
 
 impl Action {
@@ -73,6 +80,7 @@ impl Action {
             | Self::Stop { node, .. }
             | Self::Drain { node }
             | Self::Partition { node, .. }
+            | Self::Corrupt { node, .. }
             | Self::Lose { node, .. } => vec![node],
         }
     }
@@ -83,7 +91,11 @@ impl Action {
             | Self::Partition { for_seconds, .. }
             | Self::Cut { for_seconds, .. }
             | Self::Lose { for_seconds, .. } => Some(*for_seconds),
-            Self::Kill { .. } | Self::Drain { .. } | Self::Join {} | Self::KillSupervisor {} => None,
+            Self::Kill { .. }
+            | Self::Drain { .. }
+            | Self::Join {}
+            | Self::KillSupervisor {}
+            | Self::Corrupt { .. } => None,
         }
     }
 
@@ -96,6 +108,11 @@ impl Action {
             Self::Lose { fraction, .. } if !is_fraction(*fraction) => {
                 bail!("fraction = {fraction}: expected more than 0 and at most 1")
             }
+            Self::Corrupt { shard, .. } if shard.is_empty() || shard.contains(char::is_whitespace) => {
+                bail!(
+                    "shard = {shard:?}: expected the name of a shard, such as \"embedding\" or \"layer.1.expert.3\""
+                )
+            }
             Self::Cut { node, peer, .. } if node == peer => {
                 bail!("peer = {peer:?}: expected another node than node")
             }
@@ -103,17 +120,18 @@ impl Action {
         }
     }
 
-    /// The network fault of this action, with the node that must inject it.
+    /// The fault that a node must inject into itself or its network, with its name.
     #[must_use]
-    pub fn network_fault(&self) -> Option<(&str, NetworkFault)> {
+    pub fn node_fault(&self) -> Option<(&str, Fault)> {
+        if let Self::Corrupt { node, shard } = self {
+            return Some((node, Fault::Corrupt { shard: shard.clone() }));
+        }
         // In bounds: checked by check().
         let during = Duration::try_from_secs_f64(self.seconds()?).ok()?;
         match self {
-            Self::Partition { node, .. } => Some((node, NetworkFault::Partition { during })),
-            Self::Cut { node, peer, .. } => Some((node, NetworkFault::Cut { peer: peer.clone(), during })),
-            Self::Lose { node, fraction, .. } => {
-                Some((node, NetworkFault::Lose { fraction: *fraction, during }))
-            }
+            Self::Partition { node, .. } => Some((node, Fault::Partition { during })),
+            Self::Cut { node, peer, .. } => Some((node, Fault::Cut { peer: peer.clone(), during })),
+            Self::Lose { node, fraction, .. } => Some((node, Fault::Lose { fraction: *fraction, during })),
             _ => None,
         }
     }
@@ -131,6 +149,7 @@ impl fmt::Display for Action {
             Self::Cut { node, peer, for_seconds } => {
                 write!(f, "cut {node} from {peer} for {for_seconds} s")
             }
+            Self::Corrupt { node, shard } => write!(f, "flip a bit of {shard} on {node}"),
             Self::Lose { node, fraction, for_seconds } => {
                 write!(f, "lose {fraction} of the packets of {node} for {for_seconds} s")
             }
@@ -154,10 +173,10 @@ pub struct Script {
 }
 
 impl Script {
-    /// Whether an event injects a network fault.
+    /// Whether an event injects a fault into a node, or into its network.
     #[must_use]
-    pub fn has_network_faults(&self) -> bool {
-        self.events.iter().any(|event| event.action.network_fault().is_some())
+    pub fn has_faults_inside(&self) -> bool {
+        self.events.iter().any(|event| event.action.node_fault().is_some())
     }
 
     /// Reads the script of a run that starts with `nodes` nodes.

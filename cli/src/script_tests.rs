@@ -39,6 +39,11 @@ do = "lose"
 node = "node-3"
 fraction = 0.3
 for_seconds = 1.5
+[[event]]
+at_step = 7
+do = "corrupt"
+node = "node-3"
+shard = "layer.1.expert.3"
 "#;
 
 fn due(script: &mut Script, step: u64) -> Vec<String> {
@@ -59,23 +64,36 @@ fn events_are_due_in_the_order_of_steps_and_within_a_step_in_the_order_of_the_fi
     assert!(due(&mut script, 1).is_empty());
     // Skipped steps lose no event.
     assert_eq!(due(&mut script, 4), ["kill node-2", "join", "stop node-4 for 3 s", "drain node-1"]);
-    assert_eq!(script.pending().len(), 3);
+    assert_eq!(script.pending().len(), 4);
     assert_eq!(
         due(&mut script, 100),
-        ["partition node-3 for 0.25 s", "cut node-3 from node-4 for 1.5 s", "kill the supervisor"]
+        [
+            "partition node-3 for 0.25 s",
+            "cut node-3 from node-4 for 1.5 s",
+            "flip a bit of layer.1.expert.3 on node-3",
+            "kill the supervisor"
+        ]
     );
     assert_eq!(script.pending().len(), 0);
 }
 
 #[test]
-fn a_network_fault_is_a_line_for_one_node() {
+fn a_fault_inside_a_node_is_a_line_for_one_node() {
     let script = Script::parse(ALL, "e.toml", 3).expect("a script");
     let lines: Vec<String> = script
         .pending()
-        .filter_map(|event| event.action.network_fault())
+        .filter_map(|event| event.action.node_fault())
         .map(|(node, fault)| format!("{node}: {fault}"))
         .collect();
-    assert_eq!(lines, ["node-3: lose 0.3 1500", "node-3: partition 250", "node-3: cut node-4 1500"]);
+    assert_eq!(
+        lines,
+        [
+            "node-3: lose 0.3 1500",
+            "node-3: partition 250",
+            "node-3: cut node-4 1500",
+            "node-3: corrupt layer.1.expert.3"
+        ]
+    );
 }
 
 #[test]
@@ -94,6 +112,8 @@ fn an_invalid_event_names_file_event_and_the_expected_value() {
         ("at_step = 1\ndo = \"partition\"\nfor_seconds = 1.0", "missing field `node`"),
         ("at_step = 1\ndo = \"join\"\nnode = \"node-4\"", "do = \"join\": unknown field `node`"),
         ("at_step = 1\ndo = \"kill-supervisor\"\nnode = \"node-1\"", "unknown field `node`"),
+        ("at_step = 1\ndo = \"corrupt\"\nnode = \"node-1\"", "missing field `shard`"),
+        ("at_step = 1\ndo = \"corrupt\"\nnode = \"node-1\"\nshard = \"\"", "expected the name of a shard"),
         (
             "at_step = 1\ndo = \"kill\"\nnode = \"node-1\"\nfor_seconds = 1.0",
             "unknown field `for_seconds`, expected `node`",

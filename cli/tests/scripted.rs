@@ -64,6 +64,39 @@ do = "kill-supervisor"
     assert!(world.path("runs/scripted/logs/node-4.log").exists());
 }
 
+/// A majority blames the node whose replica differs; two replicas go back to what both agreed on.
+#[test]
+fn a_flipped_bit_is_found_blamed_and_leaves_the_run_as_it_would_be() {
+    let world = World::new();
+    let sets = ["--set", "checkpoint.every=4", "--set", "cluster.compare_within=4"];
+    world.run_train(&args("runs/quiet", &[&sets[..], &["--quiet"]].concat()));
+    write(
+        &world,
+        "[[event]]\nat_step = 14\ndo = \"corrupt\"\nnode = \"node-2\"\nshard = \"layer.0.dense\"\n",
+    );
+    for (dir, replication, blamed) in [("runs/three", "3", vec!["node-2"]), ("runs/two", "2", vec![])] {
+        let replicas = format!("cluster.replication={replication}");
+        let nodes = ["--nodes", replication, "--set", &replicas, "--events", "events.toml"];
+        let output = world.run_train(&[&args(dir, &sets)[2..], &nodes].concat());
+        let stderr = text(&output.stderr);
+        assert!(stderr.contains("step 14: flip a bit of layer.0.dense on node-2"), "{stderr}");
+        assert!(stderr.contains("the state of layer.0.dense is not the same on all nodes"), "{stderr}");
+        let name = dir.trim_start_matches("runs/");
+        let all = std::fs::read_to_string(world.path(dir).join("events.jsonl")).expect("events");
+        let found: serde_json::Value = all
+            .lines()
+            .map(|line| serde_json::from_str::<serde_json::Value>(line).expect("JSON"))
+            .find(|event| event["event"] == "replicas_differ")
+            .expect("the difference is found");
+        assert_eq!(found["blamed"], serde_json::json!(blamed), "{found}");
+        // The bit may flip while step 15 or 16 is under way.
+        assert!(found["step"].as_u64().is_some_and(|step| step <= 16 + 4 + 1), "{found}");
+        assert!(all.contains("went_back_from_difference"), "{all}");
+        assert_eq!(world.curve(name), world.curve("quiet"));
+        assert_eq!(world.digest(name), world.digest("quiet"));
+    }
+}
+
 #[test]
 fn with_respawn_a_killed_node_restarts_under_its_name() {
     let world = World::new();

@@ -18,7 +18,7 @@
 //! use volary_core::architecture::presets;
 //! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 //! use volary_core::placement::{Placement, Stage};
-//! use volary_core::schedule::Update;
+//! use volary_core::schedule::{Moments, Update};
 //! use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step, Timeline};
 //!
 //! let node = NodeId::new("a");
@@ -50,7 +50,7 @@
 //! let (norms, digests, lanes) = (Vec::new(), Vec::new(), Vec::new());
 //! agent.handle(Event::Done(NodeReport::Prepared { epoch, step, norms, digests, lanes, speed: None }));
 //!
-//! let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+//! let update = Update { apply: true, rate: 0.01, scale: 1.0, moments: Moments::Decay(0.0) };
 //! let effects = agent.handle(Event::Command(NodeCommand::Commit { epoch, step, update }));
 //! assert!(matches!(effects[..], [Effect::Apply { step: Step(1), .. }]));
 //! assert_eq!(agent.shards()[&ShardId::Embedding], step);

@@ -12,6 +12,7 @@
 //! A lane's loss is the mean over its tokens. Gradients of lanes are added, so that a step's sum is `lanes`
 //! times the gradient of the mean loss over the batch; [`Update::scale`] divides by `lanes`.
 
+use crate::digest::Digest;
 use crate::dispatch::{Dispatch, TOP_K};
 use crate::ids::{Lane, LayerId, ShardId, Step};
 use crate::messages::Norm;
@@ -96,6 +97,9 @@ pub trait Compute: Send + Sync + Sized + 'static {
     /// A gradient of one shard: a tensor per parameter, f32, in the order of the parameters.
     type Gradient: Send + 'static;
 
+    /// A digest of the results of one fixed lane on this device: where it is equal, so are the bits of all
+    /// forward and backward passes.
+    fn arithmetic(&self) -> Computed<Digest>;
     /// The state of a shard before the first step, from the run's seed.
     ///
     /// # Errors
@@ -108,6 +112,8 @@ pub trait Compute: Send + Sync + Sized + 'static {
     fn load(&self, shard: ShardId, bytes: &[u8]) -> Computed<Self::Shard>;
     /// The stored form of a shard at a version: equal bytes for equal bits, on every node.
     fn store(&self, shard: ShardId, version: Step, state: &Self::Shard) -> Computed<Vec<u8>>;
+    /// A digest of all parameters and optimizer state: equal for equal bits, on every node.
+    fn digest(&self, state: &Self::Shard) -> Computed<Digest>;
     /// Whether all parameters of a shard are finite.
     fn is_finite(&self, state: &Self::Shard) -> Computed<bool>;
     /// A view of a shard's parameters. It shares their memory.
@@ -228,13 +234,13 @@ pub trait Compute: Send + Sync + Sized + 'static {
     fn add(&self, left: Self::Gradient, right: Self::Gradient) -> Computed<Self::Gradient>;
     /// The squared norm of a gradient, summed in f64, and whether it is finite.
     fn norm(&self, gradient: &Self::Gradient) -> Computed<Norm>;
-    /// One step of the optimizer on a shard. `gradient` is the sum over lanes; `None` is a gradient of zeros.
+    /// One step of the optimizer on a shard, with the same bits on every device. `gradient` is the sum over
+    /// lanes; `None` is a gradient of zeros.
     fn apply(
         &self,
         shard: ShardId,
         state: &mut Self::Shard,
         gradient: Option<Self::Gradient>,
-        step: Step,
         update: Update,
     ) -> Computed<()>;
 

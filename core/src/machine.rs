@@ -110,7 +110,9 @@ mod suspicion;
 mod target;
 mod types;
 
-pub use types::{Activity, Committed, Compared, Effect, Event, LossCause, Notice, PersistentState, Restored, Settings};
+pub use types::{
+    Activity, Committed, Compared, Effect, Event, LossCause, Notice, PersistentState, Restored, Settings,
+};
 
 use crate::data_skips::DataSkips;
 use crate::ids::{NodeId, ShardId, Step, Timeline};

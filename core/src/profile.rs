@@ -1,6 +1,7 @@
 //! The profile of a node: its compute, memory and network, by its benchmark at the start and by measurements
 //! since.
 
+use crate::digest::Digest;
 use crate::invalid::InvalidValue;
 pub use crate::limits::ZONE_MAX;
 use serde::{Deserialize, Serialize};
@@ -61,6 +62,8 @@ pub struct Profile {
     pub round_trip_s: f64,
     /// Thread time per byte sent or received, in seconds: encryption and copies.
     pub network_s_per_byte: f64,
+    /// The arithmetic kind of its device: nodes of one kind compute the same bits. None where it is unknown.
+    pub arithmetic: Option<Digest>,
 }
 
 /// The assumed rate of one CPU thread without a benchmark, in operations per second.
@@ -80,6 +83,7 @@ impl Profile {
             bandwidth: f64::INFINITY,
             round_trip_s: 0.0,
             network_s_per_byte: 0.0,
+            arithmetic: None,
         }
     }
 

@@ -16,11 +16,11 @@ pub use crate::weights::Shard;
 use crate::weights::host_bytes;
 use parking_lot::Mutex;
 use tch::{Device, Kind, Tensor};
+use volary_core::LayerId;
 use volary_core::architecture::Architecture;
 use volary_core::compute::LaneLoss;
 use volary_core::options::TrainingOptions;
 use volary_core::schedule::Update;
-use volary_core::{LayerId, Step};
 
 /// The computations of a GLaM model on one device; see [`Compute`](volary_core::compute::Compute) for the
 /// methods.
@@ -231,7 +231,6 @@ impl Glam {
         &self,
         state: &mut Shard,
         gradient: Option<Gradient>,
-        step: Step,
         update: Update,
     ) -> Result<()> {
         if !update.apply {
@@ -246,7 +245,7 @@ impl Glam {
                 // The gradient of an expert without any token in the step is zero.
                 None => slot.weight.f_zeros_like()?,
             };
-            optimizer::update(&self.training.optimizer, slot, gradient, step, update.rate)?;
+            optimizer::update(&self.training.optimizer, slot, &gradient, &update)?;
         }
         Ok(())
     }

@@ -11,6 +11,9 @@ pub enum Error {
     /// libtorch failed: no memory, or shapes that do not match.
     #[error("libtorch: {}", first_line(.0))]
     Torch(#[from] tch::TchError),
+    /// A step has the factors of another optimizer.
+    #[error("the step has the factors of another optimizer")]
+    Moments,
     /// A stored shard is not valid safetensors.
     #[error("stored shard: {0}")]
     SafeTensors(#[from] safetensors::SafeTensorError),

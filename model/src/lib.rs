@@ -6,9 +6,11 @@
 //!
 //! | file | content |
 //! | --- | --- |
+//! | `arithmetic` | the bits of a device's results |
 //! | [`device`] | devices, threads, and the environment of libtorch |
 //! | [`engine`] | [`Glam`]: the computations of the actors; `compute` and `moe` are its parts |
 //! | [`error`] | errors |
+//! | `exact` | arithmetic with the same bits on every device |
 //! | `host` | copies between the device and the wire |
 //! | `layers` | the layers as functions on tensors |
 //! | [`limits`] | bounds |
@@ -17,9 +19,11 @@
 //! | [`sampling`] | the choice of a token from logits |
 //! | `weights` | the parameters and optimizer state of a shard, and their stored form |
 
+mod arithmetic;
 pub mod device;
 pub mod engine;
 pub mod error;
+mod exact;
 mod host;
 mod layers;
 pub mod limits;

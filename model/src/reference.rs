@@ -17,6 +17,7 @@ use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
+use volary_core::schedule::{Moments, Update};
 use volary_core::{Lane, LayerId, ShardId, Step};
 
 /// A whole model on one device.
@@ -244,14 +245,19 @@ impl Reference {
                 }
             }
         }
-        let rate = self.training.schedule.rate(step, self.training.steps);
-        let mean = 1.0 / lanes.len() as f64;
+        let Self { training, .. } = self;
+        let update = Update {
+            apply: true,
+            rate: training.schedule.rate(step, training.steps),
+            scale: 1.0 / lanes.len() as f64,
+            moments: Moments::at(&training.optimizer, step),
+        };
         tch::no_grad(|| -> Result<()> {
             for (id, gradients) in sums {
                 let Some(shard) = self.shards.get_mut(&id) else { continue };
                 for (slot, mut gradient) in shard.slots.iter_mut().zip(gradients) {
-                    let gradient = gradient.f_mul_scalar_(mean)?;
-                    optimizer::update(&self.training.optimizer, slot, gradient, step, rate)?;
+                    let gradient = gradient.f_mul_scalar_(update.scale)?;
+                    optimizer::update(&self.training.optimizer, slot, &gradient, &update)?;
                 }
             }
             Ok(())

@@ -4,6 +4,7 @@
 //! bits give equal bytes on every node, so that a hash of the bytes is a hash of the shard.
 
 use crate::error::{Error, Result};
+use crate::limits::DIGEST_CHUNK;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -11,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
 use volary_core::options::Optimizer;
 use volary_core::random::{Purpose, Stream};
-use volary_core::{ExpertId, LayerId, ShardId, Step};
+use volary_core::{Digest, ExpertId, LayerId, ShardId, Step};
 
 /// The initial values of a parameter.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -192,6 +193,24 @@ impl Shard {
         // One key only: the order of several keys, and with it the hash, would differ between processes.
         let header = serde_json::to_string(&Header { format: FORMAT, shard, version })?;
         Ok(safetensors::serialize(views, Some(HashMap::from([(HEADER.into(), header)])))?)
+    }
+
+    /// A digest of all numbers, in the order of the parameters. It needs memory for one chunk only.
+    pub(crate) fn digest(&self) -> Result<Digest> {
+        let mut hasher = blake3::Hasher::new();
+        for slot in &self.slots {
+            for tensor in std::iter::once(&slot.weight).chain(slot.state.iter().map(|(_, state)| state)) {
+                let numbers = tensor.f_detach()?.f_view([-1i64].as_slice())?;
+                let count = tensor.numel() as i64;
+                let mut start = 0;
+                while start < count {
+                    let length = DIGEST_CHUNK.min(count - start);
+                    hasher.update(&host_bytes(&numbers.f_narrow(0, start, length)?)?);
+                    start += length;
+                }
+            }
+        }
+        Ok(Digest(*hasher.finalize().as_bytes()))
     }
 
     /// A shard from its stored form, which must have every tensor in the expected shape.

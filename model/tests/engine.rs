@@ -8,7 +8,7 @@ use volary_core::compute::{Compute, LaneLoss};
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::{OnNan, TrainingOptions};
 use volary_core::random::{Purpose, Stream};
-use volary_core::schedule::Update;
+use volary_core::schedule::{Moments, Update};
 use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
 use volary_model::Glam;
 use volary_model::engine::{Gradient, Shard};
@@ -369,10 +369,10 @@ fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
     let (a, t) = (architecture(), training());
     let mut driver = Driver::new(a.clone(), &t, Kind::Float);
     let (_, grads, _) = driver.lane(&tokens(6, &a, &t));
-    let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+    let update = Update { apply: true, rate: 0.01, scale: 1.0, moments: Moments::Decay(0.0) };
     for (id, gradient) in grads {
         let shard = driver.shards.get_mut(&id).unwrap();
-        driver.glam.apply(id, shard, Some(gradient), Step(1), update).unwrap();
+        driver.glam.apply(id, shard, Some(gradient), update).unwrap();
     }
     for (&id, shard) in &driver.shards {
         let bytes = driver.glam.store(id, Step(1), shard).unwrap();

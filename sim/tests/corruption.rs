@@ -72,7 +72,8 @@ fn a_corrupted_replica_is_found_in_time_blamed_and_leaves_no_trace() {
         assert_eq!(found[0].1, shard, "{what}");
         // It may flip in the step after, behind that step's comparison.
         assert!(found[0].0.0 <= after.0 + 2 + within, "{what}");
-        let most = world.notices.iter().filter(|n| matches!(n, Notice::Fenced { node: at, .. } if *at == node));
+        let most =
+            world.notices.iter().filter(|n| matches!(n, Notice::Fenced { node: at, .. } if *at == node));
         let blamed = if found[0].2.is_empty() { vec![] } else { vec![node.clone()] };
         assert_eq!((&found[0].2, most.count()), (&blamed, blamed.len()), "{what}");
         assert!(replication == 2 || !blamed.is_empty() || !shard.is_expert(), "{what}");

@@ -3,7 +3,6 @@
 //! A blob is written to a temporary name, synced, and renamed. [`BlobStore::sync`] syncs the directory, once
 //! for many blobs. A crash leaves at most temporary files, which the next opening removes.
 
-use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use parking_lot::Mutex;
@@ -13,6 +12,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
+use volary_core::Digest;
 
 const TEMPORARY: &str = "tmp-";
 

@@ -10,7 +10,6 @@
 
 use crate::blobs::{BlobStore, RemovedReport};
 use crate::catalogue::Catalogue;
-use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::journal::Store;
@@ -20,6 +19,7 @@ use crate::pending::Pending;
 use parking_lot::Mutex;
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use volary_core::Digest;
 use volary_core::{Epoch, ShardId, Step, Timeline};
 
 /// The run's checkpoints. Clones are handles of the same catalogue.
@@ -128,16 +128,15 @@ impl<D: Disk> Checkpoints<D> {
         self.at(step)?.digest(|digest| self.inner.blobs.get(digest))
     }
 
-    /// Removes all but the newest `keep` checkpoints and the one that `must_stay`, and all unreferenced
-    /// blobs.
+    /// Removes all but the newest `keep` checkpoints and those that `must_stay`, and all unreferenced blobs.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Database`] or [`Error::DamagedRecord`].
-    pub fn retain(&self, keep: usize, must_stay: Option<Step>) -> Result<RemovedReport> {
+    pub fn retain(&self, keep: usize, must_stay: &[Option<Step>]) -> Result<RemovedReport> {
         let _changing = self.inner.changing.lock();
         let steps = self.steps()?;
         let old = &steps[..steps.len().saturating_sub(keep)];
-        for step in old.iter().filter(|step| Some(**step) != must_stay) {
+        for step in old.iter().filter(|step| !must_stay.contains(&Some(**step))) {
             self.remove(*step)?;
         }
         self.remove_unreferenced()

@@ -154,7 +154,7 @@ fn retention_removes_only_unreferenced_blobs() {
     let router = ShardId::Router { layer: LayerId(1) };
     pending.add(router, &bytes_of(router, Step(5))).unwrap();
     let each = shards().len() as u64 - 1;
-    let report = checkpoints.retain(2, None).unwrap();
+    let report = checkpoints.retain(2, &[]).unwrap();
     // All checkpoints share the embedding, and the blob of the pending checkpoint stays.
     assert_eq!((report.removed, report.kept), (2 * each, 2 * each + 2));
     assert_eq!(checkpoints.steps().unwrap(), [Step(3), Step(4)]);
@@ -163,7 +163,7 @@ fn retention_removes_only_unreferenced_blobs() {
         checkpoints.verify(step).unwrap();
     }
     drop(pending);
-    assert_eq!(checkpoints.retain(2, None).unwrap().removed, 1);
+    assert_eq!(checkpoints.retain(2, &[]).unwrap().removed, 1);
 }
 
 #[test]
@@ -173,7 +173,7 @@ fn retention_never_removes_the_checkpoint_that_must_stay() {
     for step in (1..=4).map(Step) {
         write(&checkpoints, step);
     }
-    checkpoints.retain(1, Some(Step(2))).unwrap();
+    checkpoints.retain(1, &[Some(Step(2)), None]).unwrap();
     assert_eq!(checkpoints.steps().unwrap(), [Step(2), Step(4)]);
     checkpoints.verify(Step(2)).unwrap();
 }
@@ -209,7 +209,7 @@ fn a_damaged_checkpoint_is_set_aside_with_its_blobs() {
     let kept = checkpoints.at(Step(2)).unwrap().shards[&ShardId::Router { layer: LayerId(1) }].digest;
     checkpoints.set_aside(Step(2)).unwrap();
     assert_eq!(checkpoints.steps().unwrap(), [Step(1)]);
-    checkpoints.retain(1, None).unwrap();
+    checkpoints.retain(1, &[]).unwrap();
     assert!(run.dir.blobs().join(kept.to_string()).exists());
     drop(checkpoints);
     assert_eq!(run.checkpoints().steps().unwrap(), [Step(1)], "it stays aside");

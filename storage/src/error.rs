@@ -1,8 +1,8 @@
 //! The error of this crate: each variant names the operation and the place.
 
-use volary_core::Digest;
 use std::io;
 use std::path::{Path, PathBuf};
+use volary_core::Digest;
 use volary_core::{ShardId, Step};
 
 /// The result of all functions of this crate.

@@ -7,7 +7,6 @@
 
 use crate::catalogue::{CATALOGUE, CATALOGUE_PAGES};
 use crate::database::{Database, SyncFile};
-use volary_core::Digest;
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
 use crate::limits::PRUNED_AT_ONCE_MAX;
@@ -18,10 +17,11 @@ use serde::{Deserialize, Serialize};
 use sled::transaction::{TransactionError, Transactional, TransactionalTree};
 use std::fs::File;
 use std::sync::Arc;
+use volary_core::Digest;
 use volary_core::Step;
 
 /// The format of run directories of this version.
-pub const FORMAT: u16 = 5;
+pub const FORMAT: u16 = 6;
 
 const JOURNAL: &str = "journal";
 const RUN: &str = "run";

@@ -78,7 +78,6 @@ mod testing;
 
 pub use blobs::{BlobStore, RemovedReport, write_file};
 pub use checkpoint::Checkpoints;
-pub use volary_core::Digest;
 pub use disk::{Disk, RealDisk};
 pub use error::{Error, Result};
 pub use journal::{RunIdentity, Store};
@@ -90,6 +89,7 @@ pub use pending::Pending;
 pub use reader::CheckpointReader;
 pub use reconcile::{Reconciled, reconcile};
 pub use table::Table;
+pub use volary_core::Digest;
 
 /// Reads bytes as a checkpoint's manifest, for fuzzing.
 #[doc(hidden)]

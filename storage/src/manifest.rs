@@ -2,7 +2,6 @@
 //! other processes, and for the restoration of lost catalogue entries.
 
 use crate::blobs;
-use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
@@ -11,6 +10,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use volary_core::Digest;
 use volary_core::{Epoch, ExpertId, LayerId, ShardId, Step, Timeline};
 
 /// The format of checkpoints of this version.

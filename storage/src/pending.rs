@@ -1,7 +1,6 @@
 //! A checkpoint in progress: it is not in the catalogue until it is complete.
 
 use crate::checkpoint::Checkpoints;
-use volary_core::Digest;
 use crate::disk::{Disk, RealDisk};
 use crate::error::{Error, Result};
 use crate::manifest::{self, BlobRef, CheckpointRecord};
@@ -9,6 +8,7 @@ use parking_lot::Mutex;
 use std::collections::{BTreeMap, BTreeSet};
 use std::mem;
 use std::time::{SystemTime, UNIX_EPOCH};
+use volary_core::Digest;
 use volary_core::{Epoch, ShardId, Step, Timeline};
 
 /// A checkpoint in progress. If it is dropped before it is complete, the next retention removes its blobs.

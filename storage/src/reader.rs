@@ -2,10 +2,10 @@
 //! all.
 
 use crate::blobs::read_blob;
-use volary_core::Digest;
 use crate::error::{Error, Result};
 use crate::layout::RunDir;
 use crate::manifest::{self, CheckpointDigest, CheckpointRecord};
+use volary_core::Digest;
 use volary_core::{ShardId, Step};
 
 /// Reads checkpoints by their manifests, also while a supervisor writes new ones. It never writes.

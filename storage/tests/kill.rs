@@ -127,7 +127,7 @@ fn work(dir: &RunDir, disk: CrashingDisk) {
         if step.is_multiple_of(EVERY) {
             checkpoint(&checkpoints, step);
             writeln!(acknowledged, "checkpoint {step}").unwrap();
-            checkpoints.retain(2, None).unwrap();
+            checkpoints.retain(2, &[]).unwrap();
         }
     }
 }

@@ -142,6 +142,7 @@ impl<B: Compute> Actor for AgentActor<B> {
             NodeMsg::Begun => state.when_pass_done().await,
             NodeMsg::LaneDone { at, pass, outcome } => state.on_lane_done(at, pass, outcome).await,
             NodeMsg::Reduced { epoch, step, norms } => state.on_reduced(epoch, step, norms).await,
+            NodeMsg::Compared { epoch, step, digests } => state.on_compared(epoch, step, digests).await,
             NodeMsg::Failed { epoch, error } => state.on_failed(epoch, &error).await,
             NodeMsg::Transferred(event) => state.on_transferred(event).await,
             NodeMsg::SupervisorLost => {
@@ -311,7 +312,9 @@ impl<B: Compute> AgentState<B> {
                 self.store_before_change(&shards).await;
                 self.replicas.release(&shards);
             }
-            Effect::Run { epoch, step, pass, lanes } => self.run(epoch, step, pass, lanes).await?,
+            Effect::Run { epoch, step, pass, lanes, compare } => {
+                self.run((epoch, step), pass, lanes, compare).await?;
+            }
             Effect::Store { epoch, step, shards } => self.store(epoch, step, shards),
             Effect::Leave { reason } => self.leave(NodeEnd::Left(reason)),
         }

@@ -1,6 +1,6 @@
-//! Network faults that a scripted run injects into a node: one line each on the node's standard input,
-//! `partition 3000`, `cut node-1 3000` or `lose 0.3 3000`, with the duration in milliseconds. The parent
-//! writes the lines, the node reads them.
+//! Faults that a scripted run injects into a node: one line each on the node's standard input, `partition
+//! 3000`, `cut node-1 3000` or `lose 0.3 3000`, with the duration in milliseconds, or `corrupt embedding`. The
+//! parent writes the lines, the node reads them.
 
 use crate::context::NodeContext;
 use crate::limits::FAULT_SECONDS_MAX;
@@ -12,9 +12,9 @@ use tokio::sync::mpsc;
 use volary_core::compute::Compute;
 use volary_transport::{Interference, check_name};
 
-/// A fault of the network of the node that reads it.
+/// A fault of the node that reads it, or of its network.
 #[derive(Clone, Debug, PartialEq)]
-pub enum NetworkFault {
+pub enum Fault {
     /// Drops all packets to and from this node.
     Partition {
         /// The duration.
@@ -34,23 +34,31 @@ pub enum NetworkFault {
         /// The duration.
         during: Duration,
     },
+    /// Flips a bit in this node's replica of a shard.
+    Corrupt {
+        /// The shard's name, as in `layer.1.expert.3`.
+        shard: String,
+    },
 }
 
-impl fmt::Display for NetworkFault {
+impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Partition { during } => write!(f, "partition {}", during.as_millis()),
             Self::Cut { peer, during } => write!(f, "cut {peer} {}", during.as_millis()),
             Self::Lose { fraction, during } => write!(f, "lose {fraction} {}", during.as_millis()),
+            Self::Corrupt { shard } => write!(f, "corrupt {shard}"),
         }
     }
 }
 
-/// A line that is no network fault.
+/// A line that is no fault.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum InvalidFault {
     /// Unknown words, or too few or too many.
-    #[error("{0:?}: expected `partition MILLIS`, `cut PEER MILLIS` or `lose FRACTION MILLIS`")]
+    #[error(
+        "{0:?}: expected `partition MILLIS`, `cut PEER MILLIS`, `lose FRACTION MILLIS` or `corrupt SHARD`"
+    )]
     Form(String),
     /// The peer's name is not a node's name.
     #[error("{0}")]
@@ -65,7 +73,7 @@ pub enum InvalidFault {
 
 const DURATION_MS_MAX: u64 = FAULT_SECONDS_MAX as u64 * 1000;
 
-impl FromStr for NetworkFault {
+impl FromStr for Fault {
     type Err = InvalidFault;
 
     fn from_str(line: &str) -> Result<Self, InvalidFault> {
@@ -77,6 +85,7 @@ impl FromStr for NetworkFault {
                 Ok(Self::Cut { peer: (*peer).to_owned(), during: duration(millis)? })
             }
             ["lose", part, millis] => Ok(Self::Lose { fraction: fraction(part)?, during: duration(millis)? }),
+            ["corrupt", shard] => Ok(Self::Corrupt { shard: (*shard).to_owned() }),
             _ => Err(InvalidFault::Form(line.to_owned())),
         }
     }
@@ -98,22 +107,34 @@ pub fn is_fraction(fraction: f64) -> bool {
     fraction > 0.0 && fraction <= 1.0
 }
 
-/// Injects faults into this node's network until their sender is gone.
+/// Injects faults into this node until their sender is gone.
 pub(crate) async fn inject<B: Compute>(
     node: Arc<NodeContext<B>>,
     interference: Interference,
-    mut faults: mpsc::Receiver<NetworkFault>,
+    mut faults: mpsc::Receiver<Fault>,
 ) {
     while let Some(fault) = faults.recv().await {
-        tracing::warn!(%fault, "injecting a network fault");
+        tracing::warn!(%fault, "injecting a fault");
         match fault {
-            NetworkFault::Partition { during } => interference.partition(during),
-            NetworkFault::Lose { fraction, during } => interference.drop_fraction(fraction, during),
-            NetworkFault::Cut { peer, during } => match node.peers.address(&peer) {
+            Fault::Partition { during } => interference.partition(during),
+            Fault::Lose { fraction, during } => interference.drop_fraction(fraction, during),
+            Fault::Cut { peer, during } => match node.peers.address(&peer) {
                 Some(address) => interference.block_peer(address, during),
                 None => tracing::warn!(peer, "no member has this name"),
             },
+            Fault::Corrupt { shard } => corrupt(&node, &shard).await,
         }
+    }
+}
+
+async fn corrupt<B: Compute>(node: &NodeContext<B>, name: &str) {
+    let actors = node.shard_actors();
+    match actors.all().iter().find(|(shard, _)| shard.to_string() == name) {
+        Some((_, actor)) => match actor.flip_bit().await {
+            Ok(()) => tracing::warn!(shard = name, "a bit of this node's replica is flipped"),
+            Err(error) => tracing::warn!(shard = name, %error, "no bit could be flipped"),
+        },
+        None => tracing::warn!(shard = name, "this node does not hold the shard"),
     }
 }
 
@@ -125,9 +146,10 @@ mod tests {
     fn a_fault_survives_its_text() {
         let during = Duration::from_millis(3000);
         let all = [
-            (NetworkFault::Partition { during }, "partition 3000"),
-            (NetworkFault::Cut { peer: "node-1".into(), during }, "cut node-1 3000"),
-            (NetworkFault::Lose { fraction: 0.3, during }, "lose 0.3 3000"),
+            (Fault::Partition { during }, "partition 3000"),
+            (Fault::Cut { peer: "node-1".into(), during }, "cut node-1 3000"),
+            (Fault::Lose { fraction: 0.3, during }, "lose 0.3 3000"),
+            (Fault::Corrupt { shard: "layer.1.expert.3".into() }, "corrupt layer.1.expert.3"),
         ];
         for (fault, line) in all {
             assert_eq!(fault.to_string(), line);
@@ -144,13 +166,14 @@ mod tests {
             ("partition 0", "\"0\": expected 1 to 3600000 milliseconds"),
             ("partition 3600001", "expected 1 to 3600000"),
             ("partition -5", "expected 1 to 3600000"),
+            ("corrupt", "`corrupt SHARD`"),
             ("cut ../up 5", "../up"),
             ("lose 0 5", "\"0\": expected a fraction"),
             ("lose 1.01 5", "expected a fraction"),
             ("lose NaN 5", "expected a fraction"),
         ];
         for (line, expected) in bad {
-            let error = line.parse::<NetworkFault>().expect_err(line).to_string();
+            let error = line.parse::<Fault>().expect_err(line).to_string();
             assert!(error.contains(expected), "{line}: {error}");
         }
     }

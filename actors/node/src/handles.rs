@@ -13,9 +13,9 @@ use crate::trace::TraceContext;
 use ractor::rpc::CallResult;
 use ractor::{ActorRef, Message};
 use std::sync::Arc;
-use volary_core::Step;
 use volary_core::compute::Compute;
 use volary_core::schedule::Update;
+use volary_core::{Digest, Step};
 use volary_telemetry::Meter;
 
 /// Sends the message that `make` builds around a reply port, and awaits the reply.
@@ -155,6 +155,16 @@ impl<B: Compute> ShardActor<B> {
     /// that are not finite are an error.
     pub(crate) async fn store(&self, version: Option<Step>, finite: bool) -> Result<(Step, Vec<u8>)> {
         self.call(|reply| ShardMsg::Store { version, finite, reply }).await
+    }
+
+    /// A digest of the state, which must be at `version`.
+    pub(crate) async fn digest(&self, version: Step) -> Result<Digest> {
+        self.call(|reply| ShardMsg::Digest { version, reply }).await
+    }
+
+    /// Flips a bit of the state: a fault of a scripted run.
+    pub(crate) async fn flip_bit(&self) -> Result<()> {
+        self.call(|reply| ShardMsg::FlipBit { reply }).await
     }
 
     /// Drops everything that belongs to epochs before `epoch`.

@@ -11,7 +11,7 @@
 //! | `inbound` | frames from other nodes |
 //! | `shards` | the replicas in memory, and how shards get here |
 //! | `step` | one lane's path through a step: **start reading at `step::lane`** |
-//! | [`options`], `faults` | options of the process; network faults of scripted runs |
+//! | [`options`], `faults` | options of the process; faults of scripted runs |
 //! | `context`, `directory` | what all actors share; the shard actors of this node |
 //! | `handles` | typed calls of the shard actors |
 //! | `messages` | every message between the actors |
@@ -58,7 +58,7 @@ pub mod testing;
 mod trace;
 
 pub use agent::NodeEnd;
-pub use faults::{InvalidFault, NetworkFault, is_fraction};
+pub use faults::{Fault, InvalidFault, is_fraction};
 pub use limits::FAULT_SECONDS_MAX;
 pub use options::NodeOptions;
 pub use process::{ProcessError, run_node};

@@ -29,7 +29,7 @@ use volary_core::messages::{LaneReport, NodeCommand, Norm, Pass, ResidentState};
 use volary_core::placement::Placement;
 use volary_core::schedule::Update;
 use volary_core::tree::LeafSpan;
-use volary_core::{Epoch, NodeId, ShardId, Step};
+use volary_core::{Digest, Epoch, NodeId, ShardId, Step};
 use volary_protocol::frames::MoeLayerStats;
 use volary_protocol::{ToSupervisor, TraceRequest};
 use volary_telemetry::Meter;
@@ -63,6 +63,8 @@ pub(crate) enum NodeMsg {
     Reduced { epoch: Epoch, step: Step, norms: Vec<(ShardId, Norm)> },
     /// A gradient did not reach a learner.
     LearnerUnreached { epoch: Epoch, learner: NodeId, reason: String },
+    /// The digests of the shards to compare.
+    Compared { epoch: Epoch, step: Step, digests: Vec<(ShardId, Digest)> },
     /// Some part of an epoch failed.
     Failed { epoch: Epoch, error: Error },
     /// A fetch or copy of shards has ended.
@@ -156,6 +158,10 @@ pub(crate) enum ShardMsg<B: Compute> {
     Apply { gradient: Option<B::Gradient>, step: Step, update: Update, reply: Reply<()> },
     /// The stored form and its version; refused when another version is wanted.
     Store { version: Option<Step>, finite: bool, reply: Reply<(Step, Vec<u8>)> },
+    /// A digest of the state at this version.
+    Digest { version: Step, reply: Reply<Digest> },
+    /// Flip a bit of the state: a fault of a scripted run.
+    FlipBit { reply: Reply<()> },
     /// Drop everything that belongs to epochs before this one.
     Discard { epoch: Epoch },
 }

@@ -1,6 +1,6 @@
 //! What a node process is told.
 
-use crate::faults::NetworkFault;
+use crate::faults::Fault;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -41,6 +41,6 @@ pub struct NodeOptions {
     pub metrics: Arc<NodeMetrics>,
     /// Where its metrics are served, if they are.
     pub http: Option<SocketAddr>,
-    /// Fault injection into its network, for scripted runs: the hook, and the faults to inject.
-    pub faults: Option<(Interference, mpsc::Receiver<NetworkFault>)>,
+    /// Fault injection, for scripted runs: the hook into its network, and the faults to inject.
+    pub faults: Option<(Interference, mpsc::Receiver<Fault>)>,
 }

@@ -33,7 +33,7 @@ use volary_core::dispatch::{Capacity, Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::random::{Purpose, Stream};
 use volary_core::schedule::Update;
-use volary_core::{Lane, LayerId, ShardId, Step};
+use volary_core::{Digest, Lane, LayerId, ShardId, Step};
 
 /// How much a dense layer adds to its input.
 const DENSE: f32 = 0.125;
@@ -148,6 +148,10 @@ impl Compute for FakeCompute {
     type Saved = FakeSaved;
     type Gradient = FakeGradient;
 
+    fn arithmetic(&self) -> Computed<Digest> {
+        Ok(Digest::of(b"loops over f32"))
+    }
+
     fn initial(&self, shard: ShardId) -> Computed<FakeShard> {
         let path = shard.to_string().bytes().map(u64::from).collect::<Vec<_>>();
         let mut stream = Stream::new(self.seed, Purpose::Initial, &path);
@@ -170,6 +174,11 @@ impl Compute for FakeCompute {
         self.device.enter(Operation::Store)?;
         let numbers = state.weights.iter().chain(&state.momentum);
         Ok(numbers.flat_map(|number| number.to_le_bytes()).collect())
+    }
+
+    fn digest(&self, state: &FakeShard) -> Computed<Digest> {
+        let numbers = state.weights.iter().chain(&state.momentum);
+        Ok(Digest::of(&numbers.flat_map(|number| number.to_le_bytes()).collect::<Vec<_>>()))
     }
 
     fn is_finite(&self, state: &FakeShard) -> Computed<bool> {
@@ -401,7 +410,6 @@ impl Compute for FakeCompute {
         _: ShardId,
         state: &mut FakeShard,
         gradient: Option<FakeGradient>,
-        _: Step,
         update: Update,
     ) -> Computed<()> {
         self.device.enter(Operation::Apply)?;

@@ -5,7 +5,7 @@ use super::*;
 use crate::control::{ToNode, ToSupervisor};
 use volary_core::architecture::presets;
 use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, Pass};
-use volary_core::{Epoch, Lane, Step};
+use volary_core::{Digest, Epoch, Lane, Step};
 
 fn model(name: &str) -> Architecture {
     presets().into_iter().find(|preset| preset.name == name).expect("a preset").architecture

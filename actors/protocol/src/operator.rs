@@ -140,6 +140,9 @@ pub struct NodeStatus {
     pub state: String,
     /// Its device.
     pub device: String,
+    /// The arithmetic kind of its device: nodes with equal ones compute the same bits. Empty when unknown.
+    #[serde(default)]
+    pub arithmetic: String,
     /// Its capacity relative to the others.
     pub capacity: f64,
     /// Its failure domain; empty when unknown.

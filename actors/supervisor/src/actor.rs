@@ -20,7 +20,7 @@ mod sessions;
 mod telemetry;
 mod traces;
 
-pub(crate) use recovery::last_members;
+pub(crate) use recovery::{last_agreed, last_members};
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs};
 use crate::credentials::Credentials;

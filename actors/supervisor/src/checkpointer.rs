@@ -4,6 +4,7 @@
 //! or failed. Disk work runs on blocking threads, one shard after the other, and a shard returns its share
 //! of the memory budget when it is on disk.
 
+use crate::actor::last_agreed;
 use crate::blocking::blocking;
 use crate::error::Error;
 use crate::messages::{CheckpointerMsg, SupervisorMsg, notify, respond};
@@ -33,6 +34,8 @@ pub(crate) struct CheckpointerState {
     pending: Option<(u64, Arc<Pending>)>,
     /// The newest checkpoint that is durable: the run may need it until the next one is.
     durable: Option<Step>,
+    /// The checkpoint that the run goes back to when replicas differ.
+    agreed: Option<Step>,
     /// Where the spans of the checkpoint go.
     scope: Scope,
 }
@@ -51,7 +54,8 @@ impl Actor for CheckpointerActor {
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let durable = args.checkpoints.steps()?.last().copied();
-        Ok(CheckpointerState { args, pending: None, durable, scope: Scope::default() })
+        let agreed = last_agreed(&args.store)?;
+        Ok(CheckpointerState { args, pending: None, durable, agreed, scope: Scope::default() })
     }
 
     async fn handle(
@@ -68,6 +72,7 @@ impl Actor for CheckpointerActor {
                 drop(permit);
             }
             CheckpointerMsg::Drop { attempt } => _ = state.pending.take_if(|(number, _)| *number == attempt),
+            CheckpointerMsg::Agreed { step } => state.agreed = Some(step),
             CheckpointerMsg::Idle { reply } => respond(reply, ()),
         }
         Ok(())
@@ -123,9 +128,9 @@ impl CheckpointerState {
     /// Removes old checkpoints, blobs that no checkpoint has, and steps of the journal that nobody needs.
     async fn tidy_up(&self) {
         let (checkpoints, store) = (self.args.checkpoints.clone(), self.args.store.clone());
-        let (keep, durable) = (self.args.keep, self.durable);
+        let (keep, must_stay) = (self.args.keep, [self.durable, self.agreed]);
         let tidied = blocking(move || {
-            checkpoints.retain(keep, durable)?;
+            checkpoints.retain(keep, &must_stay)?;
             let oldest = checkpoints.steps()?.first().copied().unwrap_or_default();
             let recent = store.last_committed()?.unwrap_or_default().0.saturating_sub(JOURNAL_STEPS_KEPT);
             store.prune_before(oldest.min(Step(recent))).map(drop)

@@ -87,6 +87,8 @@ pub(crate) enum CheckpointerMsg {
     Shard { step: Step, shard: ShardId, bytes: Bytes, permit: Option<BytePermit> },
     /// Give the checkpoint up.
     Drop { attempt: u64 },
+    /// The replicas of every shard were equal after this checkpoint: it stays until another one is named.
+    Agreed { step: Step },
     /// Answer when everything before this message is done: no checkpoint becomes durable behind the sender's
     /// back.
     Idle { reply: RpcReplyPort<()> },

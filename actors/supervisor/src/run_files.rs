@@ -210,7 +210,7 @@ pub(crate) fn unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volary_core::schedule::Update;
+    use volary_core::schedule::{Moments, Update};
 
     fn committed(step: u64) -> Committed {
         Committed {
@@ -220,7 +220,7 @@ mod tests {
             aux_loss: 1.0,
             gate_entropy: 0.5,
             grad_norm: 2.0,
-            update: Update { apply: true, rate: 0.1, scale: 1.0 },
+            update: Update { apply: true, rate: 0.1, scale: 1.0, moments: Moments::Decay(0.0) },
             tokens: 8,
             nodes: 1,
             load: Vec::new(),

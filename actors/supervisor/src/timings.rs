@@ -126,9 +126,12 @@ impl Timings {
                 self.recover(&cause, silent);
                 self.resize = None;
             }
-            Notice::WentBack { from, to, .. } | Notice::WentBackFromNan { from, to, .. } => {
+            Notice::WentBack { from, to, .. }
+            | Notice::WentBackFromNan { from, to, .. }
+            | Notice::WentBackFromDifference { from, to, .. } => {
                 let cause = match notice {
                     Notice::WentBackFromNan { .. } => "numbers are not finite",
+                    Notice::WentBackFromDifference { .. } => "replicas differ",
                     _ => "the last replica of a shard is lost",
                 };
                 self.recover(cause, Duration::ZERO);

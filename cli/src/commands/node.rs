@@ -18,7 +18,7 @@ use volary_core::compute::ComputeError;
 use volary_core::profile::ZONE_MAX;
 use volary_model::Glam;
 use volary_model::device::{self, Device};
-use volary_node::{NetworkFault, NodeEnd, NodeOptions};
+use volary_node::{Fault, NodeEnd, NodeOptions};
 use volary_protocol::RunInfo;
 use volary_telemetry::metrics::NodeMetrics;
 use volary_transport::{AccessRole, Interference, Network};
@@ -72,7 +72,7 @@ pub struct Args {
     /// End when standard input does: for a parent process that starts nodes.
     #[arg(long, hide = true)]
     tethered: bool,
-    /// Read network faults from standard input and inject them: for tests and scripts.
+    /// Read faults from standard input and inject them: for tests and scripts.
     #[arg(long, hide = true, requires = "tethered")]
     inject_faults: bool,
 }
@@ -168,15 +168,15 @@ fn threads(threads: Option<u16>, device: Device) -> usize {
     }
 }
 
-/// Queues the network fault on a line of standard input. An invalid line is only logged, since nothing
+/// Queues the fault on a line of standard input. An invalid line is only logged, since nothing
 /// depends on it.
-fn queue_fault(line: &str, commands: &mpsc::Sender<NetworkFault>) {
-    match line.parse::<NetworkFault>() {
+fn queue_fault(line: &str, commands: &mpsc::Sender<Fault>) {
+    match line.parse::<Fault>() {
         Ok(fault) => {
             if let Err(error) = commands.try_send(fault) {
-                tracing::warn!(%error, "network fault dropped");
+                tracing::warn!(%error, "fault dropped");
             }
         }
-        Err(error) => tracing::warn!(%error, "invalid network fault on standard input"),
+        Err(error) => tracing::warn!(%error, "invalid fault on standard input"),
     }
 }

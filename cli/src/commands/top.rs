@@ -157,6 +157,7 @@ mod tests {
             pid: 1,
             state: "member".into(),
             device: "cpu".into(),
+            arithmetic: String::new(),
             capacity: 1.25,
             zone: String::new(),
             shards: 17,

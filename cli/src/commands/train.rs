@@ -5,16 +5,19 @@ use crate::commands::generate;
 use crate::config::Config;
 use crate::corpus_summary;
 use crate::follow::{RunOutcome, follow};
+use crate::limits::SPOT_REPLAY_MAX;
 use crate::output;
 use crate::preparation::{self, ClaimedDir, PREPARING};
 use crate::progress::{ProgressDisplay, Validation, validations};
 use crate::rundir;
 use crate::script::Script;
 use crate::signals::Interrupts;
+use crate::spot::{Replay, SpotOptions, Trace, Unit};
 use crate::units::Size;
-use anyhow::bail;
+use anyhow::{Context, bail};
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 use volary_core::{Lane, Step};
 use volary_data::{PreparationStage, Prepared};
 use volary_model::sampling::Sampling;
@@ -71,6 +74,20 @@ pub struct Args {
     /// A script of faults and membership changes at chosen steps (examples/events.toml).
     #[arg(long, value_name = "FILE")]
     events: Option<PathBuf>,
+    /// Play a recorded trace of spot instances, `time,instances` lines: nodes come and go as they did, scaled
+    /// to at most --nodes; the goodput is reported.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["events", "respawn", "resume"])]
+    spot_trace: Option<PathBuf>,
+    /// The unit of the trace's times.
+    #[arg(long, value_enum, default_value_t, requires = "spot_trace")]
+    spot_unit: Unit,
+    /// How many times as fast the trace is played.
+    #[arg(long, value_name = "N", default_value_t = 1.0, requires = "spot_trace")]
+    speedup: f64,
+    /// The notice that a node gets before its instance ends, in seconds of this machine; without it nodes are
+    /// killed.
+    #[arg(long, value_name = "SECONDS", requires = "spot_trace")]
+    notice: Option<f64>,
     /// Restart a node that ends unexpectedly, under its name.
     #[arg(long)]
     respawn: bool,
@@ -94,7 +111,7 @@ pub struct Args {
 /// When the configuration, the data or the directory is invalid, or the run fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let interrupts = Interrupts::listen()?;
-    let (config, claimed, script) = prepare(&args)?;
+    let (config, claimed, script, spot) = prepare(&args)?;
     let display = ProgressDisplay::new(config.training.steps, args.quiet);
     let prepared = prepare_data(&config, &claimed.dir, &display, &interrupts);
     let prepared = prepared.inspect_err(|_| display.finish())?;
@@ -113,7 +130,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         respawn: args.respawn,
         http: args.http.clone(),
         serves_http: !args.no_http,
-        injects_faults: script.has_network_faults(),
+        injects_faults: script.has_faults_inside(),
         // Nodes end with the process that started them.
         starting: Starting { nodes_are_gone: args.resume, may_go_back: args.go_back },
     };
@@ -121,25 +138,53 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if let Some(address) = cluster.dashboard() {
         display.note(&format!("dashboard at {}", crate::http::dashboard_url(&dir, address)));
     }
-    let outcome = follow(&mut cluster, &dir, display, script, &interrupts)?;
+    let outcome = follow(&mut cluster, &dir, display, (script, spot), &interrupts)?;
     cluster.end();
     if !args.quiet {
-        print_summary(&config, &dir, outcome)?;
+        print_summary(&config, &dir, &outcome)?;
     }
     Ok(())
 }
 
-/// The configuration of this run, its directory, into which the configuration is written, and its script.
-fn prepare(args: &Args) -> anyhow::Result<(Config, ClaimedDir, Script)> {
+/// The configuration of this run, its directory, into which the configuration is written, its script and its
+/// spot market.
+fn prepare(args: &Args) -> anyhow::Result<(Config, ClaimedDir, Script, Option<Replay>)> {
     let mut config = Config::load(&args.config, &args.set)?;
     // The supervisor uses it; an invalid one must fail before anything starts.
     args.http.as_deref().map(rundir::resolve).transpose()?;
     config.cluster.nodes = args.nodes.map_or_else(|| config.cluster.nodes.max(1), usize::from);
     config.data.strict |= args.strict;
     let script = args.events.as_deref().map(|path| Script::load(path, config.cluster.nodes)).transpose()?;
+    let spot = args.spot_trace.as_deref().map(|path| spot(args, path, &mut config)).transpose()?;
     let claimed = claim(args, &config)?;
     claimed.configure(&config)?;
-    Ok((config, claimed, script.unwrap_or_default()))
+    Ok((config, claimed, script.unwrap_or_default(), spot))
+}
+
+/// The replay of a trace. The run waits for nodes for as long as the trace has none.
+fn spot(args: &Args, path: &Path, config: &mut Config) -> anyhow::Result<Replay> {
+    if !(args.speedup.is_finite() && args.speedup > 0.0) {
+        bail!("--speedup {}: expected a positive number", args.speedup);
+    }
+    let notice = args.notice.map(|notice| {
+        let valid = Duration::try_from_secs_f64(notice).ok().filter(|notice| *notice <= SPOT_REPLAY_MAX);
+        valid.with_context(|| format!("--notice {notice}: expected a number of seconds"))
+    });
+    let nodes_max = config.cluster.nodes;
+    let trace = Trace::load(path, args.spot_unit, args.speedup, nodes_max)?;
+    if trace.end() > SPOT_REPLAY_MAX {
+        let (seconds, most) = (trace.end().as_secs(), SPOT_REPLAY_MAX.as_secs());
+        bail!("trace {}: it takes {seconds} s: expected at most {most}; raise --speedup", path.display());
+    }
+    let wait_ms = trace.end().as_millis() as u64;
+    config.cluster.gather_timeout_ms = config.cluster.gather_timeout_ms.saturating_add(wait_ms);
+    let options = SpotOptions {
+        nodes_max,
+        lanes: config.training.lanes,
+        notice: notice.transpose()?,
+        seed: config.run.seed,
+    };
+    Ok(Replay::new(trace, options))
 }
 
 /// The directory of the run, which is this command's alone until its supervisor starts.
@@ -185,9 +230,12 @@ fn prepare_data(
 }
 
 /// Prints the result of the run, then a sample, which takes a moment.
-fn print_summary(config: &Config, dir: &RunDir, outcome: RunOutcome) -> anyhow::Result<()> {
+fn print_summary(config: &Config, dir: &RunDir, outcome: &RunOutcome) -> anyhow::Result<()> {
     let record = volary_storage::CheckpointReader::open(dir)?.latest()?;
     let checkpoint = record.map(|record| record.step);
+    if let Some(report) = &outcome.spot {
+        output::text(report)?;
+    }
     output::text(Summary { dir, outcome, validations: validations(&dir.validation()), checkpoint })?;
     let Some(step) = checkpoint else { return Ok(()) };
     let sampling =
@@ -224,14 +272,14 @@ fn held_out_prompt(config: &Config, dir: &RunDir) -> anyhow::Result<String> {
 /// The result of a run: its losses and its checkpoint.
 struct Summary<'a> {
     dir: &'a RunDir,
-    outcome: RunOutcome,
+    outcome: &'a RunOutcome,
     validations: Vec<Validation>,
     checkpoint: Option<Step>,
 }
 
 impl fmt::Display for Summary<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let RunOutcome { finished, last } = self.outcome;
+        let RunOutcome { finished, last, .. } = *self.outcome;
         match last {
             Some(last) if finished => writeln!(f, "done: step {}, loss {:.4}", last.step, last.loss)?,
             Some(last) => writeln!(f, "stopped: step {}, loss {:.4}", last.step, last.loss)?,

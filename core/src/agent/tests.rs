@@ -5,9 +5,10 @@ use crate::architecture::presets;
 use crate::ids::{ExpertId, LayerId};
 use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::{LastCommit, Norm};
+use crate::schedule::Moments;
 use std::sync::Arc;
 
-const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0 };
+const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0, moments: Moments::Decay(0.0) };
 const EXPERT: ShardId = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
 
 fn id(name: &str) -> NodeId {
@@ -54,14 +55,8 @@ impl Harness {
     fn prepare_with(&mut self, epoch: Epoch, step: Step, shards: &[ShardId]) -> &[Effect] {
         let norm = Norm { squared: 1.0, finite: true };
         let norms = shards.iter().map(|shard| (*shard, norm)).collect();
-        let message = NodeReport::Prepared {
-            epoch,
-            step,
-            norms,
-            digests: Vec::new(),
-            lanes: Vec::new(),
-            speed: None,
-        };
+        let message =
+            NodeReport::Prepared { epoch, step, norms, digests: Vec::new(), lanes: Vec::new(), speed: None };
         self.handle(Event::Done(message))
     }
 

@@ -71,7 +71,8 @@ impl Machine {
         let turn = if is_last { 0..count } else { start..(start + in_turn).min(count) };
         let turn = turn.map(|index| shards[index as usize]);
         let new = self.comparison.new_copies.iter().map(|(shard, _)| *shard);
-        let compare: BTreeSet<ShardId> = turn.chain(new).chain(self.comparison.moving.iter().copied()).collect();
+        let compare: BTreeSet<ShardId> =
+            turn.chain(new).chain(self.comparison.moving.iter().copied()).collect();
         compare.into_iter().filter(|shard| self.replicas(*shard) > 1).collect()
     }
 
@@ -86,8 +87,9 @@ impl Machine {
             let mut holders = self.placement.holders_unordered(*shard).iter();
             self.replicas(*shard) > 1 && holders.any(|node| !next.holds(node, *shard))
         };
-        let is_compared =
-            |shard: &ShardId| self.comparison.equal_at.get(shard).is_some_and(|at| at.next() == self.committed);
+        let is_compared = |shard: &ShardId| {
+            self.comparison.equal_at.get(shard).is_some_and(|at| at.next() == self.committed)
+        };
         let shards = self.settings.architecture.shards().into_iter();
         self.comparison.moving = shards.filter(|shard| gives_up(shard) && !is_compared(shard)).collect();
         !self.comparison.moving.is_empty()
@@ -109,16 +111,14 @@ impl Machine {
     /// Whether a learner's copy was not compared yet.
     pub(super) fn is_new_copy(&self, shard: ShardId, node: &NodeId) -> bool {
         // Most of the time there is none, and a name need not be cloned.
-        !self.comparison.new_copies.is_empty()
-            && self.comparison.new_copies.contains(&(shard, node.clone()))
+        !self.comparison.new_copies.is_empty() && self.comparison.new_copies.contains(&(shard, node.clone()))
     }
 
     /// Copies of nodes that learn no longer need no comparison of their own.
     pub(super) fn forget_new_copies(&mut self) {
         let learners = &self.placement.learners;
-        let learns = |(shard, node): &(ShardId, NodeId)| {
-            learners.get(shard).is_some_and(|nodes| nodes.contains(node))
-        };
+        let learns =
+            |(shard, node): &(ShardId, NodeId)| learners.get(shard).is_some_and(|nodes| nodes.contains(node));
         self.comparison.new_copies.retain(learns);
     }
 
@@ -279,10 +279,12 @@ impl Machine {
         for shard in &reports.compare {
             self.comparison.equal_at.insert(*shard, version);
         }
-        let mut compared = |shard: ShardId, node: &NodeId| {
-            self.comparison.new_copies.remove(&(shard, node.clone()))
-        };
-        let digests = reports.prepared.iter().flat_map(|(node, report)| report.digests.iter().map(move |d| (node, d.0)));
+        let mut compared =
+            |shard: ShardId, node: &NodeId| self.comparison.new_copies.remove(&(shard, node.clone()));
+        let digests = reports
+            .prepared
+            .iter()
+            .flat_map(|(node, report)| report.digests.iter().map(move |d| (node, d.0)));
         let new = digests.filter(|(node, shard)| compared(*shard, node)).count();
         self.replan.dirty |= new > 0 && self.all_learned();
         self.agree_on_checkpoint();

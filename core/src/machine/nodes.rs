@@ -2,11 +2,12 @@
 
 use super::state::{Finish, Node, Phase};
 use super::{Effect, LossCause, Machine, Notice};
+use crate::digest::Digest;
 use crate::ids::{NodeId, ShardId};
 use crate::messages::{NodeCommand, ResidentState};
 use crate::placement::Placement;
 use crate::profile::Profile;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes of a parameter.
 pub(super) const PARAMETER_BYTES: u64 = 4;
@@ -33,18 +34,40 @@ impl Machine {
             let capacity = declared_capacity;
             self.notice(Notice::Joined { node: node.clone(), capacity, address: address.clone() });
         }
+        let is_new_kind = self.is_new_arithmetic(profile.arithmetic);
         profile.scale(self.usual_speedup());
         self.gone.remove(&node);
         self.away.remove(&node);
         let (draining, deferred) = (false, false);
         self.nodes
             .insert(node, Node { declared_capacity, profile, speed: None, address, draining, deferred });
+        if is_new_kind {
+            let kinds = self.arithmetic_kinds();
+            self.notice(Notice::ArithmeticMixed { kinds });
+        }
         self.mark_placement_dirty();
         match self.phase {
             // The run goes on with the newcomer.
             Phase::Finishing(Finish::Empty) => self.advance(),
             _ => self.gather(),
         }
+    }
+
+    /// Whether the nodes that are here are of other arithmetic kinds, and of known ones.
+    fn is_new_arithmetic(&self, arithmetic: Option<Digest>) -> bool {
+        let known: Vec<Digest> = self.nodes.values().filter_map(|node| node.profile.arithmetic).collect();
+        arithmetic.is_some_and(|kind| !known.is_empty() && !known.contains(&kind))
+    }
+
+    /// The nodes of each arithmetic kind.
+    fn arithmetic_kinds(&self) -> Vec<Vec<NodeId>> {
+        let mut kinds: BTreeMap<Digest, Vec<NodeId>> = BTreeMap::new();
+        for (name, node) in &self.nodes {
+            if let Some(kind) = node.profile.arithmetic {
+                kinds.entry(kind).or_default().push(name.clone());
+            }
+        }
+        kinds.into_values().collect()
     }
 
     /// Measured capacity of all nodes over their declared one, so that newcomers are compared fairly.

@@ -184,9 +184,7 @@ impl Machine {
         let squared: Vec<f64> = norms.values().map(|norm| norm.squared).collect();
         let finite = norms.values().all(|norm| norm.finite);
         let training = &self.settings.training;
-        let rate = training.schedule.rate(step, training.steps);
-        let (update, grad_norm) =
-            Update::decide(fold_numbers(&squared), finite, training.lanes, rate, training.clip_norm);
+        let (update, grad_norm) = Update::decide(fold_numbers(&squared), finite, training, step);
         let count = f64::from(training.lanes);
         let mean =
             |of: fn(&LaneReport) -> f64| fold_numbers(&lanes.values().map(of).collect::<Vec<_>>()) / count;

@@ -44,6 +44,11 @@ fn settings(nodes: usize) -> Settings {
     }
 }
 
+/// The treatment of an ordinary step's gradients.
+fn update() -> Update {
+    Update::decide(1.0, true, &settings(1).training, Step(1)).0
+}
+
 fn id(number: usize) -> NodeId {
     NodeId::new(format!("n{number}"))
 }

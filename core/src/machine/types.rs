@@ -190,6 +190,8 @@ pub struct Committed {
 pub enum Notice {
     /// A node joined.
     Joined { node: NodeId, capacity: f64, address: String },
+    /// The nodes are of several arithmetic kinds: the bits of a run on them depend on its placements.
+    ArithmeticMixed { kinds: Vec<Vec<NodeId>> },
     /// A node returned with its state to a restarted supervisor.
     Returned { node: NodeId, version: Step, shards: usize },
     /// A node disconnected.

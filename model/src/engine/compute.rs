@@ -1,7 +1,9 @@
 //! [`Compute`] for [`Glam`]. Shapes and dtypes are those of the trait.
 
 use super::{Glam, Gradient, Params, Saved, gradients};
+use crate::arithmetic;
 use crate::error::{Error, Result};
+use crate::exact;
 use crate::layers;
 use crate::weights::{Parameter, Shard, parameters};
 use tch::{Kind, Tensor};
@@ -9,7 +11,7 @@ use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor, Lane
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::schedule::Update;
-use volary_core::{Lane, LayerId, ShardId, Step};
+use volary_core::{Digest, Lane, LayerId, ShardId, Step};
 
 impl Compute for Glam {
     type Tensor = Tensor;
@@ -17,6 +19,10 @@ impl Compute for Glam {
     type Params = Params;
     type Saved = Saved;
     type Gradient = Gradient;
+
+    fn arithmetic(&self) -> Computed<Digest> {
+        arithmetic::digest(self.device, self.kind)?
+    }
 
     fn initial(&self, shard: ShardId) -> Computed<Shard> {
         Ok(Shard::initial(&self.architecture, &self.training.optimizer, self.seed, shard, self.device)?)
@@ -28,6 +34,10 @@ impl Compute for Glam {
 
     fn store(&self, shard: ShardId, version: Step, state: &Shard) -> Computed<Vec<u8>> {
         Ok(state.store(shard, version)?)
+    }
+
+    fn digest(&self, state: &Shard) -> Computed<Digest> {
+        Ok(state.digest()?)
     }
 
     fn is_finite(&self, state: &Shard) -> Computed<bool> {
@@ -152,9 +162,7 @@ impl Compute for Glam {
     fn norm(&self, gradient: &Gradient) -> Computed<Norm> {
         let mut squared = 0.0;
         for tensor in &gradient.0 {
-            let square =
-                || -> Result<f64> { Ok(tensor.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?) };
-            squared += tch::no_grad(square)?;
+            squared += tch::no_grad(|| exact::squared_norm(tensor))?;
         }
         Ok(Norm { squared, finite: f64::is_finite(squared) })
     }
@@ -164,10 +172,9 @@ impl Compute for Glam {
         _shard: ShardId,
         state: &mut Shard,
         gradient: Option<Gradient>,
-        step: Step,
         update: Update,
     ) -> Computed<()> {
-        Ok(tch::no_grad(|| self.apply_inner(state, gradient, step, update))?)
+        Ok(tch::no_grad(|| self.apply_inner(state, gradient, update))?)
     }
 
     fn rows(&self, x: &Tensor, start: usize, length: usize) -> Computed<Tensor> {

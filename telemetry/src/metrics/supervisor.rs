@@ -301,7 +301,7 @@ impl Durations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volary_core::schedule::Update;
+    use volary_core::schedule::{Moments, Update};
     use volary_core::{Epoch, Step};
 
     #[test]
@@ -320,7 +320,7 @@ mod tests {
     #[test]
     fn a_commit_updates_the_metrics() {
         let metrics = SupervisorMetrics::new();
-        let update = Update { rate: 0.01, scale: 1.0, apply: false };
+        let update = Update { rate: 0.01, scale: 1.0, apply: false, moments: Moments::Decay(0.0) };
         let committed = Committed {
             step: Step(7),
             epoch: Epoch(3),

@@ -6,6 +6,7 @@ use crate::ids::{LaneStep, PassId};
 use crate::messages::{LaneMsg, NodeMsg, ReducerMsg, notify};
 use crate::step::lane::LaneActor;
 use crate::trace::LaneTrace;
+use futures::future::try_join_all;
 use ractor::{Actor, ActorRef};
 use std::collections::HashSet;
 use std::marker::PhantomData;
@@ -14,7 +15,7 @@ use std::time::Instant;
 use volary_core::agent::Event;
 use volary_core::compute::Compute;
 use volary_core::messages::{LaneReport, NodeReport, Norm, Pass};
-use volary_core::{Epoch, Lane, ShardId, Step};
+use volary_core::{Digest, Epoch, Lane, ShardId, Step};
 use volary_telemetry::Span;
 use volary_telemetry::metrics::Phase;
 
@@ -27,22 +28,39 @@ pub(super) struct RunningPass {
     lanes: Vec<(Lane, LaneReport)>,
     /// In training: the norms of all held gradients, once they are reduced.
     norms: Option<Vec<(ShardId, Norm)>>,
+    comparison: Comparison,
     /// From the last lane's end until all gradients are reduced.
     reducing: Option<(Span, Instant)>,
+}
+
+/// The comparison of shards with their other replicas, in training.
+enum Comparison {
+    /// These shards are compared when all lanes are done.
+    Pending(Vec<ShardId>),
+    Running,
+    Done(Vec<(ShardId, Digest)>),
 }
 
 impl<B: Compute> AgentState<B> {
     /// Begins a pass over this node's lanes.
     pub(super) async fn run(
         &mut self,
-        epoch: Epoch,
-        step: Step,
+        (epoch, step): (Epoch, Step),
         pass: Pass,
         lanes: Vec<(Lane, Vec<u32>)>,
+        compare: Vec<ShardId>,
     ) -> Result<()> {
         let waiting = lanes.iter().map(|(lane, _)| *lane).collect();
-        let (reports, norms, reducing) = (Vec::new(), None, None);
-        self.pass = Some(RunningPass { epoch, step, pass, waiting, lanes: reports, norms, reducing });
+        self.pass = Some(RunningPass {
+            epoch,
+            step,
+            pass,
+            waiting,
+            lanes: Vec::new(),
+            norms: None,
+            comparison: Comparison::Pending(compare),
+            reducing: None,
+        });
         self.node.metrics.step_started(epoch.0, step.0);
         let train = pass == Pass::Train;
         if train {
@@ -105,6 +123,29 @@ impl<B: Compute> AgentState<B> {
         }
     }
 
+    pub(super) async fn on_compared(&mut self, epoch: Epoch, step: Step, digests: Vec<(ShardId, Digest)>) {
+        let Some(running) = &mut self.pass else { return };
+        if (running.epoch, running.step) == (epoch, step) {
+            running.comparison = Comparison::Done(digests);
+            self.when_pass_done().await;
+        }
+    }
+
+    /// Computes the digests of the shards to compare. By now all lanes of all nodes have used them.
+    fn compare(&self, epoch: Epoch, step: Step, shards: Vec<ShardId>) {
+        let (actors, me) = (self.node.shard_actors(), self.me.clone());
+        tokio::spawn(async move {
+            let digests = shards.into_iter().map(async |shard| {
+                let digest = actors.get(shard)?.digest(step.previous()).await?;
+                Ok::<_, Error>((shard, digest))
+            });
+            match try_join_all(digests).await {
+                Ok(digests) => notify(&me, NodeMsg::Compared { epoch, step, digests }),
+                Err(error) => notify(&me, NodeMsg::Failed { epoch, error }),
+            }
+        });
+    }
+
     /// Reports to the supervisor when all lanes are done and, in training, all gradients are reduced.
     pub(super) async fn when_pass_done(&mut self) {
         let Some(running) = &mut self.pass else { return };
@@ -116,12 +157,22 @@ impl<B: Compute> AgentState<B> {
             running.reducing.get_or_insert_with(|| (span(), Instant::now()));
             return;
         }
+        let digests = match std::mem::replace(&mut running.comparison, Comparison::Running) {
+            Comparison::Pending(shards) if !shards.is_empty() => {
+                let (epoch, step) = (running.epoch, running.step);
+                return self.compare(epoch, step, shards);
+            }
+            Comparison::Pending(_) => Vec::new(),
+            Comparison::Running => return,
+            Comparison::Done(digests) => digests,
+        };
         let Some(RunningPass { epoch, step, pass, lanes, norms, .. }) = self.pass.take() else { return };
         let report = match pass {
             Pass::Train => {
                 let speed = self.node.take_speed(self.node.lane_work());
                 self.prepared = Some(Instant::now());
-                NodeReport::Prepared { epoch, step, norms: norms.unwrap_or_default(), lanes, speed }
+                let norms = norms.unwrap_or_default();
+                NodeReport::Prepared { epoch, step, norms, digests, lanes, speed }
             }
             Pass::Validate { round } => NodeReport::Validated { epoch, round, lanes },
         };

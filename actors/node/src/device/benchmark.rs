@@ -19,7 +19,7 @@ use volary_core::costs::Costs;
 use volary_core::dispatch::Dispatch;
 use volary_core::options::TrainingOptions;
 use volary_core::profile::{Profile, Rate};
-use volary_core::schedule::Update;
+use volary_core::schedule::{Moments, Update};
 use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
 use volary_telemetry::Meter;
 
@@ -286,8 +286,9 @@ impl<B: Compute> Sample<B> {
             let mut state = backend.initial(moe.expert_id)?;
             let start = Instant::now();
             let sum = backend.add(left, right)?;
-            let update = Update { apply: true, rate: 1e-6, scale: 1.0 };
-            backend.apply(moe.expert_id, &mut state, Some(sum), Step(1), update)?;
+            let moments = Moments::at(&self.shape.training.optimizer, Step(1));
+            let update = Update { apply: true, rate: 1e-6, scale: 1.0, moments };
+            backend.apply(moe.expert_id, &mut state, Some(sum), update)?;
             Ok(Timing { forward_s: start.elapsed().as_secs_f64() / 2.0, backward_s: 0.0 })
         })?;
         Ok(timing.forward_s)

@@ -3,12 +3,13 @@
 use super::error::ProcessError;
 use crate::context::NodeContext;
 use crate::device::benchmark::benchmark;
+use crate::device::executor::Priority;
 use crate::limits::SPAN_BATCHES_AHEAD;
 use crate::net::probe::probe;
 use crate::options::NodeOptions;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use volary_core::NodeId;
 use volary_core::compute::Compute;
 use volary_core::profile::Profile;
@@ -35,6 +36,13 @@ pub(super) async fn measure_profile<B: Compute>(
         network_s_per_byte: NETWORK_S_PER_BYTE,
         ..Profile::relative(node.executor.threads() as f64)
     };
+    let (answer, arithmetic) = oneshot::channel();
+    node.executor.submit(Priority::Urgent, move |backend| drop(answer.send(backend.arithmetic())));
+    match arithmetic.await {
+        Ok(Ok(digest)) => profile.arithmetic = Some(digest),
+        Ok(Err(error)) => tracing::warn!(%error, "the arithmetic kind of the device is unknown"),
+        Err(_) => {}
+    }
     if !run.measure {
         return profile;
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use volary_core::compute::Compute;
 use volary_core::schedule::Update;
-use volary_core::{Epoch, ShardId, Step};
+use volary_core::{Digest, Epoch, ShardId, Step};
 use volary_telemetry::Meter;
 
 /// What a lane's forward call leaves for its backward call, by attempt.
@@ -89,6 +89,8 @@ impl<B: Compute> ShardReplica<B> {
         match message {
             ShardMsg::Apply { gradient, step, update, reply } => self.on_apply(gradient, step, update, reply),
             ShardMsg::Store { version, finite, reply } => self.on_store(version, finite, reply),
+            ShardMsg::Digest { version, reply } => self.on_digest(version, reply),
+            ShardMsg::FlipBit { reply } => self.on_flip_bit(reply),
             ShardMsg::Discard { .. } => {}
         }
     }
@@ -98,7 +100,7 @@ impl<B: Compute> ShardReplica<B> {
         self.node.executor.submit(Priority::Urgent, move |backend| {
             let mut replica = state.lock();
             let done = if replica.version.next() == step {
-                let applied = backend.apply(shard, &mut replica.shard, gradient, step, update);
+                let applied = backend.apply(shard, &mut replica.shard, gradient, update);
                 applied.map_err(Error::replica(shard))
             } else {
                 Err(Error::WrongVersion { shard, version: replica.version, wanted: step.previous() })
@@ -106,6 +108,36 @@ impl<B: Compute> ShardReplica<B> {
             if done.is_ok() {
                 replica.version = step;
             }
+            drop(replica);
+            respond(reply, done);
+        });
+    }
+
+    fn on_digest(&self, version: Step, reply: Reply<Digest>) {
+        let (shard, state) = (self.id, Arc::clone(&self.state));
+        self.node.executor.submit(Priority::Urgent, move |backend| {
+            let replica = state.lock();
+            let digest = match replica.version == version {
+                true => backend.digest(&replica.shard).map_err(Error::replica(shard)),
+                false => Err(Error::WrongVersion { shard, version: replica.version, wanted: version }),
+            };
+            drop(replica);
+            respond(reply, digest);
+        });
+    }
+
+    /// Flips a bit of the mantissa of the last number.
+    fn on_flip_bit(&self, reply: Reply<()>) {
+        let (shard, state) = (self.id, Arc::clone(&self.state));
+        self.node.executor.submit(Priority::Urgent, move |backend| {
+            let mut replica = state.lock();
+            let flipped = backend.store(shard, replica.version, &replica.shard).and_then(|mut bytes| {
+                if let Some(byte) = bytes.iter_mut().rev().nth(1) {
+                    *byte ^= 1;
+                }
+                backend.load(shard, &bytes)
+            });
+            let done = flipped.map(|flipped| replica.shard = flipped).map_err(Error::replica(shard));
             drop(replica);
             respond(reply, done);
         });

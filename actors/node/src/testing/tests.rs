@@ -78,8 +78,9 @@ fn a_stored_shard_loads_bit_for_bit() {
     let backend = backend(FakeDevice::default());
     let mut shard = backend.initial(ShardId::Embedding).expect("a shard");
     let gradient = Some(backend.gradient(vec![0.3; HIDDEN]));
-    let update = Update { apply: true, rate: 0.1, scale: 0.5 };
-    backend.apply(ShardId::Embedding, &mut shard, gradient, Step(1), update).expect("an update");
+    let update =
+        Update { apply: true, rate: 0.1, scale: 0.5, moments: volary_core::schedule::Moments::Decay(0.0) };
+    backend.apply(ShardId::Embedding, &mut shard, gradient, update).expect("an update");
     let bytes = backend.store(ShardId::Embedding, Step(1), &shard).expect("bytes");
     let loaded = backend.load(ShardId::Embedding, &bytes).expect("a shard");
     assert_eq!((loaded.weights, loaded.momentum), (shard.weights, shard.momentum));

@@ -1,6 +1,6 @@
 //! Carries out what the machine decides, in its order.
 
-use super::recovery::{CLUSTER, newest_intact, persist};
+use super::recovery::{AGREED, CLUSTER, newest_intact, persist};
 use super::{RunEnd, SupervisorState};
 use crate::blocking::blocking;
 use crate::error::Result;
@@ -17,7 +17,7 @@ use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
 use volary_data::validation;
 use volary_protocol::ToNode;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
-use volary_storage::Error as StorageError;
+use volary_storage::{Error as StorageError, Table};
 
 impl SupervisorState {
     pub(super) async fn carry_out(&mut self, effect: Effect) -> Result<()> {
@@ -37,6 +37,11 @@ impl SupervisorState {
             }
             Effect::DropCheckpoint { attempt } => {
                 notify(&self.checkpointer, CheckpointerMsg::Drop { attempt });
+            }
+            Effect::CheckpointAgreed { step } => {
+                let store = self.store.clone();
+                blocking(move || store.put(Table::Facts, AGREED, &step)).await?;
+                notify(&self.checkpointer, CheckpointerMsg::Agreed { step });
             }
             Effect::VerifyCheckpoint { step } => self.verify_checkpoint(step),
             Effect::GoBack { step, state } => self.go_back(step, state).await?,
@@ -168,6 +173,7 @@ impl SupervisorState {
         match &notice {
             Notice::WentBack { .. }
             | Notice::WentBackFromNan { .. }
+            | Notice::WentBackFromDifference { .. }
             | Notice::GivingUp { .. }
             | Notice::NoRoom { .. }
             | Notice::ReplicasDiffer { .. }
@@ -178,6 +184,7 @@ impl SupervisorState {
             }
             Notice::Lost { .. }
             | Notice::Fenced { .. }
+            | Notice::ArithmeticMixed { .. }
             | Notice::MigrationFailed { .. }
             | Notice::DrainDeferred { .. }
             | Notice::LearnerLate { .. }

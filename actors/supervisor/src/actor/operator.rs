@@ -123,6 +123,8 @@ impl SupervisorState {
             pid: session.info.pid,
             state: self.machine.node_state(node).into(),
             device: session.info.device.clone(),
+            arithmetic: (self.machine.profile(node).and_then(|profile| profile.arithmetic))
+                .map_or_else(String::new, |kind| kind.to_string()[..8].to_owned()),
             capacity: self.machine.profile(node).map_or(0.0, Profile::capacity),
             zone: session.info.profile.as_ref().map_or_else(String::new, |profile| profile.zone.clone()),
             shards: shards.into_iter().filter(|&shard| placement.holds(node, shard)).count(),

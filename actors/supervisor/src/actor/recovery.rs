@@ -9,6 +9,9 @@ use volary_storage::{Checkpoints, Store, Table, reconcile};
 /// The key of the machine's persistent state among the facts of the store.
 pub(super) const CLUSTER: &str = "cluster";
 
+/// The key of the last checkpoint that all replicas agreed on.
+pub(super) const AGREED: &str = "agreed_checkpoint";
+
 /// The state of a run, as far as it is on disk.
 pub(super) struct Recovery {
     pub(super) restored: Restored,
@@ -46,11 +49,16 @@ impl Recovery {
         let restarted = !persistent.members.is_empty();
         let last = last.map(|c| LastCommit { epoch: c.epoch, step: c.step, update: c.update });
         let durable = checkpoints.latest()?.map(|record| record.step);
+        let agreed = last_agreed(store)?.filter(|step| checkpoints.at(*step).is_ok());
         let skipped_in_a_row = match &last {
             Some(last) => skipped_until(store, last.step, max_skipped_steps)?,
             None => 0,
         };
-        Ok(Self { restored: Restored { durable, last, skipped_in_a_row, persistent }, load, restarted })
+        Ok(Self {
+            restored: Restored { durable, agreed, last, skipped_in_a_row, persistent },
+            load,
+            restarted,
+        })
     }
 }
 
@@ -69,6 +77,11 @@ fn skipped_until(store: &Store, last: Step, most: u64) -> Result<u64> {
 pub(crate) fn last_members(store: &Store) -> Result<Vec<NodeId>> {
     let persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
     Ok(persistent.members)
+}
+
+/// The last checkpoint that all replicas agreed on.
+pub(crate) fn last_agreed(store: &Store) -> volary_storage::Result<Option<Step>> {
+    store.get(Table::Facts, AGREED)
 }
 
 /// The newest intact checkpoint up to `step`, by all of its bytes.

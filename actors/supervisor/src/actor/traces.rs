@@ -189,7 +189,9 @@ impl Traces {
             Notice::Draining { node, .. } => self.changed_by("draining", &node.0),
             Notice::Left { node } => self.changed_by("left", &node.0),
             Notice::Aborted { epoch, step, reason } => self.aborted(*epoch, *step, reason),
-            Notice::WentBack { from, to, .. } | Notice::WentBackFromNan { from, to, .. } => {
+            Notice::WentBack { from, to, .. }
+            | Notice::WentBackFromNan { from, to, .. }
+            | Notice::WentBackFromDifference { from, to, .. } => {
                 let span = self.recovery.get_or_insert_with(|| self.tracer.root("recovery", None));
                 span.set("volary.rollback.from_step", from.0 as i64);
                 span.set("volary.rollback.to_step", to.0 as i64);
@@ -218,6 +220,7 @@ impl Traces {
             }
             Notice::Migrated { .. }
             | Notice::NoRoom { .. }
+            | Notice::ArithmeticMixed { .. }
             | Notice::DrainDeferred { .. }
             | Notice::Emptying { .. }
             | Notice::LearnerLate { .. }

@@ -1,5 +1,6 @@
 //! The status of a run as text and as JSON.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use volary_protocol::operator::{NodeStatus, Status};
 
@@ -48,6 +49,10 @@ impl fmt::Display for StatusText<'_> {
                 writeln!(f, "  {what}: {count} since the supervisor started")?;
             }
         }
+        let kinds: BTreeSet<&str> = self.0.nodes.iter().map(|node| node.arithmetic.as_str()).collect();
+        if kinds.iter().filter(|kind| !kind.is_empty()).count() > 1 {
+            writeln!(f, "  nodes of several arithmetic kinds: losses and weights depend on the placement")?;
+        }
         self.0.nodes.iter().try_for_each(|node| writeln!(f, "  {}", NodeText(node)))
     }
 }
@@ -57,10 +62,10 @@ struct NodeText<'a>(&'a NodeStatus);
 
 impl fmt::Display for NodeText<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let NodeStatus { name, state, device, pid, capacity, shards, .. } = self.0;
+        let NodeStatus { name, state, device, arithmetic, pid, capacity, shards, .. } = self.0;
         write!(
             f,
-            "{name}: {state} on {device}, process {pid}, capacity {capacity:.2}, {shards} shards, lanes "
+            "{name}: {state} on {device} ({arithmetic}), process {pid}, capacity {capacity:.2}, {shards} shards, lanes "
         )?;
         if self.0.lanes.is_empty() { f.write_str("none") } else { f.write_str(&lanes(self.0)) }
     }
@@ -80,6 +85,7 @@ mod tests {
             pid: 7,
             state: "member".into(),
             device: "cpu".into(),
+            arithmetic: if name == "node-1" { "aa" } else { "bb" }.into(),
             capacity: 1.25,
             zone: String::new(),
             shards: 17,
@@ -111,8 +117,9 @@ mod tests {
             "quickstart: training, step 50 of 200, epoch 4\n  loss 3.2500, 5000 tokens/s\n  \
              supervisor: process 2 at 127.0.0.1:1\n  checkpoint: step 40\n  \
              skipped steps: 3 since the supervisor started\n  \
-             node-1: member on cpu, process 7, capacity 1.25, 17 shards, lanes 0 2\n  \
-             node-2: member on cpu, process 7, capacity 1.25, 17 shards, lanes none\n"
+             nodes of several arithmetic kinds: losses and weights depend on the placement\n  \
+             node-1: member on cpu (aa), process 7, capacity 1.25, 17 shards, lanes 0 2\n  \
+             node-2: member on cpu (bb), process 7, capacity 1.25, 17 shards, lanes none\n"
         );
         let json = to_json(&status).expect("JSON");
         assert_eq!(json["events"][0]["event"], "joined");

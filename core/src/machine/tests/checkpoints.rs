@@ -66,7 +66,7 @@ fn a_checkpoint_is_verified_before_it_is_loaded_and_not_when_nodes_return_with_t
         members: vec![id(1)],
         ..PersistentState::default()
     };
-    let update = Update::decide(1.0, true, 6, 0.1, None).0;
+    let update = update();
     let last = Some(LastCommit { epoch: Epoch(4), step: Step(5), update });
     let restored =
         || Restored { durable: Some(Step(3)), last, persistent: persistent.clone(), ..Restored::default() };

@@ -146,7 +146,8 @@ fn without_a_majority_nobody_is_blamed_and_the_run_ends_when_going_back_does_not
             run.all_ready();
         }
     }
-    let why = |effect: &Effect| matches!(effect, Effect::Fatal { reason } if reason.contains("n1 and n2 compute"));
+    let why =
+        |effect: &Effect| matches!(effect, Effect::Fatal { reason } if reason.contains("n1 and n2 compute"));
     assert!(run.effects.iter().any(why), "{:?}", run.effects);
 }
 
@@ -197,6 +198,27 @@ fn a_member_that_does_not_report_what_is_compared_commits_nothing() {
         digests.pop();
     }
     run.report(1, message);
-    let aborted = |notice: &Notice| matches!(notice, Notice::Aborted { reason, .. } if reason.contains("content"));
+    let aborted =
+        |notice: &Notice| matches!(notice, Notice::Aborted { reason, .. } if reason.contains("content"));
     assert!(run.notices().any(aborted), "{:?}", run.effects);
+}
+
+#[test]
+fn a_node_of_another_arithmetic_kind_is_told_of_once() {
+    let mut run = Harness::new(settings(1), Restored::default());
+    let mut told = Vec::new();
+    for (number, kind) in [(1, None), (2, Some("a")), (3, Some("a")), (4, Some("b")), (5, Some("b"))] {
+        let arithmetic = kind.map(|kind: &str| Digest::of(kind.as_bytes()));
+        let profile = Box::new(Profile { arithmetic, ..Profile::relative(1.0) });
+        let node = id(number);
+        run.handle(Event::Joined { node, profile, address: String::new(), held: ResidentState::default() });
+        told.extend(run.notices().filter_map(|notice| match notice {
+            Notice::ArithmeticMixed { kinds } => Some((number, kinds.clone())),
+            _ => None,
+        }));
+    }
+    let [(4, kinds)] = told.as_slice() else { panic!("{told:?}") };
+    let mut kinds = kinds.clone();
+    kinds.sort();
+    assert_eq!(kinds, [vec![id(2), id(3)], vec![id(4)]]);
 }

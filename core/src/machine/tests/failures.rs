@@ -54,7 +54,7 @@ fn a_node_that_two_others_cannot_reach_is_fenced() {
 fn a_restarted_supervisor_accepts_only_state_of_its_last_commit() {
     let quiet = Harness::training(3);
     let (epoch, last) = (quiet.machine.placement().epoch, Step(5));
-    let update = Update::decide(1.0, true, 6, 0.1, None).0;
+    let update = update();
     let restored = || Restored {
         durable: Some(Step(3)),
         last: Some(LastCommit { epoch, step: last, update }),
@@ -94,7 +94,7 @@ fn a_restarted_supervisor_waits_for_its_nodes_and_resumes_with_those_that_return
         members: vec![id(1), id(2)],
         ..PersistentState::default()
     };
-    let update = Update::decide(1.0, true, 6, 0.1, None).0;
+    let update = update();
     let last = Some(LastCommit { epoch: Epoch(4), step: Step(2), update });
     let mut run = Harness::new(settings(2), Restored { last, persistent, ..Restored::default() });
     let shards = run.machine.settings.architecture.shards();

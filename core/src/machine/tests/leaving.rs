@@ -128,7 +128,7 @@ fn a_drain_for_which_there_is_no_room_waits_with_the_shortage_in_numbers() {
 
 #[test]
 fn a_node_that_leaves_stays_until_the_others_have_fetched_what_only_it_holds() {
-    let update = Update::decide(1.0, true, 6, 0.1, None).0;
+    let update = update();
     let last = Some(LastCommit { epoch: Epoch(1), step: Step(1), update });
     let members = vec![id(1), id(2), id(3)];
     let persistent = PersistentState { epoch: Epoch(1), members, ..PersistentState::default() };
@@ -183,7 +183,7 @@ fn a_drain_says_how_long_the_shards_take_that_only_the_node_holds() {
 
 #[test]
 fn a_stop_while_the_holders_of_the_last_step_are_away_ends_the_supervisor_and_not_the_run() {
-    let update = Update { apply: true, rate: 0.01, scale: 1.0 };
+    let update = update();
     let last = LastCommit { epoch: Epoch(1), step: Step(7), update };
     let restored = Restored { durable: Some(Step(5)), last: Some(last), ..Restored::default() };
     let mut run = Harness::new(settings(2), restored);

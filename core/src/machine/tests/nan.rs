@@ -177,7 +177,7 @@ fn weights_that_are_not_finite_fail_the_checkpoint_and_break_the_run() {
 fn a_restarted_supervisor_counts_the_steps_that_were_skipped_before() {
     let members = vec![id(1)];
     let persistent = PersistentState { epoch: Epoch(1), members, ..PersistentState::default() };
-    let update = Update { apply: false, rate: 0.1, scale: 1.0 };
+    let update = Update { apply: false, ..update() };
     let last = Some(LastCommit { epoch: Epoch(1), step: Step(4), update });
     let restored = Restored { last, skipped_in_a_row: 2, persistent, ..Restored::default() };
     let run = Harness::new(settings(1), restored);

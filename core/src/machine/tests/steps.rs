@@ -45,7 +45,9 @@ fn a_commit_is_journaled_before_any_node_learns_of_it() {
 #[test]
 fn a_message_of_another_epoch_changes_nothing() {
     let mut run = Harness::training(2);
-    let NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } = run.prepared(1) else { unreachable!() };
+    let NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } = run.prepared(1) else {
+        unreachable!()
+    };
     for epoch in [epoch.previous(), epoch.next()] {
         let (norms, digests, lanes) = (norms.clone(), digests.clone(), lanes.clone());
         run.report(1, NodeReport::Prepared { epoch, step, norms, digests, lanes, speed });
@@ -80,7 +82,9 @@ fn a_gradient_that_is_not_finite_skips_the_update_and_the_run_continues() {
 fn a_report_that_is_not_a_nodes_own_part_commits_nothing() {
     let mut run = Harness::training(2);
     run.step(2);
-    let NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } = run.prepared(1) else { unreachable!() };
+    let NodeReport::Prepared { epoch, step, norms, digests, lanes, speed } = run.prepared(1) else {
+        unreachable!()
+    };
     let prepared =
         |norms, lanes| NodeReport::Prepared { epoch, step, norms, digests: digests.clone(), lanes, speed };
     let mut foreign = lanes.clone();
