@@ -20,7 +20,7 @@ pub struct RunOutcome {
     pub finished: bool,
     /// The last committed step of this process.
     pub last: Option<StepMetrics>,
-    /// The report of a trace of spot instances that was played to its end.
+    /// The report of a trace of spot instances, as far as it was played.
     pub spot: Option<Report>,
 }
 

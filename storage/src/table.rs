@@ -95,6 +95,19 @@ impl Store {
         Ok(values)
     }
 
+    /// The names of a table's values, in order.
+    ///
+    /// # Errors
+    /// [`Error::Database`].
+    pub fn names(&self, table: Table) -> Result<Vec<String>> {
+        let keys = self.tree(table).iter().keys();
+        keys.map(|key| {
+            let key = key.map_err(|e| self.failed("read a table", e))?;
+            Ok(String::from_utf8_lossy(&key).into_owned())
+        })
+        .collect()
+    }
+
     fn tree(&self, table: Table) -> &sled::Tree {
         match table {
             Table::Facts => &self.facts,

@@ -37,3 +37,5 @@ pub(crate) const USE_RACES_MAX: usize = 16;
 /// A node may renew its certificate this many times within one certificate lifetime; an honest one does it
 /// twice.
 pub(crate) const RENEWALS_PER_LIFETIME: u32 = 4;
+/// Members of a cluster in one record of the database: a name has at most 100 bytes, and a record 120 KiB.
+pub(crate) const MEMBERS_PER_RECORD: usize = 1_000;

@@ -49,6 +49,8 @@ pub struct Replay {
     started: usize,
     stream: Stream,
     stage: Stage,
+    /// The time for which each number of nodes is measured.
+    quiet_time: Duration,
     /// Lane-steps per second with each number of nodes, undisturbed.
     quiet: BTreeMap<usize, f64>,
     /// The last committed step.
@@ -78,6 +80,7 @@ impl Replay {
     #[must_use]
     pub fn new(trace: Trace, options: SpotOptions) -> Self {
         let nodes: Vec<String> = (1..=options.nodes_max).map(node_name).collect();
+        let quiet_time = (trace.end() / 20).clamp(*SPOT_QUIET.start(), *SPOT_QUIET.end());
         Self {
             trace,
             options,
@@ -86,6 +89,7 @@ impl Replay {
             leaving: VecDeque::new(),
             stream: Stream::new(options.seed, Purpose::Faults, &[]),
             stage: Stage::Quiet { nodes: options.nodes_max, settled: 0, since: None },
+            quiet_time,
             quiet: BTreeMap::new(),
             step: 0,
             report: Report::default(),
@@ -110,10 +114,10 @@ impl Replay {
         }
     }
 
-    /// The report, once the trace has been played.
+    /// The report, of as much of the trace as was played.
     #[must_use]
     pub fn report(&self) -> Option<&Report> {
-        self.is_over().then_some(&self.report)
+        (!matches!(self.stage, Stage::Quiet { .. })).then_some(&self.report)
     }
 
     /// A step was committed by a placement of `nodes` nodes.
@@ -133,7 +137,7 @@ impl Replay {
                 *settled += 1;
                 if *settled >= SPOT_SETTLING_STEPS {
                     let (began, first) = *since.get_or_insert((now, step));
-                    if now - began >= SPOT_QUIET && step > first {
+                    if now - began >= self.quiet_time && step > first {
                         let rate = lanes * (step - first) as f64 / (now - began).as_secs_f64();
                         self.quiet.insert(*wanted, rate);
                     }

@@ -1,6 +1,6 @@
 //! Carries out what the machine decides, in its order.
 
-use super::recovery::{AGREED, CLUSTER, newest_intact, persist};
+use super::recovery::{AGREED, CLUSTER, StoredState, newest_intact, persist};
 use super::{RunEnd, SupervisorState};
 use crate::blocking::blocking;
 use crate::error::Result;
@@ -30,7 +30,7 @@ impl SupervisorState {
             Effect::Journal(committed) => self.journal(*committed).await?,
             Effect::Persist(state) => {
                 let store = self.store.clone();
-                blocking(move || persist(&store, &state)).await?;
+                blocking(move || persist(&store, state)).await?;
             }
             Effect::OpenCheckpoint { attempt, step, epoch, timeline, senders } => {
                 self.open_checkpoint(attempt, (step, timeline, epoch), senders);
@@ -153,7 +153,9 @@ impl SupervisorState {
         drop(self.checkpointer.call(|reply| CheckpointerMsg::Idle { reply }, None).await);
         let (store, checkpoints) = (self.store.clone(), self.checkpoints.clone());
         blocking(move || {
-            store.go_back(step, CLUSTER, &state)?;
+            let stored = StoredState::prepare(&store, state)?;
+            store.go_back(step, CLUSTER, &stored)?;
+            stored.tidy_up(&store)?;
             checkpoints.truncate_after(step)?;
             Ok::<_, StorageError>(())
         })

@@ -1,13 +1,19 @@
 //! What a supervisor finds on disk when it starts: nothing in a new run, the last state in one that resumes.
 
 use crate::error::{Error, Result};
+use crate::limits::MEMBERS_PER_RECORD;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use volary_core::machine::{Committed, PersistentState, Restored};
 use volary_core::messages::LastCommit;
-use volary_core::{NodeId, Step};
+use volary_core::{Epoch, NodeId, Step};
 use volary_storage::{Checkpoints, Store, Table, reconcile};
 
 /// The key of the machine's persistent state among the facts of the store.
 pub(super) const CLUSTER: &str = "cluster";
+
+/// The beginning of the keys of further members.
+const MEMBERS: &str = "cluster.members.";
 
 /// The key of the last checkpoint that all replicas agreed on.
 pub(super) const AGREED: &str = "agreed_checkpoint";
@@ -30,7 +36,7 @@ impl Recovery {
         nodes_are_gone: bool,
         max_skipped_steps: u64,
     ) -> Result<Self> {
-        let mut persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
+        let mut persistent = load_state(store)?;
         let reconciled = reconcile(store, checkpoints, persistent.timeline)?;
         if let Some(step) = reconciled.rebased {
             tracing::warn!(%step, "the journal has lost its end; the run continues after its checkpoint");
@@ -75,8 +81,55 @@ fn skipped_until(store: &Store, last: Step, most: u64) -> Result<u64> {
 
 /// The members of the last placement, which may return.
 pub(crate) fn last_members(store: &Store) -> Result<Vec<NodeId>> {
-    let persistent: PersistentState = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
-    Ok(persistent.members)
+    Ok(load_state(store)?.members)
+}
+
+/// The machine's persistent state, as far as it fits into one record: further members are in records of their
+/// own, which the first one names.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub(super) struct StoredState {
+    state: PersistentState,
+    /// Records with further members.
+    pages: usize,
+}
+
+impl StoredState {
+    /// Writes all but the first record. The state is that of before until the first record is written.
+    pub(super) fn prepare(store: &Store, mut state: PersistentState) -> volary_storage::Result<Self> {
+        let further = state.members.split_off(state.members.len().min(MEMBERS_PER_RECORD));
+        let pages = further.chunks(MEMBERS_PER_RECORD);
+        let count = pages.len();
+        for (number, page) in pages.enumerate() {
+            store.put(Table::Facts, &page_key(state.epoch, number), &page)?;
+        }
+        Ok(Self { state, pages: count })
+    }
+
+    /// Removes records of states before this one, once it is written.
+    pub(super) fn tidy_up(&self, store: &Store) -> volary_storage::Result<()> {
+        let own: BTreeSet<String> =
+            (0..self.pages).map(|number| page_key(self.state.epoch, number)).collect();
+        for name in store.names(Table::Facts)? {
+            if name.starts_with(MEMBERS) && !own.contains(&name) {
+                store.remove(Table::Facts, &name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The key of a record with members of a state.
+fn page_key(epoch: Epoch, number: usize) -> String {
+    format!("{MEMBERS}{}.{number}", epoch.0)
+}
+
+fn load_state(store: &Store) -> Result<PersistentState> {
+    let StoredState { mut state, pages } = store.get(Table::Facts, CLUSTER)?.unwrap_or_default();
+    for number in 0..pages {
+        let page: Option<Vec<NodeId>> = store.get(Table::Facts, &page_key(state.epoch, number))?;
+        state.members.extend(page.unwrap_or_default());
+    }
+    Ok(state)
 }
 
 /// The last checkpoint that all replicas agreed on.
@@ -110,6 +163,29 @@ pub(super) fn newest_intact(
 }
 
 /// Makes the machine's persistent state durable.
-pub(super) fn persist(store: &Store, state: &PersistentState) -> volary_storage::Result<()> {
-    store.put(Table::Facts, CLUSTER, state)
+pub(super) fn persist(store: &Store, state: PersistentState) -> volary_storage::Result<()> {
+    let stored = StoredState::prepare(store, state)?;
+    store.put(Table::Facts, CLUSTER, &stored)?;
+    stored.tidy_up(store)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use volary_storage::RunDir;
+
+    #[test]
+    fn the_members_of_a_cluster_of_any_size_are_stored_and_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(&RunDir::create(folder.path().join("run")).unwrap()).unwrap();
+        for (epoch, count) in [(1, 3), (2, MEMBERS_PER_RECORD), (3, 10_000), (4, 2_500), (4, 0)] {
+            let name = |number: usize| NodeId::new(format!("{number:0100}"));
+            let members: Vec<NodeId> = (0..count).map(name).collect();
+            let state = PersistentState { epoch: Epoch(epoch), members, ..PersistentState::default() };
+            persist(&store, state.clone()).unwrap();
+            assert_eq!(load_state(&store).unwrap(), state);
+            let pages = count.div_ceil(MEMBERS_PER_RECORD).saturating_sub(1);
+            assert_eq!(store.names(Table::Facts).unwrap().len(), 1 + pages, "{count} members");
+        }
+    }
 }

@@ -1,0 +1,152 @@
+//! Measured loads and speeds move shards and lanes between real processes, and change no bit.
+#![expect(clippy::expect_used, reason = "tests")]
+
+mod common;
+
+use common::{Guard, World, signal, until};
+use parking_lot::{Mutex, MutexGuard};
+use serde_json::Value;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// One cluster at a time: a neighbour would change the speeds.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock()
+}
+
+fn events(world: &World, run: &str) -> Vec<Value> {
+    let path = world.path("runs").join(run).join("events.jsonl");
+    let all = std::fs::read_to_string(path).unwrap_or_default();
+    // The last line may be half written.
+    all.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+fn named<'a>(events: &'a [Value], name: &'a str) -> impl Iterator<Item = &'a Value> {
+    events.iter().filter(move |event| event["event"] == name)
+}
+
+/// Text that is nearly all one word: one pair of experts gets nearly all tokens of a layer.
+#[test]
+fn a_hot_expert_gains_replicas_within_32_steps_and_no_bit_changes() {
+    let _alone = alone();
+    let world = World::new();
+    std::fs::create_dir_all(world.path("hot")).expect("a folder");
+    for number in 0..100 {
+        let text = format!("{}{number}.\n", "router ".repeat(400));
+        std::fs::write(world.path(&format!("hot/{number}.txt")), text).expect("a file");
+    }
+    let sources = format!(
+        "data.sources=[{{ name = \"hot\", path = \"{}\", weight = 0.98 }}, {{ name = \"words\", path = \"{}\", weight = 0.02 }}]",
+        world.path("hot").display(),
+        world.path("corpus").display()
+    );
+    let set = ["--set", &sources, "--set", "training.steps=40", "--set", "training.aux_loss=0.0"];
+    let set =
+        [&set[..], &["--set", "cluster.replication=1", "--nodes", "3", "--threads", "1", "--quiet"]].concat();
+    world.run_train(&[&set[..], &["--dir", "runs/still", "--set", "cluster.rebalance=false"]].concat());
+    world.run_train(&[&set[..], &["--dir", "runs/hot"]].concat());
+    let events = events(&world, "hot");
+    let gains: Vec<&Value> = named(&events, "rebalancing")
+        .filter(|event| event["reason"].as_str().is_some_and(|reason| reason.contains("its even share")))
+        .collect();
+    let first = gains.first().unwrap_or_else(|| panic!("no expert is hot: {events:?}"));
+    assert!(first["step"].as_u64().is_some_and(|step| step <= 32), "{first}");
+    let migrated = named(&events, "migrated").next().unwrap_or_else(|| panic!("{events:?}"));
+    assert!(migrated["step"].as_u64().is_some_and(|step| step <= 40), "{migrated}");
+    assert_eq!(world.curve("hot"), world.curve("still"));
+    assert_eq!(world.digest("hot"), world.digest("still"));
+}
+
+/// The lanes of a node in each placement.
+fn lanes_of(events: &[Value], node: &str) -> Vec<(u64, u64)> {
+    let lanes = |placed: &Value| {
+        let place = placed["nodes"].as_array()?.iter().position(|name| name == node)?;
+        Some((placed["step"].as_u64()?, placed["lanes"][place].as_u64()?))
+    };
+    named(events, "placed").filter_map(lanes).collect()
+}
+
+/// Lets a process run for a quarter of the time.
+fn hold_back(pid: u32, ended: &AtomicBool) {
+    while !ended.load(Ordering::Relaxed) {
+        signal(pid, "STOP");
+        std::thread::sleep(Duration::from_millis(15));
+        signal(pid, "CONT");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn process_of(run: &std::path::Path, node: &str) -> Option<u32> {
+    let output = common::volary().args(["status", "--json", "--dir"]).arg(run).output().ok()?;
+    let status: Value = serde_json::from_slice(&output.stdout).ok()?;
+    let node = status["nodes"].as_array()?.iter().find(|found| found["name"] == node)?;
+    u32::try_from(node["pid"].as_u64()?).ok()
+}
+
+#[test]
+fn a_node_that_becomes_slow_loses_lanes_within_32_steps_and_no_bit_changes() {
+    let _alone = alone();
+    let world = World::new();
+    let set = [
+        "--set",
+        "training.steps=160",
+        "--set",
+        "training.sequence_length=96",
+        "--set",
+        "checkpoint.every=1000",
+    ];
+    let set = [&set[..], &["--nodes", "2", "--threads", "1", "--quiet"]].concat();
+    world.run_train(&[&set[..], &["--dir", "runs/quiet"]].concat());
+    let mut run = Guard::start(&mut world.train(&[&set[..], &["--dir", "runs/slow"]].concat()));
+    let metrics = world.path("runs/slow/metrics.jsonl");
+    until("some steps", Duration::from_secs(60), || metrics.exists() && common::lines(&metrics) >= 8);
+    let pid = process_of(&world.path("runs/slow"), "node-2").expect("node-2 runs");
+    let began = common::lines(&metrics) as u64;
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| hold_back(pid, &ended));
+        assert!(run.wait(Duration::from_secs(120)).success());
+        ended.store(true, Ordering::Relaxed);
+    });
+    let events = events(&world, "slow");
+    let lanes = lanes_of(&events, "node-2");
+    let (_, first) = *lanes.first().expect("a placement");
+    let fewer = lanes.iter().find(|(step, lanes)| *step >= began && *lanes < first);
+    assert!(fewer.is_some_and(|(step, _)| *step <= began + 32), "from step {began}: {lanes:?}");
+    assert_eq!(world.curve("slow"), world.curve("quiet"));
+    assert_eq!(world.digest("slow"), world.digest("quiet"));
+}
+
+/// Bursts of other work are no reason to move anything back and forth.
+#[test]
+fn a_noisy_neighbour_makes_nothing_flap_for_300_steps() {
+    let _alone = alone();
+    let world = World::new();
+    let set =
+        ["--set", "training.steps=300", "--set", "checkpoint.every=1000", "--nodes", "2", "--threads", "1"];
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut count = 0u64;
+            while !ended.load(Ordering::Relaxed) {
+                // Busy for a third of a second, then idle as long.
+                let burst = std::time::Instant::now();
+                while burst.elapsed() < Duration::from_millis(333) {
+                    count = std::hint::black_box(count + 1);
+                }
+                std::thread::sleep(Duration::from_millis(333));
+            }
+        });
+        world.run_train(&[&set[..], &["--dir", "runs/noisy", "--quiet"]].concat());
+        ended.store(true, Ordering::Relaxed);
+    });
+    let events = events(&world, "noisy");
+    let lanes = lanes_of(&events, "node-2");
+    let turns = lanes
+        .windows(3)
+        .filter(|w| (w[0].1 < w[1].1) != (w[1].1 < w[2].1) && w[0].1 != w[1].1 && w[1].1 != w[2].1);
+    assert!(turns.count() <= 1, "lanes go back and forth: {lanes:?}");
+    let placements = named(&events, "placed").count();
+    assert!(placements <= 6, "{placements} placements: {events:?}");
+}
