@@ -18,6 +18,7 @@
 //! use volary_core::architecture::presets;
 //! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 //! use volary_core::placement::{Placement, Stage};
+//! use volary_core::shared::Shared;
 //! use volary_core::schedule::{Moments, Update};
 //! use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step, Timeline};
 //!
@@ -27,13 +28,13 @@
 //! let placement =
 //!     Placement { epoch, members: vec![node.clone()], stages: vec![stage], ..Placement::default() };
 //! let assignment = Assignment {
-//!     placement: Arc::new(placement),
+//!     placement: Shared::new(placement),
 //!     timeline: Timeline(0),
 //!     version: Step(0),
 //!     last: None,
 //!     shards: vec![(ShardId::Embedding, Source::Initial)],
 //!     learn: Vec::new(),
-//!     addresses: Arc::default(),
+//!     addresses: Shared::default(),
 //! };
 //! let mut agent = Agent::new(node, Arc::new(presets()[1].architecture.clone()));
 //!

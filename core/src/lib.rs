@@ -19,11 +19,12 @@
 //! | [`placement`] | the nodes of each shard and lane |
 //! | [`costs`], [`profile`] | the costs of a model; the compute, memory and network of a node |
 //! | [`planner`] | from costs and profiles to a placement and its predicted step |
-//! | [`messages`] | the messages between the supervisor and the nodes |
+//! | [`messages`], [`shared`], [`addresses`] | the messages between the supervisor and the nodes |
 //! | [`machine`] | the step and recovery protocol on the supervisor |
 //! | [`agent`] | the step and recovery protocol on a node |
 //! | [`compute`] | the seam to the tensor library |
 
+pub mod addresses;
 pub mod agent;
 pub mod architecture;
 pub mod compute;
@@ -43,6 +44,7 @@ pub mod profile;
 pub mod random;
 pub mod reduction;
 pub mod schedule;
+pub mod shared;
 pub mod tree;
 
 pub use digest::Digest;

@@ -1,11 +1,12 @@
 //! The messages between the supervisor and the nodes on the control stream.
 
+use crate::addresses::Addresses;
 use crate::digest::Digest;
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::placement::Placement;
 use crate::schedule::Update;
+use crate::shared::Shared;
 use serde::{Deserialize, Serialize};
-use std::sync::Arc;
 
 /// The source of a shard's state when a placement begins.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +36,7 @@ pub struct LastCommit {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Assignment {
     /// The placement, the same for all nodes.
-    pub placement: Arc<Placement>,
+    pub placement: Shared<Placement>,
     /// The run's timeline: state of another one is invalid.
     pub timeline: Timeline,
     /// The last committed step: the version of every shard.
@@ -47,7 +48,7 @@ pub struct Assignment {
     /// The shards that this node copies while training continues, each with its holders.
     pub learn: Vec<(ShardId, Vec<NodeId>)>,
     /// The QUIC address of every member.
-    pub addresses: Arc<Vec<(NodeId, String)>>,
+    pub addresses: Shared<Addresses>,
 }
 
 /// The state in a node's memory when it returns to a restarted supervisor.

@@ -5,19 +5,20 @@
 //! nodes, with or without a stage. The *owner* of a shard makes the final sum of its gradient
 //! ([`crate::reduction`]). No placement changes the mathematics.
 
+mod encoding;
 mod traffic;
 
+pub(crate) use encoding::Names;
 pub use traffic::Traffic;
 
 use crate::ids::{Epoch, Lane, LayerId, LayerRange, NodeId, ShardId};
 use crate::reduction::{ExpertLeaves, Reduction};
 use crate::tree::LeafSpan;
-use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Consecutive layers, the nodes that hold them, and the node of each lane. The first stage has the
 /// embedding, and with it the loss: its nodes drive their lanes through the other stages.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Stage {
     /// Its layers.
     pub layers: LayerRange,
@@ -50,7 +51,7 @@ impl Stage {
 }
 
 /// A placement, numbered by its epoch.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Placement {
     /// Its number.
     pub epoch: Epoch,

@@ -11,7 +11,7 @@ use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, ResidentS
 use volary_core::options::{CheckpointOptions, ClusterOptions, OnNan, TrainingOptions, ValidationOptions};
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
-use volary_core::{Digest, NodeId, ShardId};
+use volary_core::{Digest, Epoch, NodeId, ShardId};
 
 const SIZES: [usize; 4] = [300, 1_000, 3_000, 10_000];
 const ROUNDS: u64 = 3;
@@ -22,7 +22,10 @@ fn main() {
     if let Ok(nodes) = std::env::var("VOLARY_NODES") {
         return play(nodes.parse().expect("a number"));
     }
-    println!("{:>7}{:>10}{:>14}{:>14}{:>14}", "nodes", "events", "us per event", "ms per death", "peak MB");
+    println!(
+        "{:>7}{:>10}{:>14}{:>14}{:>14}{:>16}{:>10}",
+        "nodes", "events", "us per event", "ms per death", "s half joins", "MB a placement", "peak MB"
+    );
     // A process for each size, so that its peak memory is its own.
     for nodes in SIZES {
         let program = std::env::current_exe().expect("a program");
@@ -64,6 +67,11 @@ struct Cluster {
     alive: BTreeSet<NodeId>,
     events: u64,
     deaths: Vec<f64>,
+    /// Seconds in the machine.
+    machine_s: f64,
+    /// Bytes of assignments, and the placements that they are of.
+    assigned_bytes: usize,
+    placements: BTreeSet<Epoch>,
     shards: Vec<ShardId>,
     next: usize,
 }
@@ -74,8 +82,14 @@ impl Cluster {
         let death = matches!(event, Event::Lost { .. });
         let start = Instant::now();
         let effects = self.machine.handle(event);
-        if death {
-            self.deaths.push(start.elapsed().as_secs_f64());
+        let seconds = start.elapsed().as_secs_f64();
+        self.machine_s += seconds;
+        self.deaths.extend(death.then_some(seconds));
+        for effect in &effects {
+            if let Effect::Send { message: message @ NodeCommand::Assign(assignment), .. } = effect {
+                self.placements.insert(assignment.placement.epoch);
+                self.assigned_bytes += postcard::to_stdvec(message).expect("a message").len();
+            }
         }
         effects
     }
@@ -147,13 +161,32 @@ fn play(nodes: usize) {
     let shards = settings.architecture.shards();
     let machine = Machine::new(settings, Restored::default());
     let (alive, deaths) = (BTreeSet::new(), Vec::new());
-    let mut cluster = Cluster { machine, alive, events: 0, deaths, shards, next: 0 };
+    let mut cluster = Cluster {
+        machine,
+        alive,
+        events: 0,
+        deaths,
+        machine_s: 0.0,
+        assigned_bytes: 0,
+        placements: BTreeSet::new(),
+        shards,
+        next: 0,
+    };
     let start = Instant::now();
     let mut effects = Vec::new();
-    for _ in 0..nodes {
+    for _ in 0..nodes / 2 {
         effects.extend(cluster.join());
     }
     cluster.run(effects, 1);
+    // The other half joins at once.
+    (cluster.machine_s, cluster.assigned_bytes, cluster.placements) = (0.0, 0, BTreeSet::new());
+    let mut effects = Vec::new();
+    for _ in nodes / 2..nodes {
+        effects.extend(cluster.join());
+    }
+    cluster.run(effects, 6);
+    assert_eq!(cluster.machine.placement().members.len(), nodes, "all nodes are members");
+    let joined = (cluster.machine_s, cluster.assigned_bytes as f64 / cluster.placements.len() as f64);
     let mut random = Stream::new(1, Purpose::Faults, &[nodes as u64]);
     for _ in 0..ROUNDS {
         let mut effects = Vec::new();
@@ -173,10 +206,12 @@ fn play(nodes: usize) {
     let kib: f64 = peak.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number");
     let death = cluster.deaths.iter().sum::<f64>() / cluster.deaths.len() as f64;
     println!(
-        "{nodes:>7}{:>10}{:>14.1}{:>14.2}{:>14.0}",
+        "{nodes:>7}{:>10}{:>14.1}{:>14.2}{:>14.2}{:>16.1}{:>10.0}",
         cluster.events,
         seconds * 1e6 / cluster.events as f64,
         death * 1e3,
+        joined.0,
+        joined.1 / 1e6,
         kib / 1024.0
     );
 }

@@ -331,7 +331,10 @@ impl<'a> Cluster<'a> {
             Happening::Learned(node, epoch, shards) => {
                 if self.alive.contains(&node) {
                     let version = self.machine.committed();
-                    self.handle(Event::Reported { node, message: NodeReport::Learned { epoch, version, shards } });
+                    self.handle(Event::Reported {
+                        node,
+                        message: NodeReport::Learned { epoch, version, shards },
+                    });
                 }
             }
             Happening::Stored(attempt) => self.handle(Event::CheckpointStored { attempt }),
@@ -417,8 +420,12 @@ impl<'a> Cluster<'a> {
                 };
                 let copied = of(&|source| matches!(source, Source::Peer(_))) / LINK;
                 let members = assignment.placement.members.len() as f64;
-                let loaded = of(&|source| matches!(source, Source::Checkpoint(_))) / (STORE / members).min(LINK);
-                self.after(copied + loaded + 0.01, Happening::Report(node.clone(), Box::new(NodeReport::Ready { epoch })));
+                let loaded =
+                    of(&|source| matches!(source, Source::Checkpoint(_))) / (STORE / members).min(LINK);
+                self.after(
+                    copied + loaded + 0.01,
+                    Happening::Report(node.clone(), Box::new(NodeReport::Ready { epoch })),
+                );
                 let shards: Vec<ShardId> = assignment.learn.iter().map(|(shard, _)| *shard).collect();
                 if !shards.is_empty() {
                     let learned: f64 = shards.iter().map(|shard| bytes(&self.architecture, *shard)).sum();

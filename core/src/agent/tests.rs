@@ -6,6 +6,7 @@ use crate::ids::{ExpertId, LayerId};
 use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::{LastCommit, Norm};
 use crate::schedule::Moments;
+use crate::shared::Shared;
 use std::sync::Arc;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0, moments: Moments::Decay(0.0) };
@@ -92,7 +93,7 @@ fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) ->
     };
     let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
     Assignment {
-        placement: Arc::new(Placement {
+        placement: Shared::new(Placement {
             epoch,
             stages: vec![stage],
             members,
@@ -241,9 +242,9 @@ fn learner() -> Harness {
     let mut harness = Harness::new();
     let mut assignment = assignment(Epoch(1), Step(5), Source::Initial, &[EXPERT]);
     assignment.shards.clear();
-    let placement = Arc::make_mut(&mut assignment.placement);
-    placement.members = vec![id("member")];
-    placement.stages.clear();
+    let members = vec![id("member")];
+    let placement = Placement { members, stages: Vec::new(), ..Placement::clone(&assignment.placement) };
+    assignment.placement = Shared::new(placement);
     harness.assign(assignment);
     harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
     assert_eq!(harness.reports(), [&learned(Step(5))]);
