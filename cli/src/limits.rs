@@ -120,8 +120,8 @@ pub const FUZZ_RESPONSE_MAX: Duration = Duration::from_secs(5);
 pub const SPOT_POINTS_MAX: usize = 100_000;
 /// Steps after a change of the nodes before an undisturbed run is measured.
 pub const SPOT_SETTLING_STEPS: u64 = 5;
-/// The time for which an undisturbed run is measured with each number of nodes: a twentieth of the trace, within
-/// these bounds.
+/// The time for which an undisturbed run is measured with each number of nodes: a twentieth of the trace,
+/// within these bounds.
 pub const SPOT_QUIET: RangeInclusive<Duration> = Duration::from_secs(2)..=Duration::from_secs(30);
 /// The time between two samples of a replayed trace.
 pub const SPOT_SAMPLE: Duration = Duration::from_millis(250);

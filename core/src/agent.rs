@@ -19,7 +19,7 @@
 //! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 //! use volary_core::placement::{Placement, Stage};
 //! use volary_core::shared::Shared;
-//! use volary_core::schedule::{Moments, Update};
+//! use volary_core::update::{Moments, Update};
 //! use volary_core::{Epoch, Lane, LayerId, NodeId, ShardId, Step, Timeline};
 //!
 //! let node = NodeId::new("a");
@@ -67,7 +67,7 @@ use crate::costs::stash_steps;
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, ResidentState, Source};
 use crate::placement::Placement;
-use crate::schedule::Update;
+use crate::update::Update;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use types::PendingCopy;

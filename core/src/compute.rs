@@ -16,7 +16,7 @@ use crate::digest::Digest;
 use crate::dispatch::{Dispatch, TOP_K};
 use crate::ids::{Lane, LayerId, ShardId, Step};
 use crate::messages::Norm;
-use crate::schedule::Update;
+use crate::update::Update;
 
 /// A failed computation, as the tensor library describes it.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -10,7 +10,8 @@
 //! | [`InvalidValue`] | the error of a value out of its bounds |
 //! | [`random`] | random draws keyed by their purpose |
 //! | [`architecture`] | the shape of a model, the paper's presets, parameter counts |
-//! | [`options`], [`schedule`] | the options of a run; learning rate, skipped steps, clipping |
+//! | [`options`], [`schedule`] | the options of a run; the learning rate |
+//! | [`update`] | the treatment of a step's gradients: skipped steps, clipping, the optimizer's factors |
 //! | [`data_skips`] | the training data that a run leaves out |
 //! | [`digest`] | BLAKE3 digests of blobs and replicas |
 //! | [`dispatch`] | top-2 choices to batches per expert |
@@ -46,6 +47,7 @@ pub mod reduction;
 pub mod schedule;
 pub mod shared;
 pub mod tree;
+pub mod update;
 
 pub use digest::Digest;
 pub use ids::{Epoch, ExpertId, Lane, LayerId, LayerRange, NodeId, ShardId, Step, Timeline};

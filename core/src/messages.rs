@@ -4,8 +4,8 @@ use crate::addresses::Addresses;
 use crate::digest::Digest;
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
 use crate::placement::Placement;
-use crate::schedule::Update;
 use crate::shared::Shared;
+use crate::update::Update;
 use serde::{Deserialize, Serialize};
 
 /// The source of a shard's state when a placement begins.

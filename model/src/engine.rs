@@ -20,7 +20,7 @@ use volary_core::LayerId;
 use volary_core::architecture::Architecture;
 use volary_core::compute::LaneLoss;
 use volary_core::options::TrainingOptions;
-use volary_core::schedule::Update;
+use volary_core::update::Update;
 
 /// The computations of a GLaM model on one device; see [`Compute`](volary_core::compute::Compute) for the
 /// methods.

@@ -6,7 +6,7 @@ use crate::exact;
 use crate::weights::{Role, Slot};
 use tch::Tensor;
 use volary_core::options::Optimizer;
-use volary_core::schedule::{Moments, Update};
+use volary_core::update::{Moments, Update};
 
 /// The epsilon of squared gradients (Adafactor's epsilon 1).
 const ADAFACTOR_EPSILON: f64 = 1e-30;

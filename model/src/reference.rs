@@ -17,7 +17,7 @@ use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
-use volary_core::schedule::{Moments, Update};
+use volary_core::update::{Moments, Update};
 use volary_core::{Lane, LayerId, ShardId, Step};
 
 /// A whole model on one device.

@@ -8,7 +8,7 @@ use volary_core::compute::{Compute, LaneLoss};
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::{OnNan, TrainingOptions};
 use volary_core::random::{Purpose, Stream};
-use volary_core::schedule::{Moments, Update};
+use volary_core::update::{Moments, Update};
 use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
 use volary_model::Glam;
 use volary_model::engine::{Gradient, Shard};

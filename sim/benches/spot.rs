@@ -1,8 +1,8 @@
-//! Recorded spot markets at the size of the paper's cluster, in simulated time: GLaM 64B/64E on up to 128 nodes of
-//! eight accelerators. The supervisor's machine and the planner are the real ones; nodes compute as fast as the
-//! planner predicts, and copy at the speed of their links. A checkpoint-and-restart system with the same costs
-//! stops at every change of the cluster, loads its last checkpoint on what there is, and goes on.
-//! `cargo bench -p volary-sim --bench spot`.
+//! Recorded spot markets at the size of the paper's cluster, in simulated time: GLaM 1.7B/64E on up to 128
+//! nodes of eight accelerators. The supervisor's machine and the planner are the real ones; nodes compute as
+//! fast as the planner predicts, and copy at the speed of their links. A checkpoint-and-restart system with
+//! the same costs stops at every change of the cluster, loads its last checkpoint on what there is, and goes
+//! on. `cargo bench -p volary-sim --bench spot`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::cmp::Reverse;
@@ -22,7 +22,7 @@ const NODES: usize = 128;
 const FLOPS: f64 = 8.0 * 0.4 * 312e12;
 const MEMORY: u64 = 640 << 30;
 /// Bytes per second of a node's link, and of the store of checkpoints.
-const LINK: f64 = 12.5e9;
+const LINK: f64 = 50e9;
 const STORE: f64 = 50e9;
 /// Seconds from an instance to a node that can be placed, and of a restart of all processes.
 const START_S: f64 = 60.0;
@@ -30,6 +30,8 @@ const START_S: f64 = 60.0;
 const SILENCE_S: f64 = 2.0;
 /// Seconds between two checkpoints.
 const CHECKPOINT_S: f64 = 600.0;
+/// The part of a trace that is played.
+const PLAYED_S: f64 = 8.0 * 3_600.0;
 /// The notice of the provider.
 const NOTICE_S: f64 = 120.0;
 
@@ -53,7 +55,7 @@ fn main() {
                 "{name:>6}{:>8}{:>9.1}{:>9}{:>10.3}{:>10.3}{:>12}{:>12.0}",
                 if notice { "120 s" } else { "none" },
                 trace.end() / 3_600.0,
-                trace.points.len(),
+                trace.points.iter().filter(|(time, _)| *time <= trace.end()).count(),
                 played.steps / played.possible,
                 restart / played.possible,
                 played.lost,
@@ -90,21 +92,21 @@ impl Trace {
     }
 
     fn end(&self) -> f64 {
-        self.points.last().map_or(0.0, |(time, _)| *time)
+        self.points.last().map_or(0.0, |(time, _)| time.min(PLAYED_S))
     }
 }
 
 fn architecture() -> Architecture {
-    let preset = presets().into_iter().find(|preset| preset.name == "64b-64e");
+    let preset = presets().into_iter().find(|preset| preset.name == "1.7b-64e");
     preset.expect("the paper's model").architecture
 }
 
 fn settings() -> Settings {
     let architecture = architecture();
     let training = TrainingOptions {
-        lanes: 1_024,
+        lanes: 512,
         lane_group: 4,
-        sequences_per_lane: 1,
+        sequences_per_lane: 2,
         sequence_length: 1_024,
         ..TrainingOptions::new(1_000_000)
     };
@@ -113,6 +115,7 @@ fn settings() -> Settings {
         training,
         // What is compared takes no time here.
         cluster: ClusterOptions {
+            nodes: 10,
             compare_within: 0,
             gather_timeout_ms: u64::MAX,
             rebalance_bytes: 1 << 40,
@@ -181,6 +184,7 @@ fn restarts(trace: &Trace, notice: bool, quiet: &mut Quiet) -> f64 {
     let (mut steps, mut saved) = (0.0f64, 0.0f64);
     for pair in trace.points.windows(2) {
         let ((from, count), (until, after)) = (pair[0], pair[1]);
+        let (from, until) = (from.min(trace.end()), until.min(trace.end()));
         let step_s = quiet.step_s(count, trace.nodes);
         let works = (until - from - START_S - load_s).max(0.0);
         if step_s.is_finite() {

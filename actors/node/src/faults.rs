@@ -1,6 +1,6 @@
 //! Faults that a scripted run injects into a node: one line each on the node's standard input, `partition
-//! 3000`, `cut node-1 3000` or `lose 0.3 3000`, with the duration in milliseconds, or `corrupt embedding`. The
-//! parent writes the lines, the node reads them.
+//! 3000`, `cut node-1 3000` or `lose 0.3 3000`, with the duration in milliseconds, or `corrupt embedding`.
+//! The parent writes the lines, the node reads them.
 
 use crate::context::NodeContext;
 use crate::limits::FAULT_SECONDS_MAX;

@@ -14,7 +14,7 @@ use ractor::rpc::CallResult;
 use ractor::{ActorRef, Message};
 use std::sync::Arc;
 use volary_core::compute::Compute;
-use volary_core::schedule::Update;
+use volary_core::update::Update;
 use volary_core::{Digest, Step};
 use volary_telemetry::Meter;
 

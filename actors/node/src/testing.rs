@@ -32,7 +32,7 @@ use volary_core::compute::{
 use volary_core::dispatch::{Capacity, Dispatch, TOP_K};
 use volary_core::messages::Norm;
 use volary_core::random::{Purpose, Stream};
-use volary_core::schedule::Update;
+use volary_core::update::Update;
 use volary_core::{Digest, Lane, LayerId, ShardId, Step};
 
 /// How much a dense layer adds to its input.

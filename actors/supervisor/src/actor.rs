@@ -20,7 +20,7 @@ mod sessions;
 mod telemetry;
 mod traces;
 
-pub(crate) use recovery::{last_agreed, last_members};
+pub(crate) use recovery::last_members;
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs};
 use crate::credentials::Credentials;
@@ -156,6 +156,7 @@ impl Actor for SupervisorActor {
             store: args.store.clone(),
             config_hash: args.config_hash,
             keep: args.settings.checkpoint.keep.max(1),
+            agreed: recovery.restored.agreed,
             supervisor: me.clone(),
         };
         let (checkpointer, _) = Actor::spawn_linked(None, CheckpointerActor, start, me.get_cell()).await?;

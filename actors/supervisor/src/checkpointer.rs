@@ -4,7 +4,6 @@
 //! or failed. Disk work runs on blocking threads, one shard after the other, and a shard returns its share
 //! of the memory budget when it is on disk.
 
-use crate::actor::last_agreed;
 use crate::blocking::blocking;
 use crate::error::Error;
 use crate::messages::{CheckpointerMsg, SupervisorMsg, notify, respond};
@@ -24,6 +23,8 @@ pub(crate) struct CheckpointerArgs {
     pub(crate) config_hash: Digest,
     /// Checkpoints to keep.
     pub(crate) keep: usize,
+    /// The checkpoint that all replicas agreed on.
+    pub(crate) agreed: Option<Step>,
     pub(crate) supervisor: ActorRef<SupervisorMsg>,
 }
 
@@ -54,7 +55,7 @@ impl Actor for CheckpointerActor {
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let durable = args.checkpoints.steps()?.last().copied();
-        let agreed = last_agreed(&args.store)?;
+        let agreed = args.agreed;
         Ok(CheckpointerState { args, pending: None, durable, agreed, scope: Scope::default() })
     }
 

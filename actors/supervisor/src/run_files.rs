@@ -210,7 +210,7 @@ pub(crate) fn unix_ms() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volary_core::schedule::{Moments, Update};
+    use volary_core::update::{Moments, Update};
 
     fn committed(step: u64) -> Committed {
         Committed {

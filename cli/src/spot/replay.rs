@@ -1,9 +1,9 @@
-//! Which node comes and which goes, when. A pure state machine: its caller tells it the time and the committed
-//! steps, and carries out what it says.
+//! Which node comes and which goes, when. A pure state machine: its caller tells it the time and the
+//! committed steps, and carries out what it says.
 //!
 //! First the run is measured with each number of nodes, from the largest down, undisturbed. Then the trace is
-//! played. A node whose instance is about to be taken away is drained `notice` before that, and killed when the
-//! time has come; without notice it is only killed.
+//! played. A node whose instance is about to be taken away is drained `notice` before that, and killed when
+//! the time has come; without notice it is only killed.
 
 use super::report::Report;
 use super::trace::Trace;
@@ -194,9 +194,8 @@ impl Replay {
     /// Makes `wanted` nodes available, of which `staying` are not about to be taken away.
     fn resize(&mut self, wanted: usize, staying: usize, now: Duration) -> Vec<Change> {
         let mut changes = Vec::new();
-        let due = |(until, _): &mut (Duration, String)| *until <= now;
-        while let Some((_, node)) = self.leaving.pop_front_if(due) {
-            changes.push(Change::Kill(node));
+        while self.leaving.front().is_some_and(|(until, _)| *until <= now) {
+            changes.extend(self.leaving.pop_front().map(|(_, node)| Change::Kill(node)));
         }
         while self.nodes.len() > staying.min(wanted) {
             let node = self.take_one();

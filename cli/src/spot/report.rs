@@ -8,6 +8,9 @@ use std::fmt;
 use std::path::Path;
 use std::time::Duration;
 
+/// A color, and what it draws.
+type Curve = (RGBColor, fn(&Sample) -> f64);
+
 /// A moment of the replay.
 #[derive(Clone, Copy, Debug, Serialize)]
 struct Sample {
@@ -93,7 +96,7 @@ impl Report {
         let area = SVGBackend::new(path, (960, 720)).into_drawing_area();
         area.fill(&WHITE).map_err(failed)?;
         let panels = area.split_evenly((3, 1));
-        let lines: [(&str, &[(RGBColor, fn(&Sample) -> f64)]); 3] = [
+        let lines: [(&str, &[Curve]); 3] = [
             ("available nodes", &[(BLACK, |sample| sample.nodes as f64)]),
             (
                 "lane-steps: committed, and undisturbed (gray)",

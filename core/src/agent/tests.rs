@@ -5,8 +5,8 @@ use crate::architecture::presets;
 use crate::ids::{ExpertId, LayerId};
 use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::{LastCommit, Norm};
-use crate::schedule::Moments;
 use crate::shared::Shared;
+use crate::update::Moments;
 use std::sync::Arc;
 
 const UPDATE: Update = Update { apply: true, rate: 0.1, scale: 1.0, moments: Moments::Decay(0.0) };

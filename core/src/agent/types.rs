@@ -2,7 +2,7 @@
 
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step};
 use crate::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
-use crate::schedule::Update;
+use crate::update::Update;
 use std::collections::VecDeque;
 
 /// A shard that is being copied.

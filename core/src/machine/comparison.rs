@@ -43,6 +43,9 @@ impl Comparison {
     }
 }
 
+/// What nodes report of each shard.
+type ByShard<'a, T> = BTreeMap<ShardId, Vec<(&'a NodeId, T)>>;
+
 /// A shard whose replicas differ.
 struct Difference {
     shard: ShardId,
@@ -155,8 +158,8 @@ impl Machine {
     }
 
     fn differences(&self, prepared: &BTreeMap<NodeId, Prepared>) -> Vec<Difference> {
-        let mut digests: BTreeMap<ShardId, Vec<(&NodeId, [u8; 32])>> = BTreeMap::new();
-        let mut norms: BTreeMap<ShardId, Vec<(&NodeId, (u64, bool))>> = BTreeMap::new();
+        let mut digests: ByShard<'_, [u8; 32]> = BTreeMap::new();
+        let mut norms: ByShard<'_, (u64, bool)> = BTreeMap::new();
         for (node, report) in prepared {
             for (shard, digest) in &report.digests {
                 digests.entry(*shard).or_default().push((node, digest.0));

@@ -7,8 +7,8 @@ use crate::ids::{Lane, NodeId, ShardId, Step};
 use crate::limits::LEARNER_GRACE_MS;
 use crate::messages::{LaneReport, LastCommit, NodeCommand, Norm, Pass};
 use crate::placement::Placement;
-use crate::schedule::Update;
 use crate::tree::fold_numbers;
+use crate::update::Update;
 use std::collections::{BTreeMap, BTreeSet};
 
 impl Machine {

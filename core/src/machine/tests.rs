@@ -15,7 +15,8 @@ use crate::ids::{Epoch, Lane};
 use crate::limits::{ATTEMPTS_MAX, LEARNER_GRACE_MS, LEARNER_MISSES_MAX, RETRY_MS};
 use crate::messages::{LaneReport, Norm, Source};
 use crate::options::{CheckpointOptions, ClusterOptions, OnNan, TrainingOptions, ValidationOptions};
-use crate::schedule::{Schedule, Update};
+use crate::schedule::Schedule;
+use crate::update::Update;
 
 fn settings(nodes: usize) -> Settings {
     let mut architecture = presets().swap_remove(1).architecture;

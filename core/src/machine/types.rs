@@ -6,7 +6,7 @@ use crate::ids::{Epoch, NodeId, ShardId, Step, Timeline};
 use crate::messages::{LastCommit, NodeCommand, NodeReport, ResidentState};
 use crate::options::{CheckpointOptions, ClusterOptions, TrainingOptions, ValidationOptions};
 use crate::profile::Profile;
-use crate::schedule::Update;
+use crate::update::Update;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -275,8 +275,8 @@ pub enum Effect {
     },
     /// Abandon an incomplete checkpoint.
     DropCheckpoint { attempt: u64 },
-    /// The replicas of every shard were equal after the checkpoint of `step`: the run can go back to it, until
-    /// a later one is named.
+    /// The replicas of every shard were equal after the checkpoint of `step`: the run can go back to it,
+    /// until a later one is named.
     CheckpointAgreed { step: Step },
     /// Read all bytes of a checkpoint, off the event loop, then report [`Event::CheckpointVerified`].
     VerifyCheckpoint { step: Step },

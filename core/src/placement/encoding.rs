@@ -12,8 +12,8 @@ use std::collections::{BTreeMap, BTreeSet};
 /// Consecutive numbers: the first one, and their count.
 type Run = (u32, u32);
 
-/// The nodes of some lanes, as places among a stage's holders: the first place, whether each later lane has the
-/// next place or the same one, and the number of lanes.
+/// The nodes of some lanes, as places among a stage's holders: the first place, whether each later lane has
+/// the next place or the same one, and the number of lanes.
 type LaneRun = (u32, bool, u32);
 
 #[derive(Serialize, Deserialize)]
@@ -236,7 +236,7 @@ mod tests {
         ) {
             prop_assert_eq!(super::places(&lane_runs(&places)).unwrap(), places);
             let names: Vec<NodeId> = names.into_iter().map(NodeId::new).collect();
-            prop_assert_eq!(Names::new(&names).decode().unwrap(), names.clone());
+            prop_assert_eq!(Names::new(&names).decode().unwrap(), &names[..]);
             let numbers: BTreeMap<&NodeId, u32> = names.iter().zip(0..).collect();
             let distinct: BTreeSet<usize> = picks.iter().map(|pick| pick % names.len()).collect();
             let mut picked: Vec<NodeId> = distinct.iter().map(|at| names[*at].clone()).collect();

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor, LaneLoss};
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::messages::Norm;
-use volary_core::schedule::Update;
+use volary_core::update::Update;
 use volary_core::{Digest, Lane, LayerId, ShardId, Step};
 
 impl Compute for Glam {

@@ -301,7 +301,7 @@ impl Durations {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use volary_core::schedule::{Moments, Update};
+    use volary_core::update::{Moments, Update};
     use volary_core::{Epoch, Step};
 
     #[test]

@@ -19,7 +19,7 @@ use volary_core::costs::Costs;
 use volary_core::dispatch::Dispatch;
 use volary_core::options::TrainingOptions;
 use volary_core::profile::{Profile, Rate};
-use volary_core::schedule::{Moments, Update};
+use volary_core::update::{Moments, Update};
 use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
 use volary_telemetry::Meter;
 

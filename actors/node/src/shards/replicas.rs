@@ -18,7 +18,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::marker::PhantomData;
 use std::sync::Arc;
 use volary_core::compute::Compute;
-use volary_core::schedule::Update;
+use volary_core::update::Update;
 use volary_core::{Epoch, ShardId, Step};
 
 /// The reduced gradient of a step, and what to do with it.

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 use volary_core::compute::Compute;
-use volary_core::schedule::Update;
+use volary_core::update::Update;
 use volary_core::{Digest, Epoch, ShardId, Step};
 use volary_telemetry::Meter;
 

@@ -79,7 +79,7 @@ fn a_stored_shard_loads_bit_for_bit() {
     let mut shard = backend.initial(ShardId::Embedding).expect("a shard");
     let gradient = Some(backend.gradient(vec![0.3; HIDDEN]));
     let update =
-        Update { apply: true, rate: 0.1, scale: 0.5, moments: volary_core::schedule::Moments::Decay(0.0) };
+        Update { apply: true, rate: 0.1, scale: 0.5, moments: volary_core::update::Moments::Decay(0.0) };
     backend.apply(ShardId::Embedding, &mut shard, gradient, update).expect("an update");
     let bytes = backend.store(ShardId::Embedding, Step(1), &shard).expect("bytes");
     let loaded = backend.load(ShardId::Embedding, &bytes).expect("a shard");

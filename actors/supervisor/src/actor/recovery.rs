@@ -133,7 +133,7 @@ fn load_state(store: &Store) -> Result<PersistentState> {
 }
 
 /// The last checkpoint that all replicas agreed on.
-pub(crate) fn last_agreed(store: &Store) -> volary_storage::Result<Option<Step>> {
+fn last_agreed(store: &Store) -> volary_storage::Result<Option<Step>> {
     store.get(Table::Facts, AGREED)
 }
 
