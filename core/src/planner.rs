@@ -80,6 +80,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const WORTHWHILE: f64 = 0.8;
 /// The ratio of step times below which another placement replaces the present one.
 const WORTH_IT: f64 = 0.97;
+/// The ratio below which a placement that keeps nothing replaces one that keeps what it can.
+const WORTH_ALL: f64 = 0.9;
 /// The ratio of network time to compute time above which plans with fewer nodes are tried.
 const NETWORK_BOUND: f64 = 0.5;
 
@@ -95,7 +97,8 @@ const NETWORK_BOUND: f64 = 0.5;
 pub fn plan(request: &Request<'_>) -> Result<Plan, Shortage> {
     let costs = Costs::new(request.architecture, request.training);
     let Some(present) = present(request, &costs) else { return best(request, &costs) };
-    let target = best(&Request { moves_max: usize::MAX, ..request.clone() }, &costs)?;
+    let kept = best(&Request { moves_max: usize::MAX, ..request.clone() }, &costs)?;
+    let target = from_scratch(request, &costs, &kept).unwrap_or(kept);
     if !target.beats(&present, request, WORTH_IT) {
         return Ok(present);
     }
@@ -106,6 +109,17 @@ pub fn plan(request: &Request<'_>) -> Result<Plan, Shortage> {
         }
     }
     Ok(target)
+}
+
+/// A placement that keeps nothing, if it is worth more than one that keeps what it can, and the budget allows
+/// it. After many changes, what is kept may be spread badly over the layers.
+fn from_scratch(request: &Request<'_>, costs: &Costs, kept: &Plan) -> Option<Plan> {
+    let previous = request.previous?;
+    let fresh = best(&Request { previous: None, moves_max: usize::MAX, ..request.clone() }, costs).ok()?;
+    let placed =
+        fresh.placement.experts.iter().flat_map(|(shard, nodes)| nodes.iter().map(move |node| (shard, node)));
+    let moves = placed.filter(|(shard, node)| !previous.holds(node, **shard)).count();
+    (moves <= request.moves_max && fresh.beats(kept, request, WORTH_ALL)).then_some(fresh)
 }
 
 /// The previous placement, if all of its nodes are there and have room for it.

@@ -32,6 +32,8 @@ const SILENCE_S: f64 = 2.0;
 const CHECKPOINT_S: f64 = 600.0;
 /// The part of a trace that is played.
 const PLAYED_S: f64 = 8.0 * 3_600.0;
+/// A node is drained this long before its end, which the provider has announced two minutes before.
+const LEAVING_S: f64 = 30.0;
 /// The notice of the provider.
 const NOTICE_S: f64 = 120.0;
 
@@ -272,7 +274,7 @@ impl<'a> Cluster<'a> {
         let mut before = 0;
         for &(time, count) in &trace.points {
             if notice && count < before {
-                cluster.after(time - NOTICE_S, Happening::Notice(before - count));
+                cluster.after(time - LEAVING_S, Happening::Notice(before - count));
             }
             cluster.after(time, Happening::Instances(count));
             before = count;
