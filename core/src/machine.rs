@@ -11,7 +11,8 @@
 //! - **M-4** when the last copy of a shard is lost, the run goes back to the last durable checkpoint as a
 //!   whole;
 //! - **M-5** a node becomes a holder of a shard only by a placement's `Ready`, by its own `Learned`, or by
-//!   its state when it returns to a restarted supervisor.
+//!   its state when it returns to a restarted supervisor;
+//! - **M-6** a step is committed only if the replicas that were compared are equal.
 //!
 //! Two nodes, and one step:
 //!
