@@ -318,9 +318,11 @@ impl<'a> Cluster<'a> {
             Happening::Instances(count) => self.resize(count),
             Happening::Notice(count) => self.give_notice(count),
             Happening::Joined(node) => {
-                if self.alive.contains(&node) {
-                    let zone = self.instances.iter().find(|(_, nodes)| nodes.contains(&node));
-                    let profile = Box::new(profile(*zone.expect("an instance").0));
+                let of = |(_, nodes): &(&usize, &Vec<NodeId>)| nodes.contains(&node);
+                // A node whose end is announced before it has joined does not join.
+                let zone = self.instances.iter().find(of).map(|(zone, _)| *zone);
+                if let Some(zone) = zone.filter(|zone| !self.noticed.contains(zone)) {
+                    let profile = Box::new(profile(zone));
                     let held = ResidentState::default();
                     self.handle(Event::Joined { node, profile, address: String::new(), held });
                 }
