@@ -79,8 +79,8 @@ impl Machine {
         compare.into_iter().filter(|shard| self.replicas(*shard) > 1).collect()
     }
 
-    /// Whether a placement waits for one step, in which the replicas are compared that members would give up:
-    /// later nobody could.
+    /// Whether a placement waits for one step, which compares the replicas that members would give up:
+    /// once they are released, no comparison is possible.
     pub(super) fn compares_before(&mut self, next: &Placement) -> bool {
         let was_asked = !std::mem::take(&mut self.comparison.moving).is_empty();
         if was_asked || self.settings.cluster.compare_within == 0 {

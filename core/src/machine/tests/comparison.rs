@@ -135,7 +135,7 @@ fn a_difference_of_unknown_age_goes_back_to_the_checkpoint_that_all_agreed_on() 
 }
 
 #[test]
-fn without_a_majority_nobody_is_blamed_and_the_run_ends_when_going_back_does_not_help() {
+fn without_a_majority_no_node_is_blamed_and_the_run_ends_when_going_back_does_not_help() {
     let mut run = run(2, 1);
     for attempt in 0..=3 {
         step_with_other_state(&mut run, 2, 1, ShardId::Embedding);
