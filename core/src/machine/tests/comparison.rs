@@ -222,3 +222,37 @@ fn a_node_of_another_arithmetic_kind_is_told_of_once() {
     kinds.sort();
     assert_eq!(kinds, [vec![id(2), id(3)], vec![id(4)]]);
 }
+
+/// What a node has stored cannot be compared once it is gone.
+#[test]
+fn a_checkpoint_is_not_agreed_on_when_a_node_that_stored_a_part_has_left_before() {
+    let mut run = run(3, 4);
+    for _ in 0..3 {
+        run.step(3);
+    }
+    let senders = run.machine.checkpoint.as_ref().expect("a checkpoint").senders.clone();
+    store_checkpoint(&mut run);
+    let sender = senders.first().expect("a sender").clone();
+    run.handle(Event::Lost { node: sender, cause: LossCause::Ended, reason: "killed".into() });
+    for _ in 0..12 {
+        run.all_ready();
+        run.step(3);
+        assert!(!run.effects.iter().any(|effect| *effect == Effect::CheckpointAgreed { step: Step(3) }));
+    }
+    assert!(run.machine.committed() >= Step(8), "the others go on");
+}
+
+#[test]
+fn a_restarted_supervisor_goes_back_to_the_checkpoint_that_was_agreed_on() {
+    let mut settings = settings(2);
+    (settings.cluster.compare_within, settings.training.steps) = (1, 100);
+    let (durable, agreed) = (Some(Step(6)), Some(Step(3)));
+    let mut run = Harness::new(settings, Restored { durable, agreed, ..Restored::default() });
+    for node in 1..=2 {
+        run.join(node, ResidentState::default());
+    }
+    run.handle(Event::CheckpointVerified { intact: durable });
+    run.all_ready();
+    step_with_other_state(&mut run, 2, 1, ShardId::Embedding);
+    assert_eq!((went_back(&run), run.machine.durable()), (agreed, agreed));
+}
