@@ -16,6 +16,7 @@
 //! use std::sync::Arc;
 //! use volary_core::agent::{Agent, Effect, Event};
 //! use volary_core::architecture::presets;
+//! use volary_core::layout::Layout;
 //! use volary_core::messages::{Assignment, NodeCommand, NodeReport, Pass, Source};
 //! use volary_core::placement::{Placement, Stage};
 //! use volary_core::shared::Shared;
@@ -28,13 +29,12 @@
 //! let placement =
 //!     Placement { epoch, members: vec![node.clone()], stages: vec![stage], ..Placement::default() };
 //! let assignment = Assignment {
-//!     placement: Shared::new(placement),
+//!     layout: Shared::new(Layout { placement: Arc::new(placement), ..Layout::default() }),
 //!     timeline: Timeline(0),
 //!     version: Step(0),
 //!     last: None,
 //!     shards: vec![(ShardId::Embedding, Source::Initial)],
 //!     learn: Vec::new(),
-//!     addresses: Shared::default(),
 //! };
 //! let mut agent = Agent::new(node, Arc::new(presets()[1].architecture.clone()));
 //!
@@ -229,7 +229,7 @@ impl Agent {
     }
 
     fn on_assign(&mut self, assignment: Assignment) {
-        if assignment.placement.epoch <= self.epoch {
+        if assignment.layout.placement.epoch <= self.epoch {
             return;
         }
         self.roll_forward(&assignment);
@@ -241,12 +241,12 @@ impl Agent {
             self.shards.retain(|shard, _| !stale.contains(shard));
             self.push(Effect::Release(stale));
         }
-        self.epoch = assignment.placement.epoch;
+        self.epoch = assignment.layout.placement.epoch;
         self.push(Effect::Discard { epoch: self.epoch.previous(), all: true });
         (self.timeline, self.version) = (assignment.timeline, assignment.version);
         (self.state, self.prepared) = (EpochState::Entering, None);
         self.assigned = assignment.shards.iter().map(|(shard, _)| *shard).collect();
-        self.placement = Placement::clone(&assignment.placement);
+        self.placement = Placement::clone(&assignment.layout.placement);
         let (here, pending): (Vec<_>, Vec<_>) =
             assignment.learn.iter().partition(|(shard, _)| self.shards.contains_key(shard));
         self.already_here = here.into_iter().map(|(shard, _)| *shard).collect();

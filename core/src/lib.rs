@@ -20,12 +20,11 @@
 //! | [`placement`] | the nodes of each shard and lane |
 //! | [`costs`], [`profile`] | the costs of a model; the compute, memory and network of a node |
 //! | [`planner`] | from costs and profiles to a placement and its predicted step |
-//! | [`messages`], [`shared`], [`addresses`] | the messages between the supervisor and the nodes |
+//! | [`messages`], [`shared`], [`layout`] | the messages between the supervisor and the nodes |
 //! | [`machine`] | the step and recovery protocol on the supervisor |
 //! | [`agent`] | the step and recovery protocol on a node |
 //! | [`compute`] | the seam to the tensor library |
 
-pub mod addresses;
 pub mod agent;
 pub mod architecture;
 pub mod compute;
@@ -35,6 +34,7 @@ pub mod digest;
 pub mod dispatch;
 pub mod ids;
 mod invalid;
+pub mod layout;
 pub mod limits;
 pub mod machine;
 pub mod messages;

@@ -41,9 +41,6 @@ pub const ATTEMPTS_MAX: u32 = 16;
 /// Immediate attempts at a step while an indispensable node is unreachable; each later one waits for the
 /// network.
 pub const IMMEDIATE_ATTEMPTS_MAX: u32 = 4;
-/// Consecutive placements at step boundaries for one cause, each moving what the previous one left over. It
-/// stops a planner that alternates between two placements.
-pub const REPLAN_ROUNDS_MAX: u32 = 16;
 
 /// Attempts at a step that follow each other at once; later ones wait.
 pub const PROMPT_ATTEMPTS_MAX: u32 = 3;

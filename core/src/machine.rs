@@ -57,7 +57,9 @@
 //!             _ => continue,
 //!         };
 //!         let message = match message {
-//!             NodeCommand::Assign(assignment) => NodeReport::Ready { epoch: assignment.placement.epoch },
+//!             NodeCommand::Assign(assignment) => {
+//!                 NodeReport::Ready { epoch: assignment.layout.placement.epoch }
+//!             }
 //!             NodeCommand::Begin { epoch, step, lanes, compare, .. } => {
 //!                 let held = shards.iter().filter(|shard| machine.placement().holds(&node, **shard));
 //!                 let norm = Norm { squared: 1.0, finite: true };
@@ -122,7 +124,7 @@ use crate::placement::Placement;
 use crate::profile::Profile;
 use balance::Balance;
 use comparison::Comparison;
-use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Part, Phase, Prepared, Replan, Retry};
+use state::{Checkpoint, Finish, Gathering, LateLearner, Node, Part, Phase, Prepared, Retry};
 use std::collections::{BTreeMap, BTreeSet};
 use suspicion::Suspicion;
 
@@ -154,7 +156,8 @@ pub struct Machine {
     /// Milliseconds without progress in the present phase.
     idle_ms: u64,
     retry: Retry,
-    replan: Replan,
+    /// Whether the next boundary between steps looks for a better placement.
+    replan_due: bool,
     checkpoint: Option<Checkpoint>,
     /// Attempts at checkpoints so far.
     checkpoint_attempts: u64,
@@ -212,7 +215,7 @@ impl Machine {
             }),
             idle_ms: 0,
             retry: Retry::default(),
-            replan: Replan::default(),
+            replan_due: false,
             checkpoint: None,
             checkpoint_attempts: 0,
             checkpoint_requested: false,

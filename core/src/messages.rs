@@ -1,9 +1,8 @@
 //! The messages between the supervisor and the nodes on the control stream.
 
-use crate::addresses::Addresses;
 use crate::digest::Digest;
 use crate::ids::{Epoch, Lane, NodeId, ShardId, Step, Timeline};
-use crate::placement::Placement;
+use crate::layout::Layout;
 use crate::shared::Shared;
 use crate::update::Update;
 use serde::{Deserialize, Serialize};
@@ -35,8 +34,10 @@ pub struct LastCommit {
 /// A node's part in an epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Assignment {
-    /// The placement, the same for all nodes.
-    pub placement: Shared<Placement>,
+    /// The placement and the addresses. They travel ahead of the assignment, as the difference from those of
+    /// the one before.
+    #[serde(skip)]
+    pub layout: Shared<Layout>,
     /// The run's timeline: state of another one is invalid.
     pub timeline: Timeline,
     /// The last committed step: the version of every shard.
@@ -47,8 +48,6 @@ pub struct Assignment {
     pub shards: Vec<(ShardId, Source)>,
     /// The shards that this node copies while training continues, each with its holders.
     pub learn: Vec<(ShardId, Vec<NodeId>)>,
-    /// The QUIC address of every member.
-    pub addresses: Shared<Addresses>,
 }
 
 /// The state in a node's memory when it returns to a restarted supervisor.

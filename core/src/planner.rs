@@ -82,6 +82,8 @@ const WORTHWHILE: f64 = 0.8;
 const WORTH_IT: f64 = 0.97;
 /// The ratio below which a placement that keeps nothing replaces one that keeps what it can.
 const WORTH_ALL: f64 = 0.9;
+/// Plans in which one plan looks for the placement that no later one replaces.
+const SETTLING_ROUNDS_MAX: usize = 8;
 /// The ratio of network time to compute time above which plans with fewer nodes are tried.
 const NETWORK_BOUND: f64 = 0.5;
 
@@ -96,30 +98,55 @@ const NETWORK_BOUND: f64 = 0.5;
 /// The missing memory, where no placement fits.
 pub fn plan(request: &Request<'_>) -> Result<Plan, Shortage> {
     let costs = Costs::new(request.architecture, request.training);
+    let Some(previous) = request.previous else {
+        let plan = best(request, &costs)?;
+        return Ok(settled(request, &costs, plan, None));
+    };
+    // Without one of its nodes, the previous placement is no choice: the next plan settles what this one
+    // begins.
     let Some(present) = present(request, &costs) else { return best(request, &costs) };
-    let kept = best(&Request { moves_max: usize::MAX, ..request.clone() }, &costs)?;
-    let target = from_scratch(request, &costs, &kept).unwrap_or(kept);
+    let fresh = best(&Request { previous: None, moves_max: usize::MAX, ..request.clone() }, &costs).ok();
+    let target = destination(request, &costs, fresh.as_ref())?;
     if !target.beats(&present, request, WORTH_IT) {
         return Ok(present);
     }
-    if request.moves_max < usize::MAX {
-        let step = best(request, &costs)?;
-        if step.beats(&present, request, 1.0) {
-            return Ok(step);
-        }
+    let target = settled(request, &costs, target, fresh.as_ref());
+    if moves(previous, &target.placement) <= request.moves_max {
+        return Ok(target);
     }
-    Ok(target)
+    let step = best(request, &costs)?;
+    Ok(if step.beats(&present, request, 1.0) { step } else { target })
 }
 
-/// A placement that keeps nothing, if it is worth more than one that keeps what it can, and the budget allows
-/// it. After many changes, what is kept may be spread badly over the layers.
-fn from_scratch(request: &Request<'_>, costs: &Costs, kept: &Plan) -> Option<Plan> {
-    let previous = request.previous?;
-    let fresh = best(&Request { previous: None, moves_max: usize::MAX, ..request.clone() }, costs).ok()?;
-    let placed =
-        fresh.placement.experts.iter().flat_map(|(shard, nodes)| nodes.iter().map(move |node| (shard, node)));
-    let moves = placed.filter(|(shard, node)| !previous.holds(node, **shard)).count();
-    (moves <= request.moves_max && fresh.beats(kept, request, WORTH_ALL)).then_some(fresh)
+/// The best placement without a budget, which keeps what it can of the previous one; or `fresh`, which keeps
+/// nothing, if that is worth it and the budget allows it. After many changes, what is kept may be spread
+/// badly over the layers.
+fn destination(request: &Request<'_>, costs: &Costs, fresh: Option<&Plan>) -> Result<Plan, Shortage> {
+    let kept = best(&Request { moves_max: usize::MAX, ..request.clone() }, costs)?;
+    let is_worth_all = |fresh: &&Plan| {
+        let moves = request.previous.map_or(0, |previous| moves(previous, &fresh.placement));
+        moves <= request.moves_max && fresh.beats(&kept, request, WORTH_ALL)
+    };
+    Ok(fresh.filter(is_worth_all).cloned().unwrap_or(kept))
+}
+
+/// The experts of a placement on nodes that do not hold them under the previous one.
+fn moves(previous: &Placement, next: &Placement) -> usize {
+    let placed = next.experts.iter().flat_map(|(shard, nodes)| nodes.iter().map(move |node| (shard, node)));
+    placed.filter(|(shard, node)| !previous.holds(node, **shard)).count()
+}
+
+/// The plan that planning with `plan` as the present placement ends at: what is kept of the placement before
+/// may hide a better one, which the next plan would find.
+fn settled(request: &Request<'_>, costs: &Costs, mut plan: Plan, fresh: Option<&Plan>) -> Plan {
+    for _ in 0..SETTLING_ROUNDS_MAX {
+        let again = Request { previous: Some(&plan.placement), moves_max: usize::MAX, ..request.clone() };
+        match destination(&again, costs, fresh) {
+            Ok(next) if next.beats(&plan, request, WORTH_IT) => plan = next,
+            _ => break,
+        }
+    }
+    plan
 }
 
 /// The previous placement, if all of its nodes are there and have room for it.

@@ -2,9 +2,11 @@
 //! four nodes die and four join. Nodes answer at once. `cargo bench -p volary-sim --bench scale`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
+use std::sync::Arc;
 use std::time::Instant;
+use tempfile::TempDir;
 use volary_core::architecture::presets;
 use volary_core::machine::{Effect, Event, LossCause, Machine, Restored, Settings};
 use volary_core::messages::{LaneReport, NodeCommand, NodeReport, Norm, ResidentState};
@@ -12,6 +14,8 @@ use volary_core::options::{CheckpointOptions, ClusterOptions, OnNan, TrainingOpt
 use volary_core::profile::Profile;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Digest, Epoch, NodeId, ShardId};
+use volary_protocol::layout::{LayoutSender, Patches};
+use volary_storage::{RunDir, Store};
 
 const SIZES: [usize; 4] = [300, 1_000, 3_000, 10_000];
 const ROUNDS: u64 = 3;
@@ -23,8 +27,16 @@ fn main() {
         return play(nodes.parse().expect("a number"));
     }
     println!(
-        "{:>7}{:>10}{:>14}{:>14}{:>14}{:>16}{:>10}",
-        "nodes", "events", "us per event", "ms per death", "s half joins", "MB a placement", "peak MB"
+        "{:>7}{:>10}{:>14}{:>14}{:>14}{:>10}{:>16}{:>16}{:>10}",
+        "nodes",
+        "events",
+        "us per event",
+        "ms per death",
+        "s all join",
+        "s store",
+        "MB all join",
+        "MB 4 for 4",
+        "peak MB"
     );
     // A process for each size, so that its peak memory is its own.
     for nodes in SIZES {
@@ -67,13 +79,21 @@ struct Cluster {
     alive: BTreeSet<NodeId>,
     events: u64,
     deaths: Vec<f64>,
-    /// Seconds in the machine.
+    /// Seconds in the machine, and in the store.
     machine_s: f64,
-    /// Bytes of assignments, and the placements that they are of.
+    store_s: f64,
+    store: Store,
+    _folder: TempDir,
+    /// Bytes of assignments and their layouts, and the placements that they are of.
     assigned_bytes: usize,
+    /// The stream to each node, and what they share.
+    streams: BTreeMap<NodeId, LayoutSender>,
+    patches: Arc<Patches>,
     placements: BTreeSet<Epoch>,
     shards: Vec<ShardId>,
     next: usize,
+    /// Commands that are not carried out yet.
+    pending: Vec<Effect>,
 }
 
 impl Cluster {
@@ -86,12 +106,31 @@ impl Cluster {
         self.machine_s += seconds;
         self.deaths.extend(death.then_some(seconds));
         for effect in &effects {
-            if let Effect::Send { message: message @ NodeCommand::Assign(assignment), .. } = effect {
-                self.placements.insert(assignment.placement.epoch);
-                self.assigned_bytes += postcard::to_stdvec(message).expect("a message").len();
+            if let Effect::Persist(state) = effect {
+                let start = Instant::now();
+                volary_supervisor::persist(&self.store, state.clone()).expect("a state on disk");
+                self.store_s += start.elapsed().as_secs_f64();
+            }
+            if let Effect::Send { node, message: message @ NodeCommand::Assign(assignment) } = effect {
+                self.placements.insert(assignment.layout.placement.epoch);
+                let stream = LayoutSender::new(Arc::clone(&self.patches));
+                let patch = self.streams.entry(node.clone()).or_insert(stream).patch(assignment);
+                let size = |bytes: postcard::Result<Vec<u8>>| bytes.expect("a message").len();
+                self.assigned_bytes += size(postcard::to_stdvec(&patch.expect("a patch")));
+                self.assigned_bytes += size(postcard::to_stdvec(message));
             }
         }
         effects
+    }
+
+    fn megabytes_per_placement(&self) -> f64 {
+        self.assigned_bytes as f64 / self.placements.len() as f64 / 1e6
+    }
+
+    /// Begins new counts.
+    fn forget(&mut self) {
+        (self.machine_s, self.store_s, self.assigned_bytes) = (0.0, 0.0, 0);
+        self.placements.clear();
     }
 
     fn join(&mut self) -> Vec<Effect> {
@@ -100,7 +139,9 @@ impl Cluster {
         profile.zone = format!("zone-{}", self.next % 12);
         self.next += 1;
         self.alive.insert(node.clone());
-        let address = "10.0.0.1:7100".into();
+        // Addresses as a cluster's pods have them: in no order.
+        let place = Stream::new(self.next as u64, Purpose::Faults, &[1]).next_f64() * 65536.0;
+        let address = format!("10.0.{}.{}:7100", place as u32 / 256, place as u32 % 256);
         self.handle(Event::Joined {
             node,
             profile: Box::new(profile),
@@ -110,7 +151,9 @@ impl Cluster {
     }
 
     /// All nodes carry out the machine's commands until `steps` more steps are committed.
-    fn run(&mut self, mut effects: Vec<Effect>, steps: u64) {
+    fn run(&mut self, more: Vec<Effect>, steps: u64) {
+        let mut effects = std::mem::take(&mut self.pending);
+        effects.extend(more);
         let until = self.machine.committed() + steps;
         while !effects.is_empty() && self.machine.committed() < until {
             let mut answers = Vec::new();
@@ -127,13 +170,14 @@ impl Cluster {
                 effects.extend(more);
             }
         }
+        self.pending = effects;
     }
 
     fn answers(&self, node: &NodeId, message: NodeCommand) -> Vec<NodeReport> {
         let mut answers = Vec::new();
         match message {
             NodeCommand::Assign(assignment) => {
-                let epoch = assignment.placement.epoch;
+                let epoch = assignment.layout.placement.epoch;
                 answers.push(NodeReport::Ready { epoch });
                 if !assignment.learn.is_empty() {
                     let shards = assignment.learn.iter().map(|(shard, _)| *shard).collect();
@@ -161,32 +205,34 @@ fn play(nodes: usize) {
     let shards = settings.architecture.shards();
     let machine = Machine::new(settings, Restored::default());
     let (alive, deaths) = (BTreeSet::new(), Vec::new());
+    let folder = tempfile::tempdir().expect("a folder");
+    let run = RunDir::create(folder.path().join("run")).expect("a run");
     let mut cluster = Cluster {
         machine,
         alive,
         events: 0,
         deaths,
         machine_s: 0.0,
+        store_s: 0.0,
+        store: Store::open(&run).expect("a store"),
+        _folder: folder,
         assigned_bytes: 0,
+        streams: BTreeMap::new(),
+        patches: Arc::default(),
         placements: BTreeSet::new(),
         shards,
         next: 0,
+        pending: Vec::new(),
     };
     let start = Instant::now();
     let mut effects = Vec::new();
-    for _ in 0..nodes / 2 {
-        effects.extend(cluster.join());
-    }
-    cluster.run(effects, 1);
-    // The other half joins at once.
-    (cluster.machine_s, cluster.assigned_bytes, cluster.placements) = (0.0, 0, BTreeSet::new());
-    let mut effects = Vec::new();
-    for _ in nodes / 2..nodes {
+    for _ in 0..nodes {
         effects.extend(cluster.join());
     }
     cluster.run(effects, 6);
     assert_eq!(cluster.machine.placement().members.len(), nodes, "all nodes are members");
-    let joined = (cluster.machine_s, cluster.assigned_bytes as f64 / cluster.placements.len() as f64);
+    let joined = (cluster.machine_s, cluster.store_s, cluster.megabytes_per_placement());
+    cluster.forget();
     let mut random = Stream::new(1, Purpose::Faults, &[nodes as u64]);
     for _ in 0..ROUNDS {
         let mut effects = Vec::new();
@@ -206,12 +252,14 @@ fn play(nodes: usize) {
     let kib: f64 = peak.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number");
     let death = cluster.deaths.iter().sum::<f64>() / cluster.deaths.len() as f64;
     println!(
-        "{nodes:>7}{:>10}{:>14.1}{:>14.2}{:>14.2}{:>16.1}{:>10.0}",
+        "{nodes:>7}{:>10}{:>14.1}{:>14.2}{:>14.2}{:>10.2}{:>16.1}{:>16.1}{:>10.0}",
         cluster.events,
         seconds * 1e6 / cluster.events as f64,
         death * 1e3,
         joined.0,
-        joined.1 / 1e6,
+        joined.1,
+        joined.2,
+        cluster.megabytes_per_placement(),
         kib / 1024.0
     );
 }

@@ -421,13 +421,13 @@ impl<'a> Cluster<'a> {
     fn command(&mut self, node: NodeId, message: NodeCommand) {
         match message {
             NodeCommand::Assign(assignment) => {
-                let epoch = assignment.placement.epoch;
+                let epoch = assignment.layout.placement.epoch;
                 let of = |is: &dyn Fn(&Source) -> bool| -> f64 {
                     let shards = assignment.shards.iter().filter(|(_, source)| is(source));
                     shards.map(|(shard, _)| bytes(&self.architecture, *shard)).sum()
                 };
                 let copied = of(&|source| matches!(source, Source::Peer(_))) / LINK;
-                let members = assignment.placement.members.len() as f64;
+                let members = assignment.layout.placement.members.len() as f64;
                 let loaded =
                     of(&|source| matches!(source, Source::Checkpoint(_))) / (STORE / members).min(LINK);
                 self.after(

@@ -115,7 +115,7 @@ impl World {
     fn enter(&mut self, id: &NodeId, assignment: &Assignment) {
         self.check_memory(id, assignment);
         let Some(node) = self.nodes.get_mut(id) else { return };
-        node.placement = Placement::clone(&assignment.placement);
+        node.placement = Placement::clone(&assignment.layout.placement);
     }
 
     /// What a node holds and copies fits into its memory.

@@ -10,7 +10,7 @@ use crate::refusal::{Refusal, RefusalCode};
 use serde::{Deserialize, Serialize};
 
 /// The version of all messages between nodes and supervisors.
-pub const PROTOCOL: u16 = 7;
+pub const PROTOCOL: u16 = 8;
 
 /// The role in which a process dials.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -336,8 +336,8 @@ impl<B: Compute> AgentState<B> {
     }
 
     fn enter(&mut self, assignment: Assignment) {
-        self.node.peers.set_members(&assignment.addresses.0);
-        self.node.set_placement(assignment.placement.value());
+        self.node.peers.set_members(&assignment.layout.addresses.0);
+        self.node.set_placement(Arc::clone(&assignment.layout.placement));
     }
 
     /// Fetches shards that the placement needs before its first step.

@@ -2,6 +2,7 @@
 //!
 //! The step and recovery protocol itself is [`volary_core::messages`]; it travels in the `Protocol` variants.
 
+use crate::layout::LayoutPatch;
 use crate::limits::TOKENS_PER_MESSAGE;
 use crate::trace::TraceRequest;
 use serde::{Deserialize, Serialize};
@@ -90,6 +91,8 @@ pub enum ToNode {
     Protocol(NodeCommand, Option<TraceRequest>),
     /// Tokens of lanes of the `Begin` that follows, when they do not fit into it.
     Tokens(Vec<(Lane, Vec<u32>)>),
+    /// The layout of the `Assign` that follows.
+    Layout(LayoutPatch),
     /// Asks whether the node's process lives.
     Ping,
     /// The answer to [`ToSupervisor::Ping`].

@@ -4,13 +4,16 @@ use crate::control::{RunInfo, ToNode, ToSupervisor};
 use crate::frames::{
     ExpertReply, ExpertRequest, GradientSum, ShardRequest, StageReply, StageRequest, StoredShard,
 };
+use crate::layout::{LayoutReceiver, LayoutSender};
 use crate::operator::{OperatorReply, OperatorRequest};
 use crate::refusal::FrameRefusal;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use volary_core::messages::{NodeCommand, NodeReport};
+use std::sync::Arc;
+use volary_core::messages::{Assignment, NodeCommand, NodeReport, Source};
 use volary_core::profile::Profile;
-use volary_core::{Epoch, ExpertId, Lane, LayerId, ShardId, Step};
+use volary_core::shared::Shared;
+use volary_core::{Epoch, ExpertId, Lane, LayerId, ShardId, Step, Timeline};
 
 /// Reads bytes as every type that crosses a link.
 #[doc(hidden)]
@@ -20,6 +23,9 @@ pub fn fuzz_messages(bytes: &[u8]) {
     }
     read::<ToSupervisor>(bytes);
     read::<ToNode>(bytes);
+    if let Ok(ToNode::Layout(patch)) = postcard::from_bytes(bytes) {
+        drop(LayoutReceiver::default().receive(&patch));
+    }
     read::<ExpertRequest>(bytes);
     read::<ExpertReply>(bytes);
     read::<StageRequest>(bytes);
@@ -54,14 +60,25 @@ pub fn fuzz_message_seeds() -> Vec<Vec<u8>> {
         ToSupervisor::Renew(vec![48, 1, 0]),
         ToSupervisor::Spans(vec!["{}".into()]),
     ];
-    let to_node = [ToNode::NameInUse, ToNode::Protocol(NodeCommand::Abort { epoch }, None)];
+    let assignment = Assignment {
+        layout: Shared::default(),
+        timeline: Timeline(1),
+        version: Step(7),
+        last: None,
+        shards: vec![(shard, Source::Held)],
+        learn: Vec::new(),
+    };
+    let layout = LayoutSender::new(Arc::default()).patch(&assignment).ok().map(ToNode::Layout);
+    let assign = ToNode::Protocol(NodeCommand::Assign(Box::new(assignment)), None);
+    let abort = ToNode::Protocol(NodeCommand::Abort { epoch }, None);
+    let to_node = [Some(ToNode::NameInUse), Some(abort), layout, Some(assign)];
     let experts = vec![(ExpertId(0), 3), (ExpertId(5), 1)];
     let rows = ExpertRequest { layer: LayerId(0), lane: Lane(1), train: true, experts };
     let stage =
         StageRequest { lane: Lane(1), layers: LayerId::range(2..4), train: true, sampled_tokens: Vec::new() };
     let wanted = ShardRequest { shard, version: Some(Step(7)) };
     let mut seeds: Vec<Vec<u8>> = to_supervisor.iter().filter_map(encode).collect();
-    seeds.extend(to_node.iter().filter_map(encode));
+    seeds.extend(to_node.iter().flatten().filter_map(encode));
     seeds.extend([encode(&rows), encode(&stage), encode(&wanted)].into_iter().flatten());
     seeds
 }

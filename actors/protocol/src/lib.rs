@@ -14,6 +14,7 @@
 //! | [`refusal`] | why a peer refuses a frame, as a code and a text |
 //! | [`trace`] | which spans and tokens of a step are recorded |
 //! | [`error`] | what can be wrong with a frame |
+//! | [`layout`] | layouts, as their differences |
 //! | [`limits`] | bounds |
 //!
 //! ```
@@ -33,6 +34,7 @@ pub mod control;
 pub mod error;
 pub mod frames;
 mod fuzzing;
+pub mod layout;
 pub mod limits;
 pub mod operator;
 pub mod refusal;

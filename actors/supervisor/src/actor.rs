@@ -21,6 +21,7 @@ mod telemetry;
 mod traces;
 
 pub(crate) use recovery::last_members;
+pub use recovery::persist;
 
 use crate::checkpointer::{CheckpointerActor, CheckpointerArgs};
 use crate::credentials::Credentials;

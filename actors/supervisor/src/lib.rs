@@ -46,7 +46,7 @@ pub mod process;
 mod run_files;
 mod timings;
 
-pub use actor::RunEnd;
+pub use actor::{RunEnd, persist};
 pub use credentials::CredentialError;
 pub use error::{Error, Result};
 pub use events::EventStream;

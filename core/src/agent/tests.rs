@@ -3,6 +3,7 @@
 use super::*;
 use crate::architecture::presets;
 use crate::ids::{ExpertId, LayerId};
+use crate::layout::Layout;
 use crate::limits::COPY_ATTEMPTS_MAX;
 use crate::messages::{LastCommit, Norm};
 use crate::shared::Shared;
@@ -84,6 +85,10 @@ impl Harness {
     }
 }
 
+fn layout(placement: Placement) -> Shared<Layout> {
+    Shared::new(Layout { placement: placement.into(), ..Layout::default() })
+}
+
 fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) -> Assignment {
     let members = vec![id("a"), id("b")];
     let stage = crate::placement::Stage {
@@ -93,19 +98,12 @@ fn assignment(epoch: Epoch, version: Step, source: Source, learn: &[ShardId]) ->
     };
     let learners = learn.iter().map(|shard| (*shard, [id("a")].into())).collect();
     Assignment {
-        placement: Shared::new(Placement {
-            epoch,
-            stages: vec![stage],
-            members,
-            learners,
-            ..Placement::default()
-        }),
+        layout: layout(Placement { epoch, stages: vec![stage], members, learners, ..Placement::default() }),
         timeline: Timeline(0),
         version,
         last: None,
         shards: vec![(ShardId::Embedding, source)],
         learn: learn.iter().map(|shard| (*shard, vec![id("b"), id("c")])).collect(),
-        addresses: Default::default(),
     }
 }
 
@@ -243,8 +241,9 @@ fn learner() -> Harness {
     let mut assignment = assignment(Epoch(1), Step(5), Source::Initial, &[EXPERT]);
     assignment.shards.clear();
     let members = vec![id("member")];
-    let placement = Placement { members, stages: Vec::new(), ..Placement::clone(&assignment.placement) };
-    assignment.placement = Shared::new(placement);
+    let placement =
+        Placement { members, stages: Vec::new(), ..Placement::clone(&assignment.layout.placement) };
+    assignment.layout = layout(placement);
     harness.assign(assignment);
     harness.handle(Event::Copied { epoch: Epoch(1), shard: EXPERT, outcome: Ok(Step(5)) });
     assert_eq!(harness.reports(), [&learned(Step(5))]);

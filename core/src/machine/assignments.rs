@@ -1,29 +1,29 @@
 //! The assignment of each node: its shards, and the source of each.
 
 use super::Machine;
-use crate::addresses::Addresses;
 use crate::ids::{NodeId, ShardId, Step};
+use crate::layout::{Addresses, Layout};
 use crate::limits::COPY_SOURCES_MAX;
 use crate::messages::{Assignment, Source};
 use crate::shared::Shared;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 impl Machine {
     /// The assignments of `voters`. Common parts are shared, and shards are walked once instead of once per
     /// node.
     pub(super) fn assignments(&self, voters: &BTreeSet<NodeId>) -> Vec<(NodeId, Assignment)> {
-        let placement = Shared::new(self.placement.clone());
         let addresses = self.nodes.iter().map(|(node, n)| (node.clone(), n.address.clone())).collect();
-        let addresses = Shared::new(Addresses(addresses));
+        let placement = Arc::new(self.placement.clone());
+        let layout = Shared::new(Layout { placement, addresses: Addresses(addresses) });
         let blank = |node: &NodeId| {
             let assignment = Assignment {
-                placement: placement.clone(),
+                layout: layout.clone(),
                 timeline: self.timeline,
                 version: self.committed,
                 last: self.last,
                 shards: Vec::new(),
                 learn: Vec::new(),
-                addresses: addresses.clone(),
             };
             (node.clone(), assignment)
         };

@@ -289,7 +289,7 @@ impl Machine {
             .iter()
             .flat_map(|(node, report)| report.digests.iter().map(move |d| (node, d.0)));
         let new = digests.filter(|(node, shard)| compared(*shard, node)).count();
-        self.replan.dirty |= new > 0 && self.all_learned();
+        self.replan_due |= new > 0 && self.all_learned();
         self.agree_on_checkpoint();
     }
 

@@ -32,18 +32,15 @@ impl Machine {
 
     /// The next boundary between steps looks for a better placement.
     pub(super) fn mark_placement_dirty(&mut self) {
-        (self.replan.dirty, self.replan.rounds) = (true, 0);
+        self.replan_due = true;
     }
 
     /// Begins a better placement at a boundary between steps, if there is one. Returns whether it did.
     pub(super) fn replan_if_dirty(&mut self) -> bool {
-        if !self.replan.dirty || self.suspicion.is_paused() {
+        if !self.replan_due || self.suspicion.is_paused() {
             return false;
         }
-        self.replan.dirty = false;
-        if self.replan.is_exhausted() && self.placement.learners.is_empty() {
-            return false;
-        }
+        self.replan_due = false;
         // While every shard is held, there is a placement.
         let Ok(next) = self.next_placement() else { return false };
         let learning = self.placement.learning_nodes();
@@ -51,7 +48,7 @@ impl Machine {
             && next.learners == self.placement.learners
             && learning.iter().all(|node| self.nodes.contains_key(node));
         if !unchanged && self.compares_before(&next) {
-            self.replan.dirty = true;
+            self.replan_due = true;
             return false;
         }
         if self.all_learned() {
@@ -60,7 +57,6 @@ impl Machine {
             self.notice(Notice::Migrated { epoch, step, shards });
         }
         if !unchanged {
-            self.replan.rounds += 1;
             let cause = self.cause(&next);
             self.begin_epoch(next, cause);
         }
@@ -98,7 +94,7 @@ impl Machine {
         self.forget_new_copies();
         self.idle_ms = 0;
         // The budget for moves may have left something over.
-        self.replan.dirty = self.placement.learners.is_empty();
+        self.replan_due = self.placement.learners.is_empty();
         let voters = self.voters();
         let assignments = self.assignments(&voters);
         let driven = self.placement.lanes_by_driver();
@@ -167,7 +163,7 @@ impl Machine {
             holders.retain(|node| self.nodes.contains_key(node));
             self.holders.insert(shard, holders);
         }
-        self.replan.dirty |= self.all_learned();
+        self.replan_due |= self.all_learned();
         self.release_drained();
         self.advance();
     }
@@ -189,7 +185,7 @@ impl Machine {
                 }
             }
         }
-        self.replan.dirty |= self.all_learned();
+        self.replan_due |= self.all_learned();
     }
 
     /// Whether there are learners, and all that are still connected have their shards, equal to the members'.

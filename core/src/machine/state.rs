@@ -3,7 +3,7 @@
 use super::types::Activity;
 use crate::digest::Digest;
 use crate::ids::{Lane, NodeId, ShardId, Step};
-use crate::limits::{ATTEMPTS_MAX, PROMPT_ATTEMPTS_MAX, REPLAN_ROUNDS_MAX, RETRY_MAX_MS, RETRY_MS};
+use crate::limits::{ATTEMPTS_MAX, PROMPT_ATTEMPTS_MAX, RETRY_MAX_MS, RETRY_MS};
 use crate::messages::{LaneReport, Norm};
 use crate::profile::Profile;
 use std::collections::{BTreeMap, BTreeSet};
@@ -195,19 +195,5 @@ impl Retry {
             false => 0,
         };
         (self.attempts <= ATTEMPTS_MAX).then_some(wait)
-    }
-}
-
-/// Whether the next boundary between steps looks for a better placement.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Replan {
-    pub(super) dirty: bool,
-    /// Placements made at boundaries since the last change of the cluster.
-    pub(super) rounds: u32,
-}
-
-impl Replan {
-    pub(super) fn is_exhausted(self) -> bool {
-        self.rounds >= REPLAN_ROUNDS_MAX
     }
 }

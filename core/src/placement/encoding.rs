@@ -28,33 +28,48 @@ struct Encoded {
     learners: Vec<(ShardId, Vec<Run>)>,
 }
 
-/// Names in order: each by the number of bytes that it shares with the one before, and the rest.
-#[derive(Serialize, Deserialize)]
-pub(crate) struct Names(Vec<(u8, String)>);
+/// Names in order: each by the number of bytes that it shares with the one before, and the rest. As columns,
+/// which compress better than rows.
+#[derive(Default, Serialize, Deserialize)]
+pub(crate) struct Names {
+    shared: Vec<u8>,
+    /// Bytes of each rest.
+    lengths: Vec<u32>,
+    /// The rests, one after the other.
+    rests: String,
+}
 
 impl Names {
     pub(crate) fn new<'a>(names: impl IntoIterator<Item = &'a NodeId>) -> Self {
-        let mut before = "";
-        let shorten = |name: &'a NodeId| {
-            let name = name.0.as_str();
+        let (mut encoded, mut before) = (Self::default(), "");
+        for NodeId(name) in names {
             let pairs = before.char_indices().zip(name.char_indices());
             let ends = pairs.take_while(|(left, right)| left == right).map(|(_, (at, c))| at + c.len_utf8());
-            let length = ends.take_while(|end| *end <= usize::from(u8::MAX)).last().unwrap_or(0);
+            let shared = ends.take_while(|end| *end <= usize::from(u8::MAX)).last().unwrap_or(0);
+            let rest = &name[shared..];
+            encoded.shared.push(shared as u8);
+            encoded.lengths.push(rest.len() as u32);
+            encoded.rests.push_str(rest);
             before = name;
-            (length as u8, name[length..].to_owned())
-        };
-        Self(names.into_iter().map(shorten).collect())
+        }
+        encoded
     }
 
     /// The names, or what is wrong with them.
-    pub(crate) fn decode(self) -> Result<Vec<NodeId>, &'static str> {
-        let mut names: Vec<NodeId> = Vec::with_capacity(self.0.len());
-        for (shared, rest) in self.0 {
+    pub(crate) fn decode(&self) -> Result<Vec<NodeId>, &'static str> {
+        let mut names: Vec<NodeId> = Vec::with_capacity(self.shared.len());
+        let mut rests = self.rests.as_str();
+        for (shared, length) in self.shared.iter().zip(&self.lengths) {
             let before = names.last().map_or("", |name| name.0.as_str());
-            let shared = before.get(..usize::from(shared)).ok_or("a name continues no other")?;
+            let shared = before.get(..usize::from(*shared)).ok_or("a name continues no other")?;
+            let (rest, others) = rests.split_at_checked(*length as usize).ok_or("a name is cut off")?;
             names.push(NodeId::new(format!("{shared}{rest}")));
+            rests = others;
         }
-        Ok(names)
+        match self.shared.len() == self.lengths.len() && rests.is_empty() {
+            true => Ok(names),
+            false => Err("names have other lengths"),
+        }
     }
 }
 
@@ -211,12 +226,14 @@ mod tests {
     fn numbers_that_cannot_be_are_refused() {
         let good = || encode(&placement(10, 3));
         type Change = fn(&mut Encoded);
-        let bad: [(&str, Change); 5] = [
+        let bad: [(&str, Change); 7] = [
             ("a node has no name", |e| e.members = vec![(8, 3)]),
             ("a node is named twice", |e| e.members = vec![(0, 10), (0, 1)]),
             ("a lane has no node", |e| e.stages[0].2 = vec![(7, false, 1)]),
             ("too many lanes", |e| e.stages[0].2 = vec![(0, false, u32::MAX)]),
-            ("a name continues no other", |e| e.names.0[0].0 = 1),
+            ("a name continues no other", |e| e.names.shared[0] = 1),
+            ("a name is cut off", |e| e.names.lengths[9] = 2),
+            ("names have other lengths", |e| e.names.rests.push('x')),
         ];
         for (expected, change) in bad {
             let mut encoded = good();

@@ -14,6 +14,8 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinHandle;
 use volary_core::compute::Compute;
 use volary_core::limits::LANES_MAX;
+use volary_core::messages::NodeCommand;
+use volary_protocol::layout::LayoutReceiver;
 use volary_protocol::limits::SPANS_PER_MESSAGE;
 use volary_protocol::{ToNode, ToSupervisor};
 use volary_telemetry::Pipeline;
@@ -144,6 +146,7 @@ async fn read_messages(
     endpoint: Endpoint,
 ) -> String {
     let mut lanes_ahead = Vec::new();
+    let mut layouts = LayoutReceiver::default();
     loop {
         let received = receiver.recv::<ToNode>().await;
         answering.heard.notify_waiters();
@@ -152,8 +155,18 @@ async fn read_messages(
                 lanes_ahead.extend(lanes);
             }
             Ok(Some(ToNode::Tokens(_))) => return format!("tokens of more than {LANES_MAX} lanes"),
+            Ok(Some(ToNode::Layout(patch))) => {
+                if let Err(error) = layouts.receive(&patch) {
+                    return error.to_string();
+                }
+            }
             Ok(Some(ToNode::Protocol(mut command, trace))) => {
                 command.prepend_lanes(&mut lanes_ahead);
+                if let NodeCommand::Assign(assignment) = &mut command
+                    && let Err(error) = layouts.complete(assignment)
+                {
+                    return error.to_string();
+                }
                 if agent.cast(NodeMsg::Command(command, trace)).is_err() {
                     return "the node's agent has ended".to_owned();
                 }

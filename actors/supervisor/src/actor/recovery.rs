@@ -163,7 +163,10 @@ pub(super) fn newest_intact(
 }
 
 /// Makes the machine's persistent state durable.
-pub(super) fn persist(store: &Store, state: PersistentState) -> volary_storage::Result<()> {
+///
+/// # Errors
+/// The store's.
+pub fn persist(store: &Store, state: PersistentState) -> volary_storage::Result<()> {
     let stored = StoredState::prepare(store, state)?;
     store.put(Table::Facts, CLUSTER, &stored)?;
     stored.tidy_up(store)

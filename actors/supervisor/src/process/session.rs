@@ -14,9 +14,10 @@ use std::time::Instant;
 use tokio::sync::{Notify, Semaphore, mpsc};
 use volary_core::NodeId;
 use volary_core::machine::LossCause;
-use volary_core::messages::ResidentState;
+use volary_core::messages::{NodeCommand, ResidentState};
 use volary_core::profile::Profile;
 use volary_protocol::frames::{self, ShardRequest, StoredShard};
+use volary_protocol::layout::LayoutSender;
 use volary_protocol::{FrameRefusal, FrameRefusalCode, NodeInfo, ToNode, ToSupervisor};
 use volary_transport::{
     BytePermit, CanaryWatch, ControlReceiver, ControlSender, Frame, FrameKind, InboundFrame, Link, Refusal,
@@ -231,13 +232,21 @@ async fn write_messages(
     mut messages: mpsc::Receiver<ToNode>,
 ) {
     let mut lanes = LaneReader::new(Arc::clone(&shared.dataset));
+    let mut layouts = LayoutSender::new(Arc::clone(&shared.patches));
     while let Some(mut message) = messages.recv().await {
         if let ToNode::Protocol(command, trace) = &mut message
             && let Err(error) = lanes.complete(command, trace.as_mut()).await
         {
             return notify(&shared.actor, SupervisorMsg::Failed(error));
         }
-        for message in message.split() {
+        let layout = match &message {
+            ToNode::Protocol(NodeCommand::Assign(assignment), _) => match layouts.patch(assignment) {
+                Ok(patch) => Some(ToNode::Layout(patch)),
+                Err(error) => return link.close(&format!("a message cannot be sent: {error}")),
+            },
+            _ => None,
+        };
+        for message in layout.into_iter().chain(message.split()) {
             if let Err(error) = sender.send(&message).await {
                 if link.is_open() {
                     tracing::error!(node = link.peer(), %error, "a message cannot be sent");

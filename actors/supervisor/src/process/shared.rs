@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use volary_core::NodeId;
 use volary_data::Dataset;
+use volary_protocol::layout::Patches;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_storage::Checkpoints;
 use volary_telemetry::{Pipeline, SpanRecord};
@@ -35,6 +36,8 @@ pub(super) struct Shared {
     reserved: HashSet<NodeId>,
     reserved_until: Instant,
     over: Arc<AtomicBool>,
+    /// Layouts as they are sent to many nodes.
+    pub(super) patches: Arc<Patches>,
     /// Bytes of checkpoint shards that may be in memory.
     pub(super) checkpoint_budget: ByteBudget,
 }
@@ -91,6 +94,7 @@ impl Shared {
             names: Mutex::default(),
             reserved: parts.reserved.into_iter().collect(),
             reserved_until: Instant::now() + parts.patience,
+            patches: Arc::default(),
             checkpoint_budget: ByteBudget::new(CHECKPOINT_BYTES_AHEAD),
         }
     }

@@ -29,7 +29,7 @@ impl Poisoned {
             for effect in effects {
                 let event = match effect {
                     Effect::Send { message: NodeCommand::Assign(assignment), .. } => {
-                        let epoch = assignment.placement.epoch;
+                        let epoch = assignment.layout.placement.epoch;
                         Event::Reported { node: id(1), message: NodeReport::Ready { epoch } }
                     }
                     Effect::Send { message: NodeCommand::Begin { step, data, .. }, .. } => {
