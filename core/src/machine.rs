@@ -388,7 +388,7 @@ impl Machine {
         self.idle_ms = self.idle_ms.saturating_add(ms);
         self.retry.pass(ms);
         if self.suspicion.pass(ms) {
-            self.mark_placement_dirty();
+            self.schedule_replan();
         }
         self.watch_checkpoint(ms);
         self.pass_grace(ms);

@@ -1,5 +1,5 @@
-//! The supervisor's machine and the planner with up to 10,000 nodes under constant churn: every second step
-//! four nodes die and four join. Nodes answer at once. `cargo bench -p volary-sim --bench scale`.
+//! The supervisor's machine, its planner and its store with up to 10,000 nodes: all join at once, then every
+//! second step four nodes die and four join. Nodes answer at once. `cargo bench -p volary-sim --bench scale`.
 #![expect(clippy::expect_used, reason = "a benchmark")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -86,10 +86,10 @@ struct Cluster {
     _folder: TempDir,
     /// Bytes of assignments and their layouts, and the placements that they are of.
     assigned_bytes: usize,
+    placements: BTreeSet<Epoch>,
     /// The stream to each node, and what they share.
     streams: BTreeMap<NodeId, LayoutSender>,
     patches: Arc<Patches>,
-    placements: BTreeSet<Epoch>,
     shards: Vec<ShardId>,
     next: usize,
     /// Commands that are not carried out yet.

@@ -4,9 +4,10 @@
 //! begins with a whole layout. The difference is what zstd writes with the layout before as its prefix.
 
 use crate::limits::{LAYOUT_BYTES_MAX, PATCH_LEVEL, PATCH_WINDOW_LOG, PATCHES_KEPT};
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use volary_core::Digest;
 use volary_core::layout::Layout;
 use volary_core::messages::Assignment;
@@ -54,7 +55,7 @@ impl Patches {
     fn patch(&self, base: Option<&Encoded>, layout: &Encoded) -> Result<Arc<LayoutPatch>, LayoutError> {
         let from = base.map(|base| base.digest);
         // All who wait here want the patch that is being made, most likely.
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.0.lock();
         if let Some(kept) = kept.iter().find(|kept| kept.base == from && kept.patch.digest == layout.digest) {
             return Ok(Arc::clone(&kept.patch));
         }

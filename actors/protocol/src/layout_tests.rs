@@ -72,12 +72,12 @@ fn a_patch_is_made_once_for_all_streams_and_few_are_kept() {
             .iter_mut()
             .map(|sender| {
                 sender.patch(&assignment(layout)).unwrap();
-                Arc::clone(&patches.0.lock().unwrap().back().unwrap().patch)
+                Arc::clone(&patches.0.lock().back().unwrap().patch)
             })
             .collect();
         assert!(made.iter().all(|patch| Arc::ptr_eq(patch, &made[0])));
     }
-    assert_eq!(patches.0.lock().unwrap().len(), PATCHES_KEPT);
+    assert_eq!(patches.0.lock().len(), PATCHES_KEPT);
 }
 
 #[test]

@@ -127,7 +127,7 @@ impl Machine {
             return;
         }
         self.notice(Notice::MigrationFailed { node: node.clone(), reason: reason.clone() });
-        self.mark_placement_dirty();
+        self.schedule_replan();
         if self.placement.is_member(node) {
             self.suspicion.pause();
         } else {

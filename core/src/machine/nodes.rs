@@ -45,7 +45,7 @@ impl Machine {
             let kinds = self.arithmetic_kinds();
             self.notice(Notice::ArithmeticMixed { kinds });
         }
-        self.mark_placement_dirty();
+        self.schedule_replan();
         match self.phase {
             // The run goes on with the newcomer.
             Phase::Finishing(Finish::Empty) => self.advance(),
@@ -109,7 +109,7 @@ impl Machine {
             self.effects.push(Effect::DropCheckpoint { attempt: checkpoint.attempt });
             self.notice(Notice::CheckpointFailed { step: checkpoint.step, reason: reason.clone() });
         }
-        self.mark_placement_dirty();
+        self.schedule_replan();
         match &mut self.phase {
             Phase::Gathering(gathering) if has_last_copy && !self.gone.contains(node) => {
                 gathering.awaited.insert(node.clone());
@@ -152,7 +152,7 @@ impl Machine {
     pub(super) fn on_drain(&mut self, node: NodeId) {
         let Some(known) = self.nodes.get_mut(&node).filter(|known| !known.draining) else { return };
         known.draining = true;
-        self.mark_placement_dirty();
+        self.schedule_replan();
         let (bytes, sole_bytes) = (self.bytes_on(&node), self.sole_bytes_on(&node));
         let bandwidth = self.nodes[&node].profile.bandwidth;
         self.notice(Notice::Draining { node, bytes, sole_bytes, seconds: sole_bytes as f64 / bandwidth });

@@ -31,12 +31,12 @@ impl Machine {
     }
 
     /// The next boundary between steps looks for a better placement.
-    pub(super) fn mark_placement_dirty(&mut self) {
+    pub(super) fn schedule_replan(&mut self) {
         self.replan_due = true;
     }
 
     /// Begins a better placement at a boundary between steps, if there is one. Returns whether it did.
-    pub(super) fn replan_if_dirty(&mut self) -> bool {
+    pub(super) fn replan_if_due(&mut self) -> bool {
         if !self.replan_due || self.suspicion.is_paused() {
             return false;
         }

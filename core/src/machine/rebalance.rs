@@ -49,7 +49,7 @@ impl Machine {
         let speeds = self.check_speeds();
         let loads = self.balance.update_replicas(replication, self.placement.members.len());
         for reason in [speeds, loads].into_iter().flatten() {
-            self.mark_placement_dirty();
+            self.schedule_replan();
             self.notice(Notice::Rebalancing { step: self.committed, reason });
         }
     }

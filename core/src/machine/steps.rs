@@ -29,7 +29,7 @@ impl Machine {
         if self.are_all_leaving() {
             return self.empty();
         }
-        if self.replan_if_dirty() {
+        if self.replan_if_due() {
             return;
         }
         let compare = self.shards_to_compare();

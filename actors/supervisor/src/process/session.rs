@@ -242,20 +242,25 @@ async fn write_messages(
         let layout = match &message {
             ToNode::Protocol(NodeCommand::Assign(assignment), _) => match layouts.patch(assignment) {
                 Ok(patch) => Some(ToNode::Layout(patch)),
-                Err(error) => return link.close(&format!("a message cannot be sent: {error}")),
+                Err(error) => return close_unsent(&link, &error),
             },
             _ => None,
         };
         for message in layout.into_iter().chain(message.split()) {
             if let Err(error) = sender.send(&message).await {
-                if link.is_open() {
-                    tracing::error!(node = link.peer(), %error, "a message cannot be sent");
-                }
-                return link.close(&format!("a message cannot be sent: {error}"));
+                return close_unsent(&link, &error);
             }
         }
     }
     sender.finish().await;
+}
+
+/// Ends a link on which a message cannot be sent.
+fn close_unsent(link: &Link, error: &dyn std::error::Error) {
+    if link.is_open() {
+        tracing::error!(node = link.peer(), %error, "a message cannot be sent");
+    }
+    link.close(&format!("a message cannot be sent: {error}"));
 }
 
 /// Serves a node's frames: requests for shards of a checkpoint, shards for the next one, and probes.

@@ -63,9 +63,11 @@ fn count(from: u64, cases: u64) -> Counts {
             let rank = |plan: &Plan| (plan.safety(&request), -plan.prediction.step_s);
             rank(next) < rank(now)
         };
+        let without_first = Request { members: &members[1..], ..request.clone() };
+        let Ok(before) = super::super::plan(&without_first) else { continue };
+        let again = after(&without_first, &before.placement).expect("room for the same placement");
+        counts.replaced += usize::from(!again.placement.has_same_layout(&before.placement));
         // One node joins.
-        let first = super::super::plan(&Request { members: &members[1..], ..request.clone() });
-        let Ok(before) = first else { continue };
         let Ok(mut now) = after(&request, &before.placement) else { continue };
         counts.worse += usize::from(is_worse(&now, &before));
         let mut rounds = 0;
