@@ -146,7 +146,10 @@ fn a_node_killed_during_a_checkpoint_does_not_change_the_result() {
 fn a_node_joins_without_an_abort() {
     let _alone = alone();
     let events = play(Cluster { nodes: 2, ..Cluster::default() }, &event(5, "join", ""));
-    assert_eq!((count(&events, "aborted"), count(&events, "resized")), (0, 1), "{events}");
+    assert_eq!(count(&events, "aborted"), 0, "{events}");
+    // Where other processes slow a node down, lanes move as well, with an event of the same kind.
+    let resized = events.matches("\"event\":\"resized\",\"cause\":\"node-3 joins\"").count();
+    assert_eq!(resized, 1, "{events}");
 }
 
 #[test]
@@ -197,8 +200,8 @@ fn a_suspended_node_is_awaited_or_fenced() {
     let cluster = Cluster { silence: NODE_SILENCE, ..Cluster::default() };
     let long = play(cluster, &event(10, "stop", "node = \"node-2\"\nfor_seconds = 4.0"));
     // Its peers or the supervisor notice its silence first.
-    let gone = count(&long, "lost") + count(&long, "fenced");
-    assert_eq!((gone, count(&long, "went_back")), (1, 0), "{long}");
+    assert!(count(&long, "lost") + count(&long, "fenced") >= 1, "{long}");
+    assert_eq!(count(&long, "went_back"), 0, "{long}");
 }
 
 #[test]

@@ -390,6 +390,38 @@ fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
     assert!(error.to_string().contains("this model expects"), "{error}");
 }
 
+/// On a GPU, against the host: replicas of one shard on unlike devices stay equal.
+#[test]
+fn updates_and_norms_are_the_same_bits_on_every_device() {
+    let (a, mut t) = (architecture(), training());
+    let adamw = serde_json::from_str(r#"{"kind": "adamw"}"#).expect("an optimizer");
+    for optimizer in [t.optimizer, adamw] {
+        t.optimizer = optimizer;
+        let engines = [test_device(), Device::Cpu].map(|device| Glam::new(&a, &t, 7, device).unwrap());
+        let mut driver = Driver::new(a.clone(), &t, Kind::Float);
+        let mut copies: BTreeMap<_, _> =
+            a.shards().into_iter().map(|id| (id, engines[1].initial(id).unwrap())).collect();
+        for step in (1..=3).map(Step) {
+            let update = Update::decide(1.0, true, &t, step).0;
+            for (id, gradient) in driver.lane(&tokens(step.0, &a, &t)).1 {
+                let host = engines[0].export_gradient(&gradient).unwrap();
+                let parts: Vec<_> =
+                    host.iter().map(|g| (g.dtype, g.shape.clone(), g.data.as_slice())).collect();
+                let copied = engines[1].import_gradient(id, &parts).unwrap();
+                let norms = [engines[0].norm(&gradient), engines[1].norm(&copied)];
+                let [ours, theirs] = norms.map(|norm| norm.unwrap().squared.to_bits());
+                assert_eq!(ours, theirs, "{id} at step {step}");
+                let shard = driver.shards.get_mut(&id).unwrap();
+                let copy = copies.get_mut(&id).unwrap();
+                engines[0].apply(id, shard, Some(gradient), update).unwrap();
+                engines[1].apply(id, copy, Some(copied), update).unwrap();
+                let [ours, theirs] = [engines[0].digest(shard), engines[1].digest(copy)].map(Result::unwrap);
+                assert_eq!(ours, theirs, "{id} at step {step}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_token_outside_the_vocabulary_is_one_clear_error() {
     let (a, t) = (architecture(), training());
