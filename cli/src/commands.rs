@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | [`digest`] | `volary digest`: the exact bits of a checkpoint |
 //! | [`doctor`] | `volary doctor`: this machine |
+//! | [`eval`] | `volary eval`: scores of a trained model |
+//! | [`export`] | `volary export`: a trained model for other programs |
 //! | [`generate`] | `volary generate`: text by a trained model |
 //! | [`identity`] | `volary identity`: an authority before there is a supervisor |
 //! | [`node`] | `volary node`: a node process |
@@ -17,6 +19,8 @@
 
 pub mod digest;
 pub mod doctor;
+pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod identity;
 pub mod node;

@@ -13,6 +13,7 @@
 //! | [`alerts`], [`signals`] | events that a person must see; interrupts |
 //! | [`spot`] | a recorded trace of spot instances, played on this machine |
 //! | [`script`] | faults and membership changes at chosen steps |
+//! | `trained` | the model of a run, for the commands that use it |
 //! | [`http`] | the dashboard of the supervisor, and metrics for Prometheus |
 //! | [`output`] | standard output and standard error |
 //! | [`arguments`], [`units`] | invalid arguments; sizes and durations with units |
@@ -69,4 +70,5 @@ pub mod rundir;
 pub mod script;
 pub mod signals;
 pub mod spot;
+mod trained;
 pub mod units;

@@ -54,8 +54,12 @@ enum Command {
     Token(commands::token::Args),
     /// Create a cluster's authority and access tokens before there is a supervisor.
     Identity(commands::identity::Args),
-    /// Continue a prompt with a trained model.
+    /// Continue prompts with a trained model.
     Generate(commands::generate::Args),
+    /// Score a trained model on tasks.
+    Eval(commands::eval::Args),
+    /// Write a trained model in a format of other programs.
+    Export(commands::export::Args),
     /// Hash the exact bits of a checkpoint.
     Digest(commands::digest::Args),
     /// Count parameters, operations and bytes of a model.
@@ -95,6 +99,8 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Token(args) => commands::token::run(args),
         Command::Identity(args) => commands::identity::run(args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Eval(args) => commands::eval::run(args),
+        Command::Export(args) => commands::export::run(args),
         Command::Digest(args) => commands::digest::run(args),
         Command::Plan(args) => commands::plan::run(args),
         Command::Doctor(args) => commands::doctor::run(args),

@@ -22,6 +22,8 @@ pub enum Purpose {
     Faults = 6,
     /// Samples for telemetry.
     Telemetry = 7,
+    /// The examples before a question in an evaluation.
+    Examples = 8,
 }
 
 fn mix(mut z: u64) -> u64 {

@@ -55,6 +55,14 @@ pub enum Error {
     /// A prompt without tokens.
     #[error("the prompt is empty")]
     EmptyPrompt,
+    /// More tokens than a sequence may have.
+    #[error("{found} tokens are more than the model's context of {context}")]
+    Context {
+        /// The longest sequence.
+        context: usize,
+        /// The number of tokens.
+        found: usize,
+    },
     /// The model's output is not finite.
     #[error("the model's output is not a finite number: its weights are broken")]
     NotFinite,

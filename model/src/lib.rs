@@ -1,12 +1,13 @@
 //! The GLaM model (Du et al., arXiv 2112.06905) on libtorch.
 //!
 //! The only crate that depends on `tch`. The actors use it through [`volary_core::compute::Compute`], which
-//! [`Glam`] implements. [`reference::Reference`] is the whole model in one process, for tests and for
-//! generation.
+//! [`Glam`] implements. [`reference::Reference`] is the whole model in one process, for tests;
+//! [`decoder::Decoder`] generates and scores text.
 //!
 //! | file | content |
 //! | --- | --- |
 //! | `arithmetic` | the bits of a device's results |
+//! | [`decoder`] | the model token by token, for generation and scoring |
 //! | [`device`] | devices, threads, and the environment of libtorch |
 //! | [`engine`] | [`Glam`]: the computations of the actors; `compute` and `moe` are its parts |
 //! | [`error`] | errors |
@@ -20,6 +21,7 @@
 //! | `weights` | the parameters and optimizer state of a shard, and their stored form |
 
 mod arithmetic;
+pub mod decoder;
 pub mod device;
 pub mod engine;
 pub mod error;
@@ -34,4 +36,4 @@ mod weights;
 
 pub use engine::Glam;
 pub use error::{Error, Result};
-pub use weights::shard_bytes;
+pub use weights::{parameter_bytes, parameter_shapes, shard_bytes};

@@ -4,6 +4,8 @@
 pub const PRODUCTS: u32 = 40;
 /// Rows and columns of their matrices.
 pub const SIDE: i64 = 512;
+/// Tokens that are scored at a time: their logits over the vocabulary are in memory together.
+pub const SCORED_ROWS: usize = 128;
 /// Numbers of a replica that are copied to the host at a time for a digest.
 pub const DIGEST_CHUNK: i64 = 1 << 20;
 /// Numbers that are summed at a time: what is added stays in the cache. Part of the order of additions in

@@ -8,7 +8,6 @@ mod routing;
 use crate::error::{Error, Result};
 use crate::layers::{self, Attention, FeedForward, Gate, Positions};
 use crate::optimizer;
-use crate::sampling::{self, Sampling};
 use crate::weights::Shard;
 use routing::Routing;
 use std::collections::BTreeMap;
@@ -16,7 +15,6 @@ use std::error::Error as StdError;
 use tch::{Device, Kind, Tensor};
 use volary_core::architecture::Architecture;
 use volary_core::options::TrainingOptions;
-use volary_core::random::{Purpose, Stream};
 use volary_core::update::{Moments, Update};
 use volary_core::{Lane, LayerId, ShardId, Step};
 
@@ -28,15 +26,13 @@ use volary_core::{Lane, LayerId, ShardId, Step};
 /// use volary_core::options::TrainingOptions;
 /// use volary_model::device;
 /// use volary_model::reference::Reference;
-/// use volary_model::sampling::Sampling;
 ///
 /// let (architecture, training) = (&presets()[0].architecture, TrainingOptions::new(100));
 /// let mut model = Reference::initial(architecture, &training, 7, device::parse("cpu")?)?;
 /// let lane = vec![1; training.sequences_per_lane * (training.sequence_length + 1)];
 /// let loss = model.step(&[lane], Step(1))?;
-/// let sampling = Sampling { max_tokens: 10, temperature: 0.8, seed: 1, ..Sampling::default() };
-/// let tokens = model.generate(&[1, 2, 3], &sampling)?;
-/// # drop((loss, tokens));
+/// let logits = model.logits(&[1, 2, 3])?;
+/// # drop((loss, logits));
 /// # Ok::<(), volary_model::Error>(())
 /// ```
 #[derive(Debug)]
@@ -265,49 +261,23 @@ impl Reference {
         Ok(loss)
     }
 
-    /// Continues `prompt` token by token, up to `sampling.stop` or `sampling.max_tokens`.
+    /// The logits after every token of a sequence of any length, `[tokens, vocabulary]`. Neither capacity nor
+    /// the random second expert applies, as in generation.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::Vocabulary`], [`Error::NotFinite`] for a broken model, or
-    /// [`Error::Torch`] when libtorch fails.
-    pub fn generate(&self, prompt: &[u32], sampling: &Sampling) -> Result<Vec<u32>> {
-        if prompt.is_empty() {
+    /// [`Error::EmptyPrompt`], or [`Error::Torch`] when libtorch fails.
+    pub fn logits(&self, tokens: &[u32]) -> Result<Vec<Vec<f32>>> {
+        if tokens.is_empty() {
             return Err(Error::EmptyPrompt);
         }
-        let vocabulary = self.architecture.vocabulary;
-        if let Some(&id) = prompt.iter().find(|&&id| id as usize >= vocabulary) {
-            return Err(Error::Vocabulary { id, vocabulary });
-        }
-        let mut stream = Stream::new(sampling.seed, Purpose::Generate, &[]);
-        let mut tokens = prompt.to_vec();
-        let leaves = self.leaves(false)?;
-        for _ in 0..sampling.max_tokens {
-            let window = &tokens[tokens.len().saturating_sub(self.training.sequence_length)..];
-            let next = tch::no_grad(|| self.next_token(&leaves, window, sampling, &mut stream))?;
-            if Some(next) == sampling.stop {
-                break;
-            }
-            tokens.push(next);
-        }
-        Ok(tokens.split_off(prompt.len()))
-    }
-
-    /// The token after `window`.
-    fn next_token(
-        &self,
-        leaves: &Leaves,
-        window: &[u32],
-        sampling: &Sampling,
-        stream: &mut Stream,
-    ) -> Result<u32> {
-        let ids: Vec<i64> = window.iter().map(|&t| t.into()).collect();
+        let ids: Vec<i64> = tokens.iter().map(|&t| t.into()).collect();
         let input = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?;
-        let (x, _) = self.forward(leaves, &input, ids.len(), Routing::Free)?;
-        let last = x.f_narrow(0, ids.len() as i64 - 1, 1)?;
-        let embedding = &leaves[&ShardId::Embedding];
-        let logits = layers::logits(&last, &embedding[0], &embedding[1])?.f_squeeze_dim(0)?;
-        let logits = Vec::try_from(logits.f_to_kind(Kind::Double)?.f_to_device(Device::Cpu)?)?;
-        let rows = sampling.vocabulary.min(logits.len());
-        sampling::draw(&logits[..rows], sampling.temperature, stream).ok_or(Error::NotFinite)
+        let leaves = self.leaves(false)?;
+        let logits = tch::no_grad(|| -> Result<Tensor> {
+            let (x, _) = self.forward(&leaves, &input, ids.len(), Routing::Free)?;
+            let embedding = &leaves[&ShardId::Embedding];
+            layers::logits(&x, &embedding[0], &embedding[1])
+        })?;
+        Ok(Vec::try_from(logits.f_to_device(Device::Cpu)?)?)
     }
 }

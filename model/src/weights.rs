@@ -94,6 +94,24 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
     }
 }
 
+/// The names and shapes of a shard's parameters, in their fixed order.
+#[must_use]
+pub fn parameter_shapes(architecture: &Architecture, shard: ShardId) -> Vec<(&'static str, Vec<usize>)> {
+    let shape = |p: &Parameter| p.shape.iter().map(|&n| n as usize).collect();
+    parameters(architecture, shard).iter().map(|p| (p.name, shape(p))).collect()
+}
+
+/// The parameters of a stored shard, in their fixed order: f32, row-major and little-endian, without optimizer
+/// state.
+///
+/// # Errors
+/// [`Error::Stored`] or [`Error::SafeTensors`] when the bytes are not those of the shard.
+pub fn parameter_bytes(architecture: &Architecture, shard: ShardId, stored: &[u8]) -> Result<Vec<Vec<u8>>> {
+    let tensors = open(shard, stored)?;
+    let bytes = |p: Parameter| Ok(view(&tensors, shard, p.name, &p.shape)?.data().to_vec());
+    parameters(architecture, shard).into_iter().map(bytes).collect()
+}
+
 /// The names and shapes of the optimizer's state for one parameter.
 pub(crate) fn state_shapes(optimizer: &Optimizer, shape: &[i64]) -> Vec<(&'static str, Vec<i64>)> {
     match (optimizer, shape) {
@@ -221,16 +239,7 @@ impl Shard {
         bytes: &[u8],
         device: Device,
     ) -> Result<Self> {
-        let (_, metadata) = SafeTensors::read_metadata(bytes)?;
-        let header = metadata.metadata().as_ref().and_then(|m| m.get(HEADER));
-        let header: Header = serde_json::from_str(header.map_or("", String::as_str))
-            .map_err(|_| Error::Stored { shard, reason: "it has no volary header".into() })?;
-        if (header.format, header.shard) != (FORMAT, shard) {
-            let reason =
-                format!("it is {} in format {}, expected format {FORMAT}", header.shard, header.format);
-            return Err(Error::Stored { shard, reason });
-        }
-        let tensors = SafeTensors::deserialize(bytes)?;
+        let tensors = open(shard, bytes)?;
         let fetch = |name: &str, shape: &[i64]| {
             read(&tensors, shard, name, shape)?.f_to_device(device).map_err(Error::from)
         };
@@ -246,7 +255,38 @@ impl Shard {
     }
 }
 
+/// The parameters of a stored shard without their optimizer state, in their fixed order.
+pub(crate) fn load_weights(
+    a: &Architecture,
+    shard: ShardId,
+    bytes: &[u8],
+    device: Device,
+) -> Result<Vec<Tensor>> {
+    let tensors = open(shard, bytes)?;
+    let weight = |p: Parameter| Ok(read(&tensors, shard, p.name, &p.shape)?.f_to_device(device)?);
+    parameters(a, shard).into_iter().map(weight).collect()
+}
+
+/// The stored form of a shard, whose header must name it.
+fn open(shard: ShardId, bytes: &[u8]) -> Result<SafeTensors<'_>> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+    let header = metadata.metadata().as_ref().and_then(|m| m.get(HEADER));
+    let header: Header = serde_json::from_str(header.map_or("", String::as_str))
+        .map_err(|_| Error::Stored { shard, reason: "it has no volary header".into() })?;
+    if (header.format, header.shard) != (FORMAT, shard) {
+        let reason = format!("it is {} in format {}, expected format {FORMAT}", header.shard, header.format);
+        return Err(Error::Stored { shard, reason });
+    }
+    Ok(SafeTensors::deserialize(bytes)?)
+}
+
 fn read(tensors: &SafeTensors<'_>, shard: ShardId, name: &str, shape: &[i64]) -> Result<Tensor> {
+    let view = view(tensors, shard, name, shape)?;
+    Ok(Tensor::f_from_data_size(view.data(), shape, Kind::Float)?)
+}
+
+/// A tensor of a stored shard, which must have this shape.
+fn view<'a>(tensors: &SafeTensors<'a>, shard: ShardId, name: &str, shape: &[i64]) -> Result<TensorView<'a>> {
     let view = tensors
         .tensor(name)
         .map_err(|_| Error::Stored { shard, reason: format!("it has no tensor {name}") })?;
@@ -255,7 +295,7 @@ fn read(tensors: &SafeTensors<'_>, shard: ShardId, name: &str, shape: &[i64]) ->
         let reason = format!("{name} is {:?} {found:?}, and this model expects F32 {shape:?}", view.dtype());
         return Err(Error::Stored { shard, reason });
     }
-    Ok(Tensor::f_from_data_size(view.data(), shape, Kind::Float)?)
+    Ok(view)
 }
 
 fn initial_values(parameter: &Parameter, mut stream: Stream) -> Result<Tensor> {

@@ -1,101 +1,132 @@
-//! `volary generate`: continues a prompt with a trained model, in this process.
+//! `volary generate`: continues prompts with a trained model, in this process.
 
 use crate::arguments::InvalidArgument;
-use crate::config::Config;
 use crate::output;
-use anyhow::Context;
-use std::path::{Path, PathBuf};
-use volary_core::Step;
-use volary_data::Tokenizer;
-use volary_model::device;
-use volary_model::reference::Reference;
+use crate::trained::{ModelArgs, Trained};
+use volary_inference::{Generator, Request, RequestId};
 use volary_model::sampling::Sampling;
-use volary_storage::{CheckpointReader, RunDir};
 
-/// Continue a prompt with a trained model.
+/// Continue prompts with a trained model.
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
   volary generate --run runs/quickstart --prompt 'pub fn new('
-  volary generate --run runs/quickstart --prompt '# ' --temperature 0 --max-tokens 40")]
+  volary generate --run runs/quickstart --prompt '# ' --temperature 0 --max-tokens 40
+  volary generate --run runs/quickstart --prompt 'fn a' --prompt 'fn b' --stop '}' --top-p 0.9")]
 pub struct Args {
-    /// The run's directory.
-    #[arg(long)]
-    run: PathBuf,
-    /// The text to continue.
-    #[arg(long)]
-    prompt: String,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// The text to continue; may be given several times.
+    #[arg(long, required = true)]
+    prompt: Vec<String>,
     /// The maximum number of new tokens.
     #[arg(long, default_value_t = 64)]
     max_tokens: usize,
     /// Sampling temperature: 0 takes the most likely token, 1 samples from the model's distribution.
     #[arg(long, default_value_t = 0.8, value_parser = temperature, allow_negative_numbers = true)]
     temperature: f64,
+    /// Draw from this many of the most likely tokens; 0 for all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Draw from the most likely tokens that together have this probability.
+    #[arg(long, default_value_t = 1.0, value_parser = probability)]
+    top_p: f64,
+    /// Divide the logits of tokens that occurred before by this; 1 changes nothing.
+    #[arg(long, default_value_t = 1.0, value_parser = penalty)]
+    repetition_penalty: f64,
+    /// End the text before this string; may be given several times.
+    #[arg(long)]
+    stop: Vec<String>,
     /// The seed of sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// The step of the checkpoint; by default the newest one.
-    #[arg(long)]
-    step: Option<u64>,
-    /// Device: auto, cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    /// Continuations per prompt.
+    #[arg(short, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=64))]
+    n: u64,
+}
+
+fn number(text: &str, is_good: impl Fn(f64) -> bool, expected: &'static str) -> Result<f64, InvalidArgument> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && is_good(value) => Ok(value),
+        _ => Err(InvalidArgument::new(expected)),
+    }
 }
 
 fn temperature(text: &str) -> Result<f64, InvalidArgument> {
-    match text.parse::<f64>() {
-        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
-        _ => Err(InvalidArgument::new("a number that is not negative")),
-    }
+    number(text, |value| value >= 0.0, "a number that is not negative")
 }
 
-/// Runs the command.
+fn probability(text: &str) -> Result<f64, InvalidArgument> {
+    number(text, |value| (0.0..=1.0).contains(&value), "a number from 0 to 1")
+}
+
+fn penalty(text: &str) -> Result<f64, InvalidArgument> {
+    number(text, |value| value > 0.0, "a positive number")
+}
+
+/// Runs the command. One continuation appears as it grows, several in their order as they are complete.
 ///
 /// # Errors
-/// When there is no such run or checkpoint, or the tokenizer does not fit it.
+/// When there is no such run or checkpoint, the tokenizer does not fit it, or libtorch fails.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let sampling = Sampling {
-        max_tokens: args.max_tokens,
-        temperature: args.temperature,
-        seed: args.seed,
-        ..Sampling::default()
-    };
-    let text = continue_prompt(&args.run, args.step.map(Step), &args.prompt, sampling, &args.device)?;
-    output::line(format_args!("{}{text}", args.prompt))?;
+    let trained = Trained::open(&args.model)?;
+    let count = args.prompt.len() * args.n as usize;
+    let mut generator = Generator::new(trained.decoder.clone(), trained.tokenizer.clone(), count.min(SLOTS))?;
+    let mut texts = Vec::with_capacity(count);
+    for prompt in &args.prompt {
+        let tokens = trained.prompt(prompt)?;
+        for choice in 0..args.n {
+            let request = args.request(tokens.clone(), choice);
+            texts.push(Growing { id: generator.submit(request)?, text: prompt.clone(), is_complete: false });
+        }
+    }
+    if let [only] = texts.as_slice() {
+        output::text(format_args!("{}", only.text))?;
+    }
+    let mut printed = 0;
+    while !generator.is_idle() {
+        for piece in generator.step()? {
+            if count == 1 {
+                output::text(format_args!("{}", piece.text))?;
+                continue;
+            }
+            let Some(of) = texts.iter_mut().find(|text| text.id == piece.request) else { continue };
+            of.text.push_str(&piece.text);
+            of.is_complete = piece.finish.is_some();
+        }
+        while let Some(text) = texts.get(printed).filter(|text| text.is_complete) {
+            let separator = if printed == 0 { "" } else { "---\n" };
+            output::line(format_args!("{separator}{}", text.text))?;
+            printed += 1;
+        }
+    }
+    if count == 1 {
+        output::line(format_args!(""))?;
+    }
     Ok(())
 }
 
-/// The continuation of a prompt by the model of a run, up to the end of the text.
-pub(crate) fn continue_prompt(
-    run: &Path,
-    step: Option<Step>,
-    prompt: &str,
-    sampling: Sampling,
-    device: &str,
-) -> anyhow::Result<String> {
-    device::single_thread();
-    let dir = RunDir::find(run)?;
-    let config = Config::load(&dir.config(), &[])?;
-    let reader = CheckpointReader::open(&dir)?;
-    let step = match step {
-        Some(step) => step,
-        None => reader.latest()?.with_context(|| format!("{} has no checkpoint yet", run.display()))?.step,
-    };
-    let tokenizer = Tokenizer::load(&dir.tokenizer())?;
-    if tokenizer.vocabulary() > config.model.vocabulary {
-        anyhow::bail!(
-            "{} has {} tokens, but the checkpoint's model has a vocabulary of {}",
-            dir.tokenizer().display(),
-            tokenizer.vocabulary(),
-            config.model.vocabulary
-        );
+/// Continuations that are computed side by side.
+const SLOTS: usize = 16;
+
+/// A continuation that is not complete yet.
+struct Growing {
+    id: RequestId,
+    text: String,
+    is_complete: bool,
+}
+
+impl Args {
+    fn request(&self, prompt: Vec<u32>, choice: u64) -> Request {
+        let sampling = Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+            choice,
+            ..Sampling::default()
+        };
+        Request { prompt, max_tokens: self.max_tokens, sampling, stop: self.stop.clone() }
     }
-    let fetch = |shard| reader.read(step, shard);
-    let device = device::parse(device)?;
-    let model = Reference::load(&config.model, &config.training, config.run.seed, device, fetch)?;
-    let ids = tokenizer.encode(prompt)?;
-    let ids = if ids.is_empty() { vec![tokenizer.end_of_text()] } else { ids };
-    let (stop, vocabulary) = (Some(tokenizer.end_of_text()), tokenizer.vocabulary());
-    let continuation = model.generate(&ids, &Sampling { stop, vocabulary, ..sampling })?;
-    tokenizer.decode_continuation(&ids, &continuation).map_err(Into::into)
 }

@@ -1,7 +1,6 @@
 //! `volary train`: a complete run on this machine, from the text to a sample.
 
 use crate::cluster::{Cluster, LaunchOptions, Starting};
-use crate::commands::generate;
 use crate::config::Config;
 use crate::corpus_summary;
 use crate::follow::{RunOutcome, follow};
@@ -13,6 +12,7 @@ use crate::rundir;
 use crate::script::Script;
 use crate::signals::Interrupts;
 use crate::spot::{Replay, SpotOptions, Trace, Unit};
+use crate::trained::Trained;
 use crate::units::Size;
 use anyhow::{Context, bail};
 use std::fmt;
@@ -25,6 +25,8 @@ use volary_storage::RunDir;
 
 /// The length of the sample's prompt where the configuration has none, in characters.
 const PROMPT_CHARS: usize = 40;
+/// The length of the sample, in tokens.
+const SAMPLE_TOKENS: usize = 60;
 
 /// What others are told of a directory that is locked before its supervisor listens.
 const ADDRESS: &str = "no address yet";
@@ -238,14 +240,14 @@ fn print_summary(config: &Config, dir: &RunDir, outcome: &RunOutcome) -> anyhow:
     }
     output::text(Summary { dir, outcome, validations: validations(&dir.validation()), checkpoint })?;
     let Some(step) = checkpoint else { return Ok(()) };
-    let sampling =
-        Sampling { max_tokens: 60, temperature: 0.7, seed: config.run.seed, ..Sampling::default() };
+    let sampling = Sampling { temperature: 0.7, seed: config.run.seed, ..Sampling::default() };
     let sample = || {
         let prompt = match &config.run.sample_prompt {
             Some(prompt) => prompt.clone(),
             None => held_out_prompt(config, dir)?,
         };
-        let text = generate::continue_prompt(dir.root(), Some(step), &prompt, sampling, "cpu")?;
+        let trained = Trained::load(dir.root(), Some(step), "cpu", 1)?;
+        let text = trained.continuation(&prompt, SAMPLE_TOKENS, sampling)?;
         anyhow::Ok((prompt, text))
     };
     // The run is complete, with or without its sample.

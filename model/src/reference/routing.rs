@@ -22,7 +22,8 @@ pub(super) enum Routing {
         step: Step,
         lane: Lane,
     },
-    /// Generation: each token goes to both experts. Its text must not depend on what else is in a batch.
+    /// Generation and scoring: each token goes to both experts. A text must not depend on what else is in a
+    /// batch.
     Free,
 }
 

@@ -1,0 +1,227 @@
+//! Continuations of many prompts at a time.
+//!
+//! A generator has a fixed number of slots. Each pass takes one new token of every sequence in a slot, and
+//! parts of prompts that were not read yet; a sequence that ends leaves its slot to the next request at once.
+
+use crate::error::{Error, Result};
+use crate::limits::{TOKENS_PER_PASS, WAITING_REQUESTS};
+use crate::text::{StopStrings, TextStream};
+use std::collections::VecDeque;
+use std::sync::Arc;
+use volary_data::Tokenizer;
+use volary_model::decoder::{Cache, Decoder, Input};
+use volary_model::sampling::{Sampler, Sampling};
+
+/// A prompt to continue.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// The tokens of the prompt: at least one, at most the model's context.
+    pub prompt: Vec<u32>,
+    /// The maximum number of new tokens.
+    pub max_tokens: usize,
+    /// The draws. Tokens that the tokenizer does not have are never drawn.
+    pub sampling: Sampling,
+    /// Strings that end the text, and are not part of it.
+    pub stop: Vec<String>,
+}
+
+/// The number of a request of one generator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u64);
+
+/// The end of a continuation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// The model ended the text, or a stop string did.
+    Stop,
+    /// [`Request::max_tokens`] were generated.
+    Length,
+}
+
+/// What one pass adds to a continuation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// The request.
+    pub request: RequestId,
+    /// New text; may be empty while a character or a stop string is incomplete.
+    pub text: String,
+    /// Whether it is the last piece, and why.
+    pub finish: Option<Finish>,
+}
+
+/// A sequence in a slot.
+#[derive(Debug)]
+struct Active {
+    id: RequestId,
+    /// The prompt and what was generated.
+    tokens: Vec<u32>,
+    /// The number of tokens that the model has read.
+    read: usize,
+    /// New tokens that are still allowed.
+    left: usize,
+    sampler: Sampler,
+    text: TextStream,
+    stop: StopStrings,
+}
+
+/// Continues prompts with one model.
+#[derive(Debug)]
+pub struct Generator {
+    decoder: Arc<Decoder>,
+    tokenizer: Arc<Tokenizer>,
+    cache: Cache,
+    slots: Vec<Option<Active>>,
+    waiting: VecDeque<Active>,
+    submitted: u64,
+}
+
+impl Generator {
+    /// A generator of `slots` continuations at a time.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when the device has no memory for their keys and values.
+    pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>, slots: usize) -> Result<Self> {
+        let cache = decoder.cache(slots.max(1))?;
+        let slots = (0..cache.slots()).map(|_| None).collect();
+        Ok(Self { decoder, tokenizer, cache, slots, waiting: VecDeque::new(), submitted: 0 })
+    }
+
+    /// Adds a request, which waits for a free slot.
+    ///
+    /// # Errors
+    /// [`Error::Busy`]; [`Error::StopStrings`]; [`Error::Model`] for a prompt that is empty, longer than the
+    /// context, or has a token outside the vocabulary.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        if self.waiting.len() >= WAITING_REQUESTS {
+            return Err(Error::Busy);
+        }
+        self.decoder.check_prompt(&request.prompt)?;
+        let id = RequestId(self.submitted);
+        let vocabulary = request.sampling.vocabulary.min(self.tokenizer.vocabulary());
+        self.waiting.push_back(Active {
+            id,
+            read: 0,
+            left: request.max_tokens,
+            sampler: Sampler::new(Sampling { vocabulary, ..request.sampling }),
+            text: TextStream::after(self.tokenizer.clone(), &request.prompt),
+            stop: StopStrings::new(request.stop)?,
+            tokens: request.prompt,
+        });
+        self.submitted += 1;
+        Ok(id)
+    }
+
+    /// Ends a request early; its slot is free for another.
+    pub fn cancel(&mut self, request: RequestId) {
+        self.waiting.retain(|active| active.id != request);
+        for slot in 0..self.slots.len() {
+            if self.slots[slot].as_ref().is_some_and(|active| active.id == request) {
+                self.release(slot);
+            }
+        }
+    }
+
+    /// Whether no request is left.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.waiting.is_empty() && self.slots.iter().all(Option::is_none)
+    }
+
+    /// One pass of the model over all sequences. Returns the pieces that it completes, by slot.
+    ///
+    /// # Errors
+    /// [`Error::Model`] when libtorch fails or the model's output is not finite; [`Error::Tokenizer`] when
+    /// tokens cannot be decoded.
+    pub fn step(&mut self) -> Result<Vec<Piece>> {
+        let mut pieces = self.admit();
+        let parts = self.parts();
+        let inputs: Vec<Input<'_>> = parts
+            .iter()
+            .filter_map(|&(slot, count)| {
+                let active = self.slots[slot].as_ref()?;
+                Some(Input { slot, tokens: &active.tokens[active.read..active.read + count], scoring: None })
+            })
+            .collect();
+        let outputs = self.decoder.advance(&mut self.cache, &inputs)?;
+        for ((slot, count), output) in parts.into_iter().zip(outputs) {
+            let Some(active) = &mut self.slots[slot] else { continue };
+            active.read += count;
+            if active.read < active.tokens.len() {
+                continue;
+            }
+            let piece = active.extend(&output.logits, self.tokenizer.end_of_text())?;
+            if piece.finish.is_some() {
+                self.release(slot);
+            }
+            pieces.push(piece);
+        }
+        Ok(pieces)
+    }
+
+    /// Moves waiting requests into free slots. Those that ask for no token end here.
+    fn admit(&mut self) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        for slot in &mut self.slots {
+            while slot.is_none() {
+                let Some(active) = self.waiting.pop_front() else { return pieces };
+                if active.left > 0 {
+                    *slot = Some(active);
+                } else {
+                    let (text, finish) = (String::new(), Some(Finish::Length));
+                    pieces.push(Piece { request: active.id, text, finish });
+                }
+            }
+        }
+        pieces
+    }
+
+    /// The slots of the next pass with their numbers of new tokens: one token of each sequence first, then as
+    /// much of the prompts as the pass has room for.
+    fn parts(&self) -> Vec<(usize, usize)> {
+        let unread =
+            |slot: usize| self.slots[slot].as_ref().map_or(0, |active| active.tokens.len() - active.read);
+        let mut parts: Vec<(usize, usize)> =
+            (0..self.slots.len()).filter(|&slot| unread(slot) > 0).map(|slot| (slot, 1)).collect();
+        let mut room = TOKENS_PER_PASS.saturating_sub(parts.len());
+        for (slot, count) in &mut parts {
+            let more = (unread(*slot) - 1).min(room);
+            *count += more;
+            room -= more;
+        }
+        parts
+    }
+
+    fn release(&mut self, slot: usize) {
+        self.slots[slot] = None;
+        self.cache.clear(slot);
+    }
+}
+
+impl Active {
+    /// Draws the next token and returns the text that it completes.
+    fn extend(&mut self, logits: &[f32], end_of_text: u32) -> Result<Piece> {
+        let token = self.sampler.draw(logits, &self.tokens).ok_or(volary_model::Error::NotFinite)?;
+        self.left -= 1;
+        let is_end = token == end_of_text;
+        let new = if is_end {
+            self.text.finish()?
+        } else {
+            self.tokens.push(token);
+            let mut new = self.text.push(token)?;
+            if self.left == 0 {
+                new.push_str(&self.text.finish()?);
+            }
+            new
+        };
+        let (mut text, is_stopped) = self.stop.push(&new);
+        let finish = match (is_end || is_stopped, self.left) {
+            (true, _) => Some(Finish::Stop),
+            (false, 0) => Some(Finish::Length),
+            (false, _) => None,
+        };
+        if finish.is_some() && !is_stopped {
+            text.push_str(&self.stop.finish());
+        }
+        Ok(Piece { request: self.id, text, finish })
+    }
+}

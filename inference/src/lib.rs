@@ -1,0 +1,18 @@
+//! Text by a trained model, and its scores on tasks.
+//!
+//! | module | content |
+//! | --- | --- |
+//! | [`generator`] | continuations of many prompts at a time |
+//! | [`text`] | from tokens to text, piece by piece; strings that end a text |
+//! | [`evaluation`] | tasks, their scoring, and the report |
+//! | [`limits`] | every bound |
+//! | [`error`] | every error |
+
+pub mod error;
+pub mod evaluation;
+pub mod generator;
+pub mod limits;
+pub mod text;
+
+pub use error::{Error, Result};
+pub use generator::{Finish, Generator, Piece, Request, RequestId};
