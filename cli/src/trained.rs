@@ -4,7 +4,7 @@ use crate::config::Config;
 use crate::output;
 use anyhow::Context;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::rc::Rc;
 use volary_core::Step;
 use volary_data::Tokenizer;
 use volary_inference::{Generator, Request};
@@ -32,8 +32,8 @@ pub(crate) struct ModelArgs {
 
 /// A model and its tokenizer.
 pub(crate) struct Trained {
-    pub(crate) decoder: Arc<Decoder>,
-    pub(crate) tokenizer: Arc<Tokenizer>,
+    pub(crate) decoder: Rc<Decoder>,
+    pub(crate) tokenizer: Tokenizer,
     /// The step of the checkpoint.
     pub(crate) step: Step,
 }
@@ -71,7 +71,7 @@ impl Trained {
         let context = config.training.sequence_length;
         let fetch = |shard| reader.read(step, shard);
         let decoder = Decoder::load(&config.model, context, device::parse(device)?, fetch)?;
-        Ok(Self { decoder: Arc::new(decoder), tokenizer: Arc::new(tokenizer), step })
+        Ok(Self { decoder: Rc::new(decoder), tokenizer, step })
     }
 
     /// The tokens of a prompt; an empty one is the end of another text. The model sees no more than its

@@ -8,7 +8,7 @@
 //! | `config.json` | the architecture, and `sequence_length` |
 //! | `tokenizer.json` | the tokenizer, as the `tokenizers` library reads it |
 //! | `run.json` | where the weights are from: run, step, digest, validation loss |
-//! | `validation.safetensors` | `tokens`, `[sequences, sequence_length + 1]`, i32: what the validation loss is of |
+//! | `validation.safetensors` | `tokens` of the validation, `[sequences, sequence_length + 1]`, i32 |
 //! | `README.md` | a model card |
 //!
 //! The names and shapes of the weights, with `H` for `hidden`, `W` for `heads * head_dim`, `F` for

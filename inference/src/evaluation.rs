@@ -1,11 +1,12 @@
-//! Zero-, one- and few-shot scores of a model on tasks (GLaM, section 5; GPT-3, arXiv 2005.14165, section 2.4).
+//! Zero-, one- and few-shot scores of a model on tasks (GLaM, section 5; GPT-3, arXiv 2005.14165, section
+//! 2.4).
 //!
 //! A task is a file of JSON lines; what a record has tells what it asks:
 //!
 //! | fields | task | metrics |
 //! | --- | --- | --- |
-//! | `prompt`, `choices`, `answer` (the index of the right choice) | multiple choice | accuracy by log-likelihood, plain, per token and per byte |
-//! | `prompt`, `answers` (a string or several) | completion | exact match and F1 of the greedy continuation |
+//! | `prompt`, `choices`, `answer` (an index) | multiple choice | accuracy: plain, per token, per byte |
+//! | `prompt`, `answers` (one or several) | completion | exact match and F1 of the greedy line |
 //! | `text` | text | perplexity per token, byte and word |
 //!
 //! Other fields are ignored. Prompts, answers and the log-likelihood of an answer are treated as in the
@@ -32,7 +33,7 @@ use crate::error::Result;
 use crate::generator::{Generator, Request};
 use crate::limits::EVALUATED_SEQUENCES;
 use likelihood::Question;
-use std::sync::Arc;
+use std::rc::Rc;
 use task::{Choice, Completion, Kind};
 use volary_data::Tokenizer;
 use volary_model::decoder::Decoder;
@@ -52,15 +53,15 @@ pub struct Settings {
 /// Scores models on tasks.
 #[derive(Debug)]
 pub struct Evaluator {
-    decoder: Arc<Decoder>,
-    tokenizer: Arc<Tokenizer>,
+    decoder: Rc<Decoder>,
+    tokenizer: Tokenizer,
     settings: Settings,
 }
 
 impl Evaluator {
     /// An evaluator of a model.
     #[must_use]
-    pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>, settings: Settings) -> Self {
+    pub fn new(decoder: Rc<Decoder>, tokenizer: Tokenizer, settings: Settings) -> Self {
         Self { decoder, tokenizer, settings }
     }
 

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::limits::{TOKENS_PER_PASS, WAITING_REQUESTS};
 use crate::text::{StopStrings, TextStream};
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::rc::Rc;
 use volary_data::Tokenizer;
 use volary_model::decoder::{Cache, Decoder, Input};
 use volary_model::sampling::{Sampler, Sampling};
@@ -67,8 +67,8 @@ struct Active {
 /// Continues prompts with one model.
 #[derive(Debug)]
 pub struct Generator {
-    decoder: Arc<Decoder>,
-    tokenizer: Arc<Tokenizer>,
+    decoder: Rc<Decoder>,
+    tokenizer: Tokenizer,
     cache: Cache,
     slots: Vec<Option<Active>>,
     waiting: VecDeque<Active>,
@@ -80,7 +80,7 @@ impl Generator {
     ///
     /// # Errors
     /// [`Error::Model`] when the device has no memory for their keys and values.
-    pub fn new(decoder: Arc<Decoder>, tokenizer: Arc<Tokenizer>, slots: usize) -> Result<Self> {
+    pub fn new(decoder: Rc<Decoder>, tokenizer: Tokenizer, slots: usize) -> Result<Self> {
         let cache = decoder.cache(slots.max(1))?;
         let slots = (0..cache.slots()).map(|_| None).collect();
         Ok(Self { decoder, tokenizer, cache, slots, waiting: VecDeque::new(), submitted: 0 })

@@ -2,7 +2,6 @@
 
 use crate::error::{Error, Result};
 use crate::limits::{DECODED_BEFORE, STOP_STRINGS};
-use std::sync::Arc;
 use volary_data::Tokenizer;
 
 /// The text that tokens add to a prompt, as they come.
@@ -11,7 +10,7 @@ use volary_data::Tokenizer;
 /// Bytes of a character that is not complete yet wait for the next token.
 #[derive(Debug)]
 pub struct TextStream {
-    tokenizer: Arc<Tokenizer>,
+    tokenizer: Tokenizer,
     /// Tokens whose text was returned, then new ones.
     ids: Vec<u32>,
     /// The number of those whose text was returned.
@@ -21,7 +20,7 @@ pub struct TextStream {
 impl TextStream {
     /// The text after a prompt.
     #[must_use]
-    pub fn after(tokenizer: Arc<Tokenizer>, prompt: &[u32]) -> Self {
+    pub fn after(tokenizer: Tokenizer, prompt: &[u32]) -> Self {
         let ids = prompt[prompt.len().saturating_sub(DECODED_BEFORE)..].to_vec();
         Self { tokenizer, read: ids.len(), ids }
     }

@@ -6,10 +6,13 @@ mod common;
 use common::{CONTEXT, Model, log_softmax};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use volary_inference::text::TextStream;
 use volary_inference::{Error, Finish, Generator, Request, RequestId};
 use volary_model::sampling::Sampling;
+
+fn generator(model: &Model, slots: usize) -> Generator {
+    Generator::new(model.decoder.clone(), model.tokenizer.clone(), slots).expect("a generator")
+}
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
@@ -53,8 +56,7 @@ fn many_continuations_in_few_slots_equal_the_reference_models() {
     let prompts: Vec<Vec<u32>> = (0..9)
         .map(|n| model.tokenizer.encode(&"the naïve quick brown foxes "[..11 + 2 * n]).expect("tokens"))
         .collect();
-    let mut generator =
-        Generator::new(model.decoder.clone(), model.tokenizer.clone(), 3).expect("a generator");
+    let mut generator = generator(&model, 3);
     let mut requests = BTreeMap::new();
     for (n, prompt) in prompts.iter().enumerate() {
         let id = generator.submit(greedy(prompt.clone(), 3 * n)).expect("a request");
@@ -74,8 +76,7 @@ fn many_continuations_in_few_slots_equal_the_reference_models() {
 fn a_stop_string_ends_the_text_before_it() {
     let model = Model::new(11);
     let prompt = model.tokenizer.encode("the quick").expect("tokens");
-    let mut generator =
-        Generator::new(model.decoder.clone(), model.tokenizer.clone(), 2).expect("a generator");
+    let mut generator = generator(&model, 2);
     let whole = generator.submit(greedy(prompt.clone(), 20)).expect("a request");
     let text = run(&mut generator)[&whole].0.clone();
     // Some characters from its middle.
@@ -90,8 +91,7 @@ fn a_stop_string_ends_the_text_before_it() {
 fn a_cancelled_request_leaves_its_slot_to_the_next() {
     let model = Model::new(2);
     let prompt = model.tokenizer.encode("the").expect("tokens");
-    let mut generator =
-        Generator::new(model.decoder.clone(), model.tokenizer.clone(), 1).expect("a generator");
+    let mut generator = generator(&model, 1);
     let [running, waiting, last] =
         [1000, 1000, 2].map(|tokens| generator.submit(greedy(prompt.clone(), tokens)).expect("a request"));
     generator.step().expect("a step");
@@ -105,8 +105,7 @@ fn a_cancelled_request_leaves_its_slot_to_the_next() {
 fn a_text_goes_on_beyond_the_context() {
     let model = Model::new(4);
     let prompt = vec![7; CONTEXT];
-    let mut generator =
-        Generator::new(model.decoder.clone(), model.tokenizer.clone(), 1).expect("a generator");
+    let mut generator = generator(&model, 1);
     let request = Request { sampling: Sampling::default(), ..greedy(prompt, 3 * CONTEXT) };
     let id = generator.submit(request).expect("a request");
     assert!(run(&mut generator).contains_key(&id));
@@ -115,8 +114,7 @@ fn a_text_goes_on_beyond_the_context() {
 #[test]
 fn requests_that_cannot_be_served_are_refused() {
     let model = Model::new(4);
-    let mut generator =
-        Generator::new(model.decoder.clone(), model.tokenizer.clone(), 1).expect("a generator");
+    let mut generator = generator(&model, 1);
     let mut refused = |request| generator.submit(request).expect_err("an error").to_string();
     assert_eq!(refused(greedy(vec![], 1)), "the prompt is empty");
     assert_eq!(refused(greedy(vec![9; 49], 1)), "49 tokens are more than the model's context of 48");
@@ -134,7 +132,7 @@ proptest! {
     /// Characters of several tokens, and prompts that end within one.
     #[test]
     fn the_pieces_of_a_text_are_the_text(text in "[the qñ☃🦊]{1,20}", cut in 0..40usize) {
-        let tokenizer = Arc::new(common::tokenizer());
+        let tokenizer = common::tokenizer();
         let tokens = tokenizer.encode(&text).expect("tokens");
         let (prompt, rest) = tokens.split_at(cut.min(tokens.len()));
         let mut stream = TextStream::after(tokenizer.clone(), prompt);

@@ -1,8 +1,8 @@
 //! The model one token after the other, for generation and scoring.
 //!
 //! The keys and values of earlier tokens stay in a [`Cache`], so that a new token costs one row of every
-//! product. One pass takes new tokens of many sequences at once: their rows go through the projections and the
-//! experts together, whatever their number, and only attention looks at each sequence by itself.
+//! product. One pass takes new tokens of many sequences at once: their rows go through the projections and
+//! the experts together, and only attention looks at each sequence by itself.
 //!
 //! Every token goes to both of its experts: neither capacity nor the random second expert applies, since a
 //! text must not depend on what else is in a batch. It depends on the batch in the last bits only, since
@@ -106,8 +106,8 @@ impl Decoder {
     /// sequence.
     ///
     /// # Errors
-    /// [`Error::Fetch`] with an error of `fetch`; [`Error::Stored`] or [`Error::SafeTensors`] when a shard does
-    /// not fit the model.
+    /// [`Error::Fetch`] with an error of `fetch`; [`Error::Stored`] or [`Error::SafeTensors`] when a shard
+    /// does not fit the model.
     pub fn load<E: Into<Box<dyn StdError + Send + Sync>>>(
         architecture: &Architecture,
         context: usize,
@@ -168,9 +168,9 @@ impl Decoder {
     /// A sequence may grow beyond the context token by token: each then attends to the last `context` tokens.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::Vocabulary`] or [`Error::Context`] for an input that cannot be appended;
-    /// [`Error::OutOfTurn`] for a slot that the cache does not have or that is named twice; [`Error::Torch`] when
-    /// libtorch fails. The cache stays as it was.
+    /// [`Error::EmptyPrompt`], [`Error::Vocabulary`] or [`Error::Context`] for an input that cannot be
+    /// appended; [`Error::OutOfTurn`] for a slot that the cache does not have or that is named twice;
+    /// [`Error::Torch`] when libtorch fails. The sequences stay as they were.
     pub fn advance(&self, cache: &mut Cache, inputs: &[Input<'_>]) -> Result<Vec<Output>> {
         self.check(cache, inputs)?;
         let longest = inputs.iter().map(|input| cache.length(input.slot) + input.tokens.len()).max();
@@ -204,7 +204,9 @@ impl Decoder {
         let ids: Vec<i64> =
             inputs.iter().flat_map(|input| input.tokens.iter().map(|&id| i64::from(id))).collect();
         let ids = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?;
-        let queries = Queries::new(cache, inputs, self.device)?;
+        let parts: Vec<(usize, usize)> =
+            inputs.iter().map(|input| (input.slot, input.tokens.len())).collect();
+        let queries = Queries::new(cache, &parts, self.device)?;
         let mut x = layers::embed(&self.embedding, &ids, Kind::Float)?;
         let mut experts = Vec::new();
         for (place, layer) in self.layers.iter().enumerate() {

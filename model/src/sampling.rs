@@ -56,8 +56,8 @@ impl Sampler {
 
     /// Draws a token from `logits` (nats) after the tokens `before`; `None` if the logits are not finite.
     ///
-    /// Temperature 0 takes the most likely token, the first of equal ones. The limits are exact: a temperature
-    /// near 0 tends to the same, and a huge one draws all tokens alike.
+    /// Temperature 0 takes the most likely token, the first of equal ones. The limits are exact: a
+    /// temperature near 0 tends to the same, and a huge one draws all tokens alike.
     pub fn draw(&mut self, logits: &[f32], before: &[u32]) -> Option<u32> {
         let Sampling { temperature, vocabulary, .. } = self.sampling;
         let mut logits: Vec<f64> = logits.iter().take(vocabulary).map(|&logit| logit.into()).collect();

@@ -101,8 +101,8 @@ pub fn parameter_shapes(architecture: &Architecture, shard: ShardId) -> Vec<(&'s
     parameters(architecture, shard).iter().map(|p| (p.name, shape(p))).collect()
 }
 
-/// The parameters of a stored shard, in their fixed order: f32, row-major and little-endian, without optimizer
-/// state.
+/// The parameters of a stored shard, in their fixed order: f32, row-major and little-endian, without
+/// optimizer state.
 ///
 /// # Errors
 /// [`Error::Stored`] or [`Error::SafeTensors`] when the bytes are not those of the shard.

@@ -79,7 +79,7 @@ fn print_table(reports: &[Report]) -> anyhow::Result<()> {
     ))?;
     for report in reports {
         for (metric, estimate) in &report.metrics {
-            let error = estimate.standard_error.map_or("-".into(), |error| format!("{error:.4}"));
+            let error = estimate.standard_error.map_or_else(|| "-".into(), |error| format!("{error:.4}"));
             output::line(format_args!(
                 "{:width$}  {:>7}  {:>5}  {:<24}  {:>10.4}  {error:>10}",
                 report.task,

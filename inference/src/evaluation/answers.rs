@@ -1,5 +1,5 @@
-//! Exact match and F1 of a completion, as SQuAD's evaluation computes them (Rajpurkar et al., arXiv 1606.05250,
-//! section 6.1).
+//! Exact match and F1 of a completion, as SQuAD's evaluation computes them (Rajpurkar et al., arXiv
+//! 1606.05250, section 6.1).
 
 /// Whether a completion is one of the answers, but for case, punctuation, articles and white space.
 pub(super) fn is_exact(completion: &str, answers: &[String]) -> bool {

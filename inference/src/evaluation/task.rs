@@ -78,8 +78,8 @@ impl Task {
     /// Reads a task file.
     ///
     /// # Errors
-    /// [`Error::Read`]; [`Error::Record`] with file and line for a record that is not JSON, lacks a field or is
-    /// of another kind than those before it; [`Error::NoTask`] for a file without records.
+    /// [`Error::Read`]; [`Error::Record`] with file and line for a record that is not JSON, lacks a field or
+    /// is of another kind than those before it; [`Error::NoTask`] for a file without records.
     pub fn read(path: &Path) -> Result<Self> {
         let read = |source| Error::Read { path: path.into(), source };
         let text = fs::read_to_string(path).map_err(read)?;

@@ -1,7 +1,7 @@
 //! A small model with random weights, and a tokenizer.
 #![allow(clippy::expect_used, unreachable_pub, dead_code, reason = "tests; not every file uses everything")]
 
-use std::sync::Arc;
+use std::rc::Rc;
 use volary_core::architecture::{Architecture, presets};
 use volary_core::compute::Compute;
 use volary_core::options::TrainingOptions;
@@ -15,9 +15,9 @@ pub const CONTEXT: usize = 48;
 pub const VOCABULARY: usize = 300;
 
 pub struct Model {
-    pub decoder: Arc<Decoder>,
+    pub decoder: Rc<Decoder>,
     pub reference: Reference,
-    pub tokenizer: Arc<Tokenizer>,
+    pub tokenizer: Tokenizer,
 }
 
 impl Model {
@@ -39,9 +39,9 @@ impl Model {
         let glam = Glam::new(&a, &training, seed, cpu()).expect("an engine");
         let fetch = |id: ShardId| glam.store(id, Step(0), &glam.initial(id)?);
         Self {
-            decoder: Arc::new(Decoder::load(&a, CONTEXT, cpu(), fetch).expect("a decoder")),
+            decoder: Rc::new(Decoder::load(&a, CONTEXT, cpu(), fetch).expect("a decoder")),
             reference: Reference::load(&a, &training, seed, cpu(), fetch).expect("a model"),
-            tokenizer: Arc::new(tokenizer()),
+            tokenizer: tokenizer(),
         }
     }
 }

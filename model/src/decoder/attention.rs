@@ -4,7 +4,6 @@
 //! one tensor and masked to their lengths. A sequence with several new tokens, as a prompt, is computed by
 //! itself.
 
-use super::Input;
 use super::cache::{Cache, CachedLayer};
 use crate::error::Result;
 use crate::layers::{position_bucket, project, rms_norm};
@@ -91,19 +90,20 @@ impl Distances {
 }
 
 impl Queries {
-    pub(super) fn new(cache: &Cache, inputs: &[Input<'_>], device: Device) -> Result<Self> {
+    /// `parts` are the slots with their numbers of new tokens, in the order of the rows.
+    pub(super) fn new(cache: &Cache, parts: &[(usize, usize)], device: Device) -> Result<Self> {
         let (mut singles, mut runs) = (Vec::new(), Vec::new());
         let mut rows = 0;
-        for input in inputs {
-            let (start, count) = (cache.length(input.slot), input.tokens.len());
+        for &(slot, count) in parts {
+            let start = cache.length(slot);
             if count == 1 {
-                singles.push((rows, input.slot, start));
+                singles.push((rows, slot, start));
             } else {
                 let distances = Distances::new((count, start + count), device, |query, key| {
                     (start + query).checked_sub(key)
                 })?;
                 let rows = rows as i64..(rows + count) as i64;
-                runs.push(Run { rows, slot: input.slot as i64, start: start as i64, distances });
+                runs.push(Run { rows, slot: slot as i64, start: start as i64, distances });
             }
             rows += count;
         }

@@ -24,8 +24,8 @@ pub struct Cache {
 /// One layer's part of a cache.
 #[derive(Debug)]
 pub(super) struct CachedLayer {
-    /// `[slots, heads, rows, head_dim]`, f32. Rows that were never written are 0: what is masked must still be
-    /// finite.
+    /// `[slots, heads, rows, head_dim]`, f32. Rows that were never written are 0: masked numbers must be
+    /// finite as well.
     pub(super) keys: Tensor,
     /// The same shape.
     pub(super) values: Tensor,
