@@ -5,8 +5,8 @@ mod common;
 
 use common::{Guard, World, until};
 use parking_lot::{Mutex, MutexGuard};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
-use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -68,37 +68,46 @@ fn lanes_of(events: &[Value], node: &str) -> Vec<(u64, u64)> {
     named(events, "placed").filter_map(lanes).collect()
 }
 
-fn try_signal(pid: u32, name: &str) {
-    let _ = Command::new("kill").args([name, &pid.to_string()]).stderr(Stdio::null()).status();
+fn try_signal(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(pid as i32).expect("a pid");
+    let _ = kill_process(pid, signal);
 }
 
 /// Lets a process run for a quarter of the time.
 fn hold_back(pid: u32, ended: &AtomicBool) {
     while !ended.load(Ordering::Relaxed) {
         // It may have ended by itself.
-        try_signal(pid, "-STOP");
+        try_signal(pid, Signal::STOP);
         std::thread::sleep(Duration::from_millis(15));
-        try_signal(pid, "-CONT");
+        try_signal(pid, Signal::CONT);
         std::thread::sleep(Duration::from_millis(5));
     }
 }
 
-fn process_of(run: &std::path::Path, node: &str) -> Option<u32> {
+/// A number of a node's status.
+fn status_of(run: &std::path::Path, node: &str, key: &str) -> Option<u64> {
     let output = common::volary().args(["status", "--json", "--dir"]).arg(run).output().ok()?;
     let status: Value = serde_json::from_slice(&output.stdout).ok()?;
-    let node = status["nodes"].as_array()?.iter().find(|found| found["name"] == node)?;
-    u32::try_from(node["pid"].as_u64()?).ok()
+    status["nodes"].as_array()?.iter().find(|found| found["name"] == node)?[key].as_u64()
 }
 
 #[test]
-fn a_node_that_becomes_slow_loses_lanes_within_32_steps_and_no_bit_changes() {
+fn a_node_that_becomes_slow_loses_lanes_and_shards_within_32_steps_and_no_bit_changes() {
     let _alone = alone();
     let world = World::new();
     let set = [
         "--set",
-        "training.steps=100",
+        "training.steps=60",
+        // One copy of each expert, so that a node can hold fewer of them.
+        "--set",
+        "cluster.replication=1",
         "--set",
         "training.sequence_length=96",
+        // Large enough that a node computes most of the time: what it waits for does not make it slow.
+        "--set",
+        "model.hidden=96",
+        "--set",
+        "model.feed_forward=384",
         // Both nodes start with the same lanes.
         "--set",
         "cluster.measure=false",
@@ -110,11 +119,16 @@ fn a_node_that_becomes_slow_loses_lanes_within_32_steps_and_no_bit_changes() {
     let mut run = Guard::start(&mut world.train(&[&set[..], &["--dir", "runs/slow"]].concat()));
     let metrics = world.path("runs/slow/metrics.jsonl");
     until("some steps", Duration::from_secs(60), || metrics.exists() && common::lines(&metrics) >= 8);
-    let pid = process_of(&world.path("runs/slow"), "node-2").expect("node-2 runs");
+    let status = |key| status_of(&world.path("runs/slow"), "node-2", key);
+    let pid = status("pid").and_then(|pid| u32::try_from(pid).ok()).expect("node-2 runs");
+    let shards = status("shards").expect("node-2 has shards");
     let began = common::lines(&metrics) as u64;
+    let mut later = shards;
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| hold_back(pid, &ended));
+        until("32 steps", Duration::from_secs(60), || common::lines(&metrics) as u64 >= began + 32);
+        later = status("shards").unwrap_or(0);
         assert!(run.wait(Duration::from_secs(120)).success());
         ended.store(true, Ordering::Relaxed);
     });
@@ -123,6 +137,7 @@ fn a_node_that_becomes_slow_loses_lanes_within_32_steps_and_no_bit_changes() {
     let (_, first) = *lanes.first().expect("a placement");
     let fewer = lanes.iter().find(|(step, lanes)| *step >= began && *lanes < first);
     assert!(fewer.is_some_and(|(step, _)| *step <= began + 32), "from step {began}: {lanes:?}");
+    assert!(later < shards, "{shards} shards, and {later} after 32 steps");
     assert_eq!(world.curve("slow"), world.curve("quiet"));
     assert_eq!(world.digest("slow"), world.digest("quiet"));
 }
