@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use volary_core::Step;
 use volary_data::Tokenizer;
-use volary_inference::{Generator, Request};
+use volary_inference::{Generator, Report, Request};
 use volary_model::decoder::Decoder;
 use volary_model::device;
 use volary_model::sampling::Sampling;
@@ -105,7 +105,13 @@ impl Trained {
         sampling: Sampling,
     ) -> anyhow::Result<String> {
         let mut generator = Generator::new(self.decoder.clone(), self.tokenizer.clone(), 1)?;
-        generator.submit(Request { prompt: self.prompt(prompt)?, max_tokens, sampling, stop: Vec::new() })?;
+        generator.submit(Request {
+            prompt: self.prompt(prompt)?,
+            max_tokens,
+            sampling,
+            stop: Vec::new(),
+            report: Report::Nothing,
+        })?;
         let mut text = String::new();
         while !generator.is_idle() {
             text.extend(generator.step()?.into_iter().map(|piece| piece.text));

@@ -30,7 +30,7 @@ pub use report::{Estimate, Metric, Report};
 pub use task::{Record, Task, find_tasks};
 
 use crate::error::Result;
-use crate::generator::{Generator, Request};
+use crate::generator::{Generator, Report as Tokens, Request};
 use crate::limits::EVALUATED_SEQUENCES;
 use likelihood::Question;
 use std::rc::Rc;
@@ -126,7 +126,13 @@ impl Evaluator {
                 let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
                 let prompt = scorer.prompt(&prompt)?;
                 let stop = vec!["\n".to_owned()];
-                ids.push(generator.submit(Request { prompt, max_tokens, sampling, stop })?);
+                ids.push(generator.submit(Request {
+                    prompt,
+                    max_tokens,
+                    sampling,
+                    stop,
+                    report: Tokens::Nothing,
+                })?);
             }
             while !generator.is_idle() {
                 for piece in generator.step()? {

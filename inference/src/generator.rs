@@ -9,7 +9,7 @@ use crate::text::{StopStrings, TextStream};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use volary_data::Tokenizer;
-use volary_model::decoder::{Cache, Decoder, Input};
+use volary_model::decoder::{Cache, Decoder, Input, Score, Scoring};
 use volary_model::sampling::{Sampler, Sampling};
 
 /// A prompt to continue.
@@ -23,6 +23,20 @@ pub struct Request {
     pub sampling: Sampling,
     /// Strings that end the text, and are not part of it.
     pub stop: Vec<String>,
+    /// Whether tokens are reported, with their log-probabilities.
+    pub report: Report,
+}
+
+/// The tokens that are reported beside the text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Report {
+    /// None.
+    #[default]
+    Nothing,
+    /// The new tokens, each with this many of the most likely ones.
+    New(usize),
+    /// Those of the prompt as well.
+    All(usize),
 }
 
 /// The number of a request of one generator.
@@ -39,14 +53,27 @@ pub enum Finish {
 }
 
 /// What one pass adds to a continuation.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Piece {
     /// The request.
     pub request: RequestId,
+    /// The tokens of the pass, as far as they are reported.
+    pub tokens: Vec<Token>,
+    /// The number of new tokens so far, with one that ended the text.
+    pub generated: usize,
     /// New text; may be empty while a character or a stop string is incomplete.
     pub text: String,
     /// Whether it is the last piece, and why.
     pub finish: Option<Finish>,
+}
+
+/// A token of a prompt or a continuation.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// How likely it was; the first token of a prompt has no score.
+    pub score: Option<Score>,
 }
 
 /// A sequence in a slot.
@@ -57,8 +84,12 @@ struct Active {
     tokens: Vec<u32>,
     /// The number of tokens that the model has read.
     read: usize,
-    /// New tokens that are still allowed.
-    left: usize,
+    /// New tokens so far.
+    generated: usize,
+    max_tokens: usize,
+    report: Report,
+    /// The logits after the last token that was read, if the next one is to be scored.
+    logits: Option<Vec<f32>>,
     sampler: Sampler,
     text: TextStream,
     stop: StopStrings,
@@ -101,7 +132,10 @@ impl Generator {
         self.waiting.push_back(Active {
             id,
             read: 0,
-            left: request.max_tokens,
+            generated: 0,
+            max_tokens: request.max_tokens,
+            report: request.report,
+            logits: None,
             sampler: Sampler::new(Sampling { vocabulary, ..request.sampling }),
             text: TextStream::after(self.tokenizer.clone(), &request.prompt),
             stop: StopStrings::new(request.stop)?,
@@ -139,17 +173,23 @@ impl Generator {
             .iter()
             .filter_map(|&(slot, count)| {
                 let active = self.slots[slot].as_ref()?;
-                Some(Input { slot, tokens: &active.tokens[active.read..active.read + count], scoring: None })
+                let tokens = &active.tokens[active.read..active.read + count];
+                let scoring = active.scored_top().map(|top| Scoring { from: 1, top });
+                Some(Input { slot, tokens, scoring })
             })
             .collect();
         let outputs = self.decoder.advance(&mut self.cache, &inputs)?;
         for ((slot, count), output) in parts.into_iter().zip(outputs) {
             let Some(active) = &mut self.slots[slot] else { continue };
-            active.read += count;
+            let tokens = active.read_tokens(count, output.scores);
             if active.read < active.tokens.len() {
+                active.logits = Some(output.logits);
+                if !tokens.is_empty() {
+                    pieces.push(active.piece(tokens, String::new(), None));
+                }
                 continue;
             }
-            let piece = active.extend(&output.logits, self.tokenizer.end_of_text())?;
+            let piece = active.extend(&output.logits, tokens, self.tokenizer.end_of_text())?;
             if piece.finish.is_some() {
                 self.release(slot);
             }
@@ -164,11 +204,11 @@ impl Generator {
         for slot in &mut self.slots {
             while slot.is_none() {
                 let Some(active) = self.waiting.pop_front() else { return pieces };
-                if active.left > 0 {
+                // A prompt whose tokens are reported is read even if nothing may follow it.
+                if active.max_tokens > 0 || active.scored_top().is_some() {
                     *slot = Some(active);
                 } else {
-                    let (text, finish) = (String::new(), Some(Finish::Length));
-                    pieces.push(Piece { request: active.id, text, finish });
+                    pieces.push(active.piece(Vec::new(), String::new(), Some(Finish::Length)));
                 }
             }
         }
@@ -198,30 +238,61 @@ impl Generator {
 }
 
 impl Active {
-    /// Draws the next token and returns the text that it completes.
-    fn extend(&mut self, logits: &[f32], end_of_text: u32) -> Result<Piece> {
+    /// The most likely tokens to report with each token that is read, if it is scored.
+    fn scored_top(&self) -> Option<usize> {
+        match self.report {
+            Report::All(top) if self.generated == 0 => Some(top),
+            _ => None,
+        }
+    }
+
+    /// Counts `count` tokens as read, and returns those that are reported: their scores within the pass are
+    /// `scores`, that of the first is by the logits of the pass before.
+    fn read_tokens(&mut self, count: usize, scores: Vec<Score>) -> Vec<Token> {
+        let tokens = self.read..self.read + count;
+        self.read = tokens.end;
+        let Some(top) = self.scored_top() else { return Vec::new() };
+        let before = self.logits.take();
+        let first = before.map(|logits| Score::by_logits(&logits, self.tokens[tokens.start], top));
+        let scores = std::iter::once(first).chain(scores.into_iter().map(Some));
+        self.tokens[tokens].iter().zip(scores).map(|(&id, score)| Token { id, score }).collect()
+    }
+
+    fn piece(&self, tokens: Vec<Token>, text: String, finish: Option<Finish>) -> Piece {
+        Piece { request: self.id, tokens, generated: self.generated, text, finish }
+    }
+
+    /// Draws the next token and returns the text that it completes. `tokens` are those that the pass has read.
+    fn extend(&mut self, logits: &[f32], mut tokens: Vec<Token>, end_of_text: u32) -> Result<Piece> {
+        if self.max_tokens == 0 {
+            return Ok(self.piece(tokens, String::new(), Some(Finish::Length)));
+        }
         let token = self.sampler.draw(logits, &self.tokens).ok_or(volary_model::Error::NotFinite)?;
-        self.left -= 1;
+        if let Report::New(top) | Report::All(top) = self.report {
+            tokens.push(Token { id: token, score: Some(Score::by_logits(logits, token, top)) });
+        }
+        self.generated += 1;
+        let is_last = self.generated == self.max_tokens;
         let is_end = token == end_of_text;
         let new = if is_end {
             self.text.finish()?
         } else {
             self.tokens.push(token);
             let mut new = self.text.push(token)?;
-            if self.left == 0 {
+            if is_last {
                 new.push_str(&self.text.finish()?);
             }
             new
         };
         let (mut text, is_stopped) = self.stop.push(&new);
-        let finish = match (is_end || is_stopped, self.left) {
+        let finish = match (is_end || is_stopped, is_last) {
             (true, _) => Some(Finish::Stop),
-            (false, 0) => Some(Finish::Length),
-            (false, _) => None,
+            (false, true) => Some(Finish::Length),
+            (false, false) => None,
         };
         if finish.is_some() && !is_stopped {
             text.push_str(&self.stop.finish());
         }
-        Ok(Piece { request: self.id, text, finish })
+        Ok(self.piece(tokens, text, finish))
     }
 }

@@ -15,4 +15,4 @@ pub mod limits;
 pub mod text;
 
 pub use error::{Error, Result};
-pub use generator::{Finish, Generator, Piece, Request, RequestId};
+pub use generator::{Finish, Generator, Piece, Report, Request, RequestId, Token};

@@ -7,7 +7,7 @@ use common::{CONTEXT, Model, log_softmax};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use volary_inference::text::TextStream;
-use volary_inference::{Error, Finish, Generator, Request, RequestId};
+use volary_inference::{Error, Finish, Generator, Report, Request, RequestId, Token};
 use volary_model::sampling::Sampling;
 
 fn generator(model: &Model, slots: usize) -> Generator {
@@ -16,7 +16,7 @@ fn generator(model: &Model, slots: usize) -> Generator {
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Request { prompt, max_tokens, sampling, stop: Vec::new() }
+    Request { prompt, max_tokens, sampling, stop: Vec::new(), report: Report::Nothing }
 }
 
 /// The text and end of every request.
@@ -126,6 +126,40 @@ fn requests_that_cannot_be_served_are_refused() {
         generator.submit(greedy(vec![1], 0)).expect("room");
     }
     assert!(matches!(generator.submit(greedy(vec![1], 0)), Err(Error::Busy)));
+}
+
+/// Prompts longer than one pass are read in parts, beside other sequences.
+#[test]
+fn reported_tokens_have_the_log_probabilities_of_the_reference_model() {
+    let model = Model::new(13);
+    let prompts: Vec<Vec<u32>> = (0..20).map(|n| vec![3 + n, 70, 80, 9, 100 + n].repeat(9)).collect();
+    assert!(prompts.concat().len() > volary_inference::limits::TOKENS_PER_PASS);
+    let mut generator = generator(&model, 20);
+    let mut tokens: BTreeMap<RequestId, (Vec<u32>, Vec<Token>)> = BTreeMap::new();
+    for (n, prompt) in prompts.into_iter().enumerate() {
+        // Some ask for no new token.
+        let request = Request { report: Report::All(2), ..greedy(prompt.clone(), n % 3) };
+        tokens.insert(generator.submit(request).expect("a request"), (prompt, Vec::new()));
+    }
+    while !generator.is_idle() {
+        for piece in generator.step().expect("a step") {
+            tokens.get_mut(&piece.request).expect("a request").1.extend(piece.tokens);
+        }
+    }
+    for (n, (prompt, reported)) in tokens.into_values().enumerate() {
+        let ids: Vec<u32> = reported.iter().map(|token| token.id).collect();
+        assert!(ids.starts_with(&prompt) && ids.len() <= prompt.len() + n % 3, "{n}: {ids:?}");
+        let logits = model.reference.logits(&ids).expect("logits");
+        assert_eq!(reported[0].score, None);
+        for (at, token) in reported.iter().enumerate().skip(1) {
+            let score = token.score.as_ref().expect("a score");
+            let expected = log_softmax(&logits[at - 1]);
+            let difference = f64::from(score.log_probability) - expected[token.id as usize];
+            assert!(difference.abs() < 1e-4, "{n} at {at}: {difference}");
+            let best = expected.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            assert!((f64::from(score.top[0].1) - best).abs() < 1e-4 && score.top.len() == 2, "{n} at {at}");
+        }
+    }
 }
 
 proptest! {

@@ -101,6 +101,29 @@ pub struct Score {
     pub top: Vec<(u32, f32)>,
 }
 
+impl Score {
+    /// The score of a token by the logits before it, with the `top` most likely tokens.
+    #[must_use]
+    pub fn by_logits(logits: &[f32], token: u32, top: usize) -> Self {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|logit| f64::from(logit - largest).exp()).sum();
+        let log_probability = |logit: f32| (f64::from(logit - largest) - sum.ln()) as f32;
+        let own = logits.get(token as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        let mut ids: Vec<u32> = (0..logits.len() as u32).collect();
+        let by_logit = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        if top > 0 && top < ids.len() {
+            ids.select_nth_unstable_by(top - 1, by_logit);
+        }
+        ids.truncate(top);
+        ids.sort_by(by_logit);
+        Self {
+            log_probability: log_probability(own),
+            is_greedy: own >= largest,
+            top: ids.into_iter().map(|id| (id, log_probability(logits[id as usize]))).collect(),
+        }
+    }
+}
+
 impl Decoder {
     /// The model from the stored form of its shards, which `fetch` reads, with room for `context` tokens per
     /// sequence.

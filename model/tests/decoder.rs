@@ -7,7 +7,7 @@ use volary_core::compute::Compute;
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{ShardId, Step};
-use volary_model::decoder::{Decoder, Input, Scoring};
+use volary_model::decoder::{Decoder, Input, Score, Scoring};
 use volary_model::reference::Reference;
 use volary_model::{Error, Glam};
 
@@ -102,6 +102,12 @@ fn any_cut_of_any_sequences_into_passes_gives_the_reference_models_logits() {
                     let (log_probabilities, greedy) = log_softmax(&rows[at - 1]);
                     let token = sequences[slot][at];
                     assert_near(&[score.log_probability], &[log_probabilities[token as usize]], &what);
+                    let by_logits = Score::by_logits(&rows[at - 1], token, 3);
+                    assert_near(&[score.log_probability], &[by_logits.log_probability], &what);
+                    for (ours, theirs) in score.top.iter().zip(&by_logits.top) {
+                        assert_near(&[ours.1], &[theirs.1], &what);
+                    }
+                    assert_eq!((by_logits.top.len(), by_logits.top[0].0), (3, greedy), "{what}");
                     // Which of two equal tokens is the most likely one is a matter of rounding.
                     let best = log_probabilities[greedy as usize];
                     let ours = log_probabilities[token as usize];

@@ -3,7 +3,7 @@
 use crate::arguments::InvalidArgument;
 use crate::output;
 use crate::trained::{ModelArgs, Trained};
-use volary_inference::{Generator, Request, RequestId};
+use volary_inference::{Generator, Report, Request, RequestId};
 use volary_model::sampling::Sampling;
 
 /// Continue prompts with a trained model.
@@ -127,6 +127,12 @@ impl Args {
             choice,
             ..Sampling::default()
         };
-        Request { prompt, max_tokens: self.max_tokens, sampling, stop: self.stop.clone() }
+        Request {
+            prompt,
+            max_tokens: self.max_tokens,
+            sampling,
+            stop: self.stop.clone(),
+            report: Report::Nothing,
+        }
     }
 }

@@ -4,7 +4,7 @@ use super::task::join;
 use crate::error::Result;
 use crate::limits::{EVALUATED_SEQUENCES, TOKENS_PER_PASS};
 use volary_data::Tokenizer;
-use volary_model::decoder::{Cache, Decoder, Input, Output, Scoring};
+use volary_model::decoder::{Cache, Decoder, Input, Output, Score, Scoring};
 
 /// Tokens of which the last ones are scored.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,15 +153,13 @@ fn in_one_pass(questions: &[Question]) -> usize {
 
 impl Question {
     fn likelihood(&self, output: &Output) -> Likelihood {
-        let last = self.tokens.last().map_or(0, |&id| id as usize);
-        let largest = output.logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = output.logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
-        let last_nats = f64::from(output.logits[last] - largest) - sum.ln();
-        let before = output.scores.iter();
+        let last = self.tokens.last().copied().unwrap_or_default();
+        let last = Score::by_logits(&output.logits, last, 0);
+        let scores = output.scores.iter().chain([&last]);
         Likelihood {
-            nats: before.clone().map(|score| f64::from(score.log_probability)).sum::<f64>() + last_nats,
+            nats: scores.clone().map(|score| f64::from(score.log_probability)).sum(),
             tokens: self.tokens.len() - self.from,
-            is_greedy: before.clone().all(|score| score.is_greedy) && output.logits[last] == largest,
+            is_greedy: scores.clone().all(|score| score.is_greedy),
         }
     }
 }
