@@ -11,6 +11,7 @@
 //! | [`node`] | `volary node`: a node process |
 //! | [`operate`] | `volary status`, `drain`, `checkpoint`, `stop`: query and control a run |
 //! | [`plan`] | `volary plan`: costs, and a planned cluster |
+//! | [`serve`] | `volary serve`: completions over HTTP |
 //! | [`supervisor`] | `volary supervisor`: a supervisor process |
 //! | [`token`] | `volary token`: access tokens |
 //! | [`top`] | `volary top`: a live view |
@@ -26,6 +27,7 @@ pub mod identity;
 pub mod node;
 pub mod operate;
 pub mod plan;
+pub mod serve;
 pub mod supervisor;
 pub mod token;
 pub mod top;

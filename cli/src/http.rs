@@ -20,6 +20,9 @@ pub use dashboard::supervisor_routes;
 pub use fuzz::{fuzz_http, fuzz_http_seeds};
 pub use guard::{GuardArgs, dashboard_url};
 
+pub(crate) use guard::bearer;
+
+use crate::limits::{DASHBOARD_BOUNDS, HttpBounds};
 use anyhow::Context;
 use axum::Router;
 use axum::extract::Request;
@@ -44,6 +47,7 @@ const READINESS: [&str; 2] = ["/ready", "/readyz"];
 #[derive(Debug)]
 pub struct HttpListener {
     listener: TcpListener,
+    bounds: HttpBounds,
     /// Its address.
     pub address: SocketAddr,
 }
@@ -70,7 +74,13 @@ impl HttpListener {
         };
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
-        Ok(Self { listener, address })
+        Ok(Self { listener, bounds: DASHBOARD_BOUNDS, address })
+    }
+
+    /// With other bounds than those of a dashboard.
+    #[must_use]
+    pub fn with_bounds(self, bounds: HttpBounds) -> Self {
+        Self { bounds, ..self }
     }
 
     /// Serves the probes until the process ends, and the other routes once they are there.
@@ -100,7 +110,7 @@ impl HttpListener {
         std::thread::Builder::new().name("http".into()).spawn(move || {
             let served = runtime.block_on(async {
                 let listener = tokio::net::TcpListener::from_std(self.listener)?;
-                axum::serve(bounded::BoundedListener::new(listener), routes).await
+                axum::serve(bounded::BoundedListener::new(listener, self.bounds), routes).await
             });
             if let Err(error) = served {
                 tracing::warn!(%error, "the HTTP server ended");

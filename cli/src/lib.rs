@@ -14,6 +14,7 @@
 //! | [`spot`] | a recorded trace of spot instances, played on this machine |
 //! | [`script`] | faults and membership changes at chosen steps |
 //! | `trained` | the model of a run, for the commands that use it |
+//! | `serve` | the HTTP server of a trained model |
 //! | [`http`] | the dashboard of the supervisor, and metrics for Prometheus |
 //! | [`output`] | standard output and standard error |
 //! | [`arguments`], [`units`] | invalid arguments; sizes and durations with units |
@@ -68,6 +69,7 @@ pub mod progress;
 pub mod registry;
 pub mod rundir;
 pub mod script;
+mod serve;
 pub mod signals;
 pub mod spot;
 mod trained;

@@ -89,17 +89,37 @@ pub const TRACE_STEPS_SHOWN: usize = 10;
 /// Token texts that an error of `volary trace` lists.
 pub const TRACE_TOKENS_SHOWN: usize = 20;
 
-/// Concurrent HTTP connections; a newcomer takes the place of the idlest one.
-pub const HTTP_CONNECTIONS_MAX: usize = 256;
-/// Concurrent HTTP connections from one address, so that one peer cannot occupy all; a newcomer takes the
-/// place of the idlest one.
-pub const HTTP_CONNECTIONS_PER_ADDRESS: usize = 64;
+/// The bounds of an HTTP server's connections.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpBounds {
+    /// Concurrent connections; a newcomer takes the place of the idlest one.
+    pub in_all: usize,
+    /// Concurrent connections from one address, so that one peer cannot occupy all; a newcomer takes the
+    /// place of the idlest one.
+    pub per_address: usize,
+    /// The longest time in which a peer neither sends nor receives.
+    pub idle: Duration,
+}
+/// Connections to the dashboard, the metrics and the probes.
+pub const DASHBOARD_BOUNDS: HttpBounds =
+    HttpBounds { in_all: 256, per_address: 64, idle: Duration::from_secs(60) };
+/// Connections to a model: those of a proxy come from one address, and an answer may take minutes.
+pub const MODEL_BOUNDS: HttpBounds =
+    HttpBounds { in_all: 1024, per_address: 512, idle: Duration::from_secs(600) };
+/// The body of a completion request, in bytes.
+pub const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// Continuations that a server computes at a time.
+pub const SERVED_SLOTS_MAX: u64 = 1024;
+/// Completion requests that the computing thread has not looked at yet.
+pub const SERVED_ORDERS_MAX: usize = 256;
+/// Continuations of one completion request.
+pub const CHOICES_MAX: u64 = 128;
+/// The most likely tokens that are reported with each token.
+pub const LOGPROBS_MAX: u64 = 20;
 /// Lines of a process's standard output that wait to be shown; more are dropped.
 pub const OUTPUT_LINES_AHEAD: usize = 1_000;
 /// The number of open files below which a process warns: a checkpoint and links to many peers need them.
 pub const OPEN_FILES_MIN: u64 = 256;
-/// The longest time in which a peer neither sends nor receives.
-pub const HTTP_IDLE_MAX: Duration = Duration::from_secs(60);
 /// The pause after a failed accept.
 pub const HTTP_ACCEPT_RETRY: Duration = Duration::from_millis(50);
 /// Concurrent live streams of the dashboard.

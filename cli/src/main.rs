@@ -56,6 +56,8 @@ enum Command {
     Identity(commands::identity::Args),
     /// Continue prompts with a trained model.
     Generate(commands::generate::Args),
+    /// Answer completion requests over HTTP.
+    Serve(commands::serve::Args),
     /// Score a trained model on tasks.
     Eval(commands::eval::Args),
     /// Write a trained model in a format of other programs.
@@ -99,6 +101,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Token(args) => commands::token::run(args),
         Command::Identity(args) => commands::identity::run(args),
         Command::Generate(args) => commands::generate::run(args),
+        Command::Serve(args) => commands::serve::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Export(args) => commands::export::run(args),
         Command::Digest(args) => commands::digest::run(args),

@@ -34,6 +34,8 @@ pub(crate) struct ModelArgs {
 pub(crate) struct Trained {
     pub(crate) decoder: Rc<Decoder>,
     pub(crate) tokenizer: Tokenizer,
+    /// The run's name.
+    pub(crate) run: String,
     /// The step of the checkpoint.
     pub(crate) step: Step,
 }
@@ -71,7 +73,7 @@ impl Trained {
         let context = config.training.sequence_length;
         let fetch = |shard| reader.read(step, shard);
         let decoder = Decoder::load(&config.model, context, device::parse(device)?, fetch)?;
-        Ok(Self { decoder: Rc::new(decoder), tokenizer, step })
+        Ok(Self { decoder: Rc::new(decoder), tokenizer, run: config.run.name, step })
     }
 
     /// The tokens of a prompt; an empty one is the end of another text. The model sees no more than its

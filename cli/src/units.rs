@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer};
 use std::error::Error;
 use std::fmt;
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Units of bytes; a unit that is the end of another one comes after it.
 const BYTES: [(&str, f64); 9] = [
@@ -121,6 +121,11 @@ pub fn counted(count: u64, thing: &str) -> String {
 #[must_use]
 pub fn seconds(s: f64) -> String {
     if s < 1.0 { format!("{:.1} ms", s * 1e3) } else { format!("{s:.2} s") }
+}
+
+/// The time since 1970.
+pub(crate) fn since_1970() -> Duration {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::units;
 use clap::ValueEnum;
 use std::error::Error;
 use std::fmt;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 use volary_protocol::operator::{AccessTokenStatus, OperatorReply, OperatorRequest};
 use volary_transport::{AccessRole, AccessTokenTerms};
 
@@ -144,7 +144,7 @@ fn list(ListArgs { json, supervisor }: ListArgs) -> anyhow::Result<()> {
             output::line(serde_json::to_string_pretty(&tokens)?)?;
         }
         OperatorReply::AccessTokens(tokens) => {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+            let now = crate::units::since_1970().as_secs();
             output::text(TokenList { tokens: &tokens, now_unix_s: now })?;
         }
         other => return operate::unexpected(other),

@@ -3,7 +3,7 @@
 //! nor an attacker's idle connections keep a probe out. Each connection ends when its peer is idle for too
 //! long.
 
-use crate::limits::{HTTP_ACCEPT_RETRY, HTTP_CONNECTIONS_MAX, HTTP_CONNECTIONS_PER_ADDRESS, HTTP_IDLE_MAX};
+use crate::limits::{HTTP_ACCEPT_RETRY, HttpBounds};
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use std::collections::BTreeMap;
@@ -14,6 +14,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
+use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::{Instant, Sleep};
@@ -22,13 +23,14 @@ use tokio::time::{Instant, Sleep};
 pub(super) struct BoundedListener {
     listener: TcpListener,
     connections: Connections,
+    bounds: HttpBounds,
     /// Whether the last accept failed.
     failing: bool,
 }
 
 impl BoundedListener {
-    pub(super) fn new(listener: TcpListener) -> Self {
-        Self { listener, connections: Connections::default(), failing: false }
+    pub(super) fn new(listener: TcpListener, bounds: HttpBounds) -> Self {
+        Self { listener, connections: Connections::default(), bounds, failing: false }
     }
 }
 
@@ -54,12 +56,12 @@ impl Seat {
 
 impl Connections {
     /// A place for a connection from `address`, if need be that of another one.
-    fn admit(&self, address: IpAddr) -> Guest {
+    fn admit(&self, address: IpAddr, bounds: HttpBounds) -> Guest {
         let mut seats = self.0.lock();
         let of_address = seats.values().filter(|seat| seat.address == address).count();
-        if of_address >= HTTP_CONNECTIONS_PER_ADDRESS {
+        if of_address >= bounds.per_address {
             evict_idlest(&mut seats, |seat| seat.address == address);
-        } else if seats.len() >= HTTP_CONNECTIONS_MAX {
+        } else if seats.len() >= bounds.in_all {
             evict_idlest(&mut seats, |_| true);
         }
         let number = seats.last_key_value().map_or(0, |(last, _)| last + 1);
@@ -119,9 +121,10 @@ impl axum::serve::Listener for BoundedListener {
             match self.listener.accept().await {
                 Ok((stream, from)) => {
                     self.failing = false;
-                    let guest = self.connections.admit(from.ip());
-                    let idle = Box::pin(tokio::time::sleep(HTTP_IDLE_MAX));
-                    return (Connection { stream, idle, guest }, from);
+                    let guest = self.connections.admit(from.ip(), self.bounds);
+                    let idle_max = self.bounds.idle;
+                    let idle = Box::pin(tokio::time::sleep(idle_max));
+                    return (Connection { stream, idle, idle_max, guest }, from);
                 }
                 // Out of descriptors, or a peer that closed early: the listener continues.
                 Err(error) => {
@@ -144,6 +147,7 @@ impl axum::serve::Listener for BoundedListener {
 pub(super) struct Connection {
     stream: TcpStream,
     idle: Pin<Box<Sleep>>,
+    idle_max: Duration,
     guest: Guest,
 }
 
@@ -159,7 +163,7 @@ impl Connection {
         if polled.is_ready() {
             let now = Instant::now();
             *seat.last_active.lock() = now;
-            self.idle.as_mut().reset(now + HTTP_IDLE_MAX);
+            self.idle.as_mut().reset(now + self.idle_max);
             return polled;
         }
         seat.waker.register(context.waker());
@@ -206,7 +210,7 @@ impl AsyncWrite for Connection {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
+    use crate::limits::DASHBOARD_BOUNDS;
 
     const ONE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
     const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
@@ -218,15 +222,15 @@ mod tests {
     #[test]
     fn a_newcomer_takes_the_place_of_the_idlest_connection_of_its_address() {
         let connections = Connections::default();
-        let other = connections.admit(OTHER);
+        let other = connections.admit(OTHER, DASHBOARD_BOUNDS);
         let mut held = Vec::new();
         let began = Instant::now();
-        for at in 0..HTTP_CONNECTIONS_PER_ADDRESS {
-            held.push(connections.admit(ONE));
+        for at in 0..DASHBOARD_BOUNDS.per_address {
+            held.push(connections.admit(ONE, DASHBOARD_BOUNDS));
             *held[at].seat.last_active.lock() = began + Duration::from_millis(at as u64);
         }
         *held[0].seat.last_active.lock() = began + Duration::from_secs(1);
-        let newcomer = connections.admit(ONE);
+        let newcomer = connections.admit(ONE, DASHBOARD_BOUNDS);
         let evicted: Vec<usize> = (0..held.len()).filter(|at| is_evicted(&held[*at])).collect();
         assert_eq!(evicted, [1]);
         assert!(!is_evicted(&other) && !is_evicted(&newcomer));
@@ -238,9 +242,11 @@ mod tests {
     fn all_addresses_together_are_bounded_too() {
         let connections = Connections::default();
         let address = |n: usize| IpAddr::from([10, 1, (n / 250) as u8, (n % 250) as u8]);
-        let guests: Vec<_> = (0..HTTP_CONNECTIONS_MAX + 40).map(|n| connections.admit(address(n))).collect();
+        let guests: Vec<_> = (0..DASHBOARD_BOUNDS.in_all + 40)
+            .map(|n| connections.admit(address(n), DASHBOARD_BOUNDS))
+            .collect();
         assert_eq!(guests.iter().filter(|guest| is_evicted(guest)).count(), 40);
-        assert_eq!(connections.0.lock().len(), HTTP_CONNECTIONS_MAX);
+        assert_eq!(connections.0.lock().len(), DASHBOARD_BOUNDS.in_all);
         assert!(connections.evict_one());
         drop(guests);
         assert!(!connections.evict_one(), "no connection is left");

@@ -120,7 +120,7 @@ pub fn dashboard_url(dir: &RunDir, address: &str) -> String {
 }
 
 /// The access token in the `Authorization` header.
-pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub(crate) fn bearer(headers: &HeaderMap) -> Option<&str> {
     headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ").map(str::trim)
 }
 
