@@ -127,6 +127,7 @@ fn an_export_is_complete_or_not_there() {
         "model.safetensors",
         "run.json",
         "tokenizer.json",
+        "tokenizer_config.json",
         "validation.safetensors",
     ];
     assert_eq!(names, expected);

@@ -7,6 +7,7 @@
 //! | `model.safetensors` | the weights, f32 (several files with an index above 5 GB) |
 //! | `config.json` | the architecture, and `sequence_length` |
 //! | `tokenizer.json` | the tokenizer, as the `tokenizers` library reads it |
+//! | `tokenizer_config.json` | what `transformers` needs beside it: the class and the end of text |
 //! | `run.json` | where the weights are from: run, step, digest, validation loss |
 //! | `validation.safetensors` | `tokens` of the validation, `[sequences, sequence_length + 1]`, i32 |
 //! | `README.md` | a model card |
@@ -31,6 +32,7 @@ use crate::limits::FILE_BYTES;
 use crate::tensors::{self, Listed, Source};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
+use serde_json::json;
 use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::path::Path;
@@ -66,6 +68,8 @@ pub struct Export<'a> {
     pub origin: &'a Origin,
     /// Its tokenizer, a `tokenizer.json`.
     pub tokenizer: &'a Path,
+    /// The token that ends a text.
+    pub end_of_text: &'a str,
     /// The validation sequences, each of `sequence_length + 1` tokens.
     pub validation: &'a [Vec<u32>],
 }
@@ -90,9 +94,21 @@ pub fn export<E: Into<Box<dyn StdError + Send + Sync>>>(
     folder.write_json("config.json", &config)?;
     folder.write_json("run.json", model.origin)?;
     folder.copy(model.tokenizer, "tokenizer.json")?;
+    folder.write_json("tokenizer_config.json", &tokenizer_config(model))?;
     write_validation(&folder, model)?;
     folder.write("README.md", card(model))?;
     folder.finish()
+}
+
+/// What `transformers` needs beside a `tokenizer.json`.
+fn tokenizer_config(model: &Export<'_>) -> serde_json::Value {
+    json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": model.end_of_text,
+        "eos_token": model.end_of_text,
+        "model_max_length": model.sequence_length,
+        "clean_up_tokenization_spaces": false,
+    })
 }
 
 /// A tensor of a shard: its place among the shard's parameters.

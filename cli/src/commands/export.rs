@@ -7,7 +7,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use std::path::PathBuf;
 use volary_core::{Lane, Step};
-use volary_data::Dataset;
+use volary_data::{Dataset, Tokenizer};
 use volary_formats::glam::{self, Export, Origin};
 use volary_storage::{CheckpointReader, RunDir};
 
@@ -64,12 +64,15 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         parameters: config.model.parameters(),
         activated_parameters: config.model.activated_parameters(),
     };
+    let tokenizer = Tokenizer::load(&dir.tokenizer())?;
+    let end_of_text = tokenizer.token(tokenizer.end_of_text());
     let validation = validation_sequences(&config, &dir)?;
     let export = Export {
         architecture: &config.model,
         sequence_length: config.training.sequence_length,
         origin: &origin,
         tokenizer: &dir.tokenizer(),
+        end_of_text: &end_of_text,
         validation: &validation,
     };
     glam::export(&export, &args.out, |shard| reader.read(step, shard))?;
