@@ -108,7 +108,7 @@ fn the_parts_of_a_stream_are_the_whole() {
     let request = json!({ "prompt": ["a step", "the"], "max_tokens": 30, "seed": 4, "n": 2, "echo": true, "logprobs": 1 });
     let whole = server.texts(&request);
     assert_eq!(whole, server.texts(&request), "the same seed draws another text");
-    let mut streamed = request.clone();
+    let mut streamed = request;
     streamed["stream"] = true.into();
     streamed["stream_options"] = json!({ "include_usage": true });
     let (status, body) = server.ask("POST", "/v1/completions", "", &streamed.to_string());
@@ -280,4 +280,98 @@ print("served")
     let url = format!("http://{}/v1", server.address);
     let output = Command::new(python).args(["-c", program, &url]).output().expect("python");
     assert_eq!(text(&output.stdout), "served\n", "{}", text(&output.stderr));
+}
+
+/// The lm-evaluation-harness, in Python, over the server.
+#[test]
+fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
+    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has_harness = Command::new(&python).args(["-c", "import lm_eval, transformers"]).output();
+    if !has_harness.is_ok_and(|output| output.status.success()) {
+        println!("skipped: no Python with lm_eval[api] and transformers; set VOLARY_PYTHON to one");
+        return;
+    }
+    let (export, tasks) = (TRAINED.path("harness-model"), TRAINED.path("harness"));
+    std::fs::create_dir_all(&tasks).expect("a folder");
+    let record = |prompt: &str, choices: [&str; 3], answer: usize| {
+        json!({ "prompt": prompt, "choices": choices, "answer": answer }).to_string() + "\n"
+    };
+    let records = [
+        record("every expert adds its share", ["of tokens", "to the shard", "zebra crossing"], 0),
+        record("the lane runs a step and", ["x", "every node", "the quick links while training"], 1),
+        record("Sends them", ["over", "under the naïve café", "training"], 2),
+    ];
+    let data = tasks.join("words.jsonl");
+    std::fs::write(&data, records.concat()).expect("a file");
+    let task = format!(
+        "task: words\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {}}}\ntest_split: test\n\
+         output_type: multiple_choice\ndoc_to_text: \"{{{{prompt}}}}\"\ndoc_to_target: \"{{{{answer}}}}\"\n\
+         doc_to_choice: \"{{{{choices}}}}\"\n",
+        data.display()
+    );
+    std::fs::write(tasks.join("words.yaml"), task).expect("a file");
+    let here = |args: &[&str]| {
+        let output = volary().current_dir(TRAINED.dir.path()).args(args).output().expect("the binary");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    here(&["export", "--format", "safetensors", "runs/tiny", "harness-model"]);
+    let ours: Value = serde_json::from_str(&here(&[
+        "eval",
+        "--run",
+        "runs/tiny",
+        "--tasks",
+        "harness/words.jsonl",
+        "--json",
+    ]))
+    .expect("JSON");
+    let server = Server::start(&[]);
+    let model = format!(
+        "model=tiny,base_url=http://{}/v1/completions,tokenizer={},max_length=400",
+        server.address,
+        export.display()
+    );
+    let mut harness = Command::new(&python);
+    // Without a place for its caches in the user's home, and without a look into the network.
+    harness.env("HF_HUB_OFFLINE", "1").env("HF_HOME", TRAINED.path("huggingface"));
+    harness.args([
+        "-m",
+        "lm_eval",
+        "--model",
+        "local-completions",
+        "--model_args",
+        &model,
+        "--tasks",
+        "words",
+    ]);
+    harness
+        .arg("--include_path")
+        .arg(&tasks)
+        .arg("--log_samples")
+        .arg("--output_path")
+        .arg(tasks.join("out"));
+    let output = harness.output().expect("python");
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let samples = walkdir(&tasks.join("out"))
+        .into_iter()
+        .find(|path| path.to_string_lossy().contains("samples_words"))
+        .expect("the samples");
+    let samples = std::fs::read_to_string(samples).expect("the samples");
+    let of_sample = |line: &str| -> f64 {
+        let sample: Value = serde_json::from_str(line).expect("JSON");
+        let answer = sample["doc"]["answer"].as_u64().expect("an index") as usize;
+        let nats = &sample["filtered_resps"][answer][0];
+        nats.as_f64().or_else(|| nats.as_str()?.parse().ok()).expect("a log-likelihood")
+    };
+    let nats: Vec<f64> = samples.lines().map(of_sample).collect();
+    assert_eq!(nats.len(), 3, "{samples}");
+    let mean = ours["tasks"][0]["metrics"]["log_likelihood"]["value"].as_f64().expect("a number");
+    let theirs = nats.iter().sum::<f64>() / 3.0;
+    assert!((mean - theirs).abs() < 1e-4, "{mean} {theirs}");
+}
+
+/// All files below a folder.
+fn walkdir(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    entries.flat_map(|path| if path.is_dir() { walkdir(&path) } else { vec![path] }).collect()
 }
