@@ -7,6 +7,7 @@ use common::{Guard, World, text, volary};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
@@ -282,17 +283,9 @@ print("served")
     assert_eq!(text(&output.stdout), "served\n", "{}", text(&output.stderr));
 }
 
-/// The lm-evaluation-harness, in Python, over the server.
-#[test]
-fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
-    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has_harness = Command::new(&python).args(["-c", "import lm_eval, transformers"]).output();
-    if !has_harness.is_ok_and(|output| output.status.success()) {
-        println!("skipped: no Python with lm_eval[api] and transformers; set VOLARY_PYTHON to one");
-        return;
-    }
-    let (export, tasks) = (TRAINED.path("harness-model"), TRAINED.path("harness"));
-    std::fs::create_dir_all(&tasks).expect("a folder");
+/// A task of three questions in a folder, for `volary eval` and for the harness.
+fn write_task(folder: &Path) {
+    std::fs::create_dir_all(folder).expect("a folder");
     let record = |prompt: &str, choices: [&str; 3], answer: usize| {
         json!({ "prompt": prompt, "choices": choices, "answer": answer }).to_string() + "\n"
     };
@@ -301,7 +294,7 @@ fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
         record("the lane runs a step and", ["x", "every node", "the quick links while training"], 1),
         record("Sends them", ["over", "under the naïve café", "training"], 2),
     ];
-    let data = tasks.join("words.jsonl");
+    let data = folder.join("words.jsonl");
     std::fs::write(&data, records.concat()).expect("a file");
     let task = format!(
         "task: words\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {}}}\ntest_split: test\n\
@@ -309,29 +302,17 @@ fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
          doc_to_choice: \"{{{{choices}}}}\"\n",
         data.display()
     );
-    std::fs::write(tasks.join("words.yaml"), task).expect("a file");
-    let here = |args: &[&str]| {
-        let output = volary().current_dir(TRAINED.dir.path()).args(args).output().expect("the binary");
-        assert!(output.status.success(), "{}", text(&output.stderr));
-        text(&output.stdout)
-    };
-    here(&["export", "--format", "safetensors", "runs/tiny", "harness-model"]);
-    let ours: Value = serde_json::from_str(&here(&[
-        "eval",
-        "--run",
-        "runs/tiny",
-        "--tasks",
-        "harness/words.jsonl",
-        "--json",
-    ]))
-    .expect("JSON");
-    let server = Server::start(&[]);
+    std::fs::write(folder.join("words.yaml"), task).expect("a file");
+}
+
+/// The log-likelihoods of the right choices by the lm-evaluation-harness.
+fn by_harness(python: &str, server: &Server, tokenizer: &Path, tasks: &Path) -> Vec<f64> {
     let model = format!(
         "model=tiny,base_url=http://{}/v1/completions,tokenizer={},max_length=400",
         server.address,
-        export.display()
+        tokenizer.display()
     );
-    let mut harness = Command::new(&python);
+    let mut harness = Command::new(python);
     // Without a place for its caches in the user's home, and without a look into the network.
     harness.env("HF_HUB_OFFLINE", "1").env("HF_HOME", TRAINED.path("huggingface"));
     harness.args([
@@ -344,18 +325,11 @@ fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
         "--tasks",
         "words",
     ]);
-    harness
-        .arg("--include_path")
-        .arg(&tasks)
-        .arg("--log_samples")
-        .arg("--output_path")
-        .arg(tasks.join("out"));
+    harness.arg("--include_path").arg(tasks).arg("--log_samples").arg("--output_path").arg(tasks.join("out"));
     let output = harness.output().expect("python");
     assert!(output.status.success(), "{}", text(&output.stderr));
-    let samples = walkdir(&tasks.join("out"))
-        .into_iter()
-        .find(|path| path.to_string_lossy().contains("samples_words"))
-        .expect("the samples");
+    let is_samples = |path: &PathBuf| path.to_string_lossy().contains("samples_words");
+    let samples = files_below(&tasks.join("out")).into_iter().find(is_samples).expect("the samples");
     let samples = std::fs::read_to_string(samples).expect("the samples");
     let of_sample = |line: &str| -> f64 {
         let sample: Value = serde_json::from_str(line).expect("JSON");
@@ -363,15 +337,37 @@ fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
         let nats = &sample["filtered_resps"][answer][0];
         nats.as_f64().or_else(|| nats.as_str()?.parse().ok()).expect("a log-likelihood")
     };
-    let nats: Vec<f64> = samples.lines().map(of_sample).collect();
-    assert_eq!(nats.len(), 3, "{samples}");
-    let mean = ours["tasks"][0]["metrics"]["log_likelihood"]["value"].as_f64().expect("a number");
-    let theirs = nats.iter().sum::<f64>() / 3.0;
-    assert!((mean - theirs).abs() < 1e-4, "{mean} {theirs}");
+    samples.lines().map(of_sample).collect()
 }
 
 /// All files below a folder.
-fn walkdir(folder: &std::path::Path) -> Vec<std::path::PathBuf> {
+fn files_below(folder: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
-    entries.flat_map(|path| if path.is_dir() { walkdir(&path) } else { vec![path] }).collect()
+    entries.flat_map(|path| if path.is_dir() { files_below(&path) } else { vec![path] }).collect()
+}
+
+/// The lm-evaluation-harness, in Python, over the server.
+#[test]
+fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
+    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let has_harness = Command::new(&python).args(["-c", "import lm_eval, transformers"]).output();
+    if !has_harness.is_ok_and(|output| output.status.success()) {
+        println!("skipped: no Python with lm_eval[api] and transformers; set VOLARY_PYTHON to one");
+        return;
+    }
+    let tasks = TRAINED.path("harness");
+    write_task(&tasks);
+    let here = |args: &[&str]| {
+        let output = volary().current_dir(TRAINED.dir.path()).args(args).output().expect("the binary");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    here(&["export", "--format", "safetensors", "runs/tiny", "harness-model"]);
+    let ours = here(&["eval", "--run", "runs/tiny", "--tasks", "harness/words.jsonl", "--json"]);
+    let ours: Value = serde_json::from_str(&ours).expect("JSON");
+    let ours = ours["tasks"][0]["metrics"]["log_likelihood"]["value"].as_f64().expect("a number");
+    let theirs = by_harness(&python, &Server::start(&[]), &TRAINED.path("harness-model"), &tasks);
+    assert_eq!(theirs.len(), 3, "{theirs:?}");
+    let mean = theirs.iter().sum::<f64>() / 3.0;
+    assert!((ours - mean).abs() < 1e-4, "{ours} {mean}");
 }

@@ -262,7 +262,8 @@ impl Active {
         Piece { request: self.id, tokens, generated: self.generated, text, finish }
     }
 
-    /// Draws the next token and returns the text that it completes. `tokens` are those that the pass has read.
+    /// Draws the next token and returns the text that it completes. `tokens` are those that the pass has
+    /// read.
     fn extend(&mut self, logits: &[f32], mut tokens: Vec<Token>, end_of_text: u32) -> Result<Piece> {
         if self.max_tokens == 0 {
             return Ok(self.piece(tokens, String::new(), Some(Finish::Length)));

@@ -132,7 +132,7 @@ fn requests_that_cannot_be_served_are_refused() {
 #[test]
 fn reported_tokens_have_the_log_probabilities_of_the_reference_model() {
     let model = Model::new(13);
-    let prompts: Vec<Vec<u32>> = (0..20).map(|n| vec![3 + n, 70, 80, 9, 100 + n].repeat(9)).collect();
+    let prompts: Vec<Vec<u32>> = (0..20).map(|n| [3 + n, 70, 80, 9, 100 + n].repeat(9)).collect();
     assert!(prompts.concat().len() > volary_inference::limits::TOKENS_PER_PASS);
     let mut generator = generator(&model, 20);
     let mut tokens: BTreeMap<RequestId, (Vec<u32>, Vec<Token>)> = BTreeMap::new();
