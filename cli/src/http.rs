@@ -20,6 +20,7 @@ pub use dashboard::supervisor_routes;
 pub use fuzz::{fuzz_http, fuzz_http_seeds};
 pub use guard::{GuardArgs, dashboard_url};
 
+pub(crate) use dashboard::POLICY;
 pub(crate) use guard::bearer;
 
 use crate::limits::{DASHBOARD_BOUNDS, HttpBounds};

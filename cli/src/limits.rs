@@ -108,6 +108,8 @@ pub const MODEL_BOUNDS: HttpBounds =
     HttpBounds { in_all: 1024, per_address: 512, idle: Duration::from_secs(600) };
 /// The body of a completion request, in bytes.
 pub const REQUEST_BYTES_MAX: usize = 4 << 20;
+/// The interval between two looks for a newer checkpoint.
+pub const FOLLOW_POLL: Duration = Duration::from_millis(500);
 /// Continuations that a server computes at a time.
 pub const SERVED_SLOTS_MAX: u64 = 1024;
 /// Completion requests that the computing thread has not looked at yet.

@@ -3,6 +3,7 @@
 //! | file | content |
 //! | --- | --- |
 //! | `request` | a request's body, and what is checked of it |
+//! | `page.html` | a page to try the model in a browser |
 //! | `scheduler` | the thread that computes, and the requests that it is sent |
 //! | `completions` | answers to completion requests, whole or as a stream |
 //! | `response` | the bodies of answers |
@@ -14,18 +15,20 @@ mod request;
 mod response;
 mod scheduler;
 
-pub(crate) use scheduler::Scheduler;
+pub(crate) use scheduler::{Scheduler, Setup};
 
 use crate::limits::REQUEST_BYTES_MAX;
 use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{IntoResponse, Response};
+use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use error::ApiError;
 use serde_json::json;
 use std::sync::Arc;
 use volary_data::Tokenizer;
+use volary_telemetry::metrics::{self, ModelServerMetrics};
 
 /// What requests need to know of the model.
 #[derive(Clone, Debug)]
@@ -44,15 +47,21 @@ pub(crate) struct Served {
 pub(crate) struct Server {
     pub(crate) served: Arc<Served>,
     pub(crate) scheduler: Scheduler,
+    pub(crate) metrics: Arc<ModelServerMetrics>,
     /// The BLAKE3 hash of the access token, if one is required.
     token: Option<blake3::Hash>,
 }
 
 impl Server {
     /// A server that requires an access token if there is one.
-    pub(crate) fn new(served: Served, scheduler: Scheduler, token: Option<&str>) -> Self {
+    pub(crate) fn new(
+        served: Served,
+        scheduler: Scheduler,
+        metrics: Arc<ModelServerMetrics>,
+        token: Option<&str>,
+    ) -> Self {
         let token = token.map(|token| blake3::hash(token.as_bytes()));
-        Self { served: Arc::new(served), scheduler, token }
+        Self { served: Arc::new(served), scheduler, metrics, token }
     }
 
     /// All routes.
@@ -60,9 +69,11 @@ impl Server {
         let guarded = Router::new()
             .route("/v1/completions", post(completions::complete))
             .route("/v1/models", get(models))
+            .route("/metrics", get(metrics))
             .route("/v1/models/{name}", get(model))
             .layer(from_fn_with_state(self.clone(), guard));
         Router::new()
+            .route("/", get(page))
             .route("/health", get(health))
             .merge(guarded)
             .fallback(|| async {
@@ -85,11 +96,20 @@ async fn guard(State(server): State<Server>, request: Request, next: Next) -> Re
     }
 }
 
+/// A page to try the model in a browser. It loads nothing from elsewhere.
+async fn page() -> Response {
+    ([(CONTENT_SECURITY_POLICY, crate::http::POLICY)], Html(include_str!("serve/page.html"))).into_response()
+}
+
 async fn health(State(server): State<Server>) -> Response {
-    match server.scheduler.is_alive() {
+    match server.scheduler.is_alive().await {
         true => Json(json!({ "status": "ok" })).into_response(),
         false => ApiError::internal("the model's thread has ended").into_response(),
     }
+}
+
+async fn metrics(State(server): State<Server>) -> Response {
+    ([(CONTENT_TYPE, metrics::CONTENT_TYPE)], server.metrics.scrape().encode()).into_response()
 }
 
 async fn models(State(server): State<Server>) -> Response {

@@ -18,13 +18,13 @@ use volary_storage::{CheckpointReader, RunDir};
 pub(crate) struct ModelArgs {
     /// The run's directory.
     #[arg(long)]
-    run: PathBuf,
+    pub(crate) run: PathBuf,
     /// The step of the checkpoint; by default the newest one.
     #[arg(long)]
     step: Option<u64>,
     /// Device: auto, cpu or cuda:N.
     #[arg(long, default_value = "cpu")]
-    device: String,
+    pub(crate) device: String,
     /// Threads of libtorch; by default one per CPU.
     #[arg(long)]
     threads: Option<u16>,
@@ -32,7 +32,7 @@ pub(crate) struct ModelArgs {
 
 /// A model and its tokenizer.
 pub(crate) struct Trained {
-    pub(crate) decoder: Rc<Decoder>,
+    pub(crate) decoder: Decoder,
     pub(crate) tokenizer: Tokenizer,
     /// The run's name.
     pub(crate) run: String,
@@ -73,7 +73,7 @@ impl Trained {
         let context = config.training.sequence_length;
         let fetch = |shard| reader.read(step, shard);
         let decoder = Decoder::load(&config.model, context, device::parse(device)?, fetch)?;
-        Ok(Self { decoder: Rc::new(decoder), tokenizer, run: config.run.name, step })
+        Ok(Self { decoder, tokenizer, run: config.run.name, step })
     }
 
     /// The tokens of a prompt; an empty one is the end of another text. The model sees no more than its
@@ -101,18 +101,20 @@ impl Trained {
     /// # Errors
     /// When libtorch fails or the model's output is not finite.
     pub(crate) fn continuation(
-        &self,
+        self,
         prompt: &str,
         max_tokens: usize,
         sampling: Sampling,
     ) -> anyhow::Result<String> {
-        let mut generator = Generator::new(self.decoder.clone(), self.tokenizer.clone(), 1)?;
+        let prompt = self.prompt(prompt)?;
+        let mut generator = Generator::new(Rc::new(self.decoder), self.tokenizer, 1)?;
         generator.submit(Request {
-            prompt: self.prompt(prompt)?,
+            prompt,
             max_tokens,
             sampling,
             stop: Vec::new(),
             report: Report::Nothing,
+            experts: false,
         })?;
         let mut text = String::new();
         while !generator.is_idle() {

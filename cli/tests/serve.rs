@@ -3,8 +3,10 @@
 
 mod common;
 
-use common::{Guard, World, text, volary};
+use common::{Guard, World, text, until, volary};
+use parking_lot::Mutex;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
@@ -29,8 +31,12 @@ struct Server {
 
 impl Server {
     fn start(more: &[&str]) -> Self {
+        Self::of(&TRAINED, more)
+    }
+
+    fn of(world: &World, more: &[&str]) -> Self {
         let mut command = volary();
-        command.current_dir(TRAINED.dir.path()).stdout(Stdio::piped()).stderr(Stdio::null());
+        command.current_dir(world.dir.path()).stdout(Stdio::piped()).stderr(Stdio::null());
         command.args(["serve", "--run", "runs/tiny", "--http", "127.0.0.1:0", "--threads", "1"]).args(more);
         let mut process = Guard(command.spawn().expect("the binary"));
         let mut line = String::new();
@@ -249,6 +255,61 @@ fn many_clients_at_once_get_what_each_gets_alone_and_idle_ones_keep_nobody_out()
             scope.spawn(move || assert_eq!(server.texts(&request(client % 5)), alone[client % 5]));
         }
     });
+}
+
+#[test]
+fn each_checkpoint_of_a_living_run_is_taken_without_dropping_a_request() {
+    let world = World::new();
+    let set =
+        ["--set", "training.steps=120", "--set", "checkpoint.every=20", "--nodes", "1", "--threads", "1"];
+    let mut run =
+        Guard::start(&mut world.train(&[&set[..], &["--set", "training.sequence_length=96"]].concat()));
+    let checkpoints = world.path("runs/tiny/checkpoints");
+    let has_checkpoint = || std::fs::read_dir(&checkpoints).is_ok_and(|mut entries| entries.next().is_some());
+    until("a checkpoint", Duration::from_secs(60), has_checkpoint);
+    let server = Server::of(&world, &["--follow"]);
+    let steps = Mutex::new(BTreeSet::new());
+    let ask = || {
+        let request = json!({ "prompt": "the lane", "max_tokens": 60, "temperature": 1 });
+        let (status, body) = server.complete(&request);
+        assert_eq!(status, 200, "{body}");
+        let step = body["system_fingerprint"].as_str().and_then(|step| step.strip_prefix("step-"));
+        let step: u64 = step.and_then(|step| step.parse().ok()).expect("a step");
+        steps.lock().insert(step);
+        step
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| until("the last checkpoint", Duration::from_secs(120), || ask() == 120));
+        }
+        assert!(run.wait(Duration::from_secs(120)).success(), "{}", world.logs());
+    });
+    let steps = steps.into_inner();
+    assert!(steps.len() >= 3 && steps.iter().all(|step| step % 20 == 0), "{steps:?}");
+    let (_, metrics) = server.ask("GET", "/metrics", "", "");
+    assert!(metrics.contains("volary_server_step 120"), "{metrics}");
+    assert!(metrics.contains("volary_server_answers_total{status=\"200\"}"), "{metrics}");
+    assert!(metrics.contains("volary_server_continuations 0"), "{metrics}");
+}
+
+#[test]
+fn the_page_gets_the_experts_of_every_token() {
+    let server = Server::start(&[]);
+    let (status, page) = server.ask("GET", "/", "", "");
+    assert!(status == 200 && page.contains("/v1/completions"), "{page}");
+    let request =
+        json!({ "prompt": "the lane", "max_tokens": 5, "echo": true, "logprobs": 1, "experts": true });
+    let (_, body) = server.complete(&request);
+    let choice = &body["choices"][0];
+    let (tokens, experts) = (&choice["logprobs"]["tokens"], choice["experts"].as_array().expect("experts"));
+    // The model has not read the last token.
+    assert_eq!(experts.len() + 1, tokens.as_array().expect("tokens").len());
+    let is_pair = |pair: &Value| pair[0] != pair[1] && pair[0].as_u64().is_some_and(|expert| expert < 6);
+    for layers in experts {
+        // Two of the four layers have experts.
+        let layers = layers.as_array().expect("layers");
+        assert!(layers.len() == 2 && layers.iter().all(is_pair), "{choice}");
+    }
 }
 
 /// OpenAI's own client, in Python.

@@ -132,6 +132,7 @@ impl Evaluator {
                     sampling,
                     stop,
                     report: Tokens::Nothing,
+                    experts: false,
                 })?);
             }
             while !generator.is_idle() {

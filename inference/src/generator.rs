@@ -8,6 +8,7 @@ use crate::limits::{TOKENS_PER_PASS, WAITING_REQUESTS};
 use crate::text::{StopStrings, TextStream};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use volary_core::ExpertId;
 use volary_data::Tokenizer;
 use volary_model::decoder::{Cache, Decoder, Input, Score, Scoring};
 use volary_model::sampling::{Sampler, Sampling};
@@ -25,6 +26,8 @@ pub struct Request {
     pub stop: Vec<String>,
     /// Whether tokens are reported, with their log-probabilities.
     pub report: Report,
+    /// Whether the experts of each token are reported.
+    pub experts: bool,
 }
 
 /// The tokens that are reported beside the text.
@@ -59,6 +62,9 @@ pub struct Piece {
     pub request: RequestId,
     /// The tokens of the pass, as far as they are reported.
     pub tokens: Vec<Token>,
+    /// The experts of the tokens that the model has read in the pass: `[tokens][MoE layers]`, each with the
+    /// first and the second choice. The model has not read the newest token yet.
+    pub experts: Vec<Vec<[ExpertId; 2]>>,
     /// The number of new tokens so far, with one that ended the text.
     pub generated: usize,
     /// New text; may be empty while a character or a stop string is incomplete.
@@ -88,6 +94,7 @@ struct Active {
     generated: usize,
     max_tokens: usize,
     report: Report,
+    experts: bool,
     /// The logits after the last token that was read, if the next one is to be scored.
     logits: Option<Vec<f32>>,
     sampler: Sampler,
@@ -135,6 +142,7 @@ impl Generator {
             generated: 0,
             max_tokens: request.max_tokens,
             report: request.report,
+            experts: request.experts,
             logits: None,
             sampler: Sampler::new(Sampling { vocabulary, ..request.sampling }),
             text: TextStream::after(self.tokenizer.clone(), &request.prompt),
@@ -182,10 +190,11 @@ impl Generator {
         for ((slot, count), output) in parts.into_iter().zip(outputs) {
             let Some(active) = &mut self.slots[slot] else { continue };
             let tokens = active.read_tokens(count, output.scores);
+            let experts = if active.experts { by_token(count, &output.experts) } else { Vec::new() };
             if active.read < active.tokens.len() {
                 active.logits = Some(output.logits);
-                if !tokens.is_empty() {
-                    pieces.push(active.piece(tokens, String::new(), None));
+                if !tokens.is_empty() || !experts.is_empty() {
+                    pieces.push(Piece { experts, ..active.piece(tokens, String::new(), None) });
                 }
                 continue;
             }
@@ -193,7 +202,7 @@ impl Generator {
             if piece.finish.is_some() {
                 self.release(slot);
             }
-            pieces.push(piece);
+            pieces.push(Piece { experts, ..piece });
         }
         Ok(pieces)
     }
@@ -237,6 +246,11 @@ impl Generator {
     }
 }
 
+/// The experts of each token, `[tokens][layers]`, of those of each layer.
+fn by_token(tokens: usize, by_layer: &[Vec<[ExpertId; 2]>]) -> Vec<Vec<[ExpertId; 2]>> {
+    (0..tokens).map(|token| by_layer.iter().map(|layer| layer[token]).collect()).collect()
+}
+
 impl Active {
     /// The most likely tokens to report with each token that is read, if it is scored.
     fn scored_top(&self) -> Option<usize> {
@@ -259,7 +273,7 @@ impl Active {
     }
 
     fn piece(&self, tokens: Vec<Token>, text: String, finish: Option<Finish>) -> Piece {
-        Piece { request: self.id, tokens, generated: self.generated, text, finish }
+        Piece { request: self.id, tokens, experts: Vec::new(), generated: self.generated, text, finish }
     }
 
     /// Draws the next token and returns the text that it completes. `tokens` are those that the pass has

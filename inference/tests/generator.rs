@@ -16,7 +16,7 @@ fn generator(model: &Model, slots: usize) -> Generator {
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Request { prompt, max_tokens, sampling, stop: Vec::new(), report: Report::Nothing }
+    Request { prompt, max_tokens, sampling, stop: Vec::new(), report: Report::Nothing, experts: false }
 }
 
 /// The text and end of every request.
@@ -136,15 +136,22 @@ fn reported_tokens_have_the_log_probabilities_of_the_reference_model() {
     assert!(prompts.concat().len() > volary_inference::limits::TOKENS_PER_PASS);
     let mut generator = generator(&model, 20);
     let mut tokens: BTreeMap<RequestId, (Vec<u32>, Vec<Token>)> = BTreeMap::new();
+    let mut read: BTreeMap<RequestId, usize> = BTreeMap::new();
     for (n, prompt) in prompts.into_iter().enumerate() {
         // Some ask for no new token.
-        let request = Request { report: Report::All(2), ..greedy(prompt.clone(), n % 3) };
+        let request = Request { report: Report::All(2), experts: true, ..greedy(prompt.clone(), n % 3) };
         tokens.insert(generator.submit(request).expect("a request"), (prompt, Vec::new()));
     }
     while !generator.is_idle() {
         for piece in generator.step().expect("a step") {
+            *read.entry(piece.request).or_default() += piece.experts.len();
+            assert!(piece.experts.iter().all(|layers| layers.len() == 1 && layers[0][0] != layers[0][1]));
             tokens.get_mut(&piece.request).expect("a request").1.extend(piece.tokens);
         }
+    }
+    // Every token but the last new one is read.
+    for (id, (prompt, reported)) in &tokens {
+        assert_eq!(read[id], (reported.len() - 1).max(prompt.len()), "{id:?}");
     }
     for (n, (prompt, reported)) in tokens.into_values().enumerate() {
         let ids: Vec<u32> = reported.iter().map(|token| token.id).collect();

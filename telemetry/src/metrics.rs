@@ -3,9 +3,11 @@
 //! Names follow the Prometheus conventions: `volary_` as namespace, base units as suffix, `_total` for
 //! counters (appended by the encoder).
 
+mod model_server;
 mod node;
 mod supervisor;
 
+pub use model_server::ModelServerMetrics;
 pub use node::{ExecutorTotals, NodeMetrics, Phase};
 pub use supervisor::SupervisorMetrics;
 

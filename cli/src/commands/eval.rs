@@ -4,6 +4,7 @@ use crate::output;
 use crate::trained::{ModelArgs, Trained};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::path::PathBuf;
+use std::rc::Rc;
 use volary_inference::evaluation::{Evaluator, Report, Settings, Task, find_tasks};
 use volary_inference::limits::SHOTS;
 
@@ -46,8 +47,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         }
     }
     let trained = Trained::open(&args.model)?;
+    let step = trained.step;
     let settings = Settings { shots: args.shots as usize, seed: args.seed, max_tokens: args.max_tokens };
-    let evaluator = Evaluator::new(trained.decoder.clone(), trained.tokenizer.clone(), settings);
+    let evaluator = Evaluator::new(Rc::new(trained.decoder), trained.tokenizer, settings);
     let mut reports = Vec::new();
     for task in &tasks {
         let bar = bar(task);
@@ -55,10 +57,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         bar.finish_and_clear();
     }
     if args.json {
-        let document = serde_json::json!({ "step": trained.step, "tasks": reports });
+        let document = serde_json::json!({ "step": step, "tasks": reports });
         output::line(format_args!("{}", serde_json::to_string_pretty(&document)?))?;
     } else {
-        output::line(format_args!("checkpoint: step {}", trained.step))?;
+        output::line(format_args!("checkpoint: step {step}"))?;
         print_table(&reports)?;
     }
     Ok(())

@@ -3,6 +3,7 @@
 use crate::arguments::InvalidArgument;
 use crate::output;
 use crate::trained::{ModelArgs, Trained};
+use std::rc::Rc;
 use volary_inference::{Generator, Report, Request, RequestId};
 use volary_model::sampling::Sampling;
 
@@ -71,10 +72,11 @@ fn penalty(text: &str) -> Result<f64, InvalidArgument> {
 pub fn run(args: Args) -> anyhow::Result<()> {
     let trained = Trained::open(&args.model)?;
     let count = args.prompt.len() * args.n as usize;
-    let mut generator = Generator::new(trained.decoder.clone(), trained.tokenizer.clone(), count.min(SLOTS))?;
+    let prompts: Vec<Vec<u32>> =
+        args.prompt.iter().map(|prompt| trained.prompt(prompt)).collect::<anyhow::Result<_>>()?;
+    let mut generator = Generator::new(Rc::new(trained.decoder), trained.tokenizer, count.min(SLOTS))?;
     let mut texts = Vec::with_capacity(count);
-    for prompt in &args.prompt {
-        let tokens = trained.prompt(prompt)?;
+    for (prompt, tokens) in args.prompt.iter().zip(&prompts) {
         for choice in 0..args.n {
             let request = args.request(tokens.clone(), choice);
             texts.push(Growing { id: generator.submit(request)?, text: prompt.clone(), is_complete: false });
@@ -133,6 +135,7 @@ impl Args {
             sampling,
             stop: self.stop.clone(),
             report: Report::Nothing,
+            experts: false,
         }
     }
 }

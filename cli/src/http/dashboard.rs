@@ -24,7 +24,7 @@ use volary_telemetry::{render, store};
 use volary_transport::AccessRole;
 
 /// Forbids content from other sites, and frames of other sites.
-const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
+pub(crate) const POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; \
                       img-src data:; frame-ancestors 'none'";
 
 /// The state of the routes.

@@ -3,7 +3,7 @@
 use super::error::ApiError;
 use super::request::{Body, Checked};
 use super::response::{Header, Logprobs, Usage, choice};
-use super::scheduler::Pieces;
+use super::scheduler::{Accepted, Pieces};
 use super::{Served, Server};
 use axum::Json;
 use axum::body::Bytes;
@@ -17,6 +17,7 @@ use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use volary_core::ExpertId;
 use volary_inference::{Finish, Piece};
 
 /// `POST /v1/completions`.
@@ -24,19 +25,34 @@ pub(super) async fn complete(
     State(server): State<Server>,
     body: Result<Bytes, BytesRejection>,
 ) -> Result<Response, ApiError> {
+    let metrics = Arc::clone(&server.metrics);
+    let answer = answer(server, body).await;
+    metrics.add_answer(answer.as_ref().map_or_else(ApiError::status, |answer| answer.status().as_u16()));
+    answer
+}
+
+async fn answer(server: Server, body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
     static NUMBER: AtomicU64 = AtomicU64::new(0);
     let body = body.map_err(|error| ApiError::too_large(error.body_text()))?;
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    let header = Header::new(&server.served, number);
     // Requests without a seed differ from each other.
     let seed = u64::from(crate::units::since_1970().subsec_nanos()) ^ number;
     let checked = Body::parse(&body)?.check(&server.served, seed)?;
     let prompts = checked.echoed(&server.served)?;
     let usage = Usage { prompt: checked.prompt_tokens, completion: 0 };
     let growing = checked.requests.iter().map(|_| Growing::default()).collect();
-    let pieces = server.scheduler.submit(checked.requests).await?;
-    let answer =
-        Answer { served: server.served, header, pieces, prompts, logprobs: checked.logprobs, growing, usage };
+    let Accepted { step, pieces } = server.scheduler.submit(checked.requests).await?;
+    let header = Header::new(&server.served, step, number);
+    let answer = Answer {
+        served: server.served,
+        header,
+        pieces,
+        prompts,
+        logprobs: checked.logprobs,
+        experts: checked.experts,
+        growing,
+        usage,
+    };
     if checked.stream {
         return Ok(answer.stream(checked.include_usage).into_response());
     }
@@ -66,6 +82,8 @@ impl Checked {
 struct Growing {
     text: String,
     logprobs: Logprobs,
+    /// The experts of the tokens that the model has read: `[tokens][MoE layers]`.
+    experts: Vec<Vec<[ExpertId; 2]>>,
     /// The characters of the reported tokens so far.
     offset: usize,
     generated: usize,
@@ -81,6 +99,7 @@ struct Answer {
     /// What precedes each choice's text.
     prompts: Vec<String>,
     logprobs: bool,
+    experts: bool,
     growing: Vec<Growing>,
     usage: Usage,
 }
@@ -93,6 +112,7 @@ impl Answer {
             let growing = &mut self.growing[place];
             growing.text.push_str(&piece.text);
             growing.logprobs.add(&piece.tokens, &self.served.tokenizer, &mut growing.offset);
+            growing.experts.extend(piece.experts);
             growing.generated = piece.generated;
             growing.finish = piece.finish;
         }
@@ -103,7 +123,8 @@ impl Answer {
         let choices = self.growing.into_iter().zip(self.prompts).enumerate();
         let choice = |(index, (growing, prompt)): (usize, (Growing, String))| {
             let logprobs = self.logprobs.then_some(growing.logprobs);
-            choice(index, &(prompt + &growing.text), logprobs, growing.finish)
+            let experts = self.experts.then_some(growing.experts);
+            choice(index, &(prompt + &growing.text), logprobs, experts, growing.finish)
         };
         Ok(self.header.body(choices.map(choice).collect(), Some(self.usage)))
     }
@@ -141,7 +162,10 @@ impl Answer {
         let growing = &mut self.growing[place];
         self.usage.completion += piece.generated - growing.generated;
         growing.generated = piece.generated;
-        let has_news = !piece.text.is_empty() || !piece.tokens.is_empty() || piece.finish.is_some();
+        let has_news = !piece.text.is_empty()
+            || !piece.tokens.is_empty()
+            || !piece.experts.is_empty()
+            || piece.finish.is_some();
         let prompt = if growing.has_begun { "" } else { self.prompts[place].as_str() };
         if !has_news && prompt.is_empty() {
             return None;
@@ -152,7 +176,8 @@ impl Answer {
             logprobs.add(&piece.tokens, &self.served.tokenizer, &mut growing.offset);
             logprobs
         });
-        let choice = choice(place, &format!("{prompt}{}", piece.text), logprobs, piece.finish);
+        let experts = self.experts.then_some(piece.experts);
+        let choice = choice(place, &format!("{prompt}{}", piece.text), logprobs, experts, piece.finish);
         Some(self.header.body(vec![choice], None).to_string())
     }
 }

@@ -31,6 +31,8 @@ pub(crate) struct Body {
     top_k: Option<i64>,
     /// The same.
     repetition_penalty: Option<f64>,
+    /// Whether the experts of each token are part of the answer; for the page.
+    experts: Option<bool>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -68,6 +70,8 @@ pub(crate) struct Checked {
     pub(crate) echo: bool,
     /// Whether log-probabilities are part of the answer.
     pub(crate) logprobs: bool,
+    /// Whether the experts of each token are.
+    pub(crate) experts: bool,
     pub(crate) stream: bool,
     /// Whether a stream ends with the numbers of tokens.
     pub(crate) include_usage: bool,
@@ -127,6 +131,7 @@ impl Body {
             (Some(top), false) => Report::New(top as usize),
             (Some(top), true) => Report::All(top as usize),
         };
+        let experts = self.experts.unwrap_or(false);
         let stop = self.stop()?;
         let sampling = self.sampling(seed)?;
         let prompts = self.prompt.tokens(served)?;
@@ -142,6 +147,7 @@ impl Body {
                     sampling,
                     stop: stop.clone(),
                     report,
+                    experts,
                 });
             }
         }
@@ -158,6 +164,7 @@ impl Body {
             prompt_tokens: prompts.iter().map(Vec::len).sum(),
             echo,
             logprobs: logprobs.is_some(),
+            experts,
             stream: self.stream.unwrap_or(false),
             include_usage: self.stream_options.and_then(|options| options.include_usage).unwrap_or(false),
         })

@@ -2,6 +2,7 @@
 
 use super::Served;
 use serde_json::{Map, Value, json};
+use volary_core::{ExpertId, Step};
 use volary_data::Tokenizer;
 use volary_inference::{Finish, Token};
 
@@ -11,6 +12,7 @@ pub(super) struct Header {
     id: String,
     created: u64,
     model: String,
+    step: Step,
 }
 
 /// The numbers of tokens of an answer.
@@ -30,9 +32,9 @@ pub(super) struct Logprobs {
 }
 
 impl Header {
-    pub(super) fn new(served: &Served, number: u64) -> Self {
+    pub(super) fn new(served: &Served, step: Step, number: u64) -> Self {
         let created = crate::units::since_1970().as_secs();
-        Self { id: format!("cmpl-{created:x}-{number:x}"), created, model: served.name.clone() }
+        Self { id: format!("cmpl-{created:x}-{number:x}"), created, model: served.name.clone(), step }
     }
 
     /// An answer, or a part of one.
@@ -42,6 +44,8 @@ impl Header {
             "object": "text_completion",
             "created": self.created,
             "model": self.model,
+            // With the same seed, answers of the same weights are the same.
+            "system_fingerprint": format!("step-{}", self.step),
             "choices": choices,
         });
         if let Some(Usage { prompt, completion }) = usage {
@@ -56,17 +60,27 @@ impl Header {
 }
 
 /// One choice of an answer.
-pub(super) fn choice(index: usize, text: &str, logprobs: Option<Logprobs>, finish: Option<Finish>) -> Value {
+pub(super) fn choice(
+    index: usize,
+    text: &str,
+    logprobs: Option<Logprobs>,
+    experts: Option<Vec<Vec<[ExpertId; 2]>>>,
+    finish: Option<Finish>,
+) -> Value {
     let finish = finish.map(|finish| match finish {
         Finish::Stop => "stop",
         Finish::Length => "length",
     });
-    json!({
+    let mut choice = json!({
         "index": index,
         "text": text,
         "logprobs": logprobs.map(Logprobs::json),
         "finish_reason": finish,
-    })
+    });
+    if let Some(experts) = experts {
+        choice["experts"] = json!(experts);
+    }
+    choice
 }
 
 impl Logprobs {
