@@ -2,6 +2,7 @@
 //!
 //! | file | command |
 //! | --- | --- |
+//! | [`data`] | `volary data`: a corpus before a run, and its overlap with evaluation tasks |
 //! | [`digest`] | `volary digest`: the exact bits of a checkpoint |
 //! | [`doctor`] | `volary doctor`: this machine |
 //! | [`eval`] | `volary eval`: scores of a trained model |
@@ -18,6 +19,7 @@
 //! | [`trace`] | `volary trace`: stored traces |
 //! | [`train`] | `volary train`: a complete run on this machine |
 
+pub mod data;
 pub mod digest;
 pub mod doctor;
 pub mod eval;

@@ -60,6 +60,8 @@ enum Command {
     Serve(commands::serve::Args),
     /// Score a trained model on tasks.
     Eval(commands::eval::Args),
+    /// Prepare a corpus, or compare it with evaluation tasks.
+    Data(commands::data::Args),
     /// Write a trained model in a format of other programs.
     Export(commands::export::Args),
     /// Hash the exact bits of a checkpoint.
@@ -102,6 +104,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Identity(args) => commands::identity::run(args),
         Command::Generate(args) => commands::generate::run(args),
         Command::Serve(args) => commands::serve::run(args),
+        Command::Data(args) => commands::data::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Export(args) => commands::export::run(args),
         Command::Digest(args) => commands::digest::run(args),

@@ -1,10 +1,11 @@
 //! Before a run starts: its directory, the check that it is the same run, and its tokens.
 
 use crate::config::Config;
+use crate::progress::PhaseDisplay;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
-use volary_data::{Manifest, Prepared};
+use volary_data::{Manifest, PreparationStage, Prepared, Progress};
 use volary_storage::{CheckpointReader, RunDir, RunLock, Store};
 
 /// The phase of a run before it starts.
@@ -84,6 +85,20 @@ impl Drop for ClaimedDir {
             // What is left holds no step, and the next start clears it.
             let _ = std::fs::remove_dir_all(self.dir.root());
         }
+    }
+}
+
+/// Shows the progress of a preparation.
+pub fn progress(mut phases: PhaseDisplay) -> impl FnMut(Progress) + Send {
+    move |progress| {
+        let phase = match progress.stage {
+            PreparationStage::Reading => "reading text",
+            PreparationStage::TrainingTokenizer => "training the tokenizer",
+            PreparationStage::Tokenizing => "tokenizing",
+        };
+        // The tokenizer's training does not tell how far it is: only the reading of its sample does.
+        let is_known = progress.stage == PreparationStage::Tokenizing && progress.total_bytes > 0;
+        phases.show(phase, is_known.then(|| progress.done_bytes as f64 / progress.total_bytes as f64));
     }
 }
 

@@ -169,3 +169,42 @@ fn an_exported_model_has_the_same_validation_loss_in_pytorch() {
     // Sums of f32 in other orders.
     assert!((here - training).abs() < 1e-4, "{line}");
 }
+
+#[test]
+fn a_corpus_that_is_prepared_before_a_run_is_the_runs_corpus() {
+    let world = World::new();
+    let here = |args: &[&str]| {
+        let output = volary().current_dir(world.dir.path()).args(args).output().expect("the binary");
+        assert!(output.status.success(), "{args:?}: {}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    assert!(
+        here(&["data", "prepare", "tiny.toml", "--out", "corpus.out"]).contains("the tokens are prepared")
+    );
+    assert!(here(&["data", "prepare", "tiny.toml"]).contains("the cache had the tokens already"));
+    assert!(
+        here(&["data", "prepare", "tiny.toml", "--out", "corpus.out"]).contains("the folder had the tokens")
+    );
+    world.run_train(&["--nodes", "1", "--quiet"]);
+    for name in ["words.train.tokens", "words.validation.tokens", "tokenizer.json"] {
+        let [prepared, used] = ["corpus.out", "runs/tiny/data"]
+            .map(|folder| std::fs::read(world.path(folder).join(name)).expect("a file"));
+        assert!(prepared == used, "{name} differs");
+    }
+}
+
+#[test]
+fn questions_that_the_corpus_has_are_listed_with_their_place() {
+    let page = std::fs::read_to_string(TRAINED.path("corpus/9.txt")).expect("a document");
+    let words: Vec<&str> = page.split_whitespace().collect();
+    let known = serde_json::json!({ "prompt": words[5..15].join(" "), "answers": words[15..20].join(" ") });
+    let unknown = serde_json::json!({ "prompt": "one two three four five six", "answers": "seven eight nine ten eleven twelve thirteen" });
+    std::fs::write(TRAINED.path("exam.jsonl"), format!("{unknown}\n{known}\n")).expect("a file");
+    let json = ok(&["data", "contamination", "tiny.toml", "--tasks", "exam.jsonl", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    let [found] = json[0]["found"].as_array().expect("a list").as_slice() else { panic!("{json}") };
+    assert_eq!((&found["record"], &found["share"]), (&2.into(), &1.0.into()), "{json}");
+    assert!(found["path"].as_str().is_some_and(|path| path.ends_with("corpus/9.txt")), "{json}");
+    let table = ok(&["data", "contamination", "tiny.toml", "--tasks", "exam.jsonl", "--words", "10"]);
+    assert!(table.contains("exam record 2: 100 %"), "{table}");
+}

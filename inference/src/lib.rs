@@ -4,10 +4,12 @@
 //! | --- | --- |
 //! | [`generator`] | continuations of many prompts at a time |
 //! | [`text`] | from tokens to text, piece by piece; strings that end a text |
+//! | [`contamination`] | runs of words that tasks share with training text |
 //! | [`evaluation`] | tasks, their scoring, and the report |
 //! | [`limits`] | every bound |
 //! | [`error`] | every error |
 
+pub mod contamination;
 pub mod error;
 pub mod evaluation;
 pub mod generator;

@@ -19,7 +19,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use volary_core::{Lane, Step};
-use volary_data::{PreparationStage, Prepared};
+use volary_data::Prepared;
 use volary_model::sampling::Sampling;
 use volary_storage::RunDir;
 
@@ -215,17 +215,7 @@ fn prepare_data(
     display: &ProgressDisplay,
     interrupts: &Interrupts,
 ) -> anyhow::Result<Prepared> {
-    let mut phases = display.phases();
-    let mut progress = move |progress: volary_data::Progress| {
-        let phase = match progress.stage {
-            PreparationStage::Reading => "reading text",
-            PreparationStage::TrainingTokenizer => "training the tokenizer",
-            PreparationStage::Tokenizing => "tokenizing",
-        };
-        // The tokenizer's training does not tell how far it is: only the reading of its sample does.
-        let is_known = progress.stage == PreparationStage::Tokenizing && progress.total_bytes > 0;
-        phases.show(phase, is_known.then(|| progress.done_bytes as f64 / progress.total_bytes as f64));
-    };
+    let mut progress = preparation::progress(display.phases());
     let (config, dir) = (config.clone(), dir.clone());
     let work = move || preparation::prepare_data(&config, &dir, &mut progress);
     interrupts.unless_interrupted(PREPARING, work, volary_data::remove_partial_folders)

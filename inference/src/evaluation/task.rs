@@ -129,6 +129,16 @@ impl Task {
         prompt
     }
 
+    /// All text of a record: prompt and answers, or the text.
+    pub(crate) fn text(&self, at: usize) -> String {
+        let parts = |prompt: &String, answers: &[String]| format!("{prompt} {}", answers.join(" "));
+        match &self.kind {
+            Kind::Choices(records) => parts(&records[at].prompt, &records[at].choices),
+            Kind::Completions(records) => parts(&records[at].prompt, &records[at].answers),
+            Kind::Texts(texts) => texts[at].clone(),
+        }
+    }
+
     /// A record's prompt and right answer.
     fn example(&self, at: usize) -> (&str, &str) {
         match &self.kind {
