@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use volary_core::Step;
 use volary_data::Tokenizer;
-use volary_inference::{Generator, Report, Request};
+use volary_inference::{Generator, ReportedTokens, Request};
 use volary_model::decoder::Decoder;
 use volary_model::device;
 use volary_model::sampling::Sampling;
@@ -113,7 +113,7 @@ impl Trained {
             max_tokens,
             sampling,
             stop: Vec::new(),
-            report: Report::Nothing,
+            report: ReportedTokens::Nothing,
             experts: false,
         })?;
         let mut text = String::new();

@@ -30,7 +30,7 @@ pub use report::{Estimate, Metric, Report};
 pub use task::{Record, Task, find_tasks};
 
 use crate::error::Result;
-use crate::generator::{Generator, Report as Tokens, Request};
+use crate::generator::{Generator, ReportedTokens, Request};
 use crate::limits::EVALUATED_SEQUENCES;
 use likelihood::Question;
 use std::rc::Rc;
@@ -131,7 +131,7 @@ impl Evaluator {
                     max_tokens,
                     sampling,
                     stop,
-                    report: Tokens::Nothing,
+                    report: ReportedTokens::Nothing,
                     experts: false,
                 })?);
             }

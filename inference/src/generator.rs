@@ -24,15 +24,15 @@ pub struct Request {
     pub sampling: Sampling,
     /// Strings that end the text, and are not part of it.
     pub stop: Vec<String>,
-    /// Whether tokens are reported, with their log-probabilities.
-    pub report: Report,
+    /// The tokens that are reported beside the text.
+    pub report: ReportedTokens,
     /// Whether the experts of each token are reported.
     pub experts: bool,
 }
 
 /// The tokens that are reported beside the text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Report {
+pub enum ReportedTokens {
     /// None.
     #[default]
     Nothing,
@@ -93,7 +93,7 @@ struct Active {
     /// New tokens so far.
     generated: usize,
     max_tokens: usize,
-    report: Report,
+    report: ReportedTokens,
     experts: bool,
     /// The logits after the last token that was read, if the next one is to be scored.
     logits: Option<Vec<f32>>,
@@ -255,7 +255,7 @@ impl Active {
     /// The most likely tokens to report with each token that is read, if it is scored.
     fn scored_top(&self) -> Option<usize> {
         match self.report {
-            Report::All(top) if self.generated == 0 => Some(top),
+            ReportedTokens::All(top) if self.generated == 0 => Some(top),
             _ => None,
         }
     }
@@ -283,7 +283,7 @@ impl Active {
             return Ok(self.piece(tokens, String::new(), Some(Finish::Length)));
         }
         let token = self.sampler.draw(logits, &self.tokens).ok_or(volary_model::Error::NotFinite)?;
-        if let Report::New(top) | Report::All(top) = self.report {
+        if let ReportedTokens::New(top) | ReportedTokens::All(top) = self.report {
             tokens.push(Token { id: token, score: Some(Score::by_logits(logits, token, top)) });
         }
         self.generated += 1;

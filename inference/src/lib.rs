@@ -17,4 +17,4 @@ pub mod limits;
 pub mod text;
 
 pub use error::{Error, Result};
-pub use generator::{Finish, Generator, Piece, Report, Request, RequestId, Token};
+pub use generator::{Finish, Generator, Piece, ReportedTokens, Request, RequestId, Token};

@@ -7,7 +7,7 @@ use common::{CONTEXT, Model, log_softmax};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use volary_inference::text::TextStream;
-use volary_inference::{Error, Finish, Generator, Report, Request, RequestId, Token};
+use volary_inference::{Error, Finish, Generator, ReportedTokens, Request, RequestId, Token};
 use volary_model::sampling::Sampling;
 
 fn generator(model: &Model, slots: usize) -> Generator {
@@ -16,7 +16,14 @@ fn generator(model: &Model, slots: usize) -> Generator {
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Request { prompt, max_tokens, sampling, stop: Vec::new(), report: Report::Nothing, experts: false }
+    Request {
+        prompt,
+        max_tokens,
+        sampling,
+        stop: Vec::new(),
+        report: ReportedTokens::Nothing,
+        experts: false,
+    }
 }
 
 /// The text and end of every request.
@@ -139,7 +146,8 @@ fn reported_tokens_have_the_log_probabilities_of_the_reference_model() {
     let mut read: BTreeMap<RequestId, usize> = BTreeMap::new();
     for (n, prompt) in prompts.into_iter().enumerate() {
         // Some ask for no new token.
-        let request = Request { report: Report::All(2), experts: true, ..greedy(prompt.clone(), n % 3) };
+        let request =
+            Request { report: ReportedTokens::All(2), experts: true, ..greedy(prompt.clone(), n % 3) };
         tokens.insert(generator.submit(request).expect("a request"), (prompt, Vec::new()));
     }
     while !generator.is_idle() {

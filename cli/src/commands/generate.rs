@@ -4,7 +4,7 @@ use crate::arguments::InvalidArgument;
 use crate::output;
 use crate::trained::{ModelArgs, Trained};
 use std::rc::Rc;
-use volary_inference::{Generator, Report, Request, RequestId};
+use volary_inference::{Generator, ReportedTokens, Request, RequestId};
 use volary_model::sampling::Sampling;
 
 /// Continue prompts with a trained model.
@@ -134,7 +134,7 @@ impl Args {
             max_tokens: self.max_tokens,
             sampling,
             stop: self.stop.clone(),
-            report: Report::Nothing,
+            report: ReportedTokens::Nothing,
             experts: false,
         }
     }

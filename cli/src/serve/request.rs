@@ -5,7 +5,7 @@ use super::error::ApiError;
 use crate::limits::{CHOICES_MAX, LOGPROBS_MAX};
 use serde::Deserialize;
 use volary_inference::limits::STOP_STRINGS;
-use volary_inference::{Report, Request};
+use volary_inference::{ReportedTokens, Request};
 use volary_model::sampling::Sampling;
 
 /// The body of a completion request. Fields that are not here are ignored, as most servers do.
@@ -127,9 +127,9 @@ impl Body {
         let logprobs = self.logprobs.map(|top| in_range("logprobs", top, 0, LOGPROBS_MAX)).transpose()?;
         let echo = self.echo.unwrap_or(false);
         let report = match (logprobs, echo) {
-            (None, _) => Report::Nothing,
-            (Some(top), false) => Report::New(top as usize),
-            (Some(top), true) => Report::All(top as usize),
+            (None, _) => ReportedTokens::Nothing,
+            (Some(top), false) => ReportedTokens::New(top as usize),
+            (Some(top), true) => ReportedTokens::All(top as usize),
         };
         let experts = self.experts.unwrap_or(false);
         let stop = self.stop()?;
