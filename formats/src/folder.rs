@@ -3,6 +3,8 @@
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -67,14 +69,26 @@ impl NewFolder {
     /// # Errors
     /// [`Error::Write`]; [`Error::Exists`] if something was put there meanwhile.
     pub fn finish(self) -> Result<()> {
-        use std::os::unix::fs::PermissionsExt;
         let write = |path: &Path| Error::write(path.to_owned());
-        // A temporary folder is private; this one need not be.
-        fs::set_permissions(self.partial.path(), fs::Permissions::from_mode(0o755))
-            .map_err(write(&self.target))?;
+        self.publish().map_err(write(&self.target))?;
         if self.target.symlink_metadata().is_ok() {
             return Err(Error::Exists { path: self.target });
         }
         fs::rename(self.partial.path(), &self.target).map_err(write(&self.target))
+    }
+
+    /// Gives the folder and its files the permissions that the user's new ones have: a temporary folder is
+    /// private, and so are files that the library of safetensors writes.
+    fn publish(&self) -> io::Result<()> {
+        let path = self.path(".permissions");
+        fs::write(&path, [])?;
+        let mode = fs::metadata(&path)?.permissions().mode();
+        fs::remove_file(&path)?;
+        for entry in fs::read_dir(self.partial.path())? {
+            fs::set_permissions(entry?.path(), fs::Permissions::from_mode(mode))?;
+        }
+        // Whoever may read a folder may enter it.
+        let folder = mode | (mode & 0o444) >> 2;
+        fs::set_permissions(self.partial.path(), fs::Permissions::from_mode(folder))
     }
 }

@@ -165,6 +165,12 @@ mod tests {
             let folder = NewFolder::create(&target).unwrap();
             write(&folder, listed(&[3, 1, 2]), Filled(10), file_bytes).unwrap();
             folder.finish().unwrap();
+            let own = parent.path().join("own");
+            fs::write(&own, []).unwrap();
+            let mode = |path: &std::path::Path| fs::metadata(path).unwrap().permissions();
+            for entry in fs::read_dir(&target).unwrap() {
+                assert_eq!(mode(&entry.unwrap().path()), mode(&own));
+            }
             let mut files: Vec<_> =
                 fs::read_dir(&target).unwrap().map(|entry| entry.unwrap().path()).collect();
             files.sort();
