@@ -112,6 +112,8 @@ pub const REQUEST_BYTES_MAX: usize = 4 << 20;
 pub const FOLLOW_POLL: Duration = Duration::from_millis(500);
 /// Continuations that a server computes at a time.
 pub const SERVED_SLOTS_MAX: u64 = 1024;
+/// Continuations that `volary generate` computes side by side.
+pub const GENERATED_SLOTS_MAX: usize = 16;
 /// Completion requests that the computing thread has not looked at yet.
 pub const SERVED_ORDERS_MAX: usize = 256;
 /// Continuations of one completion request.

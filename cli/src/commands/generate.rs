@@ -1,6 +1,7 @@
 //! `volary generate`: continues prompts with a trained model, in this process.
 
 use crate::arguments::InvalidArgument;
+use crate::limits::GENERATED_SLOTS_MAX;
 use crate::output;
 use crate::trained::{ModelArgs, Trained};
 use std::rc::Rc;
@@ -74,7 +75,8 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let count = args.prompt.len() * args.n as usize;
     let prompts: Vec<Vec<u32>> =
         args.prompt.iter().map(|prompt| trained.prompt(prompt)).collect::<anyhow::Result<_>>()?;
-    let mut generator = Generator::new(Rc::new(trained.decoder), trained.tokenizer, count.min(SLOTS))?;
+    let mut generator =
+        Generator::new(Rc::new(trained.decoder), trained.tokenizer, count.min(GENERATED_SLOTS_MAX))?;
     let mut texts = Vec::with_capacity(count);
     for (prompt, tokens) in args.prompt.iter().zip(&prompts) {
         for choice in 0..args.n {
@@ -107,9 +109,6 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     Ok(())
 }
-
-/// Continuations that are computed side by side.
-const SLOTS: usize = 16;
 
 /// A continuation that is not complete yet.
 struct Growing {
