@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use volary_storage::{RunDir, RunLock};
+use volary_core::Step;
+use volary_storage::{CheckpointReader, RunDir, RunLock};
 use volary_transport::{AccessRole, AccessToken};
 
 /// The folder of new runs, unless `--dir` is given.
@@ -220,4 +221,20 @@ pub fn resolve_all(address: &str) -> anyhow::Result<Vec<SocketAddr>> {
 pub fn read_token(path: Option<&Path>) -> anyhow::Result<Option<String>> {
     let Some(path) = path else { return Ok(std::env::var("VOLARY_TOKEN").ok()) };
     Ok(Some(std::fs::read_to_string(path).with_context(|| format!("token file {}", path.display()))?))
+}
+
+/// The step of the checkpoint that a command names, or of the newest one.
+///
+/// # Errors
+/// When the run has no checkpoint yet, or its folder cannot be read.
+pub(crate) fn checkpoint_step(
+    reader: &CheckpointReader,
+    run: &Path,
+    step: Option<u64>,
+) -> anyhow::Result<Step> {
+    if let Some(step) = step {
+        return Ok(Step(step));
+    }
+    let none = || format!("{} has no checkpoint yet", run.display());
+    Ok(reader.latest()?.with_context(none)?.step)
 }

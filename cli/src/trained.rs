@@ -2,12 +2,12 @@
 
 use crate::config::Config;
 use crate::output;
-use anyhow::Context;
+use crate::rundir::checkpoint_step;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use volary_core::Step;
 use volary_data::Tokenizer;
-use volary_inference::{Generator, ReportedTokens, Request};
+use volary_inference::{Generator, Request};
 use volary_model::decoder::Decoder;
 use volary_model::device;
 use volary_model::sampling::Sampling;
@@ -47,20 +47,19 @@ impl Trained {
     /// When there is no such run or checkpoint, or the tokenizer does not fit it.
     pub(crate) fn open(args: &ModelArgs) -> anyhow::Result<Self> {
         let cpus = std::thread::available_parallelism().map_or(1, |cpus| cpus.get() as u16);
-        Self::load(&args.run, args.step.map(Step), &args.device, args.threads.unwrap_or(cpus))
+        Self::load(&args.run, args.step, &args.device, args.threads.unwrap_or(cpus))
     }
 
     /// Loads the model of a run, at its newest checkpoint without a `step`.
     ///
     /// # Errors
     /// As [`Trained::open`].
-    pub(crate) fn load(run: &Path, step: Option<Step>, device: &str, threads: u16) -> anyhow::Result<Self> {
+    pub(crate) fn load(run: &Path, step: Option<u64>, device: &str, threads: u16) -> anyhow::Result<Self> {
         device::set_threads(threads);
         let dir = RunDir::find(run)?;
         let config = Config::load(&dir.config(), &[])?;
         let reader = CheckpointReader::open(&dir)?;
-        let latest = || reader.latest()?.with_context(|| format!("{} has no checkpoint yet", run.display()));
-        let step = step.map_or_else(|| latest().map(|checkpoint| checkpoint.step), Ok)?;
+        let step = checkpoint_step(&reader, run, step)?;
         let tokenizer = Tokenizer::load(&dir.tokenizer())?;
         if tokenizer.vocabulary() > config.model.vocabulary {
             anyhow::bail!(
@@ -108,14 +107,7 @@ impl Trained {
     ) -> anyhow::Result<String> {
         let prompt = self.prompt(prompt)?;
         let mut generator = Generator::new(Rc::new(self.decoder), self.tokenizer, 1)?;
-        generator.submit(Request {
-            prompt,
-            max_tokens,
-            sampling,
-            stop: Vec::new(),
-            report: ReportedTokens::Nothing,
-            experts: false,
-        })?;
+        generator.submit(Request::new(prompt, max_tokens, sampling))?;
         let mut text = String::new();
         while !generator.is_idle() {
             text.extend(generator.step()?.into_iter().map(|piece| piece.text));

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Guard, World, text, until, volary};
+use common::{Guard, World, python_with, text, until, volary};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
@@ -315,12 +315,7 @@ fn the_page_gets_the_experts_of_every_token() {
 /// OpenAI's own client, in Python.
 #[test]
 fn the_openai_client_is_served() {
-    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has_client = Command::new(&python).args(["-c", "import openai"]).output();
-    if !has_client.is_ok_and(|output| output.status.success()) {
-        println!("skipped: no Python with openai; set VOLARY_PYTHON to one");
-        return;
-    }
+    let Some(python) = python_with("openai") else { return };
     let server = Server::start(&[]);
     let program = r#"
 import openai, sys
@@ -410,12 +405,7 @@ fn files_below(folder: &Path) -> Vec<PathBuf> {
 /// The lm-evaluation-harness, in Python, over the server.
 #[test]
 fn the_evaluation_harness_finds_the_log_likelihoods_of_eval() {
-    let python = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
-    let has_harness = Command::new(&python).args(["-c", "import lm_eval, transformers"]).output();
-    if !has_harness.is_ok_and(|output| output.status.success()) {
-        println!("skipped: no Python with lm_eval[api] and transformers; set VOLARY_PYTHON to one");
-        return;
-    }
+    let Some(python) = python_with("lm_eval, transformers") else { return };
     let tasks = TRAINED.path("harness");
     write_task(&tasks);
     let here = |args: &[&str]| {

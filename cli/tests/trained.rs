@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{World, text, volary};
+use common::{World, python_with, text, volary};
 use std::process::{Command, Output};
 use std::sync::LazyLock;
 
@@ -146,19 +146,9 @@ fn an_export_is_complete_or_not_there() {
     assert!(!TRAINED.path("other").exists());
 }
 
-/// A Python with PyTorch and safetensors: `VOLARY_PYTHON`, or the one on the PATH.
-fn python() -> Option<String> {
-    let named = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
-    let check = Command::new(&named).args(["-c", "import torch, safetensors.torch"]).output().ok()?;
-    check.status.success().then_some(named)
-}
-
 #[test]
 fn an_exported_model_has_the_same_validation_loss_in_pytorch() {
-    let Some(python) = python() else {
-        println!("skipped: no Python with torch and safetensors; set VOLARY_PYTHON to one");
-        return;
-    };
+    let Some(python) = python_with("torch, safetensors.torch") else { return };
     ok(&["export", "--format", "safetensors", "runs/tiny", "for-python"]);
     let program = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/export/glam.py");
     let output = Command::new(python).arg(program).arg(TRAINED.path("for-python")).output().expect("python");

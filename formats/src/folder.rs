@@ -87,7 +87,7 @@ impl NewFolder {
         for entry in fs::read_dir(self.partial.path())? {
             fs::set_permissions(entry?.path(), fs::Permissions::from_mode(mode))?;
         }
-        // Whoever may read a folder may enter it.
+        // To open its files, a reader needs the execute bit of the folder as well.
         let folder = mode | (mode & 0o444) >> 2;
         fs::set_permissions(self.partial.path(), fs::Permissions::from_mode(folder))
     }

@@ -185,7 +185,7 @@ mod tests {
             "{\"prompt\": \"the\", \"answers\": \"dog\"}\n",
         );
         let mut search = Search::new(&[task(records)], 4);
-        search.add(&document("Nobody knows."));
+        search.add(&document("An unrelated text."));
         search.add(&document("I heard: the LAZY dog sleeps, all day; or so."));
         let found = search.finish();
         assert_eq!((found[0].records, found[0].short, found[0].found.len()), (3, 1, 1));

@@ -30,7 +30,7 @@ pub use report::{Estimate, Metric, Report};
 pub use task::{Record, Task, find_tasks};
 
 use crate::error::Result;
-use crate::generator::{Generator, ReportedTokens, Request};
+use crate::generator::{Generator, Request};
 use crate::limits::EVALUATED_SEQUENCES;
 use likelihood::Question;
 use std::rc::Rc;
@@ -126,14 +126,8 @@ impl Evaluator {
                 let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
                 let prompt = scorer.prompt(&prompt)?;
                 let stop = vec!["\n".to_owned()];
-                ids.push(generator.submit(Request {
-                    prompt,
-                    max_tokens,
-                    sampling,
-                    stop,
-                    report: ReportedTokens::Nothing,
-                    experts: false,
-                })?);
+                let request = Request { stop, ..Request::new(prompt, max_tokens, sampling) };
+                ids.push(generator.submit(request)?);
             }
             while !generator.is_idle() {
                 for piece in generator.step()? {

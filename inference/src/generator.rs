@@ -30,6 +30,15 @@ pub struct Request {
     pub experts: bool,
 }
 
+impl Request {
+    /// A request of text only, without stop strings.
+    #[must_use]
+    pub fn new(prompt: Vec<u32>, max_tokens: usize, sampling: Sampling) -> Self {
+        let (stop, report) = (Vec::new(), ReportedTokens::Nothing);
+        Self { prompt, max_tokens, sampling, stop, report, experts: false }
+    }
+}
+
 /// The tokens that are reported beside the text.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum ReportedTokens {

@@ -16,14 +16,7 @@ fn generator(model: &Model, slots: usize) -> Generator {
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
     let sampling = Sampling { temperature: 0.0, ..Sampling::default() };
-    Request {
-        prompt,
-        max_tokens,
-        sampling,
-        stop: Vec::new(),
-        report: ReportedTokens::Nothing,
-        experts: false,
-    }
+    Request::new(prompt, max_tokens, sampling)
 }
 
 /// The text and end of every request.

@@ -261,7 +261,7 @@ fn a_newcomer_that_no_node_reaches_delays_no_step_by_more_than_its_grace() {
     }
 }
 
-/// As a kubelet does: both get a notice, and whoever is still there is killed later.
+/// As a kubelet does: both get a notice, and a node that is still there is killed later.
 #[test]
 fn a_run_scaled_to_zero_loses_nothing_and_goes_on_with_the_next_node() {
     for seed in 0..200 {

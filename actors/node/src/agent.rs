@@ -324,7 +324,7 @@ impl<B: Compute> AgentState<B> {
     /// Drops the work of epochs before `epoch`; the gradients of a prepared step only when `all`.
     fn discard(&mut self, epoch: Epoch, all: bool) {
         self.pass = None;
-        // Whoever waits for the work of these epochs waits no longer.
+        // Ends all waits for the work of these epochs.
         self.node.set_over(epoch);
         self.lanes.values().for_each(|lane| notify(lane, LaneMsg::Cancel));
         self.transfers.drain(..).for_each(|transfer| transfer.abort());

@@ -265,7 +265,7 @@ impl SupervisorState {
         Ok(())
     }
 
-    /// Time in which this process did not run counts against nobody.
+    /// Time in which this process did not run counts against no node.
     async fn on_tick(&mut self) -> Result<()> {
         let elapsed = self.last_tick.elapsed().min(TICK * TICKS_AT_ONCE_MAX);
         self.last_tick = Instant::now();

@@ -126,7 +126,7 @@ impl CheckpointerState {
         self.tell_supervisor(Event::CheckpointFailed { attempt, reason: error.to_string() });
     }
 
-    /// Removes old checkpoints, blobs that no checkpoint has, and steps of the journal that nobody needs.
+    /// Removes old checkpoints, blobs that no checkpoint has, and steps of the journal that are not needed.
     async fn tidy_up(&self) {
         let (checkpoints, store) = (self.args.checkpoints.clone(), self.args.store.clone());
         let (keep, must_stay) = (self.args.keep, [self.durable, self.agreed]);

@@ -13,7 +13,7 @@ pub enum Error {
     /// The run's state on disk.
     #[error(transparent)]
     Storage(#[from] volary_storage::Error),
-    /// The newest checkpoint is damaged, and nobody has allowed the run to go back past it.
+    /// The newest checkpoint is damaged, and no operator has allowed the run to go back past it.
     #[error(
         "the checkpoint of step {step} is damaged: {damage}; repair it, or start again with --go-back to set it \
          aside and go back to the one before it"

@@ -1,6 +1,7 @@
 //! `volary digest`: a hash over the exact bits of a checkpoint, independent of its placement.
 
 use crate::output;
+use crate::rundir::checkpoint_step;
 use std::fmt;
 use std::path::PathBuf;
 use volary_core::Step;
@@ -28,13 +29,7 @@ pub struct Args {
 /// When there is no such run or checkpoint, or it is damaged.
 pub fn run(args: Args) -> anyhow::Result<()> {
     let reader = CheckpointReader::open(&RunDir::find(&args.run_dir)?)?;
-    let step = match args.step {
-        Some(step) => Step(step),
-        None => match reader.latest()? {
-            Some(record) => record.step,
-            None => anyhow::bail!("{} has no checkpoint yet", args.run_dir.display()),
-        },
-    };
+    let step = checkpoint_step(&reader, &args.run_dir, args.step)?;
     let digest = reader.digest(step)?;
     output::text(Lines { digest: &digest, step })?;
     Ok(())

@@ -3,10 +3,10 @@
 use crate::config::Config;
 use crate::output;
 use crate::progress::validations;
-use anyhow::Context;
+use crate::rundir::checkpoint_step;
 use clap::ValueEnum;
 use std::path::PathBuf;
-use volary_core::{Lane, Step};
+use volary_core::Lane;
 use volary_data::{Dataset, Tokenizer};
 use volary_formats::glam::{self, Export, Origin};
 use volary_storage::{CheckpointReader, RunDir};
@@ -46,13 +46,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let dir = RunDir::find(&args.run_dir)?;
     let config = Config::load(&dir.config(), &[])?;
     let reader = CheckpointReader::open(&dir)?;
-    let step = match args.step {
-        Some(step) => Step(step),
-        None => {
-            let none = || format!("{} has no checkpoint yet", args.run_dir.display());
-            reader.latest()?.with_context(none)?.step
-        }
-    };
+    let step = checkpoint_step(&reader, &args.run_dir, args.step)?;
     let origin = Origin {
         run: config.run.name.clone(),
         step,

@@ -5,7 +5,7 @@ use crate::limits::GENERATED_SLOTS_MAX;
 use crate::output;
 use crate::trained::{ModelArgs, Trained};
 use std::rc::Rc;
-use volary_inference::{Generator, ReportedTokens, Request, RequestId};
+use volary_inference::{Generator, Request, RequestId};
 use volary_model::sampling::Sampling;
 
 /// Continue prompts with a trained model.
@@ -128,13 +128,6 @@ impl Args {
             choice,
             ..Sampling::default()
         };
-        Request {
-            prompt,
-            max_tokens: self.max_tokens,
-            sampling,
-            stop: self.stop.clone(),
-            report: ReportedTokens::Nothing,
-            experts: false,
-        }
+        Request { stop: self.stop.clone(), ..Request::new(prompt, self.max_tokens, sampling) }
     }
 }

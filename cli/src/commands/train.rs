@@ -236,7 +236,7 @@ fn print_summary(config: &Config, dir: &RunDir, outcome: &RunOutcome) -> anyhow:
             Some(prompt) => prompt.clone(),
             None => held_out_prompt(config, dir)?,
         };
-        let trained = Trained::load(dir.root(), Some(step), "cpu", 1)?;
+        let trained = Trained::load(dir.root(), Some(step.0), "cpu", 1)?;
         let text = trained.continuation(&prompt, SAMPLE_TOKENS, sampling)?;
         anyhow::Ok((prompt, text))
     };

@@ -62,16 +62,14 @@ async fn answer(server: Server, body: Result<Bytes, BytesRejection>) -> Result<R
 impl Checked {
     /// What precedes each choice's text: its prompt with `echo`, or nothing.
     fn echoed(&self, served: &Served) -> Result<Vec<String>, ApiError> {
-        let text = |at: usize, prompt: &[u32]| match self.echo {
-            // Choices of one prompt are decoded once.
-            true if at.is_multiple_of(self.choices) => served.tokenizer.decode(prompt).map(Some),
-            true => Ok(None),
-            false => Ok(Some(String::new())),
-        };
-        let mut texts: Vec<String> = Vec::new();
-        for (at, request) in self.requests.iter().enumerate() {
-            let text = text(at, &request.prompt).map_err(ApiError::internal)?;
-            texts.push(text.or_else(|| texts.last().cloned()).unwrap_or_default());
+        if !self.echo {
+            return Ok(vec![String::new(); self.requests.len()]);
+        }
+        let mut texts = Vec::with_capacity(self.requests.len());
+        // The choices of one prompt follow each other.
+        for request in self.requests.iter().step_by(self.choices) {
+            let text = served.tokenizer.decode(&request.prompt).map_err(ApiError::internal)?;
+            texts.extend(std::iter::repeat_n(text, self.choices));
         }
         Ok(texts)
     }

@@ -147,7 +147,7 @@ impl Worker {
         Ok(Self { tokenizer, slots, metrics, newest, older: None, next: None, destinations })
     }
 
-    /// Takes requests and computes until nobody can send any more.
+    /// Takes requests and computes until every sender is dropped.
     fn run(mut self, orders: &Receiver<Order>) {
         loop {
             if self.newest.generator.is_idle() && self.older.is_none() {

@@ -220,3 +220,16 @@ pub fn free_port() -> std::net::SocketAddr {
 pub fn lines(path: &Path) -> usize {
     std::fs::read_to_string(path).map_or(0, |text| text.lines().count())
 }
+
+/// A Python that can import these modules: that of `VOLARY_PYTHON`, or the one on the PATH. `None`, with a
+/// message, where there is none.
+pub fn python_with(modules: &str) -> Option<String> {
+    let named = std::env::var("VOLARY_PYTHON").unwrap_or_else(|_| "python3".into());
+    let import = format!("import {modules}");
+    let check = Command::new(&named).args(["-c", &import]).output();
+    if check.is_ok_and(|output| output.status.success()) {
+        return Some(named);
+    }
+    println!("skipped: no Python with {modules}; set VOLARY_PYTHON to one");
+    None
+}

@@ -3,7 +3,7 @@
 use super::answers;
 use super::likelihood::Likelihood;
 use super::task::{Choice, Completion, Kind, Task};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use std::collections::BTreeMap;
 
 /// A number with its standard error.
@@ -17,8 +17,7 @@ pub struct Estimate {
 }
 
 /// What is measured on a task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Metric {
     /// The share of questions whose right choice is the most likely one.
     Accuracy,
@@ -64,6 +63,12 @@ impl Metric {
             Self::PerplexityPerWord => "perplexity_per_word",
             Self::BitsPerByte => "bits_per_byte",
         }
+    }
+}
+
+impl Serialize for Metric {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
     }
 }
 

@@ -359,7 +359,7 @@ async fn deliver<B: Compute>(
     join_all(targets.into_iter().map(deliver)).await;
 }
 
-/// Sends a sum and waits until it is taken, or until nobody needs it any more: a later step or placement has
+/// Sends a sum and waits until it is taken, or until it is no longer needed: a later step or placement has
 /// begun here.
 async fn acknowledged<B: Compute>(node: &NodeContext<B>, target: &NodeId, frame: &Frame) -> Result<()> {
     let pass = PassId { epoch: frame.epoch, step: frame.step, train: true };

@@ -13,7 +13,7 @@ use volary_protocol::operator::{
     NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus,
 };
 
-/// What becomes of a request.
+/// The outcome of a request.
 enum Handling {
     /// It is answered at once.
     Answer(OperatorReply),

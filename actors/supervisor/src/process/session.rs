@@ -165,7 +165,7 @@ impl NodeSession {
         }
     }
 
-    /// What becomes of a message: something for the actor, nothing, or the session's end.
+    /// The outcome of a message: something for the actor, nothing, or the session's end.
     async fn on_message(&mut self, message: ToSupervisor) -> ControlFlow<String, Option<FromNode>> {
         self.heard.notify_waiters();
         match message {
