@@ -15,8 +15,8 @@ use volary_storage::{CheckpointReader, RunDir};
 #[derive(clap::Args)]
 #[command(after_help = "\
 Examples:
-  volary export --format safetensors runs/quickstart model
-  python examples/export/glam.py model                  the same validation loss, in PyTorch")]
+  volary export --format safetensors runs/quickstart exported
+  python examples/export/glam.py exported                  the same validation loss, in PyTorch")]
 pub struct Args {
     /// The format.
     #[arg(long, value_enum)]
