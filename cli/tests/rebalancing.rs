@@ -8,7 +8,7 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// One cluster at a time: a neighbour would change the speeds.
 fn alone() -> MutexGuard<'static, ()> {
@@ -73,15 +73,19 @@ fn try_signal(pid: u32, signal: Signal) {
     let _ = kill_process(pid, signal);
 }
 
-/// Lets a process run for a quarter of the time.
+/// Makes a process run at an eighth of its speed, so that it is the slower one beside other work as well. The
+/// slices are short: with longer ones, a process that waits in between would run at full speed at times. On
+/// a loaded machine they last longer than asked, and it stands still for as much longer.
 fn hold_back(pid: u32, ended: &AtomicBool) {
     while !ended.load(Ordering::Relaxed) {
         // It may have ended by itself.
-        try_signal(pid, Signal::STOP);
-        std::thread::sleep(Duration::from_millis(15));
         try_signal(pid, Signal::CONT);
-        std::thread::sleep(Duration::from_millis(5));
+        let running = Instant::now();
+        std::thread::sleep(Duration::from_micros(500));
+        try_signal(pid, Signal::STOP);
+        std::thread::sleep(7 * running.elapsed());
     }
+    try_signal(pid, Signal::CONT);
 }
 
 /// A number of a node's status.
@@ -91,13 +95,24 @@ fn status_of(run: &std::path::Path, node: &str, key: &str) -> Option<u64> {
     status["nodes"].as_array()?.iter().find(|found| found["name"] == node)?[key].as_u64()
 }
 
+/// The median speed over some steps, in tokens per second.
+fn speed_over(metrics: &[Value], steps: std::ops::Range<u64>) -> f64 {
+    let is_inside = |line: &&Value| line["step"].as_u64().is_some_and(|step| steps.contains(&step));
+    let inside = metrics.iter().filter(is_inside);
+    let mut speeds: Vec<f64> = inside.filter_map(|line| line["tokens_per_second"].as_f64()).collect();
+    speeds.sort_by(f64::total_cmp);
+    speeds[speeds.len() / 2]
+}
+
+/// What it loses depends on its speed: lanes, or experts, or all experts for the dense layers of more lanes.
+/// Steps are shorter afterwards in any case.
 #[test]
-fn a_node_that_becomes_slow_loses_lanes_and_shards_within_32_steps_and_no_bit_changes() {
+fn a_node_that_becomes_slow_loses_lanes_or_shards_within_32_steps_and_no_bit_changes() {
     let _alone = alone();
     let world = World::new();
     let set = [
         "--set",
-        "training.steps=60",
+        "training.steps=48",
         // One copy of each expert, so that a node can hold fewer of them.
         "--set",
         "cluster.replication=1",
@@ -118,7 +133,7 @@ fn a_node_that_becomes_slow_loses_lanes_and_shards_within_32_steps_and_no_bit_ch
     world.run_train(&[&set[..], &["--dir", "runs/quiet"]].concat());
     let mut run = Guard::start(&mut world.train(&[&set[..], &["--dir", "runs/slow"]].concat()));
     let metrics = world.path("runs/slow/metrics.jsonl");
-    until("some steps", Duration::from_secs(60), || metrics.exists() && common::lines(&metrics) >= 8);
+    until("two steps", Duration::from_secs(60), || metrics.exists() && common::lines(&metrics) >= 2);
     let status = |key| status_of(&world.path("runs/slow"), "node-2", key);
     let pid = status("pid").and_then(|pid| u32::try_from(pid).ok()).expect("node-2 runs");
     let shards = status("shards").expect("node-2 has shards");
@@ -127,7 +142,7 @@ fn a_node_that_becomes_slow_loses_lanes_and_shards_within_32_steps_and_no_bit_ch
     let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| hold_back(pid, &ended));
-        until("32 steps", Duration::from_secs(60), || common::lines(&metrics) as u64 >= began + 32);
+        until("32 steps", Duration::from_secs(240), || common::lines(&metrics) as u64 >= began + 32);
         later = status("shards").unwrap_or(0);
         assert!(run.wait(Duration::from_secs(120)).success());
         ended.store(true, Ordering::Relaxed);
@@ -135,9 +150,13 @@ fn a_node_that_becomes_slow_loses_lanes_and_shards_within_32_steps_and_no_bit_ch
     let events = events(&world, "slow");
     let lanes = lanes_of(&events, "node-2");
     let (_, first) = *lanes.first().expect("a placement");
-    let fewer = lanes.iter().find(|(step, lanes)| *step >= began && *lanes < first);
-    assert!(fewer.is_some_and(|(step, _)| *step <= began + 32), "from step {began}: {lanes:?}");
-    assert!(later < shards, "{shards} shards, and {later} after 32 steps");
+    let moved = lanes.iter().find(|(step, _)| (began..=began + 32).contains(step));
+    let (moved, _) = moved.unwrap_or_else(|| panic!("nothing moves from step {began}: {lanes:?}"));
+    let (last, lanes_at_end) = lanes.last().expect("a placement");
+    assert!(*lanes_at_end < first || later < shards, "{lanes:?}; {shards} shards, then {later}");
+    let metrics = world.metrics("slow");
+    let [before, after] = [began..moved + 1, last + 2..49].map(|steps| speed_over(&metrics, steps));
+    assert!(after > before, "{before} tokens/s when it became slow, {after} at the end: {lanes:?}");
     assert_eq!(world.curve("slow"), world.curve("quiet"));
     assert_eq!(world.digest("slow"), world.digest("quiet"));
 }
@@ -155,7 +174,7 @@ fn a_noisy_neighbour_makes_nothing_flap_for_300_steps() {
             let mut count = 0u64;
             while !ended.load(Ordering::Relaxed) {
                 // Busy for a third of a second, then idle as long.
-                let burst = std::time::Instant::now();
+                let burst = Instant::now();
                 while burst.elapsed() < Duration::from_millis(333) {
                     count = std::hint::black_box(count + 1);
                 }

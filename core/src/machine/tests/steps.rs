@@ -137,3 +137,23 @@ fn a_speed_that_cannot_be_is_not_recorded() {
     run.step(1);
     assert_eq!(run.machine.nodes[&id(1)].speed, Some(1.0));
 }
+
+/// A node that stands still in some steps and not in others is as slow as these steps are long together.
+#[test]
+fn the_average_speed_is_that_of_the_average_time() {
+    let mut run = Harness::training(1);
+    let report = |run: &mut Harness, measured| {
+        let NodeReport::Prepared { epoch, step, norms, digests, lanes, .. } = run.prepared(1) else {
+            panic!("a report")
+        };
+        run.report(1, NodeReport::Prepared { epoch, step, norms, digests, lanes, speed: Some(measured) });
+        run.machine.nodes[&id(1)].speed.expect("a speed")
+    };
+    for _ in 0..100 {
+        report(&mut run, 10.0);
+        report(&mut run, 1.0);
+    }
+    // Between the 1.8 lanes per second of the times' mean and the weight of the newest time.
+    let speed = report(&mut run, 10.0);
+    assert!((1.5..2.2).contains(&speed), "{speed}");
+}
