@@ -65,7 +65,7 @@ impl Config {
             .map_err(|error| anyhow::anyhow!("config {}: {error}", path.display()))?;
         let mut config = Self::parse(&text, &path.display().to_string(), set)?;
         // Manifests lie beside the configuration that names them.
-        config.data.resolve_manifests(path.parent().unwrap_or_else(|| Path::new("")))?;
+        config.data.resolve_paths(path.parent().unwrap_or_else(|| Path::new("")))?;
         Ok(config)
     }
 

@@ -3,17 +3,41 @@
 use crate::units::{counted, short};
 use std::fmt::Write as _;
 use volary_data::limits::REPLACED_WARNING_SHARE;
+use volary_data::selection::Count;
 use volary_data::{HeldOut, Manifest, SourceManifest};
 
-/// One line for each source, and warnings: skipped files, and text that may have another encoding.
+/// One line for each source, and more for what was left out, skipped or replaced.
 #[must_use]
 pub fn lines(manifest: &Manifest) -> Vec<String> {
-    manifest
-        .sources
-        .iter()
-        .flat_map(|source| [Some(summary(source)), skipped(source), replaced(source)])
-        .flatten()
-        .collect()
+    let of_source =
+        |source| [Some(summary(source)), dropped(source), bad(source), skipped(source), replaced(source)];
+    let duplicates = manifest.duplicates.as_ref().filter(|duplicates| duplicates.clusters > 0);
+    let clusters = duplicates.map(|duplicates| {
+        let (most, count) = (duplicates.sizes.keys().max().unwrap_or(&0), duplicates.clusters);
+        format!("data: {} of copies, of up to {}", counted(count, "cluster"), counted(*most, "document"))
+    });
+    manifest.sources.iter().flat_map(of_source).flatten().chain(clusters).collect()
+}
+
+fn dropped(source: &SourceManifest) -> Option<String> {
+    let reasons = [
+        ("of low quality", source.dropped.low_quality),
+        ("equal to earlier ones", source.dropped.exact_copies),
+        ("nearly equal to earlier ones", source.dropped.near_copies),
+    ];
+    let reason = |(reason, count): &(&str, Count)| {
+        (count.documents > 0).then(|| {
+            format!("{} ({} bytes) {reason}", counted(count.documents, "document"), short(count.bytes))
+        })
+    };
+    let told: Vec<String> = reasons.iter().filter_map(reason).collect();
+    (!told.is_empty()).then(|| format!("data {}: left out {}", source.name, told.join(", ")))
+}
+
+fn bad(source: &SourceManifest) -> Option<String> {
+    let count = counted(source.bad_records, "record");
+    let hint = "that cannot be read (--strict stops at the first)";
+    (source.bad_records > 0).then(|| format!("data {}: skipped {count} {hint}", source.name))
 }
 
 fn summary(source: &SourceManifest) -> String {
@@ -63,6 +87,7 @@ fn replaced(source: &SourceManifest) -> Option<String> {
 mod tests {
     use super::*;
     use volary_data::manifest::{NearDuplicates, TokenFileRecord};
+    use volary_data::selection::Dropped;
     use volary_data::skipped::Skipped;
 
     fn manifest(change: impl FnOnce(&mut SourceManifest)) -> Manifest {
@@ -75,6 +100,8 @@ mod tests {
             bytes: 1_000_000,
             replaced_utf8: 0,
             skipped: Vec::new(),
+            bad_records: 0,
+            dropped: Dropped::default(),
             held_out: HeldOut::Documents,
             near_duplicates: NearDuplicates::default(),
             train: record(9_900),
@@ -87,6 +114,7 @@ mod tests {
             vocabulary: 300,
             end_of_text: 0,
             sources: vec![source],
+            duplicates: None,
         }
     }
 
@@ -109,6 +137,17 @@ mod tests {
         let text = lines(&manifest(change)).join("\n");
         for part in ["skipped 8 files", "no known type (.png)", "a.png", "warning", "3 near-duplicates"] {
             assert!(text.contains(part), "{text}");
+        }
+        let filtered = lines(&manifest(|source| {
+            source.bad_records = 2;
+            source.dropped.low_quality = Count { documents: 7, bytes: 12_000 };
+            source.dropped.near_copies = Count { documents: 1, bytes: 10 };
+        }));
+        let text = filtered.join("\n");
+        for part in
+            ["7 documents (12.0k bytes) of low quality", "1 document (10 bytes) nearly", "2 records that"]
+        {
+            assert!(text.contains(part), "{part}: {text}");
         }
         let few = lines(&manifest(|source| source.replaced_utf8 = 1)).join("\n");
         assert!(few.contains("1 byte sequence that") && !few.contains("warning"), "{few}");

@@ -93,11 +93,14 @@ pub fn progress(mut phases: PhaseDisplay) -> impl FnMut(Progress) + Send {
     move |progress| {
         let phase = match progress.stage {
             PreparationStage::Reading => "reading text",
+            PreparationStage::Filtering => "choosing documents",
             PreparationStage::TrainingTokenizer => "training the tokenizer",
             PreparationStage::Tokenizing => "tokenizing",
         };
         // The tokenizer's training does not tell how far it is: only the reading of its sample does.
-        let is_known = progress.stage == PreparationStage::Tokenizing && progress.total_bytes > 0;
+        let is_measured =
+            matches!(progress.stage, PreparationStage::Filtering | PreparationStage::Tokenizing);
+        let is_known = is_measured && progress.total_bytes > 0;
         phases.show(phase, is_known.then(|| progress.done_bytes as f64 / progress.total_bytes as f64));
     }
 }

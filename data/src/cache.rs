@@ -1,7 +1,7 @@
 //! The cache of tokenized corpora that runs share. Entries are complete or absent.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use crate::files::SourceFile;
 use crate::manifest::{HeldOut, Manifest, VERSION};
 use crate::options::DataOptions;
 use crate::source::Source;
+use crate::unfinished;
 
 /// The prefix of folders under construction.
 const PARTIAL: &str = ".partial-";
@@ -32,7 +33,12 @@ pub(crate) fn folder(options: &DataOptions) -> Option<PathBuf> {
 /// manifest, and otherwise by its path, size and [`Stamp`](crate::files::Stamp).
 pub(crate) fn key(options: &DataOptions, sources: &[Source]) -> Result<String, Error> {
     let mut hasher = blake3::Hasher::new();
+    let classifier = options.quality.as_ref().map(|quality| quality.classifier.clone());
     let mut options = DataOptions { cache: None, ..options.clone() };
+    if let Some(quality) = &mut options.quality {
+        // The content of the file matters, not its path.
+        quality.classifier = PathBuf::new();
+    }
     for source in &mut options.sources {
         // The content of the manifest matters, not its path.
         source.manifest = None;
@@ -48,6 +54,9 @@ pub(crate) fn key(options: &DataOptions, sources: &[Source]) -> Result<String, E
     add(&json.map_err(|e| Error::Option { option: "data".into(), reason: e.to_string() })?);
     if let Some(path) = &options.tokenizer {
         add(&fs::read(path).map_err(Error::read(path))?);
+    }
+    if let Some(path) = classifier {
+        add(&fs::read(&path).map_err(Error::read(&path))?);
     }
     for source in sources {
         add(&(source.files.len() as u64).to_le_bytes());
@@ -95,9 +104,12 @@ pub(crate) fn find(folder: &Path, key: &str, sequence_length: usize) -> Option<(
     })
 }
 
-/// A folder for a corpus under construction; dropping removes it.
+/// A folder for a corpus under construction.
 pub(crate) struct Partial {
     pub(crate) path: PathBuf,
+    /// The lock of a folder that stays for a later attempt at the same corpus; another is removed when this is
+    /// dropped.
+    lock: Option<File>,
 }
 
 /// The folders under construction of this process.
@@ -112,12 +124,30 @@ impl Partial {
         let created = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(folder);
         let path = created.map_err(Error::write(folder))?.keep();
         lock_partials().insert(path.clone());
-        Ok(Self { path })
+        Ok(Self { path, lock: None })
+    }
+
+    /// The folder in `folder` of all attempts at the corpus of `key`; `None` while another process works in it.
+    pub(crate) fn resume(folder: &Path, key: &str, abandoned: Duration) -> Result<Option<Self>, Error> {
+        remove_abandoned(folder, abandoned);
+        let path = folder.join(format!("{PARTIAL}{key}"));
+        fs::create_dir_all(&path).map_err(Error::write(&path))?;
+        let file = path.join(unfinished::LOCK);
+        let lock = File::options().write(true).create(true).truncate(false).open(&file);
+        let lock = lock.map_err(Error::write(&file))?;
+        match lock.try_lock() {
+            Ok(()) => Ok(Some(Self { path, lock: Some(lock) })),
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Err(TryLockError::Error(error)) => Err(Error::Write { path: file, error }),
+        }
     }
 }
 
 impl Drop for Partial {
     fn drop(&mut self) {
+        if self.lock.is_some() {
+            return;
+        }
         // After the folder became an entry, there is nothing to remove.
         let _ = fs::remove_dir_all(&self.path);
         lock_partials().remove(&self.path);
@@ -176,6 +206,8 @@ pub(crate) fn store(
         fs::remove_dir_all(&path).map_err(Error::write(&path))?;
         fs::rename(&partial.path, &path).map_err(Error::write(&path))?;
     }
+    // Under the folder's old name another process may begin again; under the new one it needs no lock.
+    let _ = fs::remove_file(path.join(unfinished::LOCK));
     sync_folder(folder)?;
     Ok(path)
 }

@@ -7,23 +7,25 @@
 //! neither for training nor for validation; see [`near_duplicates`](crate::near_duplicates).
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::document_hash::DocumentHash;
 use crate::error::Error;
 use crate::file_manifest::hash_file;
 use crate::holdout::{self, Candidate};
-use crate::limits::{BATCH_BYTES, MAX_NEAR_DUPLICATE_SHARE};
-use crate::manifest::{
-    HeldOut, Manifest, NearDuplicates, SourceManifest, Split, TOKENIZER, TokenFileRecord, VERSION, file_name,
-};
+use crate::limits::MAX_NEAR_DUPLICATE_SHARE;
+use crate::manifest::{HeldOut, Manifest, NearDuplicates, SourceManifest, TokenFileRecord, VERSION};
 use crate::near_duplicates::HeldOutRuns;
 use crate::options::DataOptions;
 use crate::progress::{PreparationStage, Reporter};
-use crate::source::{Document, Source};
+use crate::selection::{QualityFilter, Selection};
+use crate::source::Source;
+use crate::tokenized::{Kept, TokenizedSource};
 use crate::tokenizer::Tokenizer;
-use crate::tokens::{Fate, TokenWriter, cut_at, distribute, for_each_document};
+use crate::tokens::{Fate, cut_at, distribute, for_each_document};
+use crate::unfinished::Unfinished;
 
-/// Builds a corpus in `dir`, which must be empty.
+/// Builds a corpus in `dir`, which is empty or holds an earlier attempt at the same corpus.
 pub(crate) fn build(
     options: &DataOptions,
     sources: &[Source],
@@ -31,20 +33,23 @@ pub(crate) fn build(
     dir: &Path,
     reporter: &mut Reporter<'_>,
 ) -> Result<Manifest, Error> {
-    let tokenizer = match &options.tokenizer {
-        Some(path) => Tokenizer::load(path)?,
-        None => train_tokenizer(options, sources, reporter)?,
-    };
-    tokenizer.save(&dir.join(TOKENIZER))?;
+    let unfinished = Unfinished::open(dir)?;
+    let selection = unfinished.selection(|| Selection::of(options, sources, dir, reporter))?;
+    let tokenizer = unfinished.tokenizer(|| match &options.tokenizer {
+        Some(path) => Tokenizer::load(path),
+        None => train_tokenizer(options, sources, reporter),
+    })?;
     reporter.begin(PreparationStage::Tokenizing, sources.iter().map(Source::bytes).sum());
     let mut tokenized = Vec::with_capacity(sources.len());
     let mut held_out = HashSet::new();
-    for source in sources {
-        let source = TokenizedSource::create(source, &tokenizer, options, dir, reporter)?;
+    for (number, source) in sources.iter().enumerate() {
+        let kept = Kept { selection: &selection, source: number };
+        let source = TokenizedSource::create(source, &kept, &tokenizer, options, dir, reporter)?;
         let share = holdout::share(options.validation_fraction, source.tokens());
         holdout::choose(&source.candidates, share, &mut held_out);
         tokenized.push(source);
     }
+    unfinished.begin_split()?;
     // Only now is it known which documents any source holds out.
     let runs = held_out_runs(&tokenized, &held_out, options, sequence_length)?;
     let split = |source: TokenizedSource<'_>| source.split(&held_out, &runs, options, sequence_length);
@@ -54,8 +59,10 @@ pub(crate) fn build(
         vocabulary: tokenizer.vocabulary(),
         end_of_text: tokenizer.end_of_text(),
         sources: tokenized.into_iter().map(split).collect::<Result<_, _>>()?,
+        duplicates: selection.duplicates,
     };
     manifest.save(dir)?;
+    unfinished.finish(&manifest)?;
     Ok(manifest)
 }
 
@@ -88,85 +95,22 @@ fn train_tokenizer(
     reporter.begin(PreparationStage::TrainingTokenizer, options.tokenizer_sample_bytes);
     let weights: f64 = options.sources.iter().map(|s| s.weight).sum();
     let mut texts = Vec::new();
+    let filter = QualityFilter::load(options)?;
     for source in sources {
         let share = source.options.weight / weights * options.tokenizer_sample_bytes as f64;
         for document in source.sample(share.ceil() as u64, options.strict) {
             let document = document?;
             reporter.advance(document.text.len() as u64);
-            texts.push(document.text);
+            let hash = DocumentHash::of(&document.text);
+            if filter.keeps(&source.options.name, &hash, &document.text) {
+                texts.push(document.text);
+            }
         }
     }
     Tokenizer::train(texts.into_iter(), options.vocabulary)
 }
 
-/// A source's tokens in two files: candidates for validation, and documents that are for training in any
-/// case.
-struct TokenizedSource<'a> {
-    source: &'a Source,
-    train_path: PathBuf,
-    validation_path: PathBuf,
-    /// The lengths of the training file's documents, in tokens.
-    train_lengths: Vec<u32>,
-    /// The documents of the validation file, in the order of the file.
-    candidates: Vec<Candidate>,
-    documents: u64,
-    bytes: u64,
-    replaced_utf8: u64,
-}
-
-impl<'a> TokenizedSource<'a> {
-    /// Tokenizes all documents of `source`.
-    fn create(
-        source: &'a Source,
-        tokenizer: &Tokenizer,
-        options: &DataOptions,
-        dir: &Path,
-        reporter: &mut Reporter<'_>,
-    ) -> Result<Self, Error> {
-        let [train_path, validation_path] =
-            [Split::Train, Split::Validation].map(|split| dir.join(file_name(&source.options.name, split)));
-        let mut sorter = DocumentSorter {
-            tokenizer,
-            bound: holdout::candidate_bound(options.validation_fraction),
-            train_file: TokenWriter::create(&train_path)?,
-            candidate_file: TokenWriter::create(&validation_path)?,
-            train_lengths: Vec::new(),
-            candidates: Vec::new(),
-        };
-        let (mut documents, mut bytes, mut replaced_utf8) = (0, 0, 0);
-        let (mut batch, mut batch_bytes) = (Vec::new(), 0);
-        for document in source.documents(options.strict) {
-            let document = document?;
-            documents += 1;
-            replaced_utf8 += document.replaced;
-            bytes += document.text.len() as u64;
-            batch_bytes += document.text.len();
-            batch.push(document);
-            if batch_bytes >= BATCH_BYTES {
-                sorter.write(&mut batch)?;
-                reporter.advance(std::mem::take(&mut batch_bytes) as u64);
-            }
-        }
-        sorter.write(&mut batch)?;
-        reporter.advance(batch_bytes as u64);
-        if documents == 0 {
-            let (name, path) = (source.options.name.clone(), source.options.path.clone());
-            return Err(Error::Empty { name, path, files: source.files.len() });
-        }
-        sorter.candidate_file.finish()?;
-        sorter.train_file.finish()?;
-        Ok(Self {
-            source,
-            train_path,
-            validation_path,
-            train_lengths: sorter.train_lengths,
-            candidates: sorter.candidates,
-            documents,
-            bytes,
-            replaced_utf8,
-        })
-    }
-
+impl TokenizedSource<'_> {
     fn tokens(&self) -> u64 {
         let candidates = self.candidates.iter().map(|candidate| candidate.tokens);
         self.train_lengths.iter().map(|length| u64::from(*length)).chain(candidates).sum()
@@ -238,10 +182,12 @@ impl<'a> TokenizedSource<'a> {
             name: self.source.options.name.clone(),
             weight: self.source.options.weight,
             files: self.source.files.len() as u64,
-            documents: self.documents,
-            bytes: self.bytes,
-            replaced_utf8: self.replaced_utf8,
+            documents: self.counts.documents,
+            bytes: self.counts.bytes,
+            replaced_utf8: self.counts.replaced_utf8,
             skipped: self.source.skipped.clone(),
+            bad_records: self.counts.bad_records,
+            dropped: self.dropped,
             held_out: if by_document { HeldOut::Documents } else { HeldOut::Tail },
             near_duplicates,
             train: record(train, &self.train_path)?,
@@ -283,33 +229,4 @@ fn near_duplicates(fates: &[Vec<(u64, Fate)>; 2]) -> NearDuplicates {
         found.tokens += tokens;
     }
     found
-}
-
-/// Writes tokenized documents to the file of the candidates or to the training file.
-struct DocumentSorter<'a> {
-    tokenizer: &'a Tokenizer,
-    /// Documents with a rank below this bound are candidates.
-    bound: u64,
-    train_file: TokenWriter,
-    train_lengths: Vec<u32>,
-    candidate_file: TokenWriter,
-    candidates: Vec<Candidate>,
-}
-
-impl DocumentSorter<'_> {
-    fn write(&mut self, batch: &mut Vec<Document>) -> Result<(), Error> {
-        let texts: Vec<&str> = batch.iter().map(|document| document.text.as_str()).collect();
-        for (text, ids) in texts.iter().zip(self.tokenizer.encode_batch(&texts)?) {
-            let rank = holdout::rank(text);
-            if rank < self.bound {
-                self.candidates.push(Candidate { rank, tokens: ids.len() as u64 + 1 });
-                self.candidate_file.write(&ids, self.tokenizer.end_of_text())?;
-            } else {
-                self.train_lengths.push(ids.len() as u32 + 1);
-                self.train_file.write(&ids, self.tokenizer.end_of_text())?;
-            }
-        }
-        batch.clear();
-        Ok(())
-    }
 }

@@ -213,6 +213,36 @@ pub enum Error {
     /// A tokenizer could not be trained, loaded or used.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// A file is not a quality classifier.
+    #[error("{}: not a quality classifier: {reason}", path.display())]
+    Classifier {
+        /// The file.
+        path: PathBuf,
+        /// The reason.
+        reason: String,
+    },
+    /// More documents than can be compared.
+    #[error("more than {limit} documents cannot be compared with each other: prepare them in parts")]
+    TooManyDocuments {
+        /// The limit.
+        limit: u32,
+    },
+    /// The filters left nothing of a source.
+    #[error("source {name:?}: the filters keep none of its {documents} documents")]
+    AllDropped {
+        /// The source.
+        name: String,
+        /// The number of its documents.
+        documents: u64,
+    },
+    /// A quality classifier cannot be trained or evaluated.
+    #[error("no {kind} document is left for {part}: add {kind} text, or documents (a file is one document)")]
+    TooFewExamples {
+        /// `positive` or `negative`.
+        kind: &'static str,
+        /// `training` or `the evaluation`.
+        part: &'static str,
+    },
     /// Prepared data does not match its manifest.
     #[error("{}: {reason}; the prepared data is damaged: delete its folder to prepare it again", path.display())]
     Damaged {
@@ -231,6 +261,11 @@ fn empty_files(files: usize) -> String {
 }
 
 impl Error {
+    /// Whether it is of one record, after which the file can be read on.
+    pub(crate) fn is_of_record(&self) -> bool {
+        matches!(self, Self::Record { .. } | Self::DocumentTooLong { .. })
+    }
+
     pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self + use<> {
         let path = path.to_path_buf();
         move |error| Self::Read { path, error }

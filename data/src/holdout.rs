@@ -1,6 +1,6 @@
 //! The choice of the documents that are held out for validation.
 //!
-//! The *rank* of a document is the first 64 bits of the BLAKE3 hash of its text. Each source holds out
+//! The *rank* of a document is a part of the hash of its text. Each source holds out
 //! documents in the order of their ranks until their tokens reach the requested share of the source's tokens.
 //! Files differ in length by orders of magnitude, so a fixed share of the *documents* would often be a small
 //! part of that share of the tokens.
@@ -20,12 +20,6 @@ pub(crate) struct Candidate {
     pub(crate) rank: u64,
     /// Its length, in tokens with the end of text.
     pub(crate) tokens: u64,
-}
-
-/// The rank of a document: equal texts have equal ranks.
-pub(crate) fn rank(text: &str) -> u64 {
-    let hash = blake3::hash(text.as_bytes());
-    hash.as_bytes().first_chunk::<8>().map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
 /// The ranks of candidates are below this bound; 0 if nothing is to be held out.

@@ -11,10 +11,15 @@
 //! | [`files`], [`skipped`] | from a path, folder or glob to a list of files; those that are not read |
 //! | `readers` | formats by content: plain text, JSONL and Parquet, with gzip and zstd |
 //! | [`source`] | a source as a stream of documents |
+//! | [`document_hash`], `words` | the hashes of documents and of their words |
+//! | [`quality`] | the quality filter: a classifier and the sample that its scores give |
 //! | [`tokenizer`] | training, loading, encoding, decoding |
+//! | [`duplicates`] | copies and near-duplicates among all documents |
+//! | [`selection`] | the documents that the filters keep |
 //! | `holdout`, `near_duplicates` | the choice of the validation documents; training documents like them |
-//! | `corpus` | from documents to token files |
-//! | `tokens` | writing, splitting and reading token files |
+//! | `corpus`, `tokenized` | from documents to token files |
+//! | `tokens`, `rows` | writing, splitting and reading token files |
+//! | `unfinished` | what a preparation that was killed goes on with |
 //! | [`manifest`] | the description and verification of the resulting folder |
 //! | `cache` | the corpora that runs share |
 //! | [`progress`] | the progress of the preparation |
@@ -28,6 +33,8 @@
 mod cache;
 mod corpus;
 pub mod dataset;
+pub mod document_hash;
+pub mod duplicates;
 pub mod error;
 pub mod file_manifest;
 pub mod files;
@@ -41,15 +48,22 @@ mod paths;
 pub mod permutation;
 pub mod prepare;
 pub mod progress;
+pub mod quality;
 mod readers;
+mod rows;
+pub mod selection;
 pub mod skipped;
 pub mod source;
+mod tokenized;
 pub mod tokenizer;
 mod tokens;
+mod unfinished;
 pub mod validation;
+mod words;
 
 pub use cache::remove_partial_folders;
 pub use dataset::Dataset;
+pub use document_hash::DocumentHash;
 pub use error::Error;
 pub use file_manifest::{FileManifest, ListedFile};
 pub use manifest::{HeldOut, Manifest, SourceManifest};

@@ -1,5 +1,6 @@
 //! Every bound of this crate. The size of an input is never trusted.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 /// The longest document, and the longest line of a JSONL file, in bytes.
@@ -31,6 +32,9 @@ pub const ENCODE_CHUNK_BYTES: usize = 64 << 10;
 
 /// Documents are tokenized in batches of about this many bytes.
 pub const BATCH_BYTES: usize = 4 << 20;
+
+/// An unfinished preparation is made durable after this much text, in bytes.
+pub const SAVE_BYTES: usize = 64 << 20;
 
 /// The largest number of tokenizing threads.
 pub const MAX_THREADS: usize = 4;
@@ -94,3 +98,45 @@ pub const MAX_TRAINED_WORD_BYTES: usize = 256;
 
 /// A partial folder that no process has touched for this long belongs to a process that died.
 pub const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// The longest n-gram of a quality classifier, in words.
+pub const MAX_NGRAM: usize = 5;
+
+/// The logarithm to base 2 of the number of a quality classifier's buckets.
+pub const BUCKET_BITS: RangeInclusive<u32> = 10..=26;
+
+/// The largest file of a quality classifier, in bytes: that of the most buckets and a header.
+pub const MAX_CLASSIFIER_BYTES: u64 = (4 << 26) + (1 << 20);
+
+/// The most passes of a quality classifier's training.
+pub const MAX_EPOCHS: u32 = 100;
+
+/// The number of intervals of a quality classifier's calibration table.
+pub const CALIBRATION_BINS: usize = 10;
+
+/// The largest shape of the quality filter's Pareto distribution.
+pub const MAX_ALPHA: f64 = 1000.0;
+
+/// The longest n-gram by which documents are compared with each other, in words.
+pub const MAX_SHINGLE_WORDS: usize = 100;
+
+/// The longest signature of a document.
+pub const MAX_PERMUTATIONS: usize = 4096;
+
+/// The most documents that are compared with each other; 4 bytes of memory each.
+pub const MAX_COMPARED_DOCUMENTS: u32 = u32::MAX;
+
+/// The entries of a band that are in memory at a time; 16 bytes each.
+pub const MAX_BUCKET_ENTRIES: usize = 16 << 20;
+
+/// The documents of a bucket with which each of its documents is compared.
+pub const MAX_COMPARED: usize = 16;
+
+/// The clusters of duplicates that a manifest lists: the largest.
+pub const MAX_LISTED_CLUSTERS: usize = 100;
+
+/// The members of a cluster that a manifest lists.
+pub const MAX_LISTED_MEMBERS: usize = 10;
+
+/// The bad records of a source that are logged one by one.
+pub const MAX_LOGGED_RECORDS: u64 = 20;

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::duplicates::Duplicates;
 use crate::error::Error;
 use crate::file_manifest::hash_file;
 use crate::limits::MAX_JSON_BYTES;
+use crate::selection::Dropped;
 use crate::skipped::Skipped;
 use crate::tokenizer::Tokenizer;
 
@@ -34,6 +36,14 @@ pub struct Manifest {
     pub end_of_text: u32,
     /// The sources, in the order of the options.
     pub sources: Vec<SourceManifest>,
+    /// The clusters of duplicates among the documents, if they were searched.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duplicates: Option<Duplicates>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// The content of one source.
@@ -54,6 +64,12 @@ pub struct SourceManifest {
     /// The files of a folder that were not read.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub skipped: Vec<Skipped>,
+    /// The records that could not be read, and were skipped.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub bad_records: u64,
+    /// The documents that the filters left out; they are not among [`documents`](Self::documents).
+    #[serde(default, skip_serializing_if = "Dropped::is_empty")]
+    pub dropped: Dropped,
     /// The kind of the split.
     pub held_out: HeldOut,
     /// The training documents that nearly equal held-out ones.

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 
 use crate::limits::{MAX_HELD_OUT_RUNS, MIN_SHARED_RUNS, NEAR_DUPLICATE_SHARE, RUN_TOKENS};
+use crate::words::mixed;
 
 /// The runs of the held-out documents.
 pub(crate) struct HeldOutRuns {
@@ -95,13 +96,6 @@ fn runs(document: &[u32], mask: u64) -> Vec<u64> {
     runs.sort_unstable();
     runs.dedup();
     runs
-}
-
-/// The finalizer of SplitMix64: every bit depends on every bit of the polynomial.
-fn mixed(hash: u64) -> u64 {
-    let hash = (hash ^ hash >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let hash = (hash ^ hash >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    hash ^ hash >> 31
 }
 
 #[cfg(test)]

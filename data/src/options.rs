@@ -5,8 +5,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::duplicates::DuplicateOptions;
 use crate::error::Error;
 use crate::limits::{MAX_SOURCE_NAME_BYTES, MAX_VALIDATION_FRACTION, MAX_VOCABULARY, MIN_VOCABULARY};
+use crate::quality::QualityOptions;
 
 /// The data of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -26,7 +28,14 @@ pub struct DataOptions {
     /// The share of each source's tokens that is held out for validation, by whole documents; from 0 to 0.5.
     #[serde(default = "default_validation_fraction")]
     pub validation_fraction: f64,
-    /// Whether text that is not UTF-8 is an error; otherwise invalid bytes are replaced and counted.
+    /// The filter of low-quality documents; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quality: Option<QualityOptions>,
+    /// The removal of duplicates; none if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duplicates: Option<DuplicateOptions>,
+    /// Whether text that is not UTF-8 and records that cannot be read are errors; otherwise invalid bytes are
+    /// replaced, records are skipped, and both are counted.
     #[serde(default)]
     pub strict: bool,
     /// The cache of tokenized corpora that runs share; default `$XDG_CACHE_HOME/volary`, else
@@ -46,7 +55,7 @@ pub struct SourceOptions {
     /// The only files to read, with their BLAKE3 hashes: lines `HASH  RELATIVE/PATH` as `b3sum` prints them.
     /// Paths are relative to `path`, which is a folder or a glob of folders: the first folder with the file
     /// counts. A relative path of the manifest itself is relative to the working folder; see
-    /// [`DataOptions::resolve_manifests`].
+    /// [`DataOptions::resolve_paths`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub manifest: Option<PathBuf>,
     /// The relative frequency of sequences from this source.
@@ -84,6 +93,8 @@ impl Default for DataOptions {
             vocabulary: default_vocabulary(),
             tokenizer_sample_bytes: default_tokenizer_sample_bytes(),
             validation_fraction: default_validation_fraction(),
+            quality: None,
+            duplicates: None,
             strict: false,
             cache: None,
         }
@@ -142,15 +153,16 @@ impl SourceOptions {
 }
 
 impl DataOptions {
-    /// Makes the paths of manifests absolute; relative ones are relative to `folder`, the folder of the
-    /// configuration file.
+    /// Makes the paths of manifests and of the classifier absolute; relative ones are relative to `folder`, the
+    /// folder of the configuration file.
     ///
     /// # Errors
     /// [`Error::Read`] if `folder` is relative and the working folder is unknown.
-    pub fn resolve_manifests(&mut self, folder: &Path) -> Result<(), Error> {
-        for manifest in self.sources.iter_mut().filter_map(|source| source.manifest.as_mut()) {
-            let path = folder.join(&manifest);
-            *manifest = std::path::absolute(&path).map_err(Error::read(&path))?;
+    pub fn resolve_paths(&mut self, folder: &Path) -> Result<(), Error> {
+        let manifests = self.sources.iter_mut().filter_map(|source| source.manifest.as_mut());
+        for file in manifests.chain(self.quality.as_mut().map(|quality| &mut quality.classifier)) {
+            let path = folder.join(&file);
+            *file = std::path::absolute(&path).map_err(Error::read(&path))?;
         }
         Ok(())
     }
@@ -179,6 +191,11 @@ impl DataOptions {
             let reason = format!("{}: expected 0 to {MAX_VALIDATION_FRACTION}", self.validation_fraction);
             return fail("validation_fraction", reason);
         }
+        if let Some(quality) = &self.quality {
+            let names: Vec<&str> = self.sources.iter().map(|source| source.name.as_str()).collect();
+            quality.validate(&names)?;
+        }
+        self.duplicates.as_ref().map_or(Ok(()), DuplicateOptions::validate)?;
         if self.tokenizer.is_some() {
             return Ok(());
         }
@@ -220,11 +237,11 @@ mod tests {
         let other = SourceOptions { manifest: absolute.clone(), ..SourceOptions::new("prose", "prose") };
         let sources = vec![source, other, SourceOptions::new("plain", "plain")];
         let mut options = DataOptions { sources, ..DataOptions::default() };
-        options.resolve_manifests(Path::new("/etc/volary")).unwrap();
+        options.resolve_paths(Path::new("/etc/volary")).unwrap();
         let resolved: Vec<_> = options.sources.iter().map(|source| source.manifest.clone()).collect();
         assert_eq!(resolved, [Some("/etc/volary/quickstart/code.manifest".into()), absolute, None]);
         let before = options.clone();
-        options.resolve_manifests(Path::new("elsewhere")).unwrap();
+        options.resolve_paths(Path::new("elsewhere")).unwrap();
         assert_eq!(options, before);
     }
 

@@ -65,7 +65,7 @@ pub fn prepare(
         return Ok(Prepared { manifest, resumed: false, from_cache: true });
     }
     sources.iter_mut().try_for_each(Source::check)?;
-    let shared = folder.as_deref().and_then(shared_partial);
+    let shared = folder.as_deref().and_then(|folder| shared_partial(folder, &key));
     let partial = shared.as_ref().map_or(&fallback, |(_, partial)| partial);
     let manifest = corpus::build(options, &sources, sequence_length, &partial.path, &mut reporter)?;
     check_unchanged(&options.sources, &sources)?;
@@ -94,9 +94,11 @@ fn check_unchanged(options: &[SourceOptions], read: &[Source]) -> Result<(), Err
     Ok(())
 }
 
-/// A new folder in the cache; `None`, with a warning, if the cache cannot be written.
-fn shared_partial(folder: &Path) -> Option<(&Path, Partial)> {
-    match Partial::create(folder, ABANDONED_AFTER) {
+/// A folder in the cache: that of an earlier attempt, or a new one. `None`, with a warning, if the cache cannot
+/// be written.
+fn shared_partial<'a>(folder: &'a Path, key: &str) -> Option<(&'a Path, Partial)> {
+    let resumed = Partial::resume(folder, key, ABANDONED_AFTER).transpose();
+    match resumed.unwrap_or_else(|| Partial::create(folder, ABANDONED_AFTER)) {
         Ok(partial) => Some((folder, partial)),
         Err(error) => {
             tracing::warn!(%error, "the data cache cannot be written; the corpus is not shared with other runs");

@@ -3,11 +3,13 @@
 use serde::{Deserialize, Serialize};
 
 /// A stage of the preparation of a corpus; the variants are in the order of execution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PreparationStage {
     /// Finding the sources' files and checking them against their manifests.
     Reading,
+    /// Choosing the documents: the quality filter and the search for duplicates.
+    Filtering,
     /// Reading the tokenizer's sample, then training the tokenizer.
     TrainingTokenizer,
     /// Converting the text to tokens.

@@ -5,6 +5,7 @@ use std::vec;
 
 use crate::error::{Error, Place};
 use crate::files::{FoundFiles, SourceFile, find_files};
+use crate::limits::MAX_LOGGED_RECORDS;
 use crate::options::SourceOptions;
 use crate::readers::{self, RawDocument, RawDocuments};
 use crate::skipped::{self, Skipped};
@@ -108,20 +109,51 @@ impl Source {
             column: self.options.column().to_string(),
             strict,
             remaining: budget.unwrap_or(u64::MAX),
+            bad: BadRecords::default(),
         }
     }
 }
 
-/// A stream of documents; it ends after the first error. Documents of white space only are skipped.
+/// A stream of documents; it ends after the first error. Documents of white space only are skipped, and without
+/// `strict` records that cannot be read are, too.
 pub struct Documents {
     files: vec::IntoIter<SourceFile>,
     current: Option<(PathBuf, RawDocuments)>,
     column: String,
     strict: bool,
     remaining: u64,
+    bad: BadRecords,
+}
+
+/// The skipped records of a source.
+#[derive(Default)]
+struct BadRecords {
+    count: u64,
+    /// The errors of the first of them.
+    first: Vec<Error>,
+    /// Whether any record could be read.
+    has_good: bool,
 }
 
 impl Documents {
+    /// Logs the skipped records and returns their number.
+    ///
+    /// # Errors
+    /// The error of the first record if no record could be read: this is not a file with a few bad records.
+    pub fn finish(mut self) -> Result<u64, Error> {
+        if !self.bad.has_good && !self.bad.first.is_empty() {
+            return Err(self.bad.first.swap_remove(0));
+        }
+        for error in &self.bad.first {
+            tracing::warn!("skipped a record: {error}");
+        }
+        let more = self.bad.count - self.bad.first.len() as u64;
+        if more > 0 {
+            tracing::warn!("skipped {more} more records of this source that cannot be read");
+        }
+        Ok(self.bad.count)
+    }
+
     fn read(&mut self) -> Result<Option<Document>, Error> {
         while self.remaining > 0 {
             let Some((path, documents)) = &mut self.current else {
@@ -130,10 +162,21 @@ impl Documents {
                 self.current = Some((file.path, documents));
                 continue;
             };
-            let Some(raw) = documents.next().transpose()? else {
-                self.current = None;
-                continue;
+            let raw = match documents.next() {
+                Some(Err(error)) if error.is_of_record() && !self.strict => {
+                    self.bad.count += 1;
+                    if self.bad.count <= MAX_LOGGED_RECORDS {
+                        self.bad.first.push(error);
+                    }
+                    continue;
+                }
+                Some(raw) => raw?,
+                None => {
+                    self.current = None;
+                    continue;
+                }
             };
+            self.bad.has_good = true;
             let mut document = decode(raw, path, self.strict)?;
             if document.text.trim().is_empty() {
                 continue;

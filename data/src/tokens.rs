@@ -1,45 +1,38 @@
 //! Token files: ids as little-endian `u32`, one after the other.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::Error;
 use crate::limits::{READ_BUFFER_BYTES, WRITE_BUFFER_BYTES};
+use crate::rows::RowFile;
 
 /// A token file that is being written.
 pub(crate) struct TokenWriter {
-    path: PathBuf,
-    file: BufWriter<File>,
-    tokens: u64,
+    rows: RowFile,
 }
 
 impl TokenWriter {
-    pub(crate) fn create(path: &Path) -> Result<Self, Error> {
-        let file = File::create(path).map_err(Error::write(path))?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            file: BufWriter::with_capacity(WRITE_BUFFER_BYTES, file),
-            tokens: 0,
-        })
+    /// Opens or creates a file, and keeps its first `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] for a file with fewer tokens, and [`Error::Write`].
+    pub(crate) fn open(path: &Path, tokens: u64) -> Result<Self, Error> {
+        Ok(Self { rows: RowFile::open(path, 4, tokens)? })
     }
 
     /// Appends a document and the end of text.
     pub(crate) fn write(&mut self, ids: &[u32], end_of_text: u32) -> Result<(), Error> {
         let mut bytes = Vec::with_capacity(4 * (ids.len() + 1));
         bytes.extend(ids.iter().chain([&end_of_text]).flat_map(|id| id.to_le_bytes()));
-        self.file.write_all(&bytes).map_err(Error::write(&self.path))?;
-        self.tokens += ids.len() as u64 + 1;
-        Ok(())
+        self.rows.push(&bytes)
     }
 
     /// Makes the file durable and returns the number of its tokens.
-    pub(crate) fn finish(self) -> Result<u64, Error> {
-        let fail = Error::write(&self.path);
-        let done = self.file.into_inner().map_err(|e| e.into_error()).and_then(|file| file.sync_all());
-        done.map_err(fail)?;
-        Ok(self.tokens)
+    pub(crate) fn sync(&mut self) -> Result<u64, Error> {
+        self.rows.sync()
     }
 }
 

@@ -17,7 +17,8 @@ fn texts(options: &SourceOptions) -> Result<Vec<String>, Error> {
 }
 
 fn error(options: &SourceOptions) -> String {
-    texts(options).unwrap_err().to_string()
+    let read = |source: Source| source.documents(true).try_for_each(|document| document.map(drop));
+    Source::find(options).and_then(read).unwrap_err().to_string()
 }
 
 #[test]
@@ -284,6 +285,12 @@ fn a_line_beyond_the_limit_is_rejected() {
     let dir = tempdir().unwrap();
     let path = write(dir.path(), "long.jsonl", vec![b' '; (64 << 20) + 10]);
     assert!(error(&source("s", &path)).contains("more than 67108864 bytes"));
+    // The next line is read all the same, unless every error counts.
+    for rest in [&b""[..], b" "] {
+        let line = [&vec![b' '; 64 << 20], rest, b"\n{\"text\": \"good\"}\n"].concat();
+        let path = write(dir.path(), "long.jsonl", line);
+        assert_eq!(texts(&source("s", &path)).unwrap(), ["good"]);
+    }
 }
 
 #[test]

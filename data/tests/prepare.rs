@@ -9,6 +9,7 @@ use std::path::Path;
 
 use common::{document, jsonl, options, prepare_16, source, write};
 use tempfile::tempdir;
+use volary_data::duplicates::DuplicateOptions;
 use volary_data::manifest::Split;
 use volary_data::{DataOptions, Dataset, Error, HeldOut, Manifest, PreparationStage, SourceOptions, prepare};
 
@@ -313,4 +314,43 @@ fn a_file_that_changes_while_it_is_read_is_refused_by_name() {
     let error = prepare(&options, 16, &dir.path().join("run"), &mut append).unwrap_err().to_string();
     assert!(error.contains("growing.jsonl has changed while it was read"), "{error}");
     prepare_16(&options, &dir.path().join("run")).unwrap();
+}
+
+#[test]
+fn a_preparation_that_was_cut_off_goes_on_and_gives_the_same_bytes() {
+    let dir = tempdir().unwrap();
+    let a = write(dir.path(), "a.jsonl", jsonl(0..600));
+    let b = write(dir.path(), "b.jsonl", jsonl(600..1200));
+    let mut options = options(dir.path(), vec![source("a", &a), source("b", &b)]);
+    options.duplicates = Some(DuplicateOptions::default());
+    let names =
+        ["a.train.tokens", "a.validation.tokens", "b.train.tokens", "tokenizer.json", "manifest.json"];
+    let files = |run: &Path| names.map(|name| fs::read(run.join(name)).unwrap());
+    let elsewhere = DataOptions { cache: Some(dir.path().join("elsewhere")), ..options.clone() };
+    let whole = dir.path().join("whole");
+    prepare_16(&elsewhere, &whole).unwrap();
+
+    // The process ends in every stage, one after the other, and each attempt goes further.
+    let run = dir.path().join("run");
+    let mut furthest = PreparationStage::Reading;
+    for stage in
+        [PreparationStage::Filtering, PreparationStage::TrainingTokenizer, PreparationStage::Tokenizing]
+    {
+        let mut progress = |now: volary_data::Progress| {
+            let is_second_source = now.done_bytes > fs::metadata(&a).unwrap().len() / 2;
+            let is_late = stage != PreparationStage::Tokenizing || is_second_source;
+            assert!(now.stage >= furthest || now.stage == PreparationStage::Reading, "{:?} again", now.stage);
+            assert!(!(now.stage == stage && is_late && now.done_bytes > 0), "the process ends");
+        };
+        let attempt = || prepare(&options, 16, &run, &mut progress);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(attempt)).unwrap_err();
+        furthest = stage;
+    }
+    assert!(!prepare_16(&options, &run).unwrap().from_cache);
+    assert_eq!(files(&run), files(&whole));
+    let kept: Vec<_> = fs::read_dir(dir.path().join("cache/data")).unwrap().flatten().collect();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    let names: BTreeSet<_> =
+        fs::read_dir(kept[0].path()).unwrap().flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(names.len(), 6, "{names:?}");
 }

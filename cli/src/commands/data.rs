@@ -1,4 +1,7 @@
-//! `volary data`: prepares a corpus before a run, and compares it with evaluation tasks.
+//! `volary data`: prepares a corpus before a run, trains its quality filter, and compares it with evaluation
+//! tasks.
+
+mod quality;
 
 use crate::config::Config;
 use crate::corpus_summary;
@@ -11,7 +14,7 @@ use volary_data::Source;
 use volary_inference::contamination::{Contamination, Search};
 use volary_inference::evaluation::{Task, find_tasks};
 
-/// Prepare a corpus, or compare it with evaluation tasks.
+/// Prepare a corpus, train its quality filter, or compare it with evaluation tasks.
 #[derive(clap::Args)]
 pub struct Args {
     #[command(subcommand)]
@@ -22,6 +25,8 @@ pub struct Args {
 enum Command {
     /// Tokenize the sources of a configuration into the cache, where runs find them.
     Prepare(PrepareArgs),
+    /// Train the quality filter's classifier, or show its scores.
+    Quality(quality::Args),
     /// List the questions of evaluation tasks that share runs of words with the sources.
     Contamination(ContaminationArgs),
 }
@@ -41,6 +46,9 @@ struct PrepareArgs {
     /// A folder for a copy of the tokens, beside that in the cache.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Stop at the first record that cannot be read, instead of skipping it.
+    #[arg(long)]
+    strict: bool,
 }
 
 /// List questions that share runs of words with the sources.
@@ -72,13 +80,15 @@ struct ContaminationArgs {
 pub fn run(args: Args) -> anyhow::Result<()> {
     match args.command {
         Command::Prepare(args) => prepare(args),
+        Command::Quality(args) => quality::run(&args),
         Command::Contamination(args) => contamination(&args),
     }
 }
 
 fn prepare(args: PrepareArgs) -> anyhow::Result<()> {
     let interrupts = Interrupts::listen()?;
-    let config = Config::load(&args.config, &args.set)?;
+    let mut config = Config::load(&args.config, &args.set)?;
+    config.data.strict |= args.strict;
     let temporary = tempfile::tempdir()?;
     let out = args.out.unwrap_or_else(|| temporary.path().join("data"));
     let display = ProgressDisplay::new(0, false);
@@ -111,9 +121,11 @@ fn contamination(args: &ContaminationArgs) -> anyhow::Result<()> {
     for options in &config.data.sources {
         let mut source = Source::find(options)?;
         source.check()?;
-        for document in source.documents(config.data.strict) {
-            search.add(&document?);
+        let mut documents = source.documents(config.data.strict);
+        while let Some(document) = documents.next().transpose()? {
+            search.add(&document);
         }
+        documents.finish()?;
     }
     let found = search.finish();
     if args.json {

@@ -28,6 +28,9 @@ impl JsonlDocuments {
             }
             if line.len() as u64 > MAX_DOCUMENT_BYTES {
                 let path = self.lines.path.clone();
+                if line.last() != Some(&b'\n') {
+                    self.lines.skip_line()?;
+                }
                 return Err(Error::DocumentTooLong { path, place, limit: MAX_DOCUMENT_BYTES });
             }
             let line = line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&line);
@@ -62,7 +65,10 @@ impl Iterator for JsonlDocuments {
             return None;
         }
         let document = self.read();
-        self.done = !matches!(document, Ok(Some(_)));
+        self.done = match &document {
+            Ok(document) => document.is_none(),
+            Err(error) => !error.is_of_record(),
+        };
         document.transpose()
     }
 }

@@ -46,6 +46,16 @@ impl Lines {
         Ok(count)
     }
 
+    /// Reads on to the end of a line of which the start was read.
+    pub(crate) fn skip_line(&mut self) -> Result<(), Error> {
+        let ended = self.ended;
+        let mut rest = Vec::new();
+        while self.ended == ended && self.next_into(&mut rest, READ_BUFFER_BYTES as u64)? > 0 {
+            rest.clear();
+        }
+        Ok(())
+    }
+
     fn failed(&self, error: io::Error) -> Error {
         Error::Read { path: self.path.clone(), error }
     }
