@@ -65,6 +65,7 @@ mutants: ## Mutate a part of the core and the actors, and list the mutants that 
 
 bench: build ## Measure throughput and transport
 	$(CARGO) bench -p volary-transport
+	$(CARGO) bench -p volary-data
 	$(CARGO) bench -p volary-cli
 
 bundle: build ## Pack a stripped binary and the examples for machines with PyTorch 2.11 and without Rust: dist/volary.tar.gz

@@ -9,6 +9,7 @@
 //! | [`export`] | `volary export`: a trained model for other programs |
 //! | [`generate`] | `volary generate`: text by a trained model |
 //! | [`identity`] | `volary identity`: an authority before there is a supervisor |
+//! | [`init`] | `volary init`: a configuration for these machines |
 //! | [`node`] | `volary node`: a node process |
 //! | [`operate`] | `volary status`, `drain`, `checkpoint`, `stop`: query and control a run |
 //! | [`plan`] | `volary plan`: costs, and a planned cluster |
@@ -26,6 +27,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod identity;
+pub mod init;
 pub mod node;
 pub mod operate;
 pub mod plan;

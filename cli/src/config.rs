@@ -7,7 +7,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 use volary_core::InvalidValue;
-use volary_core::architecture::Architecture;
+use volary_core::architecture::{Architecture, presets};
 use volary_core::machine::Settings;
 use volary_core::options::{
     CheckpointOptions, ClusterOptions, TelemetryOptions, TrainingOptions, ValidationOptions,
@@ -55,6 +55,21 @@ pub struct RunOptions {
     pub sample_prompt: Option<String>,
 }
 
+/// Whether the model is a row of the paper's table 4, with single keys overridden.
+fn uses_preset(table: &toml::Table) -> bool {
+    table.get("model").and_then(|model| model.get("preset")).is_some()
+}
+
+/// The shape of a preset.
+fn preset(name: &toml::Value) -> Result<Architecture, InvalidValue> {
+    let all = presets();
+    let found = all.iter().find(|preset| name.as_str() == Some(preset.name));
+    found.map(|preset| preset.architecture.clone()).ok_or_else(|| {
+        let names: Vec<&str> = all.iter().map(|preset| preset.name).collect();
+        InvalidValue::new("model.preset", name, format!("one of {}", names.join(", ")))
+    })
+}
+
 impl Config {
     /// Reads a file and applies `--set key.path=value` to it.
     ///
@@ -74,29 +89,49 @@ impl Config {
     /// # Errors
     /// As [`Config::load`].
     pub fn parse(text: &str, name: &str, set: &[String]) -> anyhow::Result<Self> {
-        let mut table: toml::Table = document::parse(text, name)?;
+        let table: toml::Table = document::parse(text, name)?;
         let config = match document::parse::<Self>(text, name) {
             Ok(config) if set.is_empty() => config,
-            Err(error) if set.is_empty() || !error.is_missing_key() => return Err(error.into()),
-            // A key that the file leaves out may come from --set.
-            Ok(_) | Err(_) => {
-                let mut told = String::new();
-                let mut wrong = None;
-                for assignment in set {
-                    assign(&mut table, assignment)?;
-                    let error = document::convert::<Self>(table.clone().into()).err();
-                    let error = error.map(|error| error.to_string()).unwrap_or_default();
-                    // The assignment with which the error of them all began.
-                    if error != told {
-                        (told, wrong) = (error, Some(assignment));
-                    }
-                }
-                let wrong = wrong.map(String::as_str).unwrap_or_default();
-                document::convert(table.into()).map_err(|error| anyhow::anyhow!("--set {wrong}: {error}"))?
+            // A key that the file leaves out may come from a preset or from --set.
+            Err(error) if !uses_preset(&table) && (set.is_empty() || !error.is_missing_key()) => {
+                return Err(error.into());
             }
+            Ok(_) | Err(_) => Self::assigned(table, name, set)?,
         };
         config.check().map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
         Ok(config)
+    }
+
+    /// The configuration of a file with assignments. An error names the assignment with which it began, or
+    /// the file.
+    fn assigned(mut table: toml::Table, name: &str, set: &[String]) -> anyhow::Result<Self> {
+        let error_of = |table: &toml::Table| Self::expanded(table).err().map(|error| error.to_string());
+        let mut told = error_of(&table);
+        let mut wrong = None;
+        for assignment in set {
+            assign(&mut table, assignment)?;
+            let error = error_of(&table);
+            if error != told {
+                (told, wrong) = (error, Some(assignment));
+            }
+        }
+        Self::expanded(&table).map_err(|error| match wrong {
+            Some(assignment) => anyhow::anyhow!("--set {assignment}: {error}"),
+            None => anyhow::anyhow!("{name}: {error}"),
+        })
+    }
+
+    /// The configuration of a table, with the shape of its preset.
+    fn expanded(table: &toml::Table) -> anyhow::Result<Self> {
+        let mut table = table.clone();
+        if let Some(model) = table.get_mut("model").and_then(toml::Value::as_table_mut)
+            && let Some(name) = model.remove("preset")
+        {
+            let mut shape = toml::Table::try_from(preset(&name)?)?;
+            shape.extend(std::mem::take(model));
+            *model = shape;
+        }
+        Ok(document::convert(table.into())?)
     }
 
     /// Checks values that depend on one another, and those with bounds.
@@ -251,86 +286,4 @@ fn assign(table: &mut toml::Table, assignment: &str) -> anyhow::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const GOOD: &str = r#"
-[run]
-name = "t"
-[data]
-sources = [{ name = "a", path = "a.txt", weight = 1.0 }]
-vocabulary = 300
-[model]
-vocabulary = 300
-hidden = 8
-layers = 2
-heads = 2
-head_dim = 4
-feed_forward = 16
-experts = 4
-[training]
-steps = 5
-"#;
-
-    fn error(text: &str, set: &[&str]) -> String {
-        let set: Vec<String> = set.iter().map(|s| (*s).to_owned()).collect();
-        Config::parse(text, "c.toml", &set).expect_err("an error").to_string()
-    }
-
-    #[test]
-    fn an_unknown_key_names_its_line_and_the_nearest_known_one() {
-        let message = error(&GOOD.replace("steps = 5", "steps = 5\nlanez = 3"), &[]);
-        assert!(
-            message.starts_with("c.toml, line 17, key training.lanez: unknown field `lanez`"),
-            "{message}"
-        );
-        assert!(message.ends_with("did you mean `lanes`?"), "{message}");
-        assert_eq!(message.lines().count(), 1);
-    }
-
-    #[test]
-    fn only_the_wrong_one_of_several_settings_is_named() {
-        let set = ["training.steps=7", "training.lanes=\"few\"", "model.layers=4"];
-        let message = error(GOOD, &set);
-        assert!(
-            message.starts_with("--set training.lanes=\"few\": ") && !message.contains("layers"),
-            "{message}"
-        );
-    }
-
-    #[test]
-    fn a_wrong_type_names_line_key_and_what_was_expected() {
-        let message = error(&GOOD.replace("steps = 5", "steps = \"many\""), &[]);
-        assert!(
-            message.contains("line 16, key training.steps") && message.contains("expected u64"),
-            "{message}"
-        );
-    }
-
-    #[test]
-    fn a_value_out_of_range_names_its_key() {
-        assert!(error(&GOOD.replace("hidden = 8", "hidden = 0"), &[]).contains("model.hidden = 0: expected"));
-        assert!(error(GOOD, &["run.name=../up"]).contains("run.name"));
-    }
-
-    #[test]
-    fn set_takes_a_toml_value_or_a_plain_string_for_any_key() {
-        let set = [
-            "training.steps=9".to_owned(),
-            "run.name=other".to_owned(),
-            "model.capacity={ factor = 1.5 }".to_owned(),
-        ];
-        let config = Config::parse(GOOD, "c.toml", &set).expect("a config");
-        assert_eq!((config.training.steps, config.run.name.as_str()), (9, "other"));
-        assert_eq!(config.model.capacity, volary_core::dispatch::Capacity::Factor(1.5));
-        assert!(error(GOOD, &["training.stepz=9"]).contains("did you mean `steps`"));
-        assert!(error(GOOD, &["nonsense"]).contains("expected key.path=value"));
-    }
-
-    #[test]
-    fn a_key_that_is_missing_in_the_file_may_come_from_set() {
-        let text = GOOD.replace("steps = 5", "");
-        assert!(error(&text, &[]).contains("missing field `steps`"));
-        assert!(Config::parse(&text, "c.toml", &["training.steps=3".to_owned()]).is_ok());
-    }
-}
+mod tests;

@@ -61,6 +61,7 @@ pub mod http;
 pub mod inventory;
 pub mod limits;
 pub mod log;
+pub mod memory;
 mod node_process;
 pub mod output;
 pub mod preparation;

@@ -15,6 +15,7 @@ use volary_cli::{commands, environment, log, output, process};
     max_term_width = 110,
     after_help = "\
 Examples:
+  volary init --data ~/notes > my.toml                 a configuration that fits this machine
   volary train examples/quickstart.toml --nodes 3      a complete run on this machine
   volary plan --preset 64b-64e                         the costs of a model, before anything starts
   volary doctor                                        check this machine and suggest fixes"
@@ -32,6 +33,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Write a configuration that fits this machine.
+    Init(commands::init::Args),
     /// Train on this machine: a supervisor and N node processes.
     Train(commands::train::Args),
     /// Run the supervisor of a run.
@@ -91,6 +94,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         process::raise_open_files();
     }
     match command {
+        Command::Init(args) => commands::init::run(args),
         Command::Train(args) => commands::train::run(args),
         Command::Supervisor(args) => commands::supervisor::run(args),
         Command::Node(args) => commands::node::run(args),

@@ -273,3 +273,40 @@ fn a_model_that_drops_tokens_trains_and_generates() {
         here(&world, &["generate", "--run", "runs/tiny", "--prompt", "the lane", "--max-tokens", "4"]);
     assert!(generated.status.success(), "{}", text(&generated.stderr));
 }
+
+#[test]
+fn a_new_configuration_is_one_that_fits_and_trains() {
+    let world = World::new();
+    let init = here(&world, &["init", "--size", "400k", "--data", "corpus"]);
+    assert!(init.status.success(), "{}", text(&init.stderr));
+    let config = text(&init.stdout);
+    assert!(config.contains("name = \"corpus\"") && config.contains("[data.duplicates]"), "{config}");
+    std::fs::write(world.path("new.toml"), config).expect("a file");
+    let cache = format!("data.cache=\"{}\"", world.path("cache").display());
+    let shorter =
+        ["training.steps=2", "training.lanes=2", "training.sequence_length=16", "validation.rounds=1"];
+    let mut args =
+        vec!["train", "new.toml", "--threads", "1", "--dir", "runs/new", "--quiet", "--set", &cache];
+    args.extend(shorter.iter().flat_map(|set| ["--set", set]));
+    let run = here(&world, &args);
+    assert!(run.status.success(), "{}", text(&run.stderr));
+    assert_eq!(world.metrics("new").len(), 2);
+}
+
+#[test]
+fn a_new_configuration_for_a_preset_needs_machines_that_hold_it() {
+    let world = World::new();
+    let example = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/cluster.toml");
+    let example = example.to_str().expect("a path");
+    let init = here(&world, &["init", "--preset", "0.1b-64e", "--inventory", example]);
+    assert!(init.status.success(), "{}", text(&init.stderr));
+    std::fs::write(world.path("new.toml"), &init.stdout).expect("a file");
+    let plan = here(&world, &["plan", "new.toml", "--inventory", example, "--json"]);
+    let plan: serde_json::Value = serde_json::from_slice(&plan.stdout).expect("JSON");
+    assert_eq!(plan["cluster"]["fits"], true);
+    assert!(plan["parameters"].as_u64().is_some_and(|parameters| parameters > 1_900_000_000), "{plan}");
+    let error = world.fails(&["init", "--preset", "64b-64e"]);
+    assert!(error.contains("does not fit") && error.contains("--size"), "{error}");
+    assert!(world.fails(&["init", "--preset", "2b"]).contains("expected one of 0.1b"));
+    assert!(world.fails(&["init", "--size", "12q"]).contains("100m"));
+}

@@ -107,8 +107,8 @@ pub(crate) fn find(folder: &Path, key: &str, sequence_length: usize) -> Option<(
 /// A folder for a corpus under construction.
 pub(crate) struct Partial {
     pub(crate) path: PathBuf,
-    /// The lock of a folder that stays for a later attempt at the same corpus; another is removed when this is
-    /// dropped.
+    /// The lock of a folder that stays for a later attempt at the same corpus; another is removed when this
+    /// is dropped.
     lock: Option<File>,
 }
 
@@ -127,7 +127,8 @@ impl Partial {
         Ok(Self { path, lock: None })
     }
 
-    /// The folder in `folder` of all attempts at the corpus of `key`; `None` while another process works in it.
+    /// The folder in `folder` of all attempts at the corpus of `key`; `None` while another process works in
+    /// it.
     pub(crate) fn resume(folder: &Path, key: &str, abandoned: Duration) -> Result<Option<Self>, Error> {
         remove_abandoned(folder, abandoned);
         let path = folder.join(format!("{PARTIAL}{key}"));

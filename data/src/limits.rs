@@ -34,7 +34,7 @@ pub const ENCODE_CHUNK_BYTES: usize = 64 << 10;
 pub const BATCH_BYTES: usize = 4 << 20;
 
 /// An unfinished preparation is made durable after this much text, in bytes.
-pub const SAVE_BYTES: usize = 64 << 20;
+pub const SAVE_BYTES: usize = 16 << 20;
 
 /// The largest number of tokenizing threads.
 pub const MAX_THREADS: usize = 4;

@@ -153,8 +153,8 @@ impl SourceOptions {
 }
 
 impl DataOptions {
-    /// Makes the paths of manifests and of the classifier absolute; relative ones are relative to `folder`, the
-    /// folder of the configuration file.
+    /// Makes the paths of manifests and of the classifier absolute; relative ones are relative to `folder`,
+    /// the folder of the configuration file.
     ///
     /// # Errors
     /// [`Error::Read`] if `folder` is relative and the working folder is unknown.

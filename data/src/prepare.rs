@@ -94,8 +94,8 @@ fn check_unchanged(options: &[SourceOptions], read: &[Source]) -> Result<(), Err
     Ok(())
 }
 
-/// A folder in the cache: that of an earlier attempt, or a new one. `None`, with a warning, if the cache cannot
-/// be written.
+/// A folder in the cache: that of an earlier attempt, or a new one. `None`, with a warning, if the cache
+/// cannot be written.
 fn shared_partial<'a>(folder: &'a Path, key: &str) -> Option<(&'a Path, Partial)> {
     let resumed = Partial::resume(folder, key, ABANDONED_AFTER).transpose();
     match resumed.unwrap_or_else(|| Partial::create(folder, ABANDONED_AFTER)) {

@@ -114,8 +114,8 @@ impl Source {
     }
 }
 
-/// A stream of documents; it ends after the first error. Documents of white space only are skipped, and without
-/// `strict` records that cannot be read are, too.
+/// A stream of documents; it ends after the first error. Documents of white space only are skipped, and
+/// without `strict` records that cannot be read are, too.
 pub struct Documents {
     files: vec::IntoIter<SourceFile>,
     current: Option<(PathBuf, RawDocuments)>,

@@ -1,9 +1,9 @@
 //! What an unfinished preparation has on disk, so that one that was killed goes on where it was.
 //!
-//! Three kinds of results are kept in its folder: the choice of the documents, the tokenizer, and the tokens of
-//! each source with a record of how far they go. A record is replaced only when the tokens that it counts are
-//! durable; what lies beyond them is cut off. From the start of the split into training and validation text on,
-//! tokens move between files, and a preparation that is killed then tokenizes again.
+//! Three kinds of results are kept in its folder: the choice of the documents, the tokenizer, and the tokens
+//! of each source with a record of how far they go. A record is replaced only when the tokens that it counts
+//! are durable; what lies beyond them is cut off. From the start of the split into training and validation
+//! text on, tokens move between files, and a preparation that is killed then tokenizes again.
 
 use std::fs::{self, File};
 use std::io::Write;

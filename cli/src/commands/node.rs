@@ -1,10 +1,9 @@
 //! `volary node`: joins a run as a node.
 
-mod memory;
-
 use crate::arguments::InvalidArgument;
 use crate::http::{self, HttpListener};
 use crate::limits::COMMANDS_AHEAD;
+use crate::memory;
 use crate::process;
 use crate::rundir;
 use crate::signals::Interrupts;

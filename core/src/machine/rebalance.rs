@@ -20,7 +20,8 @@ impl Machine {
     pub(super) fn record_speed(&mut self, node: &NodeId, speed: Option<f64>) {
         let Some((known, speed)) = self.nodes.get_mut(node).zip(speed) else { return };
         if speed.is_normal() && speed > 0.0 {
-            // Times are averaged, not speeds: a node that stands still at times is as slow as its steps are long.
+            // Times are averaged, not speeds: a node that stands still at times is as slow as its steps are
+            // long.
             let time = average(known.speed.map(f64::recip), speed.recip());
             known.speed = Some(time.recip());
         }

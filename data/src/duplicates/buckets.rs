@@ -3,9 +3,9 @@
 use crate::error::Error;
 use crate::rows::RowFile;
 
-/// Calls `visit` for the documents of each bucket with more than one, in ascending order: documents whose rows
-/// begin with the same 8 bytes. The keys are read as often as needed for `most` entries at a time. The key 0 is
-/// of documents that are compared with none.
+/// Calls `visit` for the documents of each bucket with more than one, in ascending order: documents whose
+/// rows begin with the same 8 bytes. The keys are read as often as needed for `most` entries at a time. The
+/// key 0 is of documents that are compared with none.
 pub(super) fn for_each_bucket(
     table: &RowFile,
     documents: u32,

@@ -107,8 +107,9 @@ impl<'a> Search<'a> {
         Ok((forest, self.origins))
     }
 
-    /// Joins the documents of a bucket that are similar. Each is compared with at most [`MAX_COMPARED`] others
-    /// that are not similar to one another: a bucket of a million documents takes no million million pairs.
+    /// Joins the documents of a bucket that are similar. Each is compared with at most [`MAX_COMPARED`]
+    /// others that are not similar to one another: a bucket of a million documents takes no million million
+    /// pairs.
     fn join_similar(&self, forest: &mut Forest, bucket: &[u32]) -> Result<(), Error> {
         let mut representatives: Vec<(u32, Vec<u8>)> = Vec::new();
         for &document in bucket {

@@ -1,8 +1,8 @@
 //! The quality filter: a linear classifier on hashed n-grams, and the sample of pages that its scores give.
 //!
 //! GLaM trains a classifier that tells curated text from other pages, and samples pages by their scores with
-//! a Pareto distribution so that some of lower quality stay (arXiv 2112.06905, section 3; the form is GPT-3's,
-//! arXiv 2005.14165, appendix A). What a document becomes depends on its text alone.
+//! a Pareto distribution so that some of lower quality stay (arXiv 2112.06905, section 3; the form is
+//! GPT-3's, arXiv 2005.14165, appendix A). What a document becomes depends on its text alone.
 
 mod classifier;
 mod evaluation;

@@ -7,9 +7,12 @@ use volary_model::device::Device;
 /// The fraction of free memory that is left to the process itself and to what the plan does not count.
 const RESERVED: f64 = 0.1;
 
-/// Free memory of the GPU, or what the machine has available and its control group allows, less [`RESERVED`];
-/// in bytes.
-pub(super) fn usable_bytes(device: Device) -> anyhow::Result<u64> {
+/// Free memory of the GPU, or what the machine has available and its control group allows, less what the
+/// process itself needs (a tenth); in bytes.
+///
+/// # Errors
+/// When the free memory of a GPU is unknown.
+pub fn usable_bytes(device: Device) -> anyhow::Result<u64> {
     let free = match device {
         Device::Cuda(index) => gpu_bytes(index).context("unknown free memory of the GPU: give --memory")?,
         _ => host_bytes(),
