@@ -1,8 +1,10 @@
 //! What the preparation of a corpus has found, in lines for the terminal and the log.
 
+use crate::config::Config;
 use crate::units::{counted, short};
 use std::fmt::Write as _;
 use volary_data::limits::REPLACED_WARNING_SHARE;
+use volary_data::mixture::Mixture;
 use volary_data::selection::Count;
 use volary_data::{HeldOut, Manifest, SourceManifest};
 
@@ -17,6 +19,18 @@ pub fn lines(manifest: &Manifest) -> Vec<String> {
         format!("data: {} of copies, of up to {}", counted(count, "cluster"), counted(*most, "document"))
     });
     manifest.sources.iter().flat_map(of_source).flatten().chain(clusters).collect()
+}
+
+/// How often all steps of a run read each source.
+#[must_use]
+pub fn epochs(manifest: &Manifest, config: &Config) -> String {
+    let training = &config.training;
+    let weights: Vec<f64> = manifest.sources.iter().map(|source| source.weight).collect();
+    let mixture = Mixture::new(&weights, config.run.seed);
+    let per_step = u128::from(training.lanes) * training.sequences_per_lane as u128;
+    let epochs = manifest.epochs(&mixture, u128::from(training.steps) * per_step, training.sequence_length);
+    let told: Vec<String> = epochs.iter().map(|(name, epochs)| format!("{name} {epochs:.2} times")).collect();
+    format!("data: {} read {}", counted(training.steps, "step"), told.join(", "))
 }
 
 fn dropped(source: &SourceManifest) -> Option<String> {
@@ -145,7 +159,7 @@ mod tests {
         }));
         let text = filtered.join("\n");
         for part in
-            ["7 documents (12.0k bytes) of low quality", "1 document (10 bytes) nearly", "2 records that"]
+            ["7 documents (12.000k bytes) of low quality", "1 document (10 bytes) nearly", "2 records that"]
         {
             assert!(text.contains(part), "{part}: {text}");
         }

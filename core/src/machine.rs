@@ -237,6 +237,12 @@ impl Machine {
         self.committed
     }
 
+    /// The step whose data the last committed step was trained on: a later one if the run has left data out.
+    #[must_use]
+    pub fn data_step(&self) -> Step {
+        self.data_skips.data_step(self.committed)
+    }
+
     /// The current placement; its members are empty before the first.
     #[must_use]
     pub fn placement(&self) -> &Placement {

@@ -154,6 +154,14 @@ impl Dataset {
         Ok((0..u128::from(rounds) * u128::from(self.lanes)).map(lane).collect())
     }
 
+    /// How often each source has been read after the data of `steps` steps: its name, and its sequences so
+    /// far as a multiple of its windows.
+    #[must_use]
+    pub fn epochs(&self, steps: u64) -> Vec<(String, f64)> {
+        let per_step = self.sequences_per_lane as u128 * u128::from(self.lanes);
+        self.manifest.epochs(&self.mixture, u128::from(steps) * per_step, self.sequence_length)
+    }
+
     /// The number of rounds, over all lanes, with as many sequences as there are validation windows; at least
     /// 1.
     #[must_use]

@@ -10,6 +10,7 @@ use crate::duplicates::Duplicates;
 use crate::error::Error;
 use crate::file_manifest::hash_file;
 use crate::limits::MAX_JSON_BYTES;
+use crate::mixture::Mixture;
 use crate::selection::Dropped;
 use crate::skipped::Skipped;
 use crate::tokenizer::Tokenizer;
@@ -152,6 +153,17 @@ pub(crate) fn file_name(source: &str, split: Split) -> String {
 }
 
 impl Manifest {
+    /// How often `sequences` sequences of a run read each source: its name, and its sequences as a multiple
+    /// of its windows of `sequence_length` tokens.
+    #[must_use]
+    pub fn epochs(&self, mixture: &Mixture, sequences: u128, sequence_length: usize) -> Vec<(String, f64)> {
+        let epochs = |(number, source): (usize, &SourceManifest)| {
+            let windows = source.train.tokens.saturating_sub(1) / sequence_length.max(1) as u64;
+            (source.name.clone(), mixture.drawn(number, sequences) as f64 / windows.max(1) as f64)
+        };
+        self.sources.iter().enumerate().map(epochs).collect()
+    }
+
     /// Reads the manifest in `dir` and checks the lengths of its token files.
     ///
     /// # Errors

@@ -67,6 +67,15 @@ impl Mixture {
         Pick { source: source as usize, occurrence: sequence / period * per_period + u128::from(rank) }
     }
 
+    /// How many of the first `sequences` sequences are of a source.
+    #[must_use]
+    pub fn drawn(&self, source: usize, sequences: u128) -> u128 {
+        let period = self.slots.len() as u128;
+        let rest = &self.slots[..(sequences % period) as usize];
+        let of_rest = rest.iter().filter(|(of, _)| *of as usize == source).count();
+        sequences / period * u128::from(self.per_period[source]) + of_rest as u128
+    }
+
     /// The window, of `windows`, of a source's `occurrence`-th sequence: each pass over the source visits
     /// every window once, each time in a different order.
     #[must_use]
@@ -127,6 +136,9 @@ mod tests {
                 let pick = mixture.pick(u128::from(sequence));
                 prop_assert_eq!(pick.occurrence, u128::from(seen[pick.source]));
                 seen[pick.source] += 1;
+            }
+            for (source, seen) in seen.iter().enumerate() {
+                prop_assert_eq!(mixture.drawn(source, u128::from(count)), u128::from(*seen));
             }
             let total: f64 = weights.iter().sum();
             for (weight, seen) in weights.iter().zip(seen) {

@@ -106,6 +106,8 @@ pub struct Status {
     pub loss: Option<f64>,
     /// Tokens per second of the last committed step.
     pub tokens_per_second: Option<f64>,
+    /// How often each source of text has been read.
+    pub sources: Vec<SourceStatus>,
     /// The predicted time of a step in milliseconds, from the observed profiles of the nodes; 0 before the
     /// first placement.
     pub predicted_step_ms: f64,
@@ -117,6 +119,15 @@ pub struct Status {
     pub shards: Vec<ShardStatus>,
     /// The last events, as in `events.jsonl`.
     pub events: Vec<String>,
+}
+
+/// A source of text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Its name.
+    pub name: String,
+    /// Passes over its training text up to the last committed step.
+    pub epochs: f64,
 }
 
 /// The supervisor's process.

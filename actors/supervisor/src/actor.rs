@@ -43,6 +43,7 @@ use telemetry::Telemetry;
 use tokio::sync::oneshot;
 use volary_core::machine::{Event, Machine, Settings};
 use volary_core::{NodeId, ShardId, Step};
+use volary_data::Dataset;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_protocol::{RunInfo, ToNode};
 use volary_storage::{Checkpoints, Digest, RunDir, Store};
@@ -92,6 +93,8 @@ pub(crate) struct SupervisorArgs {
     pub(crate) may_go_back: bool,
     /// The documents of the validation sequences, by round and lane.
     pub(crate) validation_documents: Vec<Vec<u64>>,
+    /// The text, which nodes get from the supervisor.
+    pub(crate) dataset: Arc<Dataset>,
     /// Set when the run is over, so that nodes may drop what they hold.
     pub(crate) over: Arc<AtomicBool>,
     pub(crate) end: oneshot::Sender<RunEnd>,
@@ -109,6 +112,7 @@ pub(crate) struct SupervisorState {
     checkpoints: Checkpoints,
     may_go_back: bool,
     validation_documents: Vec<Vec<u64>>,
+    dataset: Arc<Dataset>,
     over: Arc<AtomicBool>,
     files: RunFiles,
     checkpointer: ActorRef<CheckpointerMsg>,
@@ -192,7 +196,7 @@ impl SupervisorState {
     ) -> Self {
         let telemetry = Telemetry::new(&args);
         let (may_go_back, over) = (args.may_go_back, args.over);
-        let validation_documents = args.validation_documents;
+        let (validation_documents, dataset) = (args.validation_documents, args.dataset);
         let SupervisorArgs { run, settings, store, credentials, checkpoints, address, end, .. } = args;
         Self {
             me,
@@ -205,6 +209,7 @@ impl SupervisorState {
             checkpoints,
             may_go_back,
             validation_documents,
+            dataset,
             over,
             files,
             checkpointer,

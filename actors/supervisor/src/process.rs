@@ -154,6 +154,7 @@ impl Door {
             may_go_back: options.may_go_back,
             over: Arc::clone(&over),
             validation_documents,
+            dataset: Arc::clone(&dataset),
             end,
         };
         let (actor, _) = Actor::spawn(None, SupervisorActor, args)

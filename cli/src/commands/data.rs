@@ -94,12 +94,14 @@ fn prepare(args: PrepareArgs) -> anyhow::Result<()> {
     let display = ProgressDisplay::new(0, false);
     let mut progress = preparation::progress(display.phases());
     let length = config.training.sequence_length;
-    let work = move || Ok(volary_data::prepare(&config.data, length, &out, &mut progress)?);
+    let data = config.data.clone();
+    let work = move || Ok(volary_data::prepare(&data, length, &out, &mut progress)?);
     let prepared =
         interrupts.unless_interrupted(preparation::PREPARING, work, volary_data::remove_partial_folders)?;
     for line in corpus_summary::lines(&prepared.manifest) {
         output::line(line)?;
     }
+    output::line(corpus_summary::epochs(&prepared.manifest, &config))?;
     output::line(match (prepared.resumed, prepared.from_cache) {
         (true, _) => "the folder had the tokens already",
         (_, true) => "the cache had the tokens already",

@@ -119,7 +119,8 @@ fn choose(args: &Args, members: &[Member]) -> anyhow::Result<(Option<String>, Ar
     Ok((None, shape.clone()))
 }
 
-/// The first layout that fits, and the duration of its step in seconds; or the memory that is missing for the last.
+/// The first layout that fits, and the duration of its step in seconds; or the memory that is missing for the
+/// last.
 fn fit(architecture: &Architecture, members: &[Member]) -> Result<(Layout, f64), Shortage> {
     let [with_copies, alone, small] = Layout::candidates(architecture, members);
     let attempt = |layout: Layout| plan(architecture, &layout, members).map(|step_s| (layout, step_s));

@@ -141,7 +141,7 @@ mod tests {
     use volary_core::machine::Activity;
     use volary_core::{Epoch, Lane};
     use volary_protocol::LinkReport;
-    use volary_protocol::operator::{NodeStatus, SupervisorStatus};
+    use volary_protocol::operator::{NodeStatus, SourceStatus, SupervisorStatus};
 
     #[test]
     fn one_view_shows_progress_cluster_load_and_events() {
@@ -178,6 +178,7 @@ mod tests {
             load: vec![vec![10, 10, 10, 10], vec![40, 0, 0, 0]],
             loss: Some(3.25),
             tokens_per_second: Some(5000.0),
+            sources: vec![SourceStatus { name: "code".into(), epochs: 0.5 }],
             predicted_step_ms: 0.0,
             supervisor: SupervisorStatus { pid: 2, address: "127.0.0.1:1".into() },
             nodes: vec![node],

@@ -121,6 +121,7 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     if !prepared.resumed {
         corpus_summary::lines(&prepared.manifest).iter().for_each(|line| display.note(line));
     }
+    display.note(&corpus_summary::epochs(&prepared.manifest, &config));
     display.note(&format!("run {} in {}", config.run.name, dir.root().display()));
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = LaunchOptions {

@@ -10,7 +10,7 @@ use volary_core::machine::{Activity, Event};
 use volary_core::profile::Profile;
 use volary_core::{NodeId, ShardId};
 use volary_protocol::operator::{
-    NodeStatus, OperatorReply, OperatorRequest, ShardStatus, Status, SupervisorStatus,
+    NodeStatus, OperatorReply, OperatorRequest, ShardStatus, SourceStatus, Status, SupervisorStatus,
 };
 
 /// The outcome of a request.
@@ -107,12 +107,18 @@ impl SupervisorState {
             load: self.load.clone(),
             loss: self.last_metrics.as_ref().map(|line| line.loss),
             tokens_per_second: self.last_metrics.as_ref().and_then(|line| line.tokens_per_second),
+            sources: self.sources(),
             predicted_step_ms: 1e3 * self.machine.predicted_step_s(),
             supervisor: SupervisorStatus { pid: std::process::id(), address: self.address.clone() },
             nodes: self.sessions.iter().map(|(node, session)| self.node_status(node, session)).collect(),
             shards: self.settings.architecture.shards().into_iter().map(shard).collect(),
             events: self.recent_events.iter().cloned().collect(),
         }
+    }
+
+    fn sources(&self) -> Vec<SourceStatus> {
+        let epochs = self.dataset.epochs(self.machine.data_step().0);
+        epochs.into_iter().map(|(name, epochs)| SourceStatus { name, epochs }).collect()
     }
 
     fn node_status(&self, node: &NodeId, session: &Session) -> NodeStatus {

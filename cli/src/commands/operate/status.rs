@@ -34,6 +34,8 @@ impl fmt::Display for StatusText<'_> {
         if let (Some(loss), Some(speed)) = (self.0.loss, self.0.tokens_per_second) {
             writeln!(f, "  loss {loss:.4}, {speed:.0} tokens/s")?;
         }
+        let sources = self.0.sources.iter().map(|source| format!("{} {:.2}", source.name, source.epochs));
+        writeln!(f, "  epochs: {}", sources.collect::<Vec<_>>().join(", "))?;
         writeln!(f, "  supervisor: process {} at {}", supervisor.pid, supervisor.address)?;
         match self.0.checkpoint {
             Some(step) => writeln!(f, "  checkpoint: step {step}")?,
@@ -76,7 +78,7 @@ mod tests {
     use super::*;
     use volary_core::machine::Activity;
     use volary_core::{Epoch, Lane, Step};
-    use volary_protocol::operator::SupervisorStatus;
+    use volary_protocol::operator::{SourceStatus, SupervisorStatus};
 
     #[test]
     fn a_status_is_a_line_for_the_run_and_one_for_each_node() {
@@ -106,6 +108,7 @@ mod tests {
             load: Vec::new(),
             loss: Some(3.25),
             tokens_per_second: Some(5000.0),
+            sources: vec![SourceStatus { name: "code".into(), epochs: 0.5 }],
             predicted_step_ms: 0.0,
             supervisor: SupervisorStatus { pid: 2, address: "127.0.0.1:1".into() },
             nodes: vec![node("node-1", vec![Lane(0), Lane(2)]), node("node-2", Vec::new())],
@@ -114,7 +117,7 @@ mod tests {
         };
         assert_eq!(
             StatusText(&status).to_string(),
-            "quickstart: training, step 50 of 200, epoch 4\n  loss 3.2500, 5000 tokens/s\n  \
+            "quickstart: training, step 50 of 200, epoch 4\n  loss 3.2500, 5000 tokens/s\n  epochs: code 0.50\n  \
              supervisor: process 2 at 127.0.0.1:1\n  checkpoint: step 40\n  \
              skipped steps: 3 since the supervisor started\n  \
              nodes of several arithmetic kinds: losses and weights depend on the placement\n  \
