@@ -50,13 +50,14 @@ pub struct Shortage {
 
 impl fmt::Display for Shortage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let gib = self.bytes as f64 / f64::from(1 << 30);
+        let mib = self.bytes.div_ceil(1 << 20);
+        let size = if mib < 1024 { format!("{mib} MiB") } else { format!("{:.1} GiB", mib as f64 / 1024.0) };
         match self.layer {
             Some(LayerId(0)) => {
-                write!(f, "layer 0 with the embedding needs {gib:.1} GiB more than any node has")
+                write!(f, "layer 0 with the embedding needs {size} more than any node has")
             }
-            Some(layer) => write!(f, "layer {layer} needs {gib:.1} GiB more than any node has"),
-            None => write!(f, "all nodes together lack {gib:.1} GiB"),
+            Some(layer) => write!(f, "layer {layer} needs {size} more than any node has"),
+            None => write!(f, "all nodes together lack {size}"),
         }
     }
 }

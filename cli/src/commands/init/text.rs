@@ -33,9 +33,13 @@ impl Layout {
     pub(super) fn candidates(architecture: &Architecture, members: &[Member]) -> [Self; 3] {
         let roomy = Self::roomy(architecture, members);
         let alone = Self { replication: 1, ..roomy.clone() };
+        // One sum of gradients for each node.
+        let threads = members.iter().map(|member| member.profile.threads).sum::<usize>() as u32;
+        let groups = (members.len() as u32).max(2);
+        let lane_group = threads.div_ceil(groups);
         let training = TrainingOptions {
-            lanes: members.iter().map(|member| member.profile.threads).sum::<usize>() as u32,
-            lane_group: 1,
+            lanes: groups * lane_group,
+            lane_group,
             sequences_per_lane: 1,
             sequence_length: SHORT,
             ..roomy.training
