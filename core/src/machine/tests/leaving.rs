@@ -106,7 +106,7 @@ fn a_drain_for_which_there_is_no_room_waits_with_the_shortage_in_numbers() {
         _ => None,
     });
     assert!(
-        deferred.is_some_and(|(node, reason)| node == id(2) && reason.contains("GiB")),
+        deferred.is_some_and(|(node, reason)| node == id(2) && reason.contains("MiB")),
         "{:?}",
         run.effects
     );
