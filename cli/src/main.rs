@@ -63,7 +63,7 @@ enum Command {
     Serve(commands::serve::Args),
     /// Score a trained model on tasks.
     Eval(commands::eval::Args),
-    /// Prepare a corpus, or compare it with evaluation tasks.
+    /// Prepare a corpus, train its quality filter, or compare it with evaluation tasks.
     Data(commands::data::Args),
     /// Write a trained model in a format of other programs.
     Export(commands::export::Args),

@@ -46,7 +46,7 @@ struct PrepareArgs {
     /// A folder for a copy of the tokens, beside that in the cache.
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Stop at the first record that cannot be read, instead of skipping it.
+    /// Refuse text that is not UTF-8 and records that cannot be read, instead of replacing and skipping them.
     #[arg(long)]
     strict: bool,
 }

@@ -99,7 +99,7 @@ pub struct Args {
     /// Serve no dashboard and no metrics.
     #[arg(long, conflicts_with = "http")]
     no_http: bool,
-    /// Refuse text that is not UTF-8 instead of replacing invalid bytes.
+    /// Refuse text that is not UTF-8 and records that cannot be read, instead of replacing and skipping them.
     #[arg(long)]
     strict: bool,
     /// Show no progress and no summary.
