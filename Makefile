@@ -42,7 +42,7 @@ flakes: build ## Long: run all tests ROUNDS times beside two busy loops, and nam
 
 test-gpu: build ## Run the numeric tests on the first GPU; skipped with a message without one
 	@if target/release/volary doctor --has-cuda; then \
-	  VOLARY_TEST_DEVICE=cuda:0 $(CARGO) test --release -p volary-model; \
+	  CUBLAS_WORKSPACE_CONFIG=:4096:8 VOLARY_TEST_DEVICE=cuda:0 $(CARGO) test --release -p volary-model; \
 	else echo "skipped: this machine has no CUDA device that libtorch can use"; fi
 
 lint: setup ## Check formatting, lints, the direction of dependencies, licenses

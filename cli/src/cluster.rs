@@ -28,10 +28,11 @@ const PANICKED: i32 = 101;
 pub struct LaunchOptions {
     /// Nodes at the start.
     pub nodes: usize,
-    /// The device of each node.
-    pub device: String,
-    /// The threads of each node.
-    pub threads: usize,
+    /// The devices of the nodes, assigned round-robin.
+    pub devices: Vec<String>,
+    /// The threads of each node; if absent, the cores are divided among nodes on the CPU, and a node on a GPU
+    /// has one.
+    pub threads: Option<usize>,
     /// The memory limits of the nodes, assigned round-robin; what the machine has free if empty.
     pub memory: Vec<Size>,
     /// The zones of the nodes, assigned round-robin.
@@ -125,16 +126,24 @@ impl Cluster {
         let name = &node_name(index + 1);
         let memory = round_robin(&self.options.memory, index).map(|size| format!("--memory={}", size.0));
         let zone = round_robin(&self.options.zones, index).map(|zone| format!("--zone={zone}"));
-        let machine: Vec<&str> = memory.iter().chain(&zone).map(String::as_str).collect();
-        let threads = self.options.threads.to_string();
+        let device = round_robin(&self.options.devices, index).map_or("cpu", String::as_str);
+        let threads = self.threads(device).map(|threads| format!("--threads={threads}"));
+        let machine: Vec<&str> = memory.iter().chain(&zone).chain(&threads).map(String::as_str).collect();
         let token = rundir::token_file(&self.dir, AccessRole::Node);
         let join = ["-v", "node", "--tethered", "--join", &self.address, "--name", name];
-        let device = ["--device", &self.options.device, "--threads", &threads, "--token-file"];
+        let device = ["--device", device, "--token-file"];
         let faults: &[&str] = if self.options.injects_faults { &["--inject-faults"] } else { &[] };
         let http: &[&str] = if self.dashboard.served { &[] } else { &["--no-http"] };
         let words = [faults, http, &machine, &join[2..], &device].concat();
         let words = join[..2].iter().chain(&words).map(OsStr::new).chain([token.as_os_str()]);
         Process::start(name, &self.logs, &words.collect::<Vec<_>>())
+    }
+
+    /// The threads of a node on a device, if they are not what the node itself would choose.
+    fn threads(&self, device: &str) -> Option<usize> {
+        let is_cpu = device == "cpu" || device == "auto" && volary_model::device::cuda_devices() == 0;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        self.options.threads.or_else(|| is_cpu.then(|| (cores / self.options.nodes).max(1)))
     }
 
     /// What the supervisor tells a person since the last call.

@@ -12,7 +12,13 @@ pub use tch::Device;
 /// them at load time.
 #[must_use]
 pub fn environment() -> Vec<(&'static str, &'static str)> {
-    let mut variables = vec![("OMP_NUM_THREADS", "1"), ("MKL_NUM_THREADS", "1"), ("MKL_CBWR", "AVX2,STRICT")];
+    let mut variables = vec![
+        ("OMP_NUM_THREADS", "1"),
+        ("MKL_NUM_THREADS", "1"),
+        ("MKL_CBWR", "AVX2,STRICT"),
+        // Without it, cuBLAS may choose among algorithms with other bits.
+        ("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
+    ];
     // libtorch takes the value without a look at the CPU.
     #[cfg(target_arch = "x86_64")]
     if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
@@ -69,7 +75,17 @@ fn load_cuda() -> std::result::Result<(), libloading::Error> {
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }?;
     // The library stays loaded: registered kernels point into it.
     std::mem::forget(library);
+    deterministic_cuda();
     Ok(())
+}
+
+/// Makes CUDA's kernels give the same bits each time (`settings.cpp`).
+#[expect(unsafe_code, reason = "a call of C++")]
+fn deterministic_cuda() {
+    unsafe extern "C" {
+        safe fn volary_deterministic_cuda();
+    }
+    volary_deterministic_cuda();
 }
 
 /// The path of this process's `libtorch_cpu.so`.
@@ -99,6 +115,18 @@ pub fn single_thread() {
 /// Makes libtorch use `count` threads for calls of the calling thread: for comparisons with plain loops.
 pub fn set_threads(count: u16) {
     tch::set_num_threads(count.into());
+}
+
+/// The device of tests: that of `VOLARY_TEST_DEVICE`, or the CPU. Calls of the calling thread use one thread.
+///
+/// # Panics
+/// When this machine has no such device.
+#[doc(hidden)]
+#[must_use]
+#[expect(clippy::expect_used, reason = "for tests")]
+pub fn for_tests() -> Device {
+    single_thread();
+    parse(&std::env::var("VOLARY_TEST_DEVICE").unwrap_or_else(|_| "cpu".into())).expect("VOLARY_TEST_DEVICE")
 }
 
 /// The number of CUDA devices; 0 if libtorch's CUDA library cannot be loaded.

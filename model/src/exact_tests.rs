@@ -2,6 +2,8 @@
 #![expect(clippy::expect_used, reason = "tests")]
 
 use super::*;
+use crate::device::for_tests;
+use tch::Device;
 use volary_core::random::{Purpose, Stream};
 
 fn draws(stream: &mut Stream, count: usize) -> Vec<f32> {
@@ -12,7 +14,7 @@ fn draws(stream: &mut Stream, count: usize) -> Vec<f32> {
 }
 
 fn numbers(x: &Tensor) -> Vec<u32> {
-    let values: Vec<f32> = Vec::try_from(x.flatten(0, -1)).expect("floats");
+    let values: Vec<f32> = Vec::try_from(x.flatten(0, -1).to_device(Device::Cpu)).expect("floats");
     values.into_iter().map(f32::to_bits).collect()
 }
 
@@ -38,10 +40,11 @@ fn summed_in_blocks(x: &[f32]) -> f32 {
 #[test]
 fn sums_are_the_documented_trees_to_the_bit() {
     let mut stream = Stream::new(31, Purpose::Faults, &[]);
+    let device = for_tests();
     // The last ones need several chunks and blocks, with a remainder.
     for (rows, columns) in [(1, 1), (1, 7), (5, 1), (3, 4), (64, 9), (65, 33), (200, 1_000), (4_099, 67)] {
         let x = draws(&mut stream, rows * columns);
-        let ours = Tensor::from_slice(&x).view([rows as i64, columns as i64]);
+        let ours = Tensor::from_slice(&x).view([rows as i64, columns as i64]).to_device(device);
         let by_row: Vec<f32> = x.chunks(columns).map(|row| halved(row.to_vec())).collect();
         let column = |at: usize| x.iter().skip(at).step_by(columns).copied().collect::<Vec<_>>();
         let by_column: Vec<f32> = (0..columns).map(|at| summed_in_blocks(&column(at))).collect();
@@ -73,7 +76,7 @@ fn the_operations_of_an_update_are_correctly_rounded() {
     let count = 1_000_003;
     let (x, y) = (draws(&mut stream, count), draws(&mut stream, count));
     let x: Vec<f32> = x.into_iter().map(f32::abs).collect();
-    let (a, b) = (Tensor::from_slice(&x), Tensor::from_slice(&y));
+    let [a, b] = [&x, &y].map(|x| Tensor::from_slice(x).to_device(for_tests()));
     let check = |name: &str, ours: Tensor, theirs: &dyn Fn(f32, f32) -> f32| {
         let theirs: Vec<u32> = x.iter().zip(&y).map(|(x, y)| theirs(*x, *y).to_bits()).collect();
         let ours = numbers(&ours);

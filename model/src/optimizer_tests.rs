@@ -2,6 +2,7 @@
 #![expect(clippy::expect_used, reason = "tests")]
 
 use super::*;
+use crate::device::for_tests;
 use crate::weights::{Slot, state_shapes};
 use tch::{Device, Kind};
 use volary_core::Step;
@@ -17,12 +18,12 @@ fn draws(stream: &mut Stream, count: usize) -> Vec<f64> {
 
 fn tensor(values: &[f64], shape: &[i64]) -> Tensor {
     let values: Vec<f32> = values.iter().map(|&v| v as f32).collect();
-    Tensor::from_slice(&values).view(shape)
+    Tensor::from_slice(&values).view(shape).to_device(for_tests())
 }
 
 fn slot(optimizer: &Optimizer, weights: &[f64], shape: &[i64]) -> Slot {
     let zeros =
-        |(name, shape): (&'static str, Vec<i64>)| (name, Tensor::zeros(&shape, (Kind::Float, Device::Cpu)));
+        |(name, shape): (&'static str, Vec<i64>)| (name, Tensor::zeros(&shape, (Kind::Float, for_tests())));
     let state = state_shapes(optimizer, shape).into_iter().map(zeros).collect();
     let role = if shape.len() > 1 { Role::Matrix } else { Role::Norm };
     Slot { name: "w", role, weight: tensor(weights, shape), state }
@@ -39,7 +40,7 @@ fn rms(x: &[f64]) -> f64 {
 }
 
 fn assert_near(slot: &Slot, expected: &[f64], step: Step) {
-    let ours: Vec<f32> = Vec::try_from(slot.weight.flatten(0, -1)).expect("floats");
+    let ours: Vec<f32> = Vec::try_from(slot.weight.flatten(0, -1).to_device(Device::Cpu)).expect("floats");
     for (index, (ours, theirs)) in ours.iter().zip(expected).enumerate() {
         // f32 against f64 over a few dozen operations and ten steps.
         assert!(

@@ -1,7 +1,6 @@
 //! The decoder, token by token and in batches, against the reference model on the whole sequence.
 #![expect(clippy::expect_used, reason = "tests")]
 
-use tch::Device;
 use volary_core::architecture::{Activation, Architecture, presets};
 use volary_core::compute::Compute;
 use volary_core::options::TrainingOptions;
@@ -27,9 +26,9 @@ fn architecture(layers: usize, activation: Activation, moe_first: bool) -> Archi
 
 /// Both models with the same random weights, position biases included.
 fn models(a: &Architecture, seed: u64) -> (Decoder, Reference) {
-    volary_model::device::single_thread();
+    let device = volary_model::device::for_tests();
     let training = TrainingOptions { sequence_length: CONTEXT, ..TrainingOptions::new(1) };
-    let glam = Glam::new(a, &training, seed, Device::Cpu).expect("an engine");
+    let glam = Glam::new(a, &training, seed, device).expect("an engine");
     let fetch = |id: ShardId| -> Result<Vec<u8>, volary_core::compute::ComputeError> {
         let mut bytes = glam.store(id, Step(1), &glam.initial(id)?)?;
         let header = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
@@ -41,8 +40,8 @@ fn models(a: &Architecture, seed: u64) -> (Decoder, Reference) {
         }
         Ok(bytes)
     };
-    let decoder = Decoder::load(a, CONTEXT, Device::Cpu, fetch).expect("a decoder");
-    let reference = Reference::load(a, &training, seed, Device::Cpu, fetch).expect("a model");
+    let decoder = Decoder::load(a, CONTEXT, device, fetch).expect("a decoder");
+    let reference = Reference::load(a, &training, seed, device, fetch).expect("a model");
     (decoder, reference)
 }
 

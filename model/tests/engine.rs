@@ -10,9 +10,9 @@ use volary_core::options::{OnNan, TrainingOptions};
 use volary_core::random::{Purpose, Stream};
 use volary_core::update::{Moments, Update};
 use volary_core::{ExpertId, Lane, LayerId, ShardId, Step};
-use volary_model::Glam;
 use volary_model::engine::{Gradient, Shard};
 use volary_model::reference::Reference;
+use volary_model::{Glam, device};
 
 /// Step 1, lane 0.
 const FIRST: (Step, Lane) = (Step(1), Lane(0));
@@ -63,7 +63,7 @@ struct Driver {
 
 impl Driver {
     fn new(a: Architecture, t: &TrainingOptions, kind: Kind) -> Self {
-        let device = test_device();
+        let device = device::for_tests();
         let glam = Glam::with_kind(&a, t, 7, device, kind).expect("an engine");
         let shards = a.shards().into_iter().map(|id| (id, glam.initial(id).expect("a shard"))).collect();
         Self { glam, a, shards }
@@ -138,13 +138,6 @@ impl Driver {
     }
 }
 
-/// The device of `VOLARY_TEST_DEVICE`, or the CPU.
-fn test_device() -> Device {
-    let name = std::env::var("VOLARY_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
-    volary_model::device::single_thread();
-    volary_model::device::parse(&name).expect("the device of VOLARY_TEST_DEVICE")
-}
-
 fn tokens(seed: u64, a: &Architecture, t: &TrainingOptions) -> Vec<u32> {
     let mut stream = Stream::new(seed, Purpose::Faults, &[]);
     let count = t.sequences_per_lane * (t.sequence_length + 1);
@@ -185,7 +178,8 @@ fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
             (activation, moe_first, capacity, second_expert);
         let tokens = tokens(seed, &a, &t);
         let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
-        let reference = Reference::initial(&a, &t, 7, test_device()).unwrap();
+        // On the host, whatever the engine's device.
+        let reference = Reference::initial(&a, &t, 7, Device::Cpu).unwrap();
         let reference = reference.lane(&tokens, FIRST, true).unwrap();
         assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
         for (id, theirs) in &reference.gradients {
@@ -217,26 +211,29 @@ fn bf16_activations_stay_near_f32() {
 
 #[test]
 fn concurrent_lanes_give_the_same_bits() {
-    let (a, t) = (architecture(), training());
-    let driver = Driver::new(a.clone(), &t, Kind::Float);
-    let tokens = tokens(4, &a, &t);
-    let bytes = |grads: &BTreeMap<ShardId, Gradient>| -> Vec<_> {
-        grads.values().map(|g| Glam::gradient_bytes(g).unwrap()).collect()
-    };
-    let (loss, quiet, _) = driver.lane(&tokens);
-    let results: Vec<_> = std::thread::scope(|scope| {
+    let a = architecture();
+    // Also long enough for several blocks of a GPU, which add in a fixed order or not.
+    for (kind, sequences, length) in [(Kind::Float, 2, 17), (Kind::Float, 8, 250), (Kind::BFloat16, 8, 250)] {
+        let t = TrainingOptions { sequences_per_lane: sequences, sequence_length: length, ..training() };
+        let tokens = tokens(4, &a, &t);
         let run = || {
-            volary_model::device::single_thread();
+            device::single_thread();
             // Another engine with the same seed, as on a second node.
-            let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
-            (loss, bytes(&grads))
+            let (loss, grads, _) = Driver::new(a.clone(), &t, kind).lane(&tokens);
+            let bytes = |g: &Gradient| Glam::gradient_bytes(g).unwrap();
+            (loss, grads.iter().map(|(id, g)| (*id, bytes(g))).collect::<BTreeMap<_, _>>())
         };
-        let handles: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
-        handles.into_iter().map(|h| h.join().unwrap()).collect()
-    });
-    for (other, grads) in results {
-        assert_eq!(loss.to_bits(), other.to_bits());
-        assert_eq!(bytes(&quiet), grads);
+        let (loss, quiet) = run();
+        let results: Vec<_> = std::thread::scope(|scope| {
+            let handles: Vec<_> = (0..4).map(|_| scope.spawn(run)).collect();
+            handles.into_iter().map(|h| h.join().unwrap()).collect()
+        });
+        for (other, grads) in results {
+            assert_eq!(loss.to_bits(), other.to_bits(), "{kind:?}");
+            let differ: Vec<_> =
+                quiet.iter().filter(|(id, bytes)| grads[id] != **bytes).map(|(id, _)| id).collect();
+            assert!(differ.is_empty(), "{kind:?}: {differ:?} differ");
+        }
     }
 }
 
@@ -249,11 +246,11 @@ fn capacity_drops_tokens_and_what_remains_is_the_residual() {
     assert!(dropped > 0 && loss.is_finite());
     // Without any capacity the layer is the identity.
     let g = &driver.glam;
-    let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, test_device()));
+    let x = Tensor::randn([6, a.hidden as i64], (Kind::Float, device::for_tests()));
     let gated = g.gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let none = [-1i64; 6];
     let empty = Dispatch::new([&none, &none], a.experts, Capacity::Dropless);
-    let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
+    let nothing = Tensor::zeros([0, a.hidden as i64], (Kind::Float, device::for_tests()));
     let (y, _) = g.combine(&empty, gated.saved, vec![nothing]).unwrap();
     assert_eq!(tensor_floats(&y), tensor_floats(&x));
 }
@@ -263,7 +260,7 @@ fn capacity_drops_tokens_and_what_remains_is_the_residual() {
 fn gate_weights_of_kept_tokens_sum_to_one() {
     let (a, t) = (architecture(), training());
     let driver = Driver::new(a.clone(), &t, Kind::Float);
-    let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, test_device()));
+    let x = Tensor::randn([40, a.hidden as i64], (Kind::Float, device::for_tests()));
     let gated = driver.glam.gate(LayerId(0), driver.params(ROUTER), x.shallow_clone(), FIRST, true).unwrap();
     let outputs = vec![gated.rows.shallow_clone()];
     let dispatch = gated.dispatch.clone();
@@ -305,7 +302,7 @@ fn a_gate_reports_its_entropy_choices_and_weights() {
     let (gain, gate) = (find(&[a.hidden]), find(&[a.hidden, a.experts]));
     let mut stream = Stream::new(11, Purpose::Faults, &[]);
     let x: Vec<f32> = (0..40 * a.hidden).map(|_| (stream.next_f64() * 4.0 - 2.0) as f32).collect();
-    let input = Tensor::from_slice(&x).reshape([40, a.hidden as i64]).to_device(test_device());
+    let input = Tensor::from_slice(&x).reshape([40, a.hidden as i64]).to_device(device::for_tests());
     let gated = driver.glam.gate(LayerId(2), driver.params(id), input, FIRST, true).expect("a gate");
     let weights = driver.glam.gate_weights(&gated.saved, &(0..40).collect::<Vec<_>>()).expect("weights");
     let mut entropy = 0.0;
@@ -338,7 +335,7 @@ fn the_random_policy_drops_the_same_second_choices_on_every_node() {
     let (mut a, t) = (architecture(), training());
     a.second_expert = SecondExpert::Random;
     let driver = Driver::new(a.clone(), &t, Kind::Float);
-    let x = Tensor::randn([200, a.hidden as i64], (Kind::Float, test_device()));
+    let x = Tensor::randn([200, a.hidden as i64], (Kind::Float, device::for_tests()));
     let gate = |lane| {
         driver
             .glam
@@ -356,7 +353,7 @@ fn an_expert_without_tokens_has_an_empty_output_and_no_gradient() {
     let (a, t) = (architecture(), training());
     let driver = Driver::new(a.clone(), &t, Kind::Float);
     let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(0) };
-    let empty = || Tensor::zeros([0, a.hidden as i64], (Kind::Float, test_device()));
+    let empty = || Tensor::zeros([0, a.hidden as i64], (Kind::Float, device::for_tests()));
     let (y, saved) = driver.glam.expert(driver.params(id), empty(), true).unwrap();
     assert_eq!(y.size(), [0, a.hidden as i64]);
     let (dx, saved) = driver.glam.expert_backward(driver.params(id), saved, empty()).unwrap();
@@ -384,7 +381,7 @@ fn a_stored_shard_loads_to_the_same_bits_and_refuses_another_model() {
     }
     let mut wider = a;
     wider.hidden = 32;
-    let other = Glam::new(&wider, &t, 7, test_device()).unwrap();
+    let other = Glam::new(&wider, &t, 7, device::for_tests()).unwrap();
     let id = ShardId::Expert { layer: LayerId(0), expert: ExpertId(1) };
     let error = other.load(id, &driver.glam.store(id, Step(1), &driver.shards[&id]).unwrap()).unwrap_err();
     assert!(error.to_string().contains("this model expects"), "{error}");
@@ -397,7 +394,7 @@ fn updates_and_norms_are_the_same_bits_on_every_device() {
     let adamw = serde_json::from_str(r#"{"kind": "adamw"}"#).expect("an optimizer");
     for optimizer in [t.optimizer, adamw] {
         t.optimizer = optimizer;
-        let engines = [test_device(), Device::Cpu].map(|device| Glam::new(&a, &t, 7, device).unwrap());
+        let engines = [device::for_tests(), Device::Cpu].map(|device| Glam::new(&a, &t, 7, device).unwrap());
         let mut driver = Driver::new(a.clone(), &t, Kind::Float);
         let mut copies: BTreeMap<_, _> =
             a.shards().into_iter().map(|id| (id, engines[1].initial(id).unwrap())).collect();
@@ -434,8 +431,7 @@ fn a_token_outside_the_vocabulary_is_one_clear_error() {
 
 #[test]
 fn products_are_the_same_bits_at_any_alignment_row_count_and_order() {
-    let device = Device::Cpu;
-    volary_model::device::single_thread();
+    let device = device::for_tests();
     tch::manual_seed(11);
     for (rows, inner, columns) in [(37, 128, 512), (64, 512, 128), (1, 128, 384), (200, 64, 48)] {
         let x = Tensor::randn([rows, inner], (Kind::Float, device));

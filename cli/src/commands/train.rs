@@ -49,12 +49,12 @@ pub struct Args {
     /// Number of node processes; by default cluster.nodes of the configuration.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=256))]
     nodes: Option<u16>,
-    /// Threads per node; by default the machine's cores divided by the nodes.
+    /// Threads per node; by default the machine's cores divided by the nodes, and one on a GPU.
     #[arg(long, value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
-    /// Device of each node: auto, cpu or cuda:N.
-    #[arg(long, default_value = "cpu")]
-    device: String,
+    /// Device of each node: auto, cpu or cuda:N; a list is assigned round-robin.
+    #[arg(long, value_delimiter = ',', default_value = "cpu")]
+    device: Vec<String>,
     /// Memory limit per node, e.g. 8GiB; a list is assigned round-robin.
     #[arg(long, value_name = "SIZE", value_delimiter = ',')]
     memory: Vec<Size>,
@@ -123,11 +123,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     }
     display.note(&corpus_summary::epochs(&prepared.manifest, &config));
     display.note(&format!("run {} in {}", config.run.name, dir.root().display()));
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let options = LaunchOptions {
         nodes: config.cluster.nodes,
-        device: args.device.clone(),
-        threads: args.threads.map_or_else(|| (cores / config.cluster.nodes).max(1), usize::from),
+        devices: args.device.clone(),
+        threads: args.threads.map(usize::from),
         memory: args.memory.clone(),
         zones: args.zones.clone(),
         respawn: args.respawn,
