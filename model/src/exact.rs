@@ -22,7 +22,8 @@ pub(crate) fn sum_rows(x: &Tensor) -> Result<Tensor> {
 /// summed alone in any case.
 fn sum_rows_of(x: &Tensor, of: impl Fn(&Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let (rows, columns) = x.size2()?;
-    let count = (CHUNK / columns).max(1);
+    // A GPU has no cache to stay in, and each call costs it microseconds.
+    let count = if x.device().is_cuda() { rows } else { (CHUNK / columns).max(1) };
     let sums = (0..rows)
         .step_by(count as usize)
         .map(|start| halve_to(of(&x.f_narrow(0, start, count.min(rows - start))?)?, 1, NARROW));
@@ -38,12 +39,25 @@ pub(crate) fn sum_columns(x: &Tensor) -> Result<Tensor> {
     if rows <= BLOCK {
         return Ok(halve(x.shallow_clone(), 0)?.f_squeeze_dim(0)?);
     }
-    let sums = (0..rows).step_by(BLOCK as usize).map(|start| {
-        let block = x.f_narrow(0, start, BLOCK.min(rows - start))?;
-        halve(block, 0)
-    });
-    let blocks = Tensor::f_cat(&sums.collect::<Result<Vec<_>>>()?, 0)?;
+    let blocks = in_parts(x, BLOCK, |parts| halve(parts, 1))?;
     sum_columns(&blocks.f_view([-1, columns].as_slice())?)
+}
+
+/// The sums of each part of `length` rows of `x`, and of the shorter rest: `[rows, ...]` to `[parts, 1, ...]`.
+/// `sum` gets `[parts, length, ...]`. A GPU sums all parts at once, a CPU one after the other, in its cache.
+fn in_parts(x: &Tensor, length: i64, sum: impl Fn(Tensor) -> Result<Tensor>) -> Result<Tensor> {
+    let rows = x.size()[0];
+    let at_once = if x.device().is_cuda() { rows / length } else { 1 };
+    let (mut start, mut sums) = (0, Vec::new());
+    while start < rows {
+        let parts = at_once.min((rows - start) / length);
+        let (parts, length) = if parts > 0 { (parts, length) } else { (1, rows - start) };
+        let mut shape = x.size();
+        shape.splice(0..1, [parts, length]);
+        sums.push(sum(x.f_narrow(0, start, parts * length)?.f_reshape(shape.as_slice())?)?);
+        start += parts * length;
+    }
+    Ok(Tensor::f_cat(&sums, 0)?)
 }
 
 /// The mean of a vector, a scalar.
@@ -74,16 +88,11 @@ pub(crate) fn root_mean_square(x: &Tensor) -> Result<Tensor> {
     root(&divide(&sum, x.numel() as f64)?)
 }
 
-/// The squared norm, in f64, of numbers whose squares are rounded to f32.
-pub(crate) fn squared_norm(x: &Tensor) -> Result<f64> {
+/// The squared norm, in f64, of numbers whose squares are rounded to f32: a tensor of one number.
+pub(crate) fn squared_norm(x: &Tensor) -> Result<Tensor> {
     let numbers = x.f_reshape([-1i64].as_slice())?;
-    let count = numbers.numel() as i64;
-    let parts = (0..count).step_by(CHUNK as usize).map(|start| {
-        let part = numbers.f_narrow(0, start, CHUNK.min(count - start))?;
-        halve(part.f_mul(&part)?.f_to_kind(Kind::Double)?, 0)
-    });
-    let parts = Tensor::f_cat(&parts.collect::<Result<Vec<_>>>()?, 0)?;
-    Ok(halve(parts, 0)?.f_double_value(&[0])?)
+    let parts = in_parts(&numbers, CHUNK, |part| halve(part.f_mul(&part)?.f_to_kind(Kind::Double)?, 1))?;
+    halve(parts.f_view([-1i64].as_slice())?, 0)
 }
 
 /// The sum over one dimension, which has length 1 then.

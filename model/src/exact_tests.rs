@@ -62,7 +62,7 @@ fn sums_are_the_documented_trees_to_the_bit() {
         assert_eq!(numbers(&sum_columns(&ours.tr().contiguous().tr()).expect("sums")), bits(&by_column));
         let squares: Vec<f64> = x.iter().map(|value| f64::from(value * value)).collect();
         let exact = squares.iter().sum::<f64>();
-        let norm = squared_norm(&ours).expect("a norm");
+        let norm = squared_norm(&ours).expect("a norm").double_value(&[0]);
         // f64 in two orders.
         assert!((norm - exact).abs() <= 1e-12 * exact, "{what}: {norm} {exact}");
     }

@@ -174,11 +174,23 @@ impl Gate {
         Ok(Self { normed, experts, weights: top.f_div(&total)?, aux_loss, z_loss, probabilities })
     }
 
-    /// The mean over tokens of the entropy of the probabilities, in nats; not part of the graph.
-    pub(crate) fn entropy(&self) -> Result<f64> {
-        let tokens = self.probabilities.size()[0].max(1) as f64;
-        let sum = self.probabilities.f_detach()?.f_special_entr()?.f_sum(Kind::Double)?;
-        Ok(sum.f_double_value(&[])? / tokens)
+    /// On the host: each token's first and second expert, the load-balancing loss, and the mean over tokens of
+    /// the entropy of the probabilities, in nats. One copy, since a GPU is waited for at each; f64 holds all
+    /// of it exactly.
+    pub(crate) fn on_host(&self) -> Result<(Vec<i64>, Vec<i64>, f64, f64)> {
+        let tokens = self.experts.size()[0] as usize;
+        let entropy = self.probabilities.f_detach()?.f_special_entr()?.f_sum(Kind::Double)?;
+        let parts = [
+            self.experts.f_tr()?.f_reshape([-1i64].as_slice())?.f_to_kind(Kind::Double)?,
+            self.aux_loss.f_detach()?.f_to_kind(Kind::Double)?.f_view([1i64].as_slice())?,
+            entropy.f_view([1i64].as_slice())?,
+        ];
+        let mut first: Vec<f64> = Vec::try_from(Tensor::f_cat(&parts, 0)?.f_to_device(Device::Cpu)?)?;
+        let entropy = first.pop().unwrap_or_default() / tokens.max(1) as f64;
+        let aux_loss = first.pop().unwrap_or_default();
+        let second = first.split_off(tokens);
+        let experts = |choices: Vec<f64>| choices.into_iter().map(|expert| expert as i64).collect();
+        Ok((experts(first), experts(second), aux_loss, entropy))
     }
 }
 

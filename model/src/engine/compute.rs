@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::exact;
 use crate::layers;
 use crate::weights::{Parameter, Shard, parameters};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use volary_core::compute::{Compute, Computed, Gated, HostDtype, HostTensor, LaneLoss};
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::messages::Norm;
@@ -41,12 +41,13 @@ impl Compute for Glam {
     }
 
     fn is_finite(&self, state: &Shard) -> Computed<bool> {
-        let is_finite = |weight: &Tensor| -> Result<bool> {
-            // The sum of zeros, one for each finite number, is NaN if there is any other.
-            Ok(weight.f_mul_scalar(0.0)?.f_sum(Kind::Float)?.f_double_value(&[])?.is_finite())
+        // The sum of zeros, one for each finite number, is NaN if there is any other.
+        let zero = |weight: &Tensor| -> Result<Tensor> { Ok(weight.f_mul_scalar(0.0)?.f_sum(Kind::Float)?) };
+        let zeros = || -> Result<f64> {
+            let zeros = state.slots.iter().map(|slot| zero(&slot.weight)).collect::<Result<Vec<_>>>()?;
+            Ok(Tensor::f_stack(&zeros, 0)?.f_sum(Kind::Float)?.f_double_value(&[])?)
         };
-        let all = || state.slots.iter().map(|slot| is_finite(&slot.weight)).collect::<Result<Vec<_>>>();
-        Ok(tch::no_grad(all)?.into_iter().all(|finite| finite))
+        Ok(tch::no_grad(zeros)?.is_finite())
     }
 
     fn params(&self, state: &Shard) -> Params {
@@ -160,10 +161,12 @@ impl Compute for Glam {
     }
 
     fn norm(&self, gradient: &Gradient) -> Computed<Norm> {
-        let mut squared = 0.0;
-        for tensor in &gradient.0 {
-            squared += tch::no_grad(|| exact::squared_norm(tensor))?;
-        }
+        let norms = || -> Result<Vec<f64>> {
+            let norms = gradient.0.iter().map(exact::squared_norm).collect::<Result<Vec<_>>>()?;
+            // One copy to the host, for which a GPU waits.
+            Ok(Vec::try_from(Tensor::f_cat(&norms, 0)?.f_to_device(Device::Cpu)?)?)
+        };
+        let squared: f64 = tch::no_grad(norms)?.into_iter().sum();
         Ok(Norm { squared, finite: f64::is_finite(squared) })
     }
 

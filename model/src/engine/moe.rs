@@ -41,9 +41,7 @@ impl Glam {
         let leaves = p.leaves(train)?;
         let gate = Gate::forward(&x, &leaves[0], &leaves[1])?;
         let tokens = x.size()[0] as usize;
-        let column =
-            |k: i64| -> Result<Vec<i64>> { Ok(Vec::try_from(gate.experts.f_select(1, k)?.f_contiguous()?)?) };
-        let (first, mut second) = (column(0)?, column(1)?);
+        let (first, mut second, aux_loss, entropy) = gate.on_host()?;
         if self.architecture.second_expert == SecondExpert::Random {
             let weights: Vec<f32> = Vec::try_from(gate.weights.f_detach()?.f_select(1, 1)?.f_contiguous()?)?;
             let path = [at.0.0, at.1.0.into(), layer.0.into()];
@@ -58,8 +56,6 @@ impl Glam {
         let dispatch =
             Dispatch::new([&first, &second], self.architecture.experts, self.architecture.capacity);
         let rows = gate.normed.f_detach()?.f_index_select(0, &self.index(&dispatch.tokens)?)?;
-        let aux_loss = gate.aux_loss.f_double_value(&[])?;
-        let entropy = gate.entropy()?;
         let penalty = gate
             .aux_loss
             .f_mul_scalar(self.training.aux_loss)?
