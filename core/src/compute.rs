@@ -201,12 +201,16 @@ pub trait Compute: Send + Sync + Sized + 'static {
     /// The gradients of the input of [`Compute::gate`], `[tokens, hidden]`, and of the router shard, those of
     /// the load-balancing loss and the z-loss included.
     ///
+    /// `load` is how often the lane's tokens chose each expert, over all MoE layers: `[experts]`. Some
+    /// families balance the load of all layers together.
+    ///
     /// `inputs` together have the gradients of the experts' inputs in expert order, `[assignments, hidden]`.
     fn gate_backward(
         &self,
         dispatch: &Dispatch,
         saved: Self::Saved,
         inputs: Vec<Self::Tensor>,
+        load: &[u32],
     ) -> Computed<(Self::Tensor, Self::Gradient)>;
 
     /// One expert on its rows, `[rows, hidden]` to `[rows, hidden]`; `rows` may be 0.

@@ -93,7 +93,7 @@ impl Costs {
             // activations and gradients.
             let rows = TOP_K * tokens * training.lane_group.max(1) as usize;
             let rows = rows.div_ceil(a.experts);
-            let per_row = (3 * hidden + 2 * a.expert_width() as u64) * F32_BYTES;
+            let per_row = (3 * hidden + a.expert_matrices() as u64 * a.expert_width() as u64) * F32_BYTES;
             let groups = training.lanes.div_ceil(training.lane_group.max(1));
             let gradients = live_gradients(groups, EXPERT_LEAVES);
             costs.expert_bytes = held(parameters, gradients) + rows as u64 * per_row;
@@ -106,18 +106,21 @@ impl Costs {
                 parameters += a.shard_parameters(ShardId::Router { layer });
             }
             let embedding = if layer == LayerId(0) { a.shard_parameters(ShardId::Embedding) } else { 0 };
+            // An embedding of its own is only read.
+            let read = if a.is_tied() || embedding == 0 { 0 } else { a.vocabulary as u64 * hidden };
             // Scores and their sum over values: two products over half the sequence.
             let attention = 2.0 * width as f64 * (length + 1) as f64;
-            costs.dense_flops.push(2.0 * (parameters + embedding) as f64 + attention);
+            costs.dense_flops.push(2.0 * (parameters + embedding - read) as f64 + attention);
             costs.dense_bytes.push((parameters + embedding) * F32_BYTES * state);
             costs.dense_wire_bytes.push((parameters + embedding) * F32_BYTES);
             let inner = if moe {
-                TOP_K as u64 * (2 * hidden + 2 * a.expert_width() as u64)
+                TOP_K as u64 * (2 * hidden + a.expert_matrices() as u64 * a.expert_width() as u64)
             } else {
                 3 * a.feed_forward as u64
             };
             let head = if layer == LayerId(0) { a.vocabulary as u64 } else { 0 };
-            let numbers = 6 * hidden + 4 * width + 2 * a.heads as u64 * length + inner + head;
+            let numbers =
+                6 * hidden + width + a.qkv_width() as u64 + 2 * a.heads as u64 * length + inner + head;
             costs.activation_bytes.push(tokens as u64 * numbers * F32_BYTES);
         }
         costs

@@ -104,7 +104,8 @@ impl Probe<'_> {
                 self.add(&gradient)?;
             }
         }
-        let (dx, gradient) = glam.gate_backward(dispatch, saved, inputs)?;
+        let load: Vec<u32> = dispatch.counts.iter().map(|&count| count as u32).collect();
+        let (dx, gradient) = glam.gate_backward(dispatch, saved, inputs, &load)?;
         self.add(&gradient)?;
         Ok((dx, head))
     }

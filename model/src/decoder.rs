@@ -21,7 +21,7 @@ mod mixture;
 pub use cache::Cache;
 
 use crate::error::{Error, Result};
-use crate::layers::{self, FeedForward};
+use crate::layers;
 use crate::limits::SCORED_ROWS;
 use crate::weights::load_weights;
 use attention::{Attention, Queries};
@@ -39,6 +39,8 @@ pub struct Decoder {
     device: Device,
     /// `[vocabulary, hidden]`.
     embedding: Tensor,
+    /// The table of the output, `[vocabulary, hidden]`: maybe `embedding` itself.
+    output: Tensor,
     /// `[hidden]`.
     norm: Tensor,
     layers: Vec<Layer>,
@@ -146,8 +148,9 @@ impl Decoder {
         for layer in a.layer_range().iter() {
             layers.push(Layer::load(a, layer, context, device, &mut weights)?);
         }
-        let [embedding, norm] = exactly(ShardId::Embedding, weights(ShardId::Embedding)?)?;
-        Ok(Self { architecture: a.clone(), context, device, embedding, norm, layers })
+        let tables = weights(ShardId::Embedding)?;
+        let [embedding, norm, output] = [0, 1, layers::output_place(a)].map(|at| tables[at].shallow_clone());
+        Ok(Self { architecture: a.clone(), context, device, embedding, output, norm, layers })
     }
 
     /// The longest sequence, in tokens.
@@ -229,17 +232,15 @@ impl Decoder {
         let ids = Tensor::f_from_slice(&ids)?.f_to_device(self.device)?;
         let parts: Vec<(usize, usize)> =
             inputs.iter().map(|input| (input.slot, input.tokens.len())).collect();
-        let queries = Queries::new(cache, &parts, self.device)?;
-        let mut x = layers::embed(&self.embedding, &ids, Kind::Float)?;
+        let queries = Queries::new(&self.architecture, cache, &parts, self.device)?;
+        let mut x = layers::embed(&self.architecture, &self.embedding, &ids, Kind::Float)?;
         let mut experts = Vec::new();
         for (place, layer) in self.layers.iter().enumerate() {
             x = layer.attention.forward(&self.architecture, cache.layer(place), &queries, &x)?;
             x = match &layer.rest {
-                Rest::FeedForward([norm, gate, up, down]) => {
-                    FeedForward { norm, gate, up, down }.forward(&x)?
-                }
+                Rest::FeedForward(p) => layers::feed_forward(self.architecture.family, p, &x)?,
                 Rest::Mixture(mixture) => {
-                    let (y, chosen) = mixture.forward(self.architecture.activation, &x)?;
+                    let (y, chosen) = mixture.forward(&self.architecture, &x)?;
                     experts.push(chosen);
                     y
                 }
@@ -260,7 +261,7 @@ impl Decoder {
     }
 
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        layers::logits(x, &self.embedding, &self.norm)
+        layers::logits(x, &self.output, &self.norm)
     }
 
     /// The scores of an input whose first row in `x` is `start`.
@@ -310,16 +311,13 @@ impl Layer {
     ) -> Result<Self> {
         let (dense, router) = (ShardId::Dense { layer }, ShardId::Router { layer });
         let mut tensors = weights(dense)?;
-        let rest = tensors.split_off(tensors.len().min(Attention::TENSORS));
-        let attention = Attention::new(a, exactly(dense, tensors)?, context, device)?;
+        let rest = tensors.split_off(tensors.len().min(Attention::tensors(a)));
+        let attention = Attention::new(a, tensors, context, device)?;
         if !a.is_moe(layer) {
             return Ok(Self { attention, rest: Rest::FeedForward(exactly(dense, rest)?) });
         }
         let [norm, gate] = exactly(router, weights(router)?)?;
-        let expert = |expert| {
-            let id = ShardId::Expert { layer, expert };
-            exactly(id, weights(id)?)
-        };
+        let expert = |expert| weights(ShardId::Expert { layer, expert });
         let experts = a.expert_ids().map(expert).collect::<Result<_>>()?;
         Ok(Self { attention, rest: Rest::Mixture(Mixture { norm, gate, experts }) })
     }

@@ -10,7 +10,7 @@ mod compute;
 mod moe;
 
 use crate::error::{Error, Result};
-use crate::layers::{self, Attention, FeedForward, Positions};
+use crate::layers::{self, Attention, Positions};
 use crate::optimizer;
 pub use crate::weights::Shard;
 use crate::weights::host_bytes;
@@ -74,9 +74,10 @@ pub enum Saved {
     Expert {
         /// Input, `[rows, hidden]`, activations.
         x: Tensor,
-        /// Input of the activation function, `[rows, expert_hidden]`; after the backward call its gradient.
-        h: Tensor,
-        /// Output of the activation function, `[rows, expert_hidden]`.
+        /// Products with all matrices but the last, `[rows, expert_hidden]` each; after the backward call
+        /// their gradients.
+        h: Vec<Tensor>,
+        /// What the last matrix is applied to, `[rows, expert_hidden]`.
         a: Tensor,
         /// Gradient of the output, `[rows, hidden]`, after the backward call.
         dy: Option<Tensor>,
@@ -96,6 +97,9 @@ pub struct SavedGate {
     weights: Tensor,
     /// The auxiliary losses with their coefficients, a scalar.
     penalty: Tensor,
+    /// The means of the experts' probabilities, `[experts]`, f32, where the load of all layers is balanced
+    /// together.
+    mean: Option<Tensor>,
     /// The experts' outputs for each choice, `[tokens, hidden]`, activations.
     outputs: Vec<Tensor>,
     /// The gradient of `weights`, `[tokens, 2]`, f32.
@@ -194,14 +198,10 @@ impl Glam {
     }
 
     pub(super) fn dense_forward(&self, layer: LayerId, p: &[Tensor], x: &Tensor) -> Result<Tensor> {
-        let [norm, qkv, output, position, rest @ ..] = p else { return Err(Error::OutOfTurn("dense")) };
-        let attended =
-            Attention { norm, qkv, output, position }.forward(&self.architecture, &self.positions(), x)?;
-        match rest {
-            [norm, gate, up, down] => FeedForward { norm, gate, up, down }.forward(&attended),
-            _ if self.architecture.is_moe(layer) => Ok(attended),
-            _ => Err(Error::OutOfTurn("dense")),
-        }
+        let a = &self.architecture;
+        let (attention, rest) = Attention::of(a, p)?;
+        let attended = attention.forward(a, &self.positions(), x)?;
+        if a.is_moe(layer) { Ok(attended) } else { layers::feed_forward(a.family, rest, &attended) }
     }
 
     pub(super) fn loss_inner(
@@ -213,7 +213,8 @@ impl Glam {
     ) -> Result<(LaneLoss, Option<(Tensor, Gradient)>)> {
         let x = self.leaf(x, train)?;
         let leaves = p.leaves(train)?;
-        let logits = layers::logits(&x, &leaves[0], &leaves[1])?;
+        let output = layers::output_place(&self.architecture);
+        let logits = layers::logits(&x, &leaves[output], &leaves[1])?;
         let targets = self.ids(tokens, 1)?;
         let loss = layers::cross_entropy(&logits, &targets)?;
         let mean = loss.f_double_value(&[])?;
@@ -222,8 +223,13 @@ impl Glam {
             let sequences = layers::sequence_cross_entropy(&logits, &targets, length)?;
             return Ok((LaneLoss { mean, sequences: Vec::try_from(sequences)? }, None));
         }
-        let mut all = gradients(&loss, &[&x, &leaves[0], &leaves[1]])?;
+        let mut all = gradients(&loss, &[&x, &leaves[output], &leaves[1]])?;
         let dx = all.remove(0);
+        if output > 0 {
+            // The input's table has no part in the output.
+            let of_output = std::mem::replace(&mut all[0], leaves[0].f_detach()?.f_zeros_like()?);
+            all.push(of_output);
+        }
         Ok((LaneLoss { mean, sequences: Vec::new() }, Some((dx, Gradient(all)))))
     }
 

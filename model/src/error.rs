@@ -88,6 +88,14 @@ pub enum Error {
         /// The difference.
         reason: String,
     },
+    /// The load of a backward call is that of another number of experts.
+    #[error("the load of {found} experts: expected {experts}")]
+    Load {
+        /// The experts of a layer.
+        experts: usize,
+        /// The numbers found.
+        found: usize,
+    },
     /// Gradients with another number of tensors than expected.
     #[error("a gradient has {found} tensors, expected {expected}")]
     GradientTensors {

@@ -6,14 +6,14 @@
 mod routing;
 
 use crate::error::{Error, Result};
-use crate::layers::{self, Attention, FeedForward, Gate, Positions};
+use crate::layers::{self, Attention, Gate, Positions, expert};
 use crate::optimizer;
 use crate::weights::Shard;
 use routing::Routing;
 use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use tch::{Device, Kind, Tensor};
-use volary_core::architecture::Architecture;
+use volary_core::architecture::{Architecture, Family};
 use volary_core::options::TrainingOptions;
 use volary_core::update::{Moments, Update};
 use volary_core::{Lane, LayerId, ShardId, Step};
@@ -128,18 +128,18 @@ impl Reference {
     ) -> Result<(Tensor, Vec<Gate>)> {
         let a = &self.architecture;
         let positions = Positions::new(a, length, self.device)?;
-        let mut x = layers::embed(&leaves[&ShardId::Embedding][0], ids, Kind::Float)?;
+        let mut x = layers::embed(a, &leaves[&ShardId::Embedding][0], ids, Kind::Float)?;
         let mut gates = Vec::new();
         for layer in a.layer_range().iter() {
             let p = &leaves[&ShardId::Dense { layer }];
-            let attention = Attention { norm: &p[0], qkv: &p[1], output: &p[2], position: &p[3] };
+            let (attention, rest) = Attention::of(a, p)?;
             x = attention.forward(a, &positions, &x)?;
             if a.is_moe(layer) {
                 let (y, gate) = self.mixture(leaves, layer, &x, routing)?;
                 x = y;
                 gates.push(gate);
             } else {
-                x = FeedForward { norm: &p[4], gate: &p[5], up: &p[6], down: &p[7] }.forward(&x)?;
+                x = layers::feed_forward(a.family, rest, &x)?;
             }
         }
         Ok((x, gates))
@@ -155,7 +155,7 @@ impl Reference {
     ) -> Result<(Tensor, Gate)> {
         let a = &self.architecture;
         let router = &leaves[&ShardId::Router { layer }];
-        let gate = Gate::forward(x, &router[0], &router[1])?;
+        let gate = Gate::forward(a.family, x, &router[0], &router[1])?;
         let kept = routing.kept(a, layer, &gate)?;
         let is_kept = kept.f_gt(0.0)?;
         let mut y = x.shallow_clone();
@@ -170,8 +170,8 @@ impl Reference {
             let weight =
                 weight.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Float)?.f_index_select(0, &tokens)?;
             let rows = gate.normed.f_index_select(0, &tokens)?;
-            let inner = layers::activate(a.activation, &layers::project(&rows, &p[0])?)?;
-            y = y.f_index_add(0, &tokens, &layers::project(&inner, &p[1])?.f_mul(&weight)?)?;
+            let output = expert::forward(a, p, &rows)?.y;
+            y = y.f_index_add(0, &tokens, &output.f_mul(&weight)?)?;
         }
         Ok((y, gate))
     }
@@ -193,18 +193,45 @@ impl Reference {
         let routing = Routing::Lane { seed: self.seed, step, lane };
         let (x, gates) = self.forward(&leaves, &ids(0)?, length, routing)?;
         let embedding = &leaves[&ShardId::Embedding];
-        let cross_entropy =
-            layers::cross_entropy(&layers::logits(&x, &embedding[0], &embedding[1])?, &ids(1)?)?;
+        let cross_entropy = layers::cross_entropy(&self.output(embedding, &x)?, &ids(1)?)?;
         let mut total = cross_entropy.shallow_clone();
         let mut aux_loss = 0.0;
         for gate in &gates {
             aux_loss += gate.aux_loss.f_double_value(&[])? / gates.len() as f64;
-            total = total.f_add(&gate.aux_loss.f_mul_scalar(self.training.aux_loss)?)?;
             total = total.f_add(&gate.z_loss.f_mul_scalar(self.training.z_loss)?)?;
+        }
+        if let Some(balance) = self.balance(&gates)? {
+            total = total.f_add(&balance.f_mul_scalar(self.training.aux_loss)?)?;
         }
         let loss = cross_entropy.f_double_value(&[])?;
         let gradients = if train { Self::backward(&total, &leaves)? } else { BTreeMap::new() };
         Ok(Outcome { loss, aux_loss, gradients })
+    }
+
+    /// The load-balancing loss: in GLaM the sum over layers, in Qwen3 that of all layers' tokens together.
+    fn balance(&self, gates: &[Gate]) -> Result<Option<Tensor>> {
+        if gates.is_empty() {
+            return Ok(None);
+        }
+        let of_layers = |of: fn(&Gate) -> &Tensor| gates.iter().map(of).collect::<Vec<_>>();
+        Ok(Some(match self.architecture.family {
+            Family::Glam => Tensor::f_stack(&of_layers(|gate| &gate.aux_loss), 0)?.f_sum(Kind::Float)?,
+            Family::Qwen3Moe => {
+                let experts = self.architecture.experts as i64;
+                let chosen = Tensor::f_cat(&of_layers(|gate| &gate.experts), 0)?.f_one_hot(experts)?;
+                let share =
+                    chosen.f_to_kind(Kind::Float)?.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
+                let share = share.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?;
+                let all = Tensor::f_cat(&of_layers(|gate| &gate.probabilities), 0)?;
+                let mean = all.f_mean_dim([0i64].as_slice(), false, Kind::Float)?;
+                share.f_mul(&mean)?.f_sum(Kind::Float)?.f_mul_scalar(experts as f64)?
+            }
+        }))
+    }
+
+    /// The logits, `[tokens, vocabulary]`, of the residual stream.
+    fn output(&self, embedding: &[Tensor], x: &Tensor) -> Result<Tensor> {
+        layers::logits(x, &embedding[layers::output_place(&self.architecture)], &embedding[1])
     }
 
     fn backward(total: &Tensor, leaves: &Leaves) -> Result<BTreeMap<ShardId, Vec<Tensor>>> {
@@ -276,7 +303,7 @@ impl Reference {
         let logits = tch::no_grad(|| -> Result<Tensor> {
             let (x, _) = self.forward(&leaves, &input, ids.len(), Routing::Free)?;
             let embedding = &leaves[&ShardId::Embedding];
-            layers::logits(&x, &embedding[0], &embedding[1])
+            self.output(embedding, &x)
         })?;
         Ok(Vec::try_from(logits.f_to_device(Device::Cpu)?)?)
     }

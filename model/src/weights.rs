@@ -9,7 +9,7 @@ use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use tch::{Device, Kind, Tensor};
-use volary_core::architecture::Architecture;
+use volary_core::architecture::{Architecture, Family};
 use volary_core::options::Optimizer;
 use volary_core::random::{Purpose, Stream};
 use volary_core::{Digest, ExpertId, LayerId, ShardId, Step};
@@ -54,15 +54,21 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
         shape: vec![rows, columns],
         initial: Initial::Uniform(1.0 / (rows as f64).sqrt()),
     };
-    let norm = |name| {
+    let gain = |name, width: i64| {
         let initial = Initial::Constant(1.0);
-        Parameter { name, role: Role::Norm, shape: vec![hidden], initial }
+        Parameter { name, role: Role::Norm, shape: vec![width], initial }
     };
+    let norm = |name| gain(name, hidden);
     match shard {
         ShardId::Embedding => {
             let initial = Initial::Uniform(1.0 / (hidden as f64).sqrt());
             let shape = vec![a.vocabulary as i64, hidden];
-            vec![Parameter { name: "tokens", role: Role::Matrix, shape, initial }, norm("norm")]
+            let table = |name| Parameter { name, role: Role::Matrix, shape: shape.clone(), initial };
+            let mut list = vec![table("tokens"), norm("norm")];
+            if !a.is_tied() {
+                list.push(table("output"));
+            }
+            list
         }
         ShardId::Dense { layer } => {
             let position = Parameter {
@@ -73,10 +79,16 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
             };
             let mut list = vec![
                 norm("attention.norm"),
-                matrix("attention.qkv", hidden, 3 * width),
+                matrix("attention.qkv", hidden, a.qkv_width() as i64),
                 matrix("attention.output", width, hidden),
-                position,
             ];
+            match a.family {
+                Family::Glam => list.push(position),
+                Family::Qwen3Moe => {
+                    let dim = a.head_dim as i64;
+                    list.extend([gain("attention.query_norm", dim), gain("attention.key_norm", dim)]);
+                }
+            }
             if !a.is_moe(layer) {
                 let feed_forward = a.feed_forward as i64;
                 list.push(norm("feed_forward.norm"));
@@ -89,7 +101,12 @@ pub(crate) fn parameters(a: &Architecture, shard: ShardId) -> Vec<Parameter> {
         ShardId::Router { .. } => vec![norm("norm"), matrix("gate", hidden, a.experts as i64)],
         ShardId::Expert { .. } => {
             let expert = a.expert_width() as i64;
-            vec![matrix("up", hidden, expert), matrix("down", expert, hidden)]
+            let mut list = match a.family {
+                Family::Glam => Vec::new(),
+                Family::Qwen3Moe => vec![matrix("gate", hidden, expert)],
+            };
+            list.extend([matrix("up", hidden, expert), matrix("down", expert, hidden)]);
+            list
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The decoder, token by token and in batches, against the reference model on the whole sequence.
 #![expect(clippy::expect_used, reason = "tests")]
 
-use volary_core::architecture::{Activation, Architecture, presets};
+use volary_core::architecture::{Activation, Architecture, Family, presets};
 use volary_core::compute::Compute;
 use volary_core::options::TrainingOptions;
 use volary_core::random::{Purpose, Stream};
@@ -20,8 +20,14 @@ fn architecture(layers: usize, activation: Activation, moe_first: bool) -> Archi
     (a.vocabulary, a.hidden, a.layers, a.heads, a.head_dim) = (61, 24, layers, 3, 8);
     (a.feed_forward, a.experts, a.expert_hidden) = (40, 5, Some(28));
     (a.position_buckets, a.position_distance) = (8, 12);
-    (a.activation, a.moe_first) = (activation, moe_first);
+    (a.activation, a.moe_first) = (activation, Some(moe_first));
     a
+}
+
+fn qwen3(kv_heads: usize, tied: bool) -> Architecture {
+    let a = architecture(3, Activation::Gelu, false);
+    let (family, kv_heads, tied_embedding) = (Family::Qwen3Moe, Some(kv_heads), Some(tied));
+    Architecture { family, heads: 4, head_dim: 6, kv_heads, tied_embedding, ..a }
 }
 
 /// Both models with the same random weights, position biases included.
@@ -59,9 +65,12 @@ fn assert_near(ours: &[f32], theirs: &[f32], what: &str) {
 
 #[test]
 fn any_cut_of_any_sequences_into_passes_gives_the_reference_models_logits() {
-    for seed in 0..6 {
+    for seed in 0..10 {
         let activation = if seed % 2 == 0 { Activation::Gelu } else { Activation::Relu };
-        let a = architecture(2 + 2 * (seed as usize % 2), activation, seed % 3 == 0);
+        let a = match seed {
+            0..6 => architecture(2 + 2 * (seed as usize % 2), activation, seed % 3 == 0),
+            _ => qwen3(1 << (seed % 3), seed % 2 == 0),
+        };
         let (decoder, reference) = models(&a, seed);
         let mut stream = Stream::new(seed, Purpose::Faults, &[1]);
         let sequences: Vec<Vec<u32>> = (0..4)
@@ -136,25 +145,26 @@ fn log_softmax(logits: &[f32]) -> (Vec<f32>, u32) {
 /// is the reference model on the window.
 #[test]
 fn beyond_the_context_a_token_attends_to_the_last_ones() {
-    let mut a = architecture(1, Activation::Gelu, false);
-    a.moe_first = false;
-    let (decoder, reference) = models(&a, 3);
-    let mut stream = Stream::new(3, Purpose::Faults, &[2]);
-    let long = tokens(&mut stream, 3 * CONTEXT);
-    let other = tokens(&mut stream, 3 * CONTEXT);
-    let mut cache = decoder.cache(2).expect("a cache");
-    let first = Input { slot: 1, tokens: &long[..CONTEXT - 5], scoring: None };
-    decoder.advance(&mut cache, &[first]).expect("a pass");
-    for end in CONTEXT - 4..=long.len() {
-        let ours = Input { slot: 1, tokens: &long[end - 1..end], scoring: None };
-        // Beside a sequence of another length.
-        let beside = Input { slot: 0, tokens: &other[end - 1..end], scoring: None };
-        let outputs = decoder.advance(&mut cache, &[beside, ours]).expect("a pass");
-        let window = &long[end.saturating_sub(CONTEXT)..end];
-        let expected = reference.logits(window).expect("logits");
-        assert_near(&outputs[1].logits, &expected[window.len() - 1], &format!("{end} tokens"));
+    let qwen3 = Architecture { layers: 1, ..qwen3(2, false) };
+    for a in [architecture(1, Activation::Gelu, false), qwen3] {
+        let (decoder, reference) = models(&a, 3);
+        let mut stream = Stream::new(3, Purpose::Faults, &[2]);
+        let long = tokens(&mut stream, 3 * CONTEXT);
+        let other = tokens(&mut stream, 3 * CONTEXT);
+        let mut cache = decoder.cache(2).expect("a cache");
+        let first = Input { slot: 1, tokens: &long[..CONTEXT - 5], scoring: None };
+        decoder.advance(&mut cache, &[first]).expect("a pass");
+        for end in CONTEXT - 4..=long.len() {
+            let ours = Input { slot: 1, tokens: &long[end - 1..end], scoring: None };
+            // Beside a sequence of another length.
+            let beside = Input { slot: 0, tokens: &other[end - 1..end], scoring: None };
+            let outputs = decoder.advance(&mut cache, &[beside, ours]).expect("a pass");
+            let window = &long[end.saturating_sub(CONTEXT)..end];
+            let expected = reference.logits(window).expect("logits");
+            assert_near(&outputs[1].logits, &expected[window.len() - 1], &format!("{end} tokens"));
+        }
+        assert_eq!(cache.length(1), long.len());
     }
-    assert_eq!(cache.length(1), long.len());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
-use volary_core::architecture::{Activation, Architecture, SecondExpert};
+use volary_core::architecture::{Activation, Architecture, Family, SecondExpert};
 use volary_core::compute::{Compute, LaneLoss};
 use volary_core::dispatch::{Capacity, Dispatch};
 use volary_core::options::{OnNan, TrainingOptions};
@@ -20,18 +20,22 @@ const ROUTER: ShardId = ShardId::Router { layer: LayerId(0) };
 
 fn architecture() -> Architecture {
     Architecture {
+        family: Family::Glam,
         vocabulary: 97,
         hidden: 24,
         layers: 4,
         heads: 3,
         head_dim: 8,
+        kv_heads: None,
         feed_forward: 40,
         experts: 5,
         expert_hidden: Some(28),
-        moe_first: true,
+        moe_first: Some(true),
         activation: Activation::Gelu,
         capacity: Capacity::Dropless,
         second_expert: SecondExpert::All,
+        tied_embedding: None,
+        rope_theta: 10_000.0,
         position_buckets: 8,
         position_distance: 12,
     }
@@ -79,6 +83,7 @@ impl Driver {
         let mut x = g.embed(self.params(ShardId::Embedding), tokens).unwrap();
         let mut segments = Vec::new();
         let mut dropped = 0;
+        let mut load = vec![0; self.a.experts];
         for layer in self.a.layer_range().iter() {
             let (y, saved) = g.dense(layer, self.params(ShardId::Dense { layer }), x, true).unwrap();
             x = y;
@@ -86,6 +91,7 @@ impl Driver {
             if self.a.is_moe(layer) {
                 let gated = g.gate(layer, self.params(ShardId::Router { layer }), x, FIRST, true).unwrap();
                 dropped += gated.dispatch.dropped;
+                load.iter_mut().zip(&gated.dispatch.counts).for_each(|(all, count)| *all += *count as u32);
                 let (mut outs, mut kept) = (Vec::new(), Vec::new());
                 for (e, offset) in gated.dispatch.offsets().into_iter().enumerate() {
                     let rows = g.rows(&gated.rows, offset, gated.dispatch.counts[e]).unwrap();
@@ -125,7 +131,7 @@ impl Driver {
                         grads.insert(id, gradient);
                     }
                 }
-                let (d, gradient) = g.gate_backward(&dispatch, saved, inputs).unwrap();
+                let (d, gradient) = g.gate_backward(&dispatch, saved, inputs, &load).unwrap();
                 grads.insert(ShardId::Router { layer }, gradient);
                 dx = d;
             }
@@ -175,26 +181,54 @@ fn loss_and_every_gradient_equal_autograd_on_the_whole_model() {
     for (seed, activation, moe_first, capacity, second_expert) in cases {
         let (mut a, t) = (architecture(), training());
         (a.activation, a.moe_first, a.capacity, a.second_expert) =
-            (activation, moe_first, capacity, second_expert);
-        let tokens = tokens(seed, &a, &t);
-        let (loss, grads, _) = Driver::new(a.clone(), &t, Kind::Float).lane(&tokens);
-        // On the host, whatever the engine's device.
-        let reference = Reference::initial(&a, &t, 7, Device::Cpu).unwrap();
-        let reference = reference.lane(&tokens, FIRST, true).unwrap();
-        assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
-        for (id, theirs) in &reference.gradients {
-            let Some(ours) = grads.get(id) else {
-                assert!(
-                    theirs.iter().all(|g| g.abs().sum(Kind::Float).double_value(&[]) == 0.0),
-                    "{id} has no gradient"
-                );
-                continue;
-            };
-            for (index, (ours, theirs)) in Glam::gradient_bytes(ours).unwrap().iter().zip(theirs).enumerate()
-            {
-                let error = relative_error(&floats(ours), &tensor_floats(theirs));
-                assert!(error < 2e-5, "seed {seed}, {id}, parameter {index}: relative error {error}");
-            }
+            (activation, Some(moe_first), capacity, second_expert);
+        assert_equals_autograd(seed, &a, &t);
+    }
+}
+
+/// As above, for the other family: grouped keys and values, an output of its own or not, with experts or
+/// dense.
+#[test]
+fn loss_and_every_gradient_of_qwen3_equal_autograd_on_the_whole_model() {
+    for (seed, kv_heads, experts, tied) in [(1, 2, 5, false), (2, 4, 3, true), (3, 1, 0, false)] {
+        let (a, t) = (qwen3(kv_heads, experts, tied), TrainingOptions { aux_loss: 0.1, ..training() });
+        assert_equals_autograd(seed, &a, &t);
+    }
+}
+
+fn qwen3(kv_heads: usize, experts: usize, tied: bool) -> Architecture {
+    Architecture {
+        family: Family::Qwen3Moe,
+        heads: 4,
+        head_dim: 6,
+        kv_heads: Some(kv_heads),
+        experts,
+        moe_first: None,
+        tied_embedding: Some(tied),
+        ..architecture()
+    }
+}
+
+fn assert_equals_autograd(seed: u64, a: &Architecture, t: &TrainingOptions) {
+    let tokens = tokens(seed, a, t);
+    let (loss, grads, _) = Driver::new(a.clone(), t, Kind::Float).lane(&tokens);
+    // On the host, whatever the engine's device.
+    let reference = Reference::initial(a, t, 7, Device::Cpu).unwrap();
+    let reference = reference.lane(&tokens, FIRST, true).unwrap();
+    assert!((loss - reference.loss).abs() < 1e-5, "seed {seed}: {loss} against {}", reference.loss);
+    for (id, theirs) in &reference.gradients {
+        let Some(ours) = grads.get(id) else {
+            assert!(
+                theirs.iter().all(|g| g.abs().sum(Kind::Float).double_value(&[]) == 0.0),
+                "{id} has no gradient"
+            );
+            continue;
+        };
+        let ours = Glam::gradient_bytes(ours).unwrap();
+        assert_eq!(ours.len(), theirs.len(), "{id}");
+        for (index, (ours, theirs)) in ours.iter().zip(theirs).enumerate() {
+            let error = relative_error(&floats(ours), &tensor_floats(theirs));
+            assert!(error < 2e-5, "seed {seed}, {id}, parameter {index}: relative error {error}");
         }
     }
 }

@@ -98,14 +98,15 @@ impl<B: Compute> Router<B> {
         call("router", &self.0, |reply| RouterMsg::Forward { at, x, train, trace, reply }).await
     }
 
-    /// The gradient of the layer's input from that of its output.
+    /// The gradient of the layer's input from that of its output; `load` as in [`Compute::gate_backward`].
     pub(crate) async fn backward(
         &self,
         at: LaneStep,
         dy: B::Tensor,
+        load: Arc<[u32]>,
         trace: TraceContext,
     ) -> Result<B::Tensor> {
-        call("router", &self.0, |reply| RouterMsg::Backward { at, dy, trace, reply }).await
+        call("router", &self.0, |reply| RouterMsg::Backward { at, dy, load, trace, reply }).await
     }
 }
 

@@ -135,7 +135,7 @@ pub(crate) enum RouterMsg<B: Compute> {
     /// Gate, dispatch, combine, from and to `[sequences, sequence_length, hidden]`.
     Forward { at: LaneStep, x: B::Tensor, train: bool, trace: TraceContext, reply: Reply<Routed<B>> },
     /// The same in reverse: the gradient of the output to that of the input.
-    Backward { at: LaneStep, dy: B::Tensor, trace: TraceContext, reply: Reply<B::Tensor> },
+    Backward { at: LaneStep, dy: B::Tensor, load: Arc<[u32]>, trace: TraceContext, reply: Reply<B::Tensor> },
     /// See [`ShardMsg`].
     Shard(ShardMsg<B>),
 }

@@ -124,6 +124,15 @@ impl FakeCompute {
         FakeGradient { values, live: Live::new(&self.device) }
     }
 
+    /// The load over all layers has at least that of one layer.
+    fn check_load(&self, dispatch: &Dispatch, load: &[u32]) -> Computed<()> {
+        let of_layer = dispatch.counts.iter().zip(load).all(|(&count, &all)| count <= all as usize);
+        let is_right = load.len() == self.experts && of_layer;
+        is_right
+            .then_some(())
+            .ok_or_else(|| ComputeError(format!("the load of {:?}: {load:?}", dispatch.counts)))
+    }
+
     /// Input and target ids of every position, sequence by sequence.
     fn positions<'a>(&self, tokens: &'a [u32]) -> impl Iterator<Item = (u32, u32)> + use<'a> {
         let rows = tokens.chunks_exact(self.length + 1);
@@ -338,8 +347,10 @@ impl Compute for FakeCompute {
         dispatch: &Dispatch,
         saved: FakeSaved,
         inputs: Vec<FakeTensor>,
+        load: &[u32],
     ) -> Computed<(FakeTensor, FakeGradient)> {
         let FakeSaved::Gate(state) = saved else { return Err(wrong("gate_backward")) };
+        self.check_load(dispatch, load)?;
         let (Some(outputs), Some(dy)) = (&state.outputs, &state.dy) else {
             return Err(wrong("gate_backward"));
         };

@@ -49,6 +49,8 @@ pub struct StageRequest {
     pub train: bool,
     /// Sampled tokens of the lane.
     pub sampled_tokens: Vec<SampledToken>,
+    /// In the backward pass, the lane's assignments to each expert over all MoE layers; otherwise empty.
+    pub load: Vec<u32>,
 }
 
 /// The answer to a [`StageRequest`].

@@ -74,8 +74,13 @@ pub fn fuzz_message_seeds() -> Vec<Vec<u8>> {
     let to_node = [Some(ToNode::NameInUse), Some(abort), layout, Some(assign)];
     let experts = vec![(ExpertId(0), 3), (ExpertId(5), 1)];
     let rows = ExpertRequest { layer: LayerId(0), lane: Lane(1), train: true, experts };
-    let stage =
-        StageRequest { lane: Lane(1), layers: LayerId::range(2..4), train: true, sampled_tokens: Vec::new() };
+    let stage = StageRequest {
+        lane: Lane(1),
+        layers: LayerId::range(2..4),
+        train: true,
+        sampled_tokens: Vec::new(),
+        load: vec![3, 1],
+    };
     let wanted = ShardRequest { shard, version: Some(Step(7)) };
     let mut seeds: Vec<Vec<u8>> = to_supervisor.iter().filter_map(encode).collect();
     seeds.extend(to_node.iter().flatten().filter_map(encode));

@@ -5,11 +5,11 @@
 //! itself.
 
 use super::cache::{Cache, CachedLayer};
-use crate::error::Result;
-use crate::layers::{position_bucket, project, rms_norm};
+use crate::error::{Error, Result};
+use crate::layers::{ByPosition, Rotation, position_bucket, project, rms_norm, shared};
 use std::ops::Range;
 use tch::{Device, Kind, Tensor};
-use volary_core::architecture::Architecture;
+use volary_core::architecture::{Architecture, Family};
 
 /// The parameters of attention.
 #[derive(Debug)]
@@ -17,13 +17,15 @@ pub(super) struct Attention {
     norm: Tensor,
     qkv: Tensor,
     output: Tensor,
-    /// The position bias of each distance: `[context, heads]`, f32.
-    bias: Tensor,
+    /// The position bias of each distance, `[context, heads]`, f32, or the norms before the rotation.
+    by_position: ByPosition<Tensor>,
 }
 
 /// The rows of a pass and what they attend to, the same in all layers.
 pub(super) struct Queries {
     rows: i64,
+    /// By the positions of the rows, where the family turns queries and keys.
+    rotation: Option<Rotation>,
     together: Option<Together>,
     runs: Vec<Run>,
 }
@@ -81,8 +83,9 @@ impl Distances {
         })
     }
 
-    /// The biases with the mask: `[queries, heads, keys]`, f32.
-    fn bias(&self, by_distance: &Tensor) -> Result<Tensor> {
+    /// The biases with the mask: `[queries, heads, keys]`, f32, or `[queries, 1, keys]` without biases.
+    fn bias(&self, by_position: &ByPosition<Tensor>) -> Result<Tensor> {
+        let ByPosition::Bias(by_distance) = by_position else { return Ok(self.mask.f_unsqueeze(1)?) };
         let heads = by_distance.size()[1];
         let bias = by_distance.f_index_select(0, &self.flat)?.f_view([self.queries, self.keys, heads])?;
         Ok(bias.f_transpose(1, 2)?.f_add(&self.mask.f_unsqueeze(1)?)?)
@@ -91,8 +94,13 @@ impl Distances {
 
 impl Queries {
     /// `parts` are the slots with their numbers of new tokens, in the order of the rows.
-    pub(super) fn new(cache: &Cache, parts: &[(usize, usize)], device: Device) -> Result<Self> {
-        let (mut singles, mut runs) = (Vec::new(), Vec::new());
+    pub(super) fn new(
+        a: &Architecture,
+        cache: &Cache,
+        parts: &[(usize, usize)],
+        device: Device,
+    ) -> Result<Self> {
+        let (mut singles, mut runs, mut positions) = (Vec::new(), Vec::new(), Vec::new());
         let mut rows = 0;
         for &(slot, count) in parts {
             let start = cache.length(slot);
@@ -106,12 +114,17 @@ impl Queries {
                 runs.push(Run { rows, slot: slot as i64, start: start as i64, distances });
             }
             rows += count;
+            positions.extend(start..start + count);
         }
+        let rotation = match a.family {
+            Family::Glam => None,
+            Family::Qwen3Moe => Some(Rotation::new(a, &positions, device)?),
+        };
         let together = match singles.is_empty() {
             true => None,
             false => Some(Together::new(cache.context(), &singles, runs.is_empty(), device)?),
         };
-        Ok(Self { rows: rows as i64, together, runs })
+        Ok(Self { rows: rows as i64, rotation, together, runs })
     }
 }
 
@@ -139,15 +152,20 @@ impl Together {
         })
     }
 
-    /// The mixed values of the sequences' new tokens, `[sequences, heads, head_dim]`, of their queries, keys
-    /// and values of the same shape.
-    fn attend(&self, layer: &CachedLayer, bias: &Tensor, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+    /// The mixed values of the sequences' new tokens, `[sequences, heads, head_dim]`, of their queries of the
+    /// same shape, and their keys and values, `[sequences, kv_heads, head_dim]`.
+    fn attend(
+        &self,
+        layer: &CachedLayer,
+        by_position: &ByPosition<Tensor>,
+        [q, k, v]: [&Tensor; 3],
+    ) -> Result<Tensor> {
         let place = [Some(&self.slots), None, Some(&self.places)];
         let [mut keys, mut values] = [layer.keys.shallow_clone(), layer.values.shallow_clone()];
         let _ = keys.f_index_put_(&place, k, false)?;
         let _ = values.f_index_put_(&place, v, false)?;
         let gather = |all: &Tensor| all.f_narrow(2, 0, self.keys)?.f_index_select(0, &self.slots);
-        let bias = self.distances.bias(bias)?.f_unsqueeze(2)?;
+        let bias = self.distances.bias(by_position)?.f_unsqueeze(2)?;
         mix(&q.f_unsqueeze(2)?, &gather(&keys)?, &gather(&values)?, &bias)?
             .f_squeeze_dim(2)
             .map_err(Into::into)
@@ -156,7 +174,12 @@ impl Together {
 
 impl Run {
     /// As [`Together::attend`], of the new tokens of one sequence.
-    fn attend(&self, layer: &CachedLayer, bias: &Tensor, [q, k, v]: [&Tensor; 3]) -> Result<Tensor> {
+    fn attend(
+        &self,
+        layer: &CachedLayer,
+        by_position: &ByPosition<Tensor>,
+        [q, k, v]: [&Tensor; 3],
+    ) -> Result<Tensor> {
         let count = self.rows.end - self.rows.start;
         let by_head = |rows: &Tensor| rows.f_transpose(0, 1);
         let all = |cached: &Tensor, new: &Tensor| -> Result<Tensor> {
@@ -165,33 +188,62 @@ impl Run {
             Ok(slot.f_narrow(1, 0, self.start + count)?)
         };
         let (keys, values) = (all(&layer.keys, k)?, all(&layer.values, v)?);
-        let bias = self.distances.bias(bias)?.f_transpose(0, 1)?;
+        let bias = self.distances.bias(by_position)?.f_transpose(0, 1)?;
         by_head(&mix(&by_head(q)?, &keys, &values, &bias)?).map_err(Into::into)
     }
 }
 
 /// The values mixed by the softmax of the scores: queries `[.., heads, queries, head_dim]`, keys and values
-/// `[.., heads, keys, head_dim]`, bias `[.., heads, queries, keys]`.
+/// `[.., kv_heads, keys, head_dim]`, bias `[.., heads, queries, keys]`.
 fn mix(q: &Tensor, keys: &Tensor, values: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let dim = q.size().last().copied().unwrap_or(1) as f64;
+    let shape = q.size();
+    let (heads, dim) = (shape[shape.len() - 3], shape[shape.len() - 1] as f64);
+    let (keys, values) = (shared(keys, heads)?, shared(values, heads)?);
     let scores = q.f_mul_scalar(dim.powf(-0.5))?.f_matmul(&keys.f_transpose(-2, -1)?)?;
-    Ok(scores.f_add(bias)?.f_softmax(-1, Kind::Float)?.f_matmul(values)?)
+    Ok(scores.f_add(bias)?.f_softmax(-1, Kind::Float)?.f_matmul(&values)?)
 }
 
 impl Attention {
     /// The number of its tensors, the first ones of a dense shard.
-    pub(super) const TENSORS: usize = 4;
+    pub(super) fn tensors(a: &Architecture) -> usize {
+        3 + ByPosition::<Tensor>::count(a)
+    }
 
     pub(super) fn new(
         a: &Architecture,
-        [norm, qkv, output, table]: [Tensor; Self::TENSORS],
+        tensors: Vec<Tensor>,
         context: usize,
         device: Device,
     ) -> Result<Self> {
-        let bucket = |d: usize| position_bucket(d, a.position_buckets, a.position_distance) as i64;
-        let buckets: Vec<i64> = (0..context).map(bucket).collect();
-        let bias = table.f_index_select(0, &Tensor::f_from_slice(&buckets)?.f_to_device(device)?)?;
-        Ok(Self { norm, qkv, output, bias })
+        let mut tensors = tensors.into_iter();
+        let mut next = || tensors.next().ok_or(Error::OutOfTurn("Attention::new"));
+        let (norm, qkv, output) = (next()?, next()?, next()?);
+        let by_position = match ByPosition::split(a, tensors).ok_or(Error::OutOfTurn("Attention::new"))? {
+            ByPosition::Bias(table) => {
+                let bucket = |d: usize| position_bucket(d, a.position_buckets, a.position_distance) as i64;
+                let buckets: Vec<i64> = (0..context).map(bucket).collect();
+                let buckets = Tensor::f_from_slice(&buckets)?.f_to_device(device)?;
+                ByPosition::Bias(table.f_index_select(0, &buckets)?)
+            }
+            turned => turned,
+        };
+        Ok(Self { norm, qkv, output, by_position })
+    }
+
+    /// Queries, `[rows, heads, head_dim]`, and keys and values, `[rows, kv_heads, head_dim]`, of rows.
+    fn project(&self, a: &Architecture, queries: &Queries, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (heads, kv_heads) = (a.heads as i64, a.kv_heads() as i64);
+        let qkv = project(&rms_norm(x, &self.norm)?, &self.qkv)?;
+        let qkv = qkv.f_view([queries.rows, heads + 2 * kv_heads, a.head_dim as i64])?;
+        let of = |start, count| qkv.f_narrow(1, start, count);
+        let (q, k, v) = (of(0, heads)?, of(heads, kv_heads)?, of(heads + kv_heads, kv_heads)?);
+        let (ByPosition::Turned { query_norm, key_norm }, Some(rotation)) =
+            (&self.by_position, &queries.rotation)
+        else {
+            return Ok([q, k, v]);
+        };
+        let q = rotation.apply(&rms_norm(&q, query_norm)?, true)?;
+        Ok([q, rotation.apply(&rms_norm(&k, key_norm)?, true)?, v])
     }
 
     /// Attention of the new rows, `[rows, hidden]`, to themselves and to the cache, into which their keys and
@@ -204,24 +256,25 @@ impl Attention {
         x: &Tensor,
     ) -> Result<Tensor> {
         let (heads, dim) = (a.heads as i64, a.head_dim as i64);
-        let qkv = project(&rms_norm(x, &self.norm)?, &self.qkv)?.f_view([queries.rows, 3, heads, dim])?;
-        let of = |rows: &Tensor, which: i64| rows.f_select(1, which);
+        let qkv = self.project(a, queries, x)?;
+        let by_position = &self.by_position;
         let mixed = Tensor::f_empty([queries.rows, heads, dim], (Kind::Float, x.device()))?;
         for run in &queries.runs {
             let count = run.rows.end - run.rows.start;
-            let rows = qkv.f_narrow(0, run.rows.start, count)?;
-            let out = run.attend(layer, &self.bias, [&of(&rows, 0)?, &of(&rows, 1)?, &of(&rows, 2)?])?;
+            let rows = |x: &Tensor| x.f_narrow(0, run.rows.start, count);
+            let [q, k, v] = &qkv;
+            let out = run.attend(layer, by_position, [&rows(q)?, &rows(k)?, &rows(v)?])?;
             mixed.f_narrow(0, run.rows.start, count)?.f_copy_(&out)?;
         }
         let mixed = match &queries.together {
             None => mixed,
             Some(together) => {
-                let rows = match &together.rows {
-                    Some(rows) => qkv.f_index_select(0, rows)?,
-                    None => qkv,
+                let rows = |x: &Tensor| -> Result<Tensor> {
+                    let all = || x.shallow_clone();
+                    Ok(together.rows.as_ref().map_or_else(|| Ok(all()), |rows| x.f_index_select(0, rows))?)
                 };
-                let out =
-                    together.attend(layer, &self.bias, [&of(&rows, 0)?, &of(&rows, 1)?, &of(&rows, 2)?])?;
+                let [q, k, v] = &qkv;
+                let out = together.attend(layer, by_position, [&rows(q)?, &rows(k)?, &rows(v)?])?;
                 match &together.rows {
                     Some(rows) => mixed.f_index_copy(0, rows, &out)?,
                     None => out,

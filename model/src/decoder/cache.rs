@@ -24,7 +24,7 @@ pub struct Cache {
 /// One layer's part of a cache.
 #[derive(Debug)]
 pub(super) struct CachedLayer {
-    /// `[slots, heads, rows, head_dim]`, f32. Rows that were never written are 0: masked numbers must be
+    /// `[slots, kv_heads, rows, head_dim]`, f32. Rows that were never written are 0: masked numbers must be
     /// finite as well.
     pub(super) keys: Tensor,
     /// The same shape.
@@ -34,7 +34,7 @@ pub(super) struct CachedLayer {
 impl Cache {
     pub(super) fn new(a: &Architecture, context: usize, slots: usize, device: Device) -> Result<Self> {
         let rows = FIRST_ROWS.min(context);
-        let shape = [slots as i64, a.heads as i64, rows as i64, a.head_dim as i64];
+        let shape = [slots as i64, a.kv_heads() as i64, rows as i64, a.head_dim as i64];
         let zeros = || Tensor::f_zeros(shape.as_slice(), (Kind::Float, device));
         let layer = |_| Ok(CachedLayer { keys: zeros()?, values: zeros()? });
         let layers = (0..a.layers).map(layer).collect::<Result<_>>()?;

@@ -1,10 +1,10 @@
 //! The experts of a layer, each on its tokens.
 
 use crate::error::Result;
-use crate::layers::{Gate, activate, project};
+use crate::layers::{Gate, expert};
 use tch::{Device, Tensor};
 use volary_core::ExpertId;
-use volary_core::architecture::Activation;
+use volary_core::architecture::Architecture;
 use volary_core::dispatch::TOP_K;
 
 /// The parameters of an MoE layer.
@@ -14,18 +14,14 @@ pub(super) struct Mixture {
     pub(super) norm: Tensor,
     /// `[hidden, experts]`.
     pub(super) gate: Tensor,
-    /// Up, `[hidden, expert_hidden]`, and down, `[expert_hidden, hidden]`.
-    pub(super) experts: Vec<[Tensor; 2]>,
+    /// The parameters of each expert.
+    pub(super) experts: Vec<Vec<Tensor>>,
 }
 
 impl Mixture {
     /// The layer with the residual, `[rows, hidden]` to the same shape, and the two experts of each row.
-    pub(super) fn forward(
-        &self,
-        activation: Activation,
-        x: &Tensor,
-    ) -> Result<(Tensor, Vec<[ExpertId; TOP_K]>)> {
-        let gate = Gate::forward(x, &self.norm, &self.gate)?;
+    pub(super) fn forward(&self, a: &Architecture, x: &Tensor) -> Result<(Tensor, Vec<[ExpertId; TOP_K]>)> {
+        let gate = Gate::forward(a.family, x, &self.norm, &self.gate)?;
         let chosen: Vec<i64> = Vec::try_from(gate.experts.f_flatten(0, -1)?.f_to_device(Device::Cpu)?)?;
         // Assignments by expert, and within each by row.
         let mut order: Vec<i64> = (0..chosen.len() as i64).collect();
@@ -39,10 +35,9 @@ impl Mixture {
         let mut outputs = Vec::new();
         let mut start = 0;
         for of_expert in order.chunk_by(|a, b| chosen[*a as usize] == chosen[*b as usize]) {
-            let [up, down] = &self.experts[chosen[of_expert[0] as usize] as usize];
+            let parameters = &self.experts[chosen[of_expert[0] as usize] as usize];
             let count = of_expert.len() as i64;
-            let inner = activate(activation, &project(&inputs.f_narrow(0, start, count)?, up)?)?;
-            outputs.push(project(&inner, down)?);
+            outputs.push(expert::forward(a, parameters, &inputs.f_narrow(0, start, count)?)?.y);
             start += count;
         }
         let weights = gate.weights.f_view([-1, 1])?.f_index_select(0, &assignments)?;

@@ -55,7 +55,7 @@ impl Compute for Glam {
     }
 
     fn embed(&self, params: Params, tokens: &[u32]) -> Computed<Tensor> {
-        Ok(layers::embed(&params.0[0], &self.ids(tokens, 0)?, self.kind)?)
+        Ok(layers::embed(&self.architecture, &params.0[0], &self.ids(tokens, 0)?, self.kind)?)
     }
 
     fn loss(
@@ -70,8 +70,11 @@ impl Compute for Glam {
 
     fn embed_backward(&self, gradient: Gradient, dx: Tensor, tokens: &[u32]) -> Computed<Gradient> {
         let inner = || -> Result<Gradient> {
-            let scale = (self.architecture.hidden as f64).sqrt();
-            let dx = dx.f_to_kind(Kind::Float)?.f_mul_scalar(scale)?;
+            let dx = dx.f_to_kind(Kind::Float)?;
+            let dx = match layers::embedding_scale(&self.architecture) {
+                Some(scale) => dx.f_mul_scalar(scale)?,
+                None => dx,
+            };
             let vocabulary = self.architecture.vocabulary as i64;
             let ids = self.ids(tokens, 0)?;
             let input = Tensor::f_embedding_dense_backward(&dx, &ids, vocabulary, -1, false)?;
@@ -136,8 +139,9 @@ impl Compute for Glam {
         dispatch: &Dispatch,
         saved: Saved,
         inputs: Vec<Tensor>,
+        load: &[u32],
     ) -> Computed<(Tensor, Gradient)> {
-        Ok(self.gate_backward_inner(dispatch, saved, &inputs)?)
+        Ok(self.gate_backward_inner(dispatch, saved, &inputs, load)?)
     }
 
     fn expert(&self, params: Params, x: Tensor, train: bool) -> Computed<(Tensor, Saved)> {

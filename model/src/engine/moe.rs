@@ -2,9 +2,10 @@
 
 use super::{Glam, Gradient, Params, Saved, SavedGate, gradients};
 use crate::error::{Error, Result};
-use crate::layers::{self, Gate};
+use crate::layers::expert::{self, Gradients, Passed};
+use crate::layers::{Gate, pooled_aux_loss};
 use tch::{Kind, Tensor};
-use volary_core::architecture::SecondExpert;
+use volary_core::architecture::{Family, SecondExpert};
 use volary_core::compute::Gated;
 use volary_core::dispatch::{Dispatch, TOP_K};
 use volary_core::random::{Purpose, Stream};
@@ -39,7 +40,7 @@ impl Glam {
     ) -> Result<Gated<Self>> {
         let x = self.leaf(x, train)?;
         let leaves = p.leaves(train)?;
-        let gate = Gate::forward(&x, &leaves[0], &leaves[1])?;
+        let gate = Gate::forward(self.architecture.family, &x, &leaves[0], &leaves[1])?;
         let tokens = x.size()[0] as usize;
         let (first, mut second, aux_loss, entropy) = gate.on_host()?;
         if self.architecture.second_expert == SecondExpert::Random {
@@ -56,16 +57,19 @@ impl Glam {
         let dispatch =
             Dispatch::new([&first, &second], self.architecture.experts, self.architecture.capacity);
         let rows = gate.normed.f_detach()?.f_index_select(0, &self.index(&dispatch.tokens)?)?;
-        let penalty = gate
-            .aux_loss
-            .f_mul_scalar(self.training.aux_loss)?
-            .f_add(&gate.z_loss.f_mul_scalar(self.training.z_loss)?)?;
+        let z_loss = gate.z_loss.f_mul_scalar(self.training.z_loss)?;
+        let (penalty, mean) = match self.architecture.family {
+            Family::Glam => (gate.aux_loss.f_mul_scalar(self.training.aux_loss)?.f_add(&z_loss)?, None),
+            // The load of the layers behind this one is known in the backward pass only.
+            Family::Qwen3Moe => (z_loss, Some(gate.mean)),
+        };
         let saved = SavedGate {
             x,
             leaves,
             normed: gate.normed,
             weights: gate.weights,
             penalty,
+            mean,
             outputs: Vec::new(),
             d_weights: None,
             residual: None,
@@ -135,11 +139,22 @@ impl Glam {
         d: &Dispatch,
         saved: Saved,
         inputs: &[Tensor],
+        load: &[u32],
     ) -> Result<(Tensor, Gradient)> {
         let Saved::Gate(gate) = saved else { return Err(Error::OutOfTurn("gate_backward")) };
         let (Some(d_weights), Some(residual)) = (gate.d_weights, gate.residual) else {
             return Err(Error::OutOfTurn("gate_backward"));
         };
+        let mut penalty = gate.penalty;
+        if let Some(mean) = &gate.mean {
+            let experts = self.architecture.experts;
+            if load.len() != experts {
+                return Err(Error::Load { experts, found: load.len() });
+            }
+            let (tokens, layers) = (d.rows[0].len(), self.architecture.moe_layers().count());
+            let pooled = pooled_aux_loss(mean, load, tokens, layers)?;
+            penalty = penalty.f_add(&pooled.f_mul_scalar(self.training.aux_loss)?)?;
+        }
         let [first, second] = self
             .by_token(d, Tensor::f_cat(inputs, 0)?)?
             .try_into()
@@ -149,16 +164,14 @@ impl Glam {
             .f_mul(&first.f_add(&second)?)?
             .f_sum(Kind::Float)?
             .f_add(&gate.weights.f_mul(&d_weights)?.f_sum(Kind::Float)?)?
-            .f_add(&gate.penalty)?;
+            .f_add(&penalty)?;
         let mut all = gradients(&scalar, &[&gate.x, &gate.leaves[0], &gate.leaves[1]])?;
         let dx = all.remove(0).f_add(&residual)?;
         Ok((dx, Gradient(all)))
     }
 
     pub(super) fn expert_inner(&self, p: &Params, x: Tensor, train: bool) -> Result<(Tensor, Saved)> {
-        let h = layers::project(&x, &p.0[0])?;
-        let a = layers::activate(self.architecture.activation, &h)?;
-        let y = layers::project(&a, &p.0[1])?;
+        let Passed { h, a, y } = expert::forward(&self.architecture, &p.0, &x)?;
         Ok((y, if train { Saved::Expert { x, h, a, dy: None } } else { Saved::None }))
     }
 
@@ -169,33 +182,23 @@ impl Glam {
         dy: Tensor,
     ) -> Result<(Tensor, Saved)> {
         let Saved::Expert { x, h, a, .. } = saved else { return Err(Error::OutOfTurn("expert_backward")) };
-        let transposed = |m: &Tensor| -> Result<Tensor> { Ok(m.f_to_kind(self.kind)?.f_transpose(0, 1)?) };
-        let da = dy.f_matmul(&transposed(&p.0[1])?)?;
-        let dh = layers::activate_backward(self.architecture.activation, &h, &da)?;
-        let dx = dh.f_matmul(&transposed(&p.0[0])?)?;
+        let (dh, dx) = expert::backward(&self.architecture, &p.0, &h, &dy)?;
         Ok((dx, Saved::Expert { x, h: dh, a, dy: Some(dy) }))
     }
 
     pub(super) fn expert_gradient_inner(lanes: Vec<Saved>) -> Result<Option<Gradient>> {
-        let (mut xs, mut hs, mut activated, mut ys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for lane in lanes {
+        let mut calls = Vec::new();
+        for lane in &lanes {
             let Saved::Expert { x, h, a, dy: Some(dy) } = lane else {
                 return Err(Error::OutOfTurn("expert_gradient"));
             };
             if x.size()[0] > 0 {
-                xs.push(x);
-                hs.push(h);
-                activated.push(a);
-                ys.push(dy);
+                calls.push(Gradients { x, dh: h, a, dy });
             }
         }
-        if xs.is_empty() {
+        if calls.is_empty() {
             return Ok(None);
         }
-        let product = |left: &[Tensor], right: &[Tensor]| -> Result<Tensor> {
-            let left = Tensor::f_cat(left, 0)?.f_transpose(0, 1)?;
-            Ok(left.f_matmul(&Tensor::f_cat(right, 0)?)?.f_to_kind(Kind::Float)?)
-        };
-        Ok(Some(Gradient(vec![product(&xs, &hs)?, product(&activated, &ys)?])))
+        Ok(Some(Gradient(expert::weight_gradients(&calls)?)))
     }
 }

@@ -251,7 +251,8 @@ impl<B: Compute> Sample<B> {
             time(forward, |(dispatch, saved)| {
                 let (rows, saved) = backend.combine_backward(&dispatch, saved, dy)?;
                 let inputs = cut(&dispatch, &rows)?;
-                backend.gate_backward(&dispatch, saved, inputs)
+                let load: Vec<u32> = dispatch.counts.iter().map(|&count| count as u32).collect();
+                backend.gate_backward(&dispatch, saved, inputs, &load)
             })
         })
     }

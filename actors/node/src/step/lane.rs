@@ -132,8 +132,9 @@ impl<B: Compute> LanePass<'_, B> {
         let loss_done = Instant::now();
         let no_gradient = || ComputeError("the loss of a lane in training has no gradient".into());
         let mut dx = dx.ok_or_else(no_gradient)?;
+        let load = load_of_all_layers(&report, node.architecture.experts);
         for stage in placement.stages.iter().rev() {
-            dx = pass.backward(stage, dx).await?;
+            dx = pass.backward(stage, dx, &load).await?;
         }
         let backward = |meter| embedding.embed_backward(at, dx, tokens, meter);
         trace.span("dense.embed.backward", backward).await?;
@@ -169,4 +170,13 @@ impl<B: Compute> LanePass<'_, B> {
         }
         Ok((x, report))
     }
+}
+
+/// A lane's assignments to each expert, over all MoE layers.
+fn load_of_all_layers(report: &LaneReport, experts: usize) -> Arc<[u32]> {
+    let mut load = vec![0; experts];
+    for layer in &report.load {
+        load.iter_mut().zip(layer).for_each(|(all, count)| *all += count);
+    }
+    load.into()
 }

@@ -56,10 +56,10 @@ impl<B: Compute> Actor for RouterActor<B> {
                     respond(reply, RouterPass { gate: &gate, at, trace: &trace }.forward(x, train).await);
                 });
             }
-            RouterMsg::Backward { at, dy, trace, reply } => {
+            RouterMsg::Backward { at, dy, load, trace, reply } => {
                 let gate = Arc::clone(&state.gate);
                 tokio::spawn(async move {
-                    respond(reply, RouterPass { gate: &gate, at, trace: &trace }.backward(dy).await);
+                    respond(reply, RouterPass { gate: &gate, at, trace: &trace }.backward(dy, load).await);
                 });
             }
             RouterMsg::Shard(message) => state.on_shard(message),
@@ -146,7 +146,7 @@ impl<B: Compute> RouterPass<'_, B> {
     }
 
     /// The same in reverse: gradients of the experts' outputs out, gradients of their inputs in.
-    async fn backward(self, dy: B::Tensor) -> Result<B::Tensor> {
+    async fn backward(self, dy: B::Tensor, load: Arc<[u32]>) -> Result<B::Tensor> {
         let Self { gate, at, trace } = self;
         let (node, layer) = (&gate.replica.node, gate.layer);
         let dispatcher = TokenDispatch::new(node, layer, at)?;
@@ -164,7 +164,7 @@ impl<B: Compute> RouterPass<'_, B> {
 
         let finish = move |backend: &B| {
             let inputs = dispatcher.join(backend, &dispatch, outputs)?;
-            Ok(backend.gate_backward(&dispatch, saved, inputs)?)
+            Ok(backend.gate_backward(&dispatch, saved, inputs, &load)?)
         };
         let run = |meter| async move { node.executor.run(&meter, finish).await };
         let (dx, gradient) = trace.in_layer("router.gate.backward", layer, run).await?;

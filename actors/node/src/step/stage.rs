@@ -34,20 +34,26 @@ impl<B: Compute> StagePass<'_, B> {
     pub(crate) async fn forward(&self, stage: &Stage, x: B::Tensor) -> Result<(B::Tensor, StageStats)> {
         match stage.stage_node(self.at.lane) {
             Some(node) if *node != self.node.id => {
-                let (x, reply) = self.remote(FrameKind::StageForward, node, stage.layers, x).await?;
+                let (x, reply) = self.remote(FrameKind::StageForward, node, stage.layers, x, &[]).await?;
                 Ok((x, reply.stats))
             }
             _ => self.forward_local(stage.layers, x).await,
         }
     }
 
-    /// Backward through a stage, wherever it is: the gradient of its input.
-    pub(crate) async fn backward(&self, stage: &Stage, dx: B::Tensor) -> Result<B::Tensor> {
+    /// Backward through a stage, wherever it is: the gradient of its input. `load` has the lane's assignments
+    /// to each expert over all MoE layers.
+    pub(crate) async fn backward(
+        &self,
+        stage: &Stage,
+        dx: B::Tensor,
+        load: &Arc<[u32]>,
+    ) -> Result<B::Tensor> {
         match stage.stage_node(self.at.lane) {
             Some(node) if *node != self.node.id => {
-                Ok(self.remote(FrameKind::StageBackward, node, stage.layers, dx).await?.0)
+                Ok(self.remote(FrameKind::StageBackward, node, stage.layers, dx, load).await?.0)
             }
-            _ => self.backward_local(stage.layers, dx).await,
+            _ => self.backward_local(stage.layers, dx, load).await,
         }
     }
 
@@ -69,12 +75,17 @@ impl<B: Compute> StagePass<'_, B> {
     }
 
     /// The same from the last layer to the first.
-    async fn backward_local(&self, layers: LayerRange, mut dx: B::Tensor) -> Result<B::Tensor> {
+    async fn backward_local(
+        &self,
+        layers: LayerRange,
+        mut dx: B::Tensor,
+        load: &Arc<[u32]>,
+    ) -> Result<B::Tensor> {
         let Self { node, at, trace, .. } = *self;
         let actors = node.shard_actors();
         for layer in layers.iter().rev() {
             if node.architecture.is_moe(layer) {
-                dx = actors.router(layer)?.backward(at, dx, trace.clone()).await?;
+                dx = actors.router(layer)?.backward(at, dx, Arc::clone(load), trace.clone()).await?;
             }
             let dense = actors.dense(layer)?;
             dx = trace.in_layer("dense.backward", layer, |meter| dense.backward(at, dx, meter)).await?;
@@ -89,6 +100,7 @@ impl<B: Compute> StagePass<'_, B> {
         to: &NodeId,
         layers: LayerRange,
         x: B::Tensor,
+        load: &[u32],
     ) -> Result<(B::Tensor, StageReply)> {
         let Self { node, at, train, trace } = *self;
         let backward = kind == FrameKind::StageBackward;
@@ -97,7 +109,7 @@ impl<B: Compute> StagePass<'_, B> {
         span.set("volary.layer", i64::from(layers.start.0));
         let stream = node.executor.run(&span.meter(), move |backend| Ok(backend.export(&x)?)).await?;
         let sampled_tokens = trace.sampled_tokens.to_vec();
-        let request = StageRequest { lane: at.lane, layers, train, sampled_tokens };
+        let request = StageRequest { lane: at.lane, layers, train, sampled_tokens, load: load.to_vec() };
         let mut frame = frames::frame(kind, at.epoch, at.step, &request, vec![stream])?;
         frame.trace = frames::trace_header(span.identity());
         let sent = Instant::now();
@@ -121,7 +133,7 @@ pub(crate) async fn serve<B: Compute>(
 ) -> Result<Frame> {
     let arrived = Instant::now();
     let (kind, epoch, step) = (frame.kind, frame.epoch, frame.step);
-    let StageRequest { lane, layers, train, sampled_tokens } = frames::decode(&frame)?;
+    let StageRequest { lane, layers, train, sampled_tokens, load } = frames::decode(&frame)?;
     let backward = kind == FrameKind::StageBackward;
     let name = if backward { "stage.backward" } else { "stage.forward" };
     let scope = node.tracer.remote(frames::origin(&frame));
@@ -139,7 +151,7 @@ pub(crate) async fn serve<B: Compute>(
     let x = node.executor.run(&span.meter(), import).await?;
     let pass = StagePass { node, at: LaneStep { epoch, step, lane }, train, trace: &trace };
     let (x, stats) = if backward {
-        (pass.backward_local(layers, x).await?, StageStats::new())
+        (pass.backward_local(layers, x, &load.into()).await?, StageStats::new())
     } else {
         pass.forward_local(layers, x).await?
     };

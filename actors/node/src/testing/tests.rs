@@ -38,7 +38,8 @@ fn lane(backend: &FakeCompute, embedding: &FakeShard) -> Computed<(f64, Vec<f32>
         let dy = backend.rows(&rows, offsets[e], gated.dispatch.counts[e])?;
         inputs.push(backend.expert_backward(experts[e].clone(), saved, dy)?.0);
     }
-    let (dx, _) = backend.gate_backward(&gated.dispatch, saved_gate, inputs)?;
+    let load: Vec<u32> = gated.dispatch.counts.iter().map(|&count| count as u32).collect();
+    let (dx, _) = backend.gate_backward(&gated.dispatch, saved_gate, inputs, &load)?;
     let (dx, _) = backend.dense_backward(saved_dense, dx)?;
     Ok((loss.mean, backend.embed_backward(gradient, dx, &TOKENS)?.values))
 }
