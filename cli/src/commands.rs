@@ -9,6 +9,7 @@
 //! | [`export`] | `volary export`: a trained model for other programs |
 //! | [`generate`] | `volary generate`: text by a trained model |
 //! | [`identity`] | `volary identity`: an authority before there is a supervisor |
+//! | [`import`] | `volary import`: a run with a model of another program |
 //! | [`init`] | `volary init`: a configuration for these machines |
 //! | [`node`] | `volary node`: a node process |
 //! | [`operate`] | `volary status`, `drain`, `checkpoint`, `stop`: query and control a run |
@@ -27,6 +28,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod identity;
+pub mod import;
 pub mod init;
 pub mod node;
 pub mod operate;

@@ -102,6 +102,29 @@ impl Config {
         Ok(config)
     }
 
+    /// As [`Config::parse`], for a model whose shape and tokenizer are given: the text must have neither.
+    ///
+    /// # Errors
+    /// As [`Config::parse`].
+    pub fn with_model(text: &str, name: &str, set: &[String], model: &Architecture) -> anyhow::Result<Self> {
+        let mut table: toml::Table = document::parse(text, name)?;
+        let tokenizer = table.get("data").and_then(|data| data.get("tokenizer"));
+        for (key, found) in [("model", table.get("model")), ("data.tokenizer", tokenizer)] {
+            if found.is_some() {
+                anyhow::bail!("{name}: {key}: expected none, since the imported model has its own");
+            }
+        }
+        table.insert("model".into(), toml::Value::try_from(model)?);
+        let mut config = Self::assigned(table, name, set)?;
+        if config.model != *model {
+            anyhow::bail!("--set model: expected nothing, since the imported model has its own shape");
+        }
+        // Of a tokenizer that is trained, which this one is not.
+        config.data.vocabulary = config.data.vocabulary.min(model.vocabulary);
+        config.check().map_err(|error| anyhow::anyhow!("{name}: {error}"))?;
+        Ok(config)
+    }
+
     /// The configuration of a file with assignments. An error names the assignment with which it began, or
     /// the file.
     fn assigned(mut table: toml::Table, name: &str, set: &[String]) -> anyhow::Result<Self> {

@@ -67,6 +67,8 @@ enum Command {
     Data(commands::data::Args),
     /// Write a trained model in a format of other programs.
     Export(commands::export::Args),
+    /// Begin a run with a model from another program.
+    Import(commands::import::Args),
     /// Hash the exact bits of a checkpoint.
     Digest(commands::digest::Args),
     /// Count parameters, operations and bytes of a model.
@@ -111,6 +113,7 @@ fn run(command: Command) -> anyhow::Result<()> {
         Command::Data(args) => commands::data::run(args),
         Command::Eval(args) => commands::eval::run(args),
         Command::Export(args) => commands::export::run(args),
+        Command::Import(args) => commands::import::run(args),
         Command::Digest(args) => commands::digest::run(args),
         Command::Plan(args) => commands::plan::run(args),
         Command::Doctor(args) => commands::doctor::run(args),

@@ -44,12 +44,28 @@ pub enum Error {
         /// The reason.
         source: safetensors::SafeTensorError,
     },
+    /// A folder or file of another program cannot be imported.
+    #[error("{path}: {reason}", path = path.display())]
+    Import {
+        /// The folder or file.
+        path: PathBuf,
+        /// What it has, and what was expected.
+        reason: String,
+    },
+    /// A format has only one family of models.
+    #[error("model.family = \"glam\": expected \"qwen3_moe\" for this format; --format safetensors has all")]
+    Family,
     /// A description cannot be written as JSON.
     #[error("JSON: {0}")]
     Json(#[from] serde_json::Error),
 }
 
 impl Error {
+    /// [`Error::Import`] with a reason.
+    pub(crate) fn import(path: impl Into<PathBuf>, reason: impl ToString) -> Self {
+        Self::Import { path: path.into(), reason: reason.to_string() }
+    }
+
     /// [`Error::Write`] at a path.
     pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();

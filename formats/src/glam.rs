@@ -27,52 +27,17 @@
 //! | `layers.L.experts.E.up`, `.down` | `[H, X]`, `[X, H]` |
 
 use crate::error::{Error, Result};
+use crate::export::{self, Card, Export, Shards};
 use crate::folder::NewFolder;
 use crate::limits::FILE_BYTES;
 use crate::tensors::{self, Listed, Source};
 use safetensors::tensor::{Dtype, TensorView};
-use serde::Serialize;
-use serde_json::json;
 use std::collections::HashMap;
 use std::error::Error as StdError;
 use std::path::Path;
+use volary_core::ShardId;
 use volary_core::architecture::Architecture;
-use volary_core::{ShardId, Step};
-use volary_model::{parameter_bytes, parameter_shapes};
-
-/// Where weights are from.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Origin {
-    /// The run's name.
-    pub run: String,
-    /// The step of the checkpoint.
-    pub step: Step,
-    /// The checkpoint's digest, of weights and optimizer state.
-    pub digest: String,
-    /// The loss on the validation tokens at this step, in nats per token.
-    pub validation_loss: Option<f64>,
-    /// All parameters.
-    pub parameters: u64,
-    /// The parameters that one token uses.
-    pub activated_parameters: u64,
-}
-
-/// A model to export.
-#[derive(Debug)]
-pub struct Export<'a> {
-    /// Its shape.
-    pub architecture: &'a Architecture,
-    /// The length of its training sequences.
-    pub sequence_length: usize,
-    /// Where its weights are from.
-    pub origin: &'a Origin,
-    /// Its tokenizer, a `tokenizer.json`.
-    pub tokenizer: &'a Path,
-    /// The token that ends a text.
-    pub end_of_text: &'a str,
-    /// The validation sequences, each of `sequence_length + 1` tokens.
-    pub validation: &'a [Vec<u32>],
-}
+use volary_model::parameter_shapes;
 
 /// Writes a model into a new folder. `fetch` reads the stored form of a shard.
 ///
@@ -86,29 +51,20 @@ pub fn export<E: Into<Box<dyn StdError + Send + Sync>>>(
 ) -> Result<()> {
     let folder = NewFolder::create(target)?;
     let a = model.architecture;
-    let shards = Shards { architecture: a, fetch, last: None };
-    tensors::write(&folder, listed(a), shards, FILE_BYTES)?;
+    tensors::write(&folder, listed(a), Parameters(Shards::new(a, fetch)), FILE_BYTES)?;
     let mut config = serde_json::to_value(a)?;
     config["model_type"] = "glam".into();
     config["sequence_length"] = model.sequence_length.into();
     folder.write_json("config.json", &config)?;
-    folder.write_json("run.json", model.origin)?;
-    folder.copy(model.tokenizer, "tokenizer.json")?;
-    folder.write_json("tokenizer_config.json", &tokenizer_config(model))?;
     write_validation(&folder, model)?;
-    folder.write("README.md", card(model))?;
+    let card = Card {
+        library: "volary",
+        kind: "the architecture of GLaM (arXiv 2112.06905)",
+        files: "`config.json` the architecture, `tokenizer.json` the tokenizer, `run.json` the facts above, and \
+                `validation.safetensors` the tokens of the validation loss",
+    };
+    export::write_beside(&folder, model, &card)?;
     folder.finish()
-}
-
-/// What `transformers` needs beside a `tokenizer.json`.
-fn tokenizer_config(model: &Export<'_>) -> serde_json::Value {
-    json!({
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": model.end_of_text,
-        "eos_token": model.end_of_text,
-        "model_max_length": model.sequence_length,
-        "clean_up_tokenization_spaces": false,
-    })
 }
 
 /// A tensor of a shard: its place among the shard's parameters.
@@ -138,14 +94,10 @@ fn prefix(shard: ShardId) -> String {
     }
 }
 
-/// The tensors of stored shards. The last shard stays in memory, since tensors come shard by shard.
-struct Shards<'a, F> {
-    architecture: &'a Architecture,
-    fetch: F,
-    last: Option<(ShardId, Vec<Vec<u8>>)>,
-}
+/// The tensors of stored shards.
+struct Parameters<'a, F>(Shards<'a, F>);
 
-impl<E, F> Source for Shards<'_, F>
+impl<E, F> Source for Parameters<'_, F>
 where
     E: Into<Box<dyn StdError + Send + Sync>>,
     F: FnMut(ShardId) -> std::result::Result<Vec<u8>, E>,
@@ -153,12 +105,7 @@ where
     type Key = Key;
 
     fn read(&mut self, (shard, at): &Key) -> Result<Vec<u8>> {
-        if self.last.as_ref().is_none_or(|(last, _)| last != shard) {
-            let bytes = (self.fetch)(*shard)
-                .map_err(|source| Error::Read { shard: *shard, source: source.into() })?;
-            self.last = Some((*shard, parameter_bytes(self.architecture, *shard, &bytes)?));
-        }
-        Ok(self.last.as_ref().and_then(|(_, tensors)| tensors.get(*at)).cloned().unwrap_or_default())
+        Ok(self.0.parameter(*shard, *at)?.to_vec())
     }
 }
 
@@ -170,40 +117,4 @@ fn write_validation(folder: &NewFolder, model: &Export<'_>) -> Result<()> {
     let failed = |source| Error::SafeTensors { path: path.clone(), source };
     let tokens = TensorView::new(Dtype::I32, shape, &bytes).map_err(failed)?;
     safetensors::serialize_to_file([("tokens", tokens)], None::<HashMap<_, _>>, &path).map_err(failed)
-}
-
-/// The model card.
-fn card(model: &Export<'_>) -> String {
-    let (a, origin) = (model.architecture, model.origin);
-    let experts = match a.experts {
-        0 => "no experts".to_owned(),
-        count => format!("{count} experts in every other layer, 2 of them per token"),
-    };
-    let loss = origin.validation_loss.map_or_else(
-        || "not computed at this step".to_owned(),
-        |loss| format!("{loss:.4} nats per token on {} sequences", model.validation.len()),
-    );
-    format!(
-        "---\nlibrary_name: volary\npipeline_tag: text-generation\n---\n\n# {run}\n\nA decoder-only language model with the architecture of GLaM \
-         (arXiv 2112.06905), trained with Volary.\n\n\
-         | | |\n| --- | --- |\n\
-         | checkpoint | step {step} of run `{run}`, digest `{digest}` |\n\
-         | parameters | {parameters}, of which a token uses {activated} |\n\
-         | shape | {layers} layers, hidden {hidden}, {heads} heads of {dim}, {experts} |\n\
-         | vocabulary | {vocabulary} |\n| sequence length | {length} |\n| validation loss | {loss} |\n\n\
-         Files: `model.safetensors` has the weights in f32, `config.json` the architecture, `tokenizer.json` \
-         the tokenizer, `run.json` the facts above, and `validation.safetensors` the tokens of the validation \
-         loss.\n",
-        run = origin.run,
-        step = origin.step,
-        digest = origin.digest,
-        parameters = origin.parameters,
-        activated = origin.activated_parameters,
-        layers = a.layers,
-        hidden = a.hidden,
-        heads = a.heads,
-        dim = a.head_dim,
-        vocabulary = a.vocabulary,
-        length = model.sequence_length,
-    )
 }

@@ -36,4 +36,4 @@ mod weights;
 
 pub use engine::Glam;
 pub use error::{Error, Result};
-pub use weights::{parameter_bytes, parameter_shapes, shard_bytes};
+pub use weights::{parameter_bytes, parameter_shapes, shard_bytes, store_given};

@@ -188,16 +188,8 @@ impl Shard {
         shard: ShardId,
         device: Device,
     ) -> Result<Self> {
-        let (kind, layer, expert) = match shard {
-            ShardId::Embedding => (0, LayerId(0), ExpertId(0)),
-            ShardId::Dense { layer } => (1, layer, ExpertId(0)),
-            ShardId::Router { layer } => (2, layer, ExpertId(0)),
-            ShardId::Expert { layer, expert } => (3, layer, expert),
-        };
         let slots = parameters(a, shard).into_iter().enumerate().map(|(index, parameter)| {
-            let path = [kind, layer.0.into(), expert.0.into(), index as u64];
-            let weight = initial_values(&parameter, Stream::new(seed, Purpose::Initial, &path))?
-                .f_to_device(device)?;
+            let weight = initial_values(&parameter, draws(seed, shard, index))?.f_to_device(device)?;
             let state = state_shapes(optimizer, &parameter.shape)
                 .into_iter()
                 .map(|(name, shape)| Ok((name, Tensor::f_zeros(&shape, (Kind::Float, device))?)))
@@ -221,13 +213,7 @@ impl Shard {
                 add(format!("{}.{name}", slot.name), tensor)?;
             }
         }
-        let views: Vec<(&str, TensorView<'_>)> = owned
-            .iter()
-            .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
-            .collect::<Result<_>>()?;
-        // One key only: the order of several keys, and with it the hash, would differ between processes.
-        let header = serde_json::to_string(&Header { format: FORMAT, shard, version })?;
-        Ok(safetensors::serialize(views, Some(HashMap::from([(HEADER.into(), header)])))?)
+        serialize(&owned, shard, version)
     }
 
     /// A digest of all numbers, in the order of the parameters. It needs memory for one chunk only.
@@ -270,6 +256,62 @@ impl Shard {
         });
         Ok(Self { slots: slots.collect::<Result<_>>()? })
     }
+}
+
+/// The stored form of named tensors with their shapes and bytes, f32.
+fn serialize(tensors: &[(String, Vec<usize>, Vec<u8>)], shard: ShardId, version: Step) -> Result<Vec<u8>> {
+    let views: Vec<(&str, TensorView<'_>)> = tensors
+        .iter()
+        .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), data)?)))
+        .collect::<Result<_>>()?;
+    // One key only: the order of several keys, and with it the hash, would differ between processes.
+    let header = serde_json::to_string(&Header { format: FORMAT, shard, version })?;
+    Ok(safetensors::serialize(views, Some(HashMap::from([(HEADER.into(), header)])))?)
+}
+
+/// The stored form of a shard at step 0 with given parameters: f32, row-major and little-endian, in their
+/// fixed order. `None` takes the initial values of a run with this seed; the optimizer has seen no step.
+///
+/// # Errors
+/// [`Error::Stored`] when their number is not that of the shard; [`Error::SafeTensors`] when one has another
+/// size.
+pub fn store_given(
+    architecture: &Architecture,
+    optimizer: &Optimizer,
+    seed: u64,
+    shard: ShardId,
+    given: Vec<Option<Vec<u8>>>,
+) -> Result<Vec<u8>> {
+    let parameters = parameters(architecture, shard);
+    if parameters.len() != given.len() {
+        let reason = format!("{} tensors are given, expected {}", given.len(), parameters.len());
+        return Err(Error::Stored { shard, reason });
+    }
+    let mut tensors = Vec::new();
+    let size = |shape: &[i64]| shape.iter().map(|&n| n as usize).collect::<Vec<_>>();
+    for (index, (parameter, given)) in parameters.into_iter().zip(given).enumerate() {
+        let weight = match given {
+            Some(bytes) => bytes,
+            None => host_bytes(&initial_values(&parameter, draws(seed, shard, index))?)?,
+        };
+        tensors.push((parameter.name.to_owned(), size(&parameter.shape), weight));
+        for (name, shape) in state_shapes(optimizer, &parameter.shape) {
+            let zeros = vec![0; 4 * shape.iter().product::<i64>() as usize];
+            tensors.push((format!("{}.{name}", parameter.name), size(&shape), zeros));
+        }
+    }
+    serialize(&tensors, shard, Step(0))
+}
+
+/// The draws of the initial values of a shard's parameter.
+fn draws(seed: u64, shard: ShardId, index: usize) -> Stream {
+    let (kind, layer, expert) = match shard {
+        ShardId::Embedding => (0, LayerId(0), ExpertId(0)),
+        ShardId::Dense { layer } => (1, layer, ExpertId(0)),
+        ShardId::Router { layer } => (2, layer, ExpertId(0)),
+        ShardId::Expert { layer, expert } => (3, layer, expert),
+    };
+    Stream::new(seed, Purpose::Initial, &[kind, layer.0.into(), expert.0.into(), index as u64])
 }
 
 /// The parameters of a stored shard without their optimizer state, in their fixed order.

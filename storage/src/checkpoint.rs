@@ -129,6 +129,8 @@ impl<D: Disk> Checkpoints<D> {
     }
 
     /// Removes all but the newest `keep` checkpoints and those that `must_stay`, and all unreferenced blobs.
+    /// One at step 0 always stays: its weights came from elsewhere, and a run that goes back to its beginning
+    /// could not make them again.
     ///
     /// # Errors
     /// [`Error::Io`], [`Error::Database`] or [`Error::DamagedRecord`].
@@ -136,7 +138,7 @@ impl<D: Disk> Checkpoints<D> {
         let _changing = self.inner.changing.lock();
         let steps = self.steps()?;
         let old = &steps[..steps.len().saturating_sub(keep)];
-        for step in old.iter().filter(|step| !must_stay.contains(&Some(**step))) {
+        for step in old.iter().filter(|step| **step > Step(0) && !must_stay.contains(&Some(**step))) {
             self.remove(*step)?;
         }
         self.remove_unreferenced()

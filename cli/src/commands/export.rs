@@ -8,7 +8,8 @@ use clap::ValueEnum;
 use std::path::PathBuf;
 use volary_core::Lane;
 use volary_data::{Dataset, Tokenizer};
-use volary_formats::glam::{self, Export, Origin};
+use volary_formats::export::{Export, Origin};
+use volary_formats::{glam, qwen3};
 use volary_storage::{CheckpointReader, RunDir};
 
 /// Write a trained model in a format of other programs.
@@ -16,7 +17,8 @@ use volary_storage::{CheckpointReader, RunDir};
 #[command(after_help = "\
 Examples:
   volary export --format safetensors runs/quickstart exported
-  python examples/export/glam.py exported                  the same validation loss, in PyTorch")]
+  python examples/export/glam.py exported                  the same validation loss, in PyTorch
+  volary export --format hf runs/mine exported             for transformers, of family = \"qwen3_moe\"")]
 pub struct Args {
     /// The format.
     #[arg(long, value_enum)]
@@ -35,6 +37,8 @@ pub struct Args {
 enum Format {
     /// The weights in f32 with their names, the architecture, the tokenizer, and the validation tokens.
     Safetensors,
+    /// What Hugging Face's transformers read, of models with family = "qwen3_moe".
+    Hf,
 }
 
 /// Runs the command.
@@ -42,7 +46,6 @@ enum Format {
 /// # Errors
 /// When there is no such run or checkpoint, or the target exists or cannot be written.
 pub fn run(args: Args) -> anyhow::Result<()> {
-    let Format::Safetensors = args.format;
     let dir = RunDir::find(&args.run_dir)?;
     let config = Config::load(&dir.config(), &[])?;
     let reader = CheckpointReader::open(&dir)?;
@@ -60,7 +63,10 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     };
     let tokenizer = Tokenizer::load(&dir.tokenizer())?;
     let end_of_text = tokenizer.token(tokenizer.end_of_text());
-    let validation = validation_sequences(&config, &dir)?;
+    let validation = match args.format {
+        Format::Safetensors => validation_sequences(&config, &dir)?,
+        Format::Hf => Vec::new(),
+    };
     let export = Export {
         architecture: &config.model,
         sequence_length: config.training.sequence_length,
@@ -69,7 +75,14 @@ pub fn run(args: Args) -> anyhow::Result<()> {
         end_of_text: &end_of_text,
         validation: &validation,
     };
-    glam::export(&export, &args.out, |shard| reader.read(step, shard))?;
+    let fetch = |shard| reader.read(step, shard);
+    match args.format {
+        Format::Safetensors => glam::export(&export, &args.out, fetch)?,
+        Format::Hf => {
+            let beside = (config.training.aux_loss, tokenizer.end_of_text());
+            qwen3::export(&export, beside, &args.out, fetch)?;
+        }
+    }
     output::line(format_args!("step {step} of {} in {}", args.run_dir.display(), args.out.display()))?;
     Ok(())
 }

@@ -65,7 +65,8 @@ impl Machine {
             Some(holders) if !holders.is_empty() => {
                 self.copy_sources(shard).into_iter().next().map_or(Source::Initial, Source::Peer)
             }
-            _ if self.committed == Step(0) => Source::Initial,
+            // A run may begin with weights from elsewhere: a checkpoint at step 0.
+            _ if self.committed == Step(0) && self.durable.is_none() => Source::Initial,
             _ => Source::Checkpoint(self.committed),
         }
     }

@@ -90,6 +90,23 @@ fn a_checkpoint_is_verified_before_it_is_loaded_and_not_when_nodes_return_with_t
 }
 
 #[test]
+fn a_run_that_begins_with_weights_from_elsewhere_loads_them_and_can_go_back_to_them() {
+    let from_checkpoint = |run: &Harness| {
+        let loads = |(_, source): &(ShardId, Source)| *source == Source::Checkpoint(Step(0));
+        let assigned = run.effects.iter().filter_map(|effect| match effect {
+            Effect::Send { message: NodeCommand::Assign(assignment), .. } => Some(&assignment.shards),
+            _ => None,
+        });
+        assigned.map(|shards| shards.iter().all(loads)).collect::<Vec<_>>()
+    };
+    let restored = Restored { durable: Some(Step(0)), ..Restored::default() };
+    let mut run = Harness::new(settings(1), restored);
+    run.join(1, ResidentState::default());
+    run.handle(Event::CheckpointVerified { intact: Some(Step(0)) });
+    assert_eq!(from_checkpoint(&run), [true], "{:?}", run.effects);
+}
+
+#[test]
 fn what_becomes_of_an_abandoned_attempt_does_not_touch_the_next_one() {
     let mut run = Harness::training(2);
     (0..3).for_each(|_| _ = run.step(2));
