@@ -97,7 +97,10 @@ impl TensorFiles {
             let (start, end) = info.data_offsets;
             let bits = info.shape.iter().try_fold(info.dtype.bitsize(), |bits, &n| bits.checked_mul(n));
             if end.checked_sub(start).and_then(|bytes| bytes.checked_mul(8)) != bits {
-                return Err(fail(&format!("{name} has a size that is not that of its shape {:?}", info.shape)));
+                return Err(fail(&format!(
+                    "{name} has a size that is not that of its shape {:?}",
+                    info.shape
+                )));
             }
             let offset = PREFIX + length + start as u64;
             if PREFIX + length + end as u64 > size {
