@@ -198,6 +198,33 @@ pub enum Error {
         /// The shard.
         shard: ShardId,
     },
+    /// An object store refuses, or cannot be reached.
+    #[error(transparent)]
+    Objects(#[from] volary_objects::Error),
+    /// A folder in an object store has copies of something else.
+    #[error("{folder}: {reason}: choose another checkpoint.store, or resume with --from")]
+    MirrorTaken {
+        /// The folder.
+        folder: String,
+        /// What it has.
+        reason: String,
+    },
+    /// An object has another size than what was written.
+    #[error("{object}: it has {found} bytes, expected {expected}")]
+    MirrorSize {
+        /// The address of the object.
+        object: String,
+        /// Its size in bytes.
+        found: u64,
+        /// The size of what was written.
+        expected: u64,
+    },
+    /// A folder in an object store has no checkpoint.
+    #[error("{folder}: it has no checkpoint")]
+    NoMirror {
+        /// The folder.
+        folder: String,
+    },
     /// There is another checkpoint at the step.
     #[error("there is already another checkpoint at step {step}")]
     AlreadyCheckpointed {

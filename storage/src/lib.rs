@@ -1,6 +1,6 @@
 //! Durable state of a run: a journal in sled, tensors in content-addressed files.
 //!
-//! All functions block; an asynchronous caller wraps them in `spawn_blocking`. The modules and their place in
+//! All functions but those of [`mirror`] block; an asynchronous caller wraps them in `spawn_blocking`. The modules and their place in
 //! a run directory:
 //!
 //! | module | contents | place |
@@ -13,6 +13,7 @@
 //! | [`blobs`] | tensors, named by their BLAKE3 digests | files in `blobs/` |
 //! | [`checkpoint`], [`pending`] | the run's checkpoints, and a checkpoint in progress | |
 //! | `catalogue` | the entries of checkpoints | sled in `state/` |
+//! | [`mirror`] | copies of checkpoints, for another machine | an object store |
 //! | `reconcile` | a catalogue and a journal that a crash left apart | |
 //! | [`manifest`], [`reader`] | the catalogue for processes without access to sled | `checkpoints/*.json` |
 //! | [`disk`] | file operations, as a trait for fault injection | |
@@ -59,6 +60,7 @@ pub mod limits;
 pub mod lines;
 pub mod lock;
 pub mod manifest;
+pub mod mirror;
 pub mod pending;
 pub mod reader;
 mod reconcile;
@@ -85,6 +87,7 @@ pub use layout::RunDir;
 pub use lines::JsonLines;
 pub use lock::RunLock;
 pub use manifest::{BlobRef, CheckpointDigest, CheckpointRecord};
+pub use mirror::Mirror;
 pub use pending::Pending;
 pub use reader::CheckpointReader;
 pub use reconcile::{Reconciled, reconcile};

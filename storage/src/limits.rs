@@ -28,5 +28,9 @@ pub const LOCK_ATTEMPTS_MAX: u32 = 3;
 pub const HOLDER_READS_MAX: u32 = 20;
 /// Interval of these attempts.
 pub const HOLDER_READ_RETRY: Duration = Duration::from_millis(10);
+/// Blobs on their way to or from an object store at the same time.
+pub const BLOBS_IN_FLIGHT: usize = 2;
+/// Bytes of a file beside the blobs in an object store that is read into memory: a manifest or a tokenizer.
+pub const SMALL_OBJECT_BYTES_MAX: u64 = 256 << 20;
 /// Bytes of each read when the last line of a file is searched.
 pub const TAIL_BYTES: u64 = 64 * 1024;

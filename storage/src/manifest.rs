@@ -221,7 +221,8 @@ fn steps_with(dir: &RunDir, extension: &str) -> Result<Vec<Step>> {
     Ok(steps)
 }
 
-fn parse(path: &Path, step: Step, text: &[u8]) -> Result<CheckpointRecord> {
+/// The verified record in the text of a manifest.
+pub(crate) fn parse(path: &Path, step: Step, text: &[u8]) -> Result<CheckpointRecord> {
     let damaged = |reason: String| Error::DamagedManifest { path: PathBuf::from(path), reason };
     let any: AnyManifest = serde_json::from_slice(text).map_err(|e| damaged(e.to_string()))?;
     let found = any.checkpoint.format;
