@@ -28,6 +28,7 @@ pub async fn write(mut events: Receiver<Event>) {
 enum Alert {
     CheckpointFailed { step: u64, reason: String },
     CheckpointPassed { step: u64, reason: String },
+    CheckpointNotCopied { step: u64, reason: String },
     WentBack { from: u64, to: u64, shard: ShardId },
     WentBackFromNan { from: u64, to: u64, data: u64, reason: String },
     WentBackFromDifference { from: u64, to: u64, shard: ShardId },
@@ -43,6 +44,9 @@ pub fn text(line: &str) -> Option<String> {
     Some(match serde_json::from_str(line).ok()? {
         Alert::CheckpointFailed { step, reason } => format!("the checkpoint of step {step} failed: {reason}"),
         Alert::CheckpointPassed { step, reason } => format!("no checkpoint of step {step}: {reason}"),
+        Alert::CheckpointNotCopied { step, reason } => {
+            format!("the checkpoint of step {step} is not in the store: {reason}")
+        }
         Alert::WentBack { from, to, shard } => {
             format!("went back from step {from} to {to}: the last copy of {} is lost", shard)
         }

@@ -1,12 +1,13 @@
 //! Before a run starts: its directory, the check that it is the same run, and its tokens.
 
 use crate::config::Config;
+use crate::output;
 use crate::progress::PhaseDisplay;
 use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use volary_data::{Manifest, PreparationStage, Prepared, Progress};
-use volary_storage::{CheckpointReader, RunDir, RunLock, Store};
+use volary_storage::{CheckpointReader, RunDir, RunLock, Store, mirror};
 
 /// The phase of a run before it starts.
 pub const PREPARING: &str = "preparing the data";
@@ -63,6 +64,25 @@ impl ClaimedDir {
         if std::fs::read_to_string(&path).ok().as_deref() != Some(&text) {
             volary_storage::write_file(&path, text.as_bytes())?;
         }
+        Ok(())
+    }
+
+    /// Fetches the newest checkpoint of an object store into a directory that has none.
+    ///
+    /// # Errors
+    /// When the store holds no checkpoint or another run's, or a transfer fails.
+    pub fn restore(&mut self, address: &str, config: &Config) -> anyhow::Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let text = runtime.block_on(mirror::configuration(address))?;
+        let name = format!("{address}/config.toml");
+        let before = Config::parse(&String::from_utf8_lossy(&text), &name, &[])?;
+        if before.identity() != config.identity() {
+            let difference = config.first_difference(&before).unwrap_or_default();
+            bail!("{address} holds another run: {difference}");
+        }
+        let step = runtime.block_on(mirror::restore(address, &self.dir))?;
+        self.holds_run = true;
+        output::note(format_args!("step {step} from {address}"));
         Ok(())
     }
 

@@ -334,11 +334,14 @@ pub struct CheckpointOptions {
     pub every: u64,
     /// Checkpoints that are kept.
     pub keep: usize,
+    /// The address of a folder to which each checkpoint is copied: `s3://`, `gs://`, `az://` or `file://`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub store: Option<String>,
 }
 
 impl Default for CheckpointOptions {
     fn default() -> Self {
-        Self { every: 100, keep: 3 }
+        Self { every: 100, keep: 3, store: None }
     }
 }
 

@@ -67,7 +67,7 @@ fn settings(nodes: usize) -> Settings {
             z_loss: 0.0,
         },
         cluster: ClusterOptions { nodes, replication: 2, ..ClusterOptions::default() },
-        checkpoint: CheckpointOptions { every: 0, keep: 1 },
+        checkpoint: CheckpointOptions { every: 0, keep: 1, store: None },
         validation: ValidationOptions { every: 0, rounds: 0 },
         stay: false,
     }

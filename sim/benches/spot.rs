@@ -123,7 +123,7 @@ fn settings() -> Settings {
             rebalance_bytes: 1 << 40,
             ..ClusterOptions::default()
         },
-        checkpoint: CheckpointOptions { every: 0, keep: 2 },
+        checkpoint: CheckpointOptions { every: 0, keep: 2, store: None },
         validation: ValidationOptions { every: 0, rounds: 0 },
         stay: true,
     }

@@ -22,7 +22,7 @@ pub fn settings(steps: u64, nodes: usize, replication: usize) -> Settings {
             ..TrainingOptions::new(steps)
         },
         cluster: ClusterOptions { nodes, replication, step_timeout_ms: 10_000, ..ClusterOptions::default() },
-        checkpoint: CheckpointOptions { every: 5, keep: 2 },
+        checkpoint: CheckpointOptions { every: 5, keep: 2, store: None },
         validation: ValidationOptions { every: 7, rounds: 2 },
         stay: false,
     }

@@ -16,13 +16,15 @@ use crate::journal::RunIdentity;
 use crate::layout::RunDir;
 use crate::limits::{BLOBS_IN_FLIGHT, SMALL_OBJECT_BYTES_MAX};
 use crate::manifest::{self, BlobRef, CheckpointRecord};
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use volary_core::{Digest, Step};
 use volary_objects::ObjectFolder;
 
 const RUN: &str = "run.json";
+const CONFIG: &str = "config.toml";
 const BLOBS: &str = "blobs";
 const CHECKPOINTS: &str = "checkpoints";
 
@@ -98,8 +100,8 @@ impl Mirror {
         // Shards with the same bytes are one blob.
         let new: BTreeMap<String, u64> =
             record.shards.values().filter(is_new).map(|blob| (blob.digest.to_string(), blob.bytes)).collect();
-        let copies = stream::iter(&new).map(|(digest, bytes)| self.copy_blob(digest, *bytes));
-        let () = copies.buffer_unordered(BLOBS_IN_FLIGHT).try_collect().await?;
+        let copies = new.iter().map(|(digest, bytes)| self.copy_blob(digest, *bytes).boxed());
+        several(copies.collect()).await?;
         let copied = Copied { blobs: new.len(), bytes: new.values().sum() };
         self.blobs.extend(new);
         let path = self.dir.manifest(record.step);
@@ -147,8 +149,18 @@ impl Mirror {
     }
 }
 
+/// The text of the configuration of a folder's run.
+///
+/// # Errors
+/// [`Error::Objects`].
+pub async fn configuration(address: &str) -> Result<Vec<u8>> {
+    let folder = ObjectFolder::open(address)?;
+    Ok(folder.get(CONFIG, SMALL_OBJECT_BYTES_MAX).await?)
+}
+
 /// Copies the newest checkpoint of a folder, and that of step 0 if there is one, into a run directory that has
-/// none, with what is beside them. All bytes are verified. Returns the newest step.
+/// none, with what is beside them but for the configuration, whose paths are those of another machine. All
+/// bytes are verified.
 ///
 /// # Errors
 /// [`Error::NoMirror`] when the folder has no checkpoint; [`Error::DamagedBlob`] or
@@ -162,8 +174,8 @@ pub async fn restore(address: &str, dir: &RunDir) -> Result<Step> {
     for step in [Some(newest), first].into_iter().flatten() {
         let record = record_at(&folder, dir, step).await?;
         let wanted: HashSet<Digest> = record.shards.values().map(|blob| blob.digest).collect();
-        let copies = stream::iter(&wanted).map(|digest| restore_blob(&folder, &blobs, digest));
-        let () = copies.buffer_unordered(BLOBS_IN_FLIGHT).try_collect().await?;
+        let copies = wanted.iter().map(|digest| restore_blob(&folder, &blobs, digest).boxed());
+        several(copies.collect()).await?;
         blobs.sync()?;
         let text = folder.get(&manifest_name(dir, step), SMALL_OBJECT_BYTES_MAX).await?;
         blobs::write_file(&dir.manifest(step), &text)?;
@@ -176,6 +188,11 @@ pub async fn restore(address: &str, dir: &RunDir) -> Result<Step> {
         }
     }
     Ok(newest)
+}
+
+/// Awaits transfers, some at a time, until the first failure.
+async fn several(transfers: Vec<BoxFuture<'_, Result<()>>>) -> Result<()> {
+    stream::iter(transfers).buffer_unordered(BLOBS_IN_FLIGHT).try_collect().await
 }
 
 async fn restore_blob(folder: &ObjectFolder, blobs: &BlobStore, digest: &Digest) -> Result<()> {

@@ -28,8 +28,8 @@ use crate::credentials::Credentials;
 use crate::error::{Error, Result};
 use crate::events::EventStream;
 use crate::limits::{TICK, TICKS_AT_ONCE_MAX};
-use crate::messages::{CheckpointerMsg, FromNode, SessionId, SupervisorMsg, notify};
-use crate::run_files::{MetricsLine, RunFiles};
+use crate::messages::{CheckpointerMsg, CopierMsg, FromNode, SessionId, SupervisorMsg, notify};
+use crate::run_files::{MetricsLine, ReportedCopy, RunFiles};
 use crate::timings::Timings;
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef, RpcReplyPort};
@@ -97,6 +97,9 @@ pub(crate) struct SupervisorArgs {
     pub(crate) dataset: Arc<Dataset>,
     /// Set when the run is over, so that nodes may drop what they hold.
     pub(crate) over: Arc<AtomicBool>,
+    /// Copies checkpoints to the run's object store, if it has one.
+    pub(crate) copier: Option<ActorRef<CopierMsg>>,
+    pub(crate) reported_copy: ReportedCopy,
     pub(crate) end: oneshot::Sender<RunEnd>,
 }
 
@@ -120,6 +123,7 @@ pub(crate) struct SupervisorState {
     checkpoint_senders: BTreeMap<ShardId, NodeId>,
     address: String,
     telemetry: Telemetry,
+    reported_copy: ReportedCopy,
     /// The expert load of the last committed step.
     load: Vec<Vec<u64>>,
     last_commit: Instant,
@@ -163,6 +167,7 @@ impl Actor for SupervisorActor {
             keep: args.settings.checkpoint.keep.max(1),
             agreed: recovery.restored.agreed,
             supervisor: me.clone(),
+            copier: args.copier.clone(),
         };
         let (checkpointer, _) = Actor::spawn_linked(None, CheckpointerActor, start, me.get_cell()).await?;
         me.send_interval(TICK, || SupervisorMsg::Tick);
@@ -195,7 +200,7 @@ impl SupervisorState {
         checkpointer: ActorRef<CheckpointerMsg>,
     ) -> Self {
         let telemetry = Telemetry::new(&args);
-        let (may_go_back, over) = (args.may_go_back, args.over);
+        let (may_go_back, over, reported_copy) = (args.may_go_back, args.over, args.reported_copy);
         let (validation_documents, dataset) = (args.validation_documents, args.dataset);
         let SupervisorArgs { run, settings, store, credentials, checkpoints, address, end, .. } = args;
         Self {
@@ -216,6 +221,7 @@ impl SupervisorState {
             checkpoint_senders: BTreeMap::new(),
             address,
             telemetry,
+            reported_copy,
             load: recovery.load,
             last_commit: Instant::now(),
             last_tick: Instant::now(),
@@ -252,6 +258,10 @@ impl SupervisorState {
             }
             SupervisorMsg::Revoked(hashes) => {
                 self.sessions.send_to_all(&ToNode::Revoked(hashes));
+                Ok(())
+            }
+            SupervisorMsg::Copied(outcome) => {
+                self.on_copied(outcome);
                 Ok(())
             }
             SupervisorMsg::Verified(verified) => {

@@ -6,7 +6,7 @@
 
 use crate::blocking::blocking;
 use crate::error::Error;
-use crate::messages::{CheckpointerMsg, SupervisorMsg, notify, respond};
+use crate::messages::{CheckpointerMsg, CopierMsg, CopyJob, CopyOutcome, SupervisorMsg, notify, respond};
 use bytes::Bytes;
 use ractor::{Actor, ActorProcessingErr, ActorRef};
 use std::sync::Arc;
@@ -26,10 +26,13 @@ pub(crate) struct CheckpointerArgs {
     /// The checkpoint that all replicas agreed on.
     pub(crate) agreed: Option<Step>,
     pub(crate) supervisor: ActorRef<SupervisorMsg>,
+    /// Copies checkpoints to the run's object store, if it has one.
+    pub(crate) copier: Option<ActorRef<CopierMsg>>,
 }
 
 /// The checkpointer's state.
 pub(crate) struct CheckpointerState {
+    me: ActorRef<CheckpointerMsg>,
     args: CheckpointerArgs,
     /// The checkpoint in progress, with the number of its attempt.
     pending: Option<(u64, Arc<Pending>)>,
@@ -37,6 +40,8 @@ pub(crate) struct CheckpointerState {
     durable: Option<Step>,
     /// The checkpoint that the run goes back to when replicas differ.
     agreed: Option<Step>,
+    /// Checkpoints that are being copied: their blobs stay.
+    copying: Vec<Step>,
     /// Where the spans of the checkpoint go.
     scope: Scope,
 }
@@ -51,12 +56,17 @@ impl Actor for CheckpointerActor {
 
     async fn pre_start(
         &self,
-        _: ActorRef<Self::Msg>,
+        me: ActorRef<Self::Msg>,
         args: Self::Arguments,
     ) -> Result<Self::State, ActorProcessingErr> {
         let durable = args.checkpoints.steps()?.last().copied();
-        let agreed = args.agreed;
-        Ok(CheckpointerState { args, pending: None, durable, agreed, scope: Scope::default() })
+        let (agreed, scope, copying) = (args.agreed, Scope::default(), Vec::new());
+        let mut state = CheckpointerState { me, args, pending: None, durable, agreed, copying, scope };
+        // Its copy may be missing: the process may have ended before.
+        if let Some(step) = durable {
+            state.copy(step).await;
+        }
+        Ok(state)
     }
 
     async fn handle(
@@ -74,6 +84,7 @@ impl Actor for CheckpointerActor {
             }
             CheckpointerMsg::Drop { attempt } => _ = state.pending.take_if(|(number, _)| *number == attempt),
             CheckpointerMsg::Agreed { step } => state.agreed = Some(step),
+            CheckpointerMsg::Copied(outcome) => state.on_copied(outcome).await,
             CheckpointerMsg::Idle { reply } => respond(reply, ()),
         }
         Ok(())
@@ -113,6 +124,7 @@ impl CheckpointerState {
             Ok(_) => {
                 self.durable = self.durable.max(Some(step));
                 self.tell_supervisor(Event::CheckpointStored { attempt });
+                self.copy(step).await;
                 self.tidy_up().await;
             }
             Err(error) => self.failed(attempt, &error).await,
@@ -126,10 +138,33 @@ impl CheckpointerState {
         self.tell_supervisor(Event::CheckpointFailed { attempt, reason: error.to_string() });
     }
 
+    /// Hands a checkpoint to the copier.
+    async fn copy(&mut self, step: Step) {
+        let Some(copier) = &self.args.copier else { return };
+        let (checkpoints, keep) = (self.args.checkpoints.clone(), self.args.keep);
+        let must_stay = vec![self.agreed];
+        match blocking(move || checkpoints.at(step)).await {
+            Ok(record) => {
+                self.copying.push(step);
+                let job = CopyJob { record, keep, must_stay, from: self.me.clone() };
+                notify(copier, CopierMsg::Copy(Box::new(job)));
+            }
+            Err(error) => tracing::warn!(%step, %error, "the checkpoint cannot be copied"),
+        }
+    }
+
+    async fn on_copied(&mut self, outcome: CopyOutcome) {
+        self.copying.retain(|step| *step != outcome.step);
+        notify(&self.args.supervisor, SupervisorMsg::Copied(outcome));
+        self.tidy_up().await;
+    }
+
     /// Removes old checkpoints, blobs that no checkpoint has, and steps of the journal that are not needed.
     async fn tidy_up(&self) {
         let (checkpoints, store) = (self.args.checkpoints.clone(), self.args.store.clone());
-        let (keep, must_stay) = (self.args.keep, [self.durable, self.agreed]);
+        let keep = self.args.keep;
+        let copying = self.copying.iter().map(|step| Some(*step));
+        let must_stay: Vec<Option<Step>> = copying.chain([self.durable, self.agreed]).collect();
         let tidied = blocking(move || {
             checkpoints.retain(keep, &must_stay)?;
             let oldest = checkpoints.steps()?.first().copied().unwrap_or_default();

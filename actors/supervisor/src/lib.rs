@@ -9,6 +9,7 @@
 //! | [`process`] | [`Supervisor`]: start, admit connections, end |
 //! | `actor` | the actor around the state machine: **start reading here** |
 //! | `checkpointer` | the actor that makes checkpoints durable |
+//! | `copier` | the actor that copies checkpoints to an object store |
 //! | `messages` | every message between the actors |
 //! | [`error`] | what ends a supervisor |
 //! | [`credentials`] | access tokens and certificates |
@@ -36,6 +37,7 @@
 mod actor;
 mod blocking;
 mod checkpointer;
+mod copier;
 pub mod credentials;
 pub mod error;
 pub mod events;

@@ -30,6 +30,8 @@ pub(crate) const SHORT_NOTICE_S: f64 = 30.0;
 pub(crate) const FAREWELL_DONE: Duration = Duration::from_millis(250);
 /// The same for a run that failed.
 pub(crate) const FAREWELL_FAILED: Duration = Duration::from_millis(500);
+/// How long a run that has ended waits until its last checkpoint is in the object store.
+pub(crate) const LAST_COPY_MAX: Duration = Duration::from_secs(600);
 /// The most access tokens of a run.
 pub(crate) const ACCESS_TOKENS_MAX: usize = 1000;
 /// Attempts to count a use of an access token against concurrent uses.

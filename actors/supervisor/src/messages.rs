@@ -9,6 +9,8 @@ use volary_core::profile::Profile;
 use volary_core::{Epoch, NodeId, ShardId, Step, Timeline};
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
 use volary_protocol::{LinkReport, NodeInfo, ToNode};
+use volary_storage::CheckpointRecord;
+use volary_storage::mirror::Copied;
 use volary_telemetry::Scope;
 use volary_transport::{BytePermit, CanaryKey, Link};
 
@@ -47,6 +49,8 @@ pub(crate) enum SupervisorMsg {
     Revoked(Vec<[u8; 32]>),
     /// A checkpoint has been read.
     Verified(crate::error::Result<Option<Step>>),
+    /// A copy of a checkpoint has ended.
+    Copied(CopyOutcome),
     /// Time has passed.
     Tick,
     /// An operator's request.
@@ -79,6 +83,35 @@ pub(crate) struct NodeArrival {
     pub(crate) canary: Option<(u16, CanaryKey)>,
 }
 
+/// A checkpoint to copy.
+pub(crate) struct CopyJob {
+    pub(crate) record: CheckpointRecord,
+    /// Copies to keep.
+    pub(crate) keep: usize,
+    /// Steps whose copies stay in any case.
+    pub(crate) must_stay: Vec<Option<Step>>,
+    /// Who is told of the end.
+    pub(crate) from: ActorRef<CheckpointerMsg>,
+}
+
+/// What became of a copy.
+#[derive(Clone, Debug)]
+pub(crate) struct CopyOutcome {
+    pub(crate) step: Step,
+    /// What was copied and the seconds that it took; `None` for one that a newer one has replaced.
+    pub(crate) result: Option<Result<(Copied, f64), String>>,
+}
+
+/// To the copier actor.
+pub(crate) enum CopierMsg {
+    /// Copy a checkpoint to the object store.
+    Copy(Box<CopyJob>),
+    /// A copy has ended, well or not.
+    Ended(CopyOutcome),
+    /// Answer with the last outcome when nothing is left to copy.
+    Idle { reply: RpcReplyPort<Option<CopyOutcome>> },
+}
+
 /// To the checkpointer actor.
 pub(crate) enum CheckpointerMsg {
     /// Open a checkpoint of `step`, complete when all of `shards` are stored.
@@ -89,6 +122,8 @@ pub(crate) enum CheckpointerMsg {
     Drop { attempt: u64 },
     /// The replicas of every shard were equal after this checkpoint: it stays until another one is named.
     Agreed { step: Step },
+    /// A copy in the object store has ended.
+    Copied(CopyOutcome),
     /// Answer when everything before this message is done: no checkpoint becomes durable behind the sender's
     /// back.
     Idle { reply: RpcReplyPort<()> },

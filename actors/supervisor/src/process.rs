@@ -16,15 +16,18 @@ mod shared;
 
 use crate::actor::{RunEnd, SupervisorActor, SupervisorArgs, last_members};
 use crate::blocking::blocking;
+use crate::copier::CopierActor;
 use crate::credentials::CredentialError;
 use crate::error::{Error, Result};
 use crate::events::EventStream;
-use crate::limits::{FAREWELL_DONE, FAREWELL_FAILED, RETURN_MARGIN};
-use crate::messages::{SupervisorMsg, notify};
+use crate::limits::{FAREWELL_DONE, FAREWELL_FAILED, LAST_COPY_MAX, RETURN_MARGIN};
+use crate::messages::{CopierMsg, SupervisorMsg, notify};
 use crate::options::SupervisorOptions;
+use crate::run_files::{CopyEvent, EventLine, ReportedCopy, unix_ms};
 use admission::accept;
-use ractor::Actor;
-use setup::{State, open_authority, open_state, register_scrape_hooks, start_telemetry};
+use ractor::rpc::CallResult;
+use ractor::{Actor, ActorRef};
+use setup::{State, open_authority, open_mirror, open_state, register_scrape_hooks, start_telemetry};
 use shared::{Shared, SharedParts};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -34,6 +37,7 @@ use tokio::sync::{oneshot, watch};
 use volary_core::machine::Event;
 use volary_data::Dataset;
 use volary_protocol::operator::{OperatorReply, OperatorRequest};
+use volary_storage::{JsonLines, RunDir};
 use volary_telemetry::Pipeline;
 use volary_transport::{AccessRole, Authority, ClientAuth, Endpoint, SUPERVISOR, TransportOptions};
 
@@ -45,6 +49,35 @@ pub struct Supervisor {
     shared: Arc<Shared>,
     pipeline: Pipeline,
     events: EventStream,
+    copier: Option<Copying>,
+}
+
+/// The copies of checkpoints, which go on when the run has ended.
+struct Copying {
+    copier: ActorRef<CopierMsg>,
+    reported: ReportedCopy,
+    dir: RunDir,
+}
+
+impl Copying {
+    /// Waits for the last copy, and reports it.
+    async fn end(self, events: &EventStream) {
+        let answer = self.copier.call(|reply| CopierMsg::Idle { reply }, Some(LAST_COPY_MAX)).await;
+        self.copier.stop(None);
+        let outcome = match answer {
+            Ok(CallResult::Success(outcome)) => outcome,
+            _ => return tracing::warn!("the last checkpoint is not in the store: it took too long"),
+        };
+        let Some(outcome) = outcome else { return };
+        let at_step = outcome.step;
+        let Some(event) = CopyEvent::of(outcome, &self.reported) else { return };
+        let line = EventLine { unix_ms: unix_ms(), at_step, event: &event };
+        events.publish("event", &line);
+        // The actor that wrote the file has ended.
+        if let Err(error) = JsonLines::open(self.dir.events()).and_then(|mut file| file.append(&line)) {
+            tracing::warn!(%error, "events.jsonl cannot be written");
+        }
+    }
 }
 
 /// What others in the supervisor's process may ask of it.
@@ -125,6 +158,7 @@ impl Door {
         // Off the runtime, which answers those who connect meanwhile.
         let opened = blocking(move || open_state(options, authority)).await?;
         let State { options, store, credentials, checkpoints } = opened;
+        let mirror = open_mirror(&options, &store).await?;
         let SupervisorOptions { run, settings, dir, config_hash, metrics, .. } = options;
         let address = endpoint.local_addr();
         let pipeline = start_telemetry(&run, &dir)?;
@@ -138,7 +172,17 @@ impl Door {
         // A member that lives dials again at once; its silence for this long is its end elsewhere too.
         let patience = Duration::from_millis(settings.cluster.node_timeout_ms) + RETURN_MARGIN;
         let names = if options.nodes_are_gone { Vec::new() } else { last_members(&store)? };
+        let copier = match mirror {
+            Some(mirror) => {
+                let spawned = Actor::spawn(None, CopierActor, mirror).await;
+                let copier = spawned.map_err(|error| Error::start("the copier's actor", error))?.0;
+                Some(Copying { copier, reported: ReportedCopy::default(), dir: dir.clone() })
+            }
+            None => None,
+        };
         let args = SupervisorArgs {
+            copier: copier.as_ref().map(|copying| copying.copier.clone()),
+            reported_copy: copier.as_ref().map(|copying| copying.reported.clone()).unwrap_or_default(),
             run,
             settings,
             dir,
@@ -172,7 +216,7 @@ impl Door {
             over,
         }));
         open.send_replace(Some(Arc::clone(&shared)));
-        Ok(Supervisor { address, ended, endpoint, shared, pipeline, events })
+        Ok(Supervisor { address, ended, endpoint, shared, pipeline, events, copier })
     }
 }
 
@@ -200,7 +244,7 @@ impl Supervisor {
     /// Waits until the run has ended and its nodes are told. When `interrupted` resolves first, the run is
     /// asked to write a checkpoint and end.
     pub async fn ended(self, interrupted: impl Future<Output = ()>) -> RunEnd {
-        let Self { mut ended, endpoint, shared, pipeline, .. } = self;
+        let Self { mut ended, endpoint, shared, pipeline, copier, events, .. } = self;
         let first = tokio::select! {
             end = &mut ended => Some(end),
             () = interrupted => None,
@@ -224,6 +268,9 @@ impl Supervisor {
         };
         tokio::time::sleep(farewell).await;
         drop(endpoint);
+        if let Some(copier) = copier {
+            copier.end(&events).await;
+        }
         pipeline.flush().await;
         end
     }

@@ -1,10 +1,14 @@
 //! The files of a run for people and tools: one JSON object per line, in order, each step once.
 
+use crate::messages::CopyOutcome;
+use parking_lot::Mutex;
 use serde::Serialize;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use volary_core::machine::Committed;
 use volary_core::{Epoch, Step};
+use volary_storage::mirror::Copied;
 use volary_storage::{JsonLines, Result, RunDir, Store};
 
 /// One line of `metrics.jsonl`.
@@ -206,6 +210,39 @@ fn last_step(path: &Path) -> Option<Step> {
 pub(crate) fn unix_ms() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
 }
+
+/// The end of a copy in the object store, as a line of `events.jsonl`.
+#[derive(Serialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub(crate) enum CopyEvent {
+    CheckpointCopied { step: Step, blobs: usize, bytes: u64, seconds: f64 },
+    CheckpointNotCopied { step: Step, reason: String },
+}
+
+impl CopyEvent {
+    /// The event of an outcome, which is logged; `None` if there is nothing to say or `reported` says that it
+    /// was said.
+    pub(crate) fn of(CopyOutcome { step, result }: CopyOutcome, reported: &ReportedCopy) -> Option<Self> {
+        let result = result?;
+        if reported.0.lock().replace(step) == Some(step) {
+            return None;
+        }
+        Some(match result {
+            Ok((Copied { blobs, bytes }, seconds)) => {
+                tracing::info!(%step, blobs, bytes, seconds, "the checkpoint is in the store");
+                Self::CheckpointCopied { step, blobs, bytes, seconds }
+            }
+            Err(reason) => {
+                tracing::warn!(%step, reason, "the checkpoint is not in the store");
+                Self::CheckpointNotCopied { step, reason }
+            }
+        })
+    }
+}
+
+/// The last step whose copy was reported, by the actor or after its end.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ReportedCopy(Arc<Mutex<Option<Step>>>);
 
 #[cfg(test)]
 mod tests {

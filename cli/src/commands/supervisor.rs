@@ -66,6 +66,9 @@ pub struct Args {
     /// stays.
     #[arg(long)]
     stay: bool,
+    /// If the directory holds no run: fetch the newest checkpoint from a checkpoint.store.
+    #[arg(long, value_name = "ADDRESS")]
+    from: Option<String>,
     /// Set a damaged checkpoint aside, and go back to the one before it.
     #[arg(long)]
     go_back: bool,
@@ -87,6 +90,9 @@ pub fn run(args: Args) -> anyhow::Result<()> {
     let listen = rundir::resolve(&args.listen)?;
     let http = bind_http(&args)?;
     let mut claimed = ClaimedDir::take(&args.dir, &args.listen)?;
+    if let Some(address) = args.from.as_deref().filter(|_| !claimed.holds_run) {
+        claimed.restore(address, &config)?;
+    }
     claimed.configure(&config)?;
     let end = serve(&config, &mut claimed, (listen, http), &args, &interrupts);
     // No other process may take the directory before the last write.

@@ -70,6 +70,9 @@ pub struct Args {
     /// Continue from the last checkpoint of the directory.
     #[arg(long)]
     resume: bool,
+    /// With --resume: fetch the newest checkpoint from a checkpoint.store into a new directory.
+    #[arg(long, value_name = "ADDRESS", requires = "resume")]
+    from: Option<String>,
     /// With --resume: set a damaged checkpoint aside, and go back to the one before it.
     #[arg(long, requires = "resume")]
     go_back: bool,
@@ -192,6 +195,15 @@ fn spot(args: &Args, path: &Path, config: &mut Config) -> anyhow::Result<Replay>
 /// The directory of the run, which is this command's alone until its supervisor starts.
 fn claim(args: &Args, config: &Config) -> anyhow::Result<ClaimedDir> {
     let named = || PathBuf::from(rundir::RUNS).join(&config.run.name);
+    if let Some(address) = &args.from {
+        let path = args.dir.clone().unwrap_or_else(named);
+        let mut claimed = ClaimedDir::take(&path, ADDRESS)?;
+        if claimed.holds_run {
+            bail!("{} already holds a run: leave --from out, or choose another --dir", path.display());
+        }
+        claimed.restore(address, config)?;
+        return Ok(claimed);
+    }
     if args.resume {
         let path = args.dir.clone().unwrap_or_else(named);
         let dir = RunDir::find(&path)?;

@@ -39,7 +39,7 @@ fn settings(nodes: usize) -> Settings {
         },
         // Comparisons have their own tests.
         cluster: ClusterOptions { nodes, replication: 2, compare_within: 0, ..ClusterOptions::default() },
-        checkpoint: CheckpointOptions { every: 3, keep: 2 },
+        checkpoint: CheckpointOptions { every: 3, keep: 2, store: None },
         validation: ValidationOptions { every: 0, rounds: 0 },
         stay: false,
     }

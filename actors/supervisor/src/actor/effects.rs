@@ -5,8 +5,8 @@ use super::{RunEnd, SupervisorState};
 use crate::blocking::blocking;
 use crate::error::Result;
 use crate::limits::{SHORT_NOTICE_S, STATUS_EVENTS};
-use crate::messages::{CheckpointerMsg, SupervisorMsg, notify};
-use crate::run_files::{EventLine, MetricsLine, ValidationLine, unix_ms};
+use crate::messages::{CheckpointerMsg, CopyOutcome, SupervisorMsg, notify};
+use crate::run_files::{CopyEvent, EventLine, MetricsLine, ValidationLine, unix_ms};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -215,6 +215,13 @@ impl SupervisorState {
                 self.answer(&OperatorRequest::Drain { node: node.0.clone() }, &failed);
             }
             _ => {}
+        }
+    }
+
+    /// Reports the end of a copy in the object store.
+    pub(super) fn on_copied(&mut self, outcome: CopyOutcome) {
+        if let Some(event) = CopyEvent::of(outcome, &self.reported_copy) {
+            self.write_event(&event);
         }
     }
 

@@ -6,7 +6,7 @@ use crate::options::SupervisorOptions;
 use std::path::Path;
 use std::sync::Arc;
 use volary_protocol::RunInfo;
-use volary_storage::{BlobStore, Checkpoints, RunDir, RunIdentity, Store, journal};
+use volary_storage::{BlobStore, Checkpoints, Mirror, RunDir, RunIdentity, Store, journal};
 use volary_telemetry::metrics::SupervisorMetrics;
 use volary_telemetry::{Identity, Pipeline, SpanRecord, TraceStore};
 use volary_transport::{AccessRole, Authority, Endpoint, SUPERVISOR};
@@ -78,6 +78,14 @@ pub(super) fn open_state(options: SupervisorOptions, authority: Authority) -> Re
     store.identify(&RunIdentity { name, seed, config_hash, format: journal::FORMAT })?;
     let checkpoints = Checkpoints::open(dir, store.clone(), BlobStore::open(dir.blobs())?)?;
     Ok(State { options, store, credentials, checkpoints })
+}
+
+/// The copies of the run's checkpoints, if it has any. A store that refuses keeps the run from starting.
+pub(super) async fn open_mirror(options: &SupervisorOptions, store: &Store) -> Result<Option<Mirror>> {
+    let (Some(address), Some(identity)) = (&options.settings.checkpoint.store, store.identity()?) else {
+        return Ok(None);
+    };
+    Ok(Some(Mirror::open(address, &options.dir, &identity).await?))
 }
 
 /// The certificates issued so far, and the access tokens in the run's directory.

@@ -54,7 +54,7 @@ pub(crate) fn settings(steps: u64, nodes: usize) -> Settings {
             measure: false,
             ..ClusterOptions::default()
         },
-        checkpoint: CheckpointOptions { every: 0, keep: 3 },
+        checkpoint: CheckpointOptions { every: 0, keep: 3, store: None },
         validation: ValidationOptions { every: 4, rounds: 2 },
         stay: false,
     }
