@@ -1,4 +1,5 @@
-//! Models of the family of Hugging Face's `qwen3_moe`: trained, exported, imported, and loaded by transformers.
+//! Models of the family of Hugging Face's `qwen3_moe`: trained, exported, imported, and loaded by
+//! transformers.
 #![expect(clippy::expect_used, reason = "tests")]
 
 mod common;

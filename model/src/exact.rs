@@ -43,8 +43,9 @@ pub(crate) fn sum_columns(x: &Tensor) -> Result<Tensor> {
     sum_columns(&blocks.f_view([-1, columns].as_slice())?)
 }
 
-/// The sums of each part of `length` rows of `x`, and of the shorter rest: `[rows, ...]` to `[parts, 1, ...]`.
-/// `sum` gets `[parts, length, ...]`. A GPU sums all parts at once, a CPU one after the other, in its cache.
+/// The sums of each part of `length` rows of `x`, and of the shorter rest: `[rows, ...]` to `[parts, 1,
+/// ...]`. `sum` gets `[parts, length, ...]`. A GPU sums all parts at once, a CPU one after the other, in its
+/// cache.
 fn in_parts(x: &Tensor, length: i64, sum: impl Fn(Tensor) -> Result<Tensor>) -> Result<Tensor> {
     let rows = x.size()[0];
     let at_once = if x.device().is_cuda() { rows / length } else { 1 };

@@ -41,8 +41,8 @@ pub(crate) fn project(x: &Tensor, matrix: &Tensor) -> Result<Tensor> {
     Ok(x.f_matmul(&matrix.f_to_kind(x.f_kind()?)?)?)
 }
 
-/// The gated feed-forward and the residual: `[tokens, hidden]` to `[tokens, hidden]`. GEGLU in GLaM, SwiGLU in
-/// Qwen3 (Shazeer, arXiv 2002.05202). `p` is norm, gate, up and down.
+/// The gated feed-forward and the residual: `[tokens, hidden]` to `[tokens, hidden]`. GEGLU in GLaM, SwiGLU
+/// in Qwen3 (Shazeer, arXiv 2002.05202). `p` is norm, gate, up and down.
 pub(crate) fn feed_forward(family: Family, p: &[Tensor], x: &Tensor) -> Result<Tensor> {
     let [norm, gate, up, down] = p else { return Err(Error::OutOfTurn("feed_forward")) };
     let normed = rms_norm(x, norm)?;

@@ -1,8 +1,8 @@
 //! Folders of files where users keep them: `s3://`, `gs://`, `az://`, `file://`, and to read `http(s)://`.
 //!
 //! Credentials and endpoints come from the environment, by the names that the stores' own tools use
-//! (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME` and
-//! so on). Requests that fail for a reason that may pass are repeated, within bounds.
+//! (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `AZURE_STORAGE_ACCOUNT_NAME`
+//! and so on). Requests that fail for a reason that may pass are repeated, within bounds.
 //!
 //! | module | content |
 //! | --- | --- |

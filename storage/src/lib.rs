@@ -1,7 +1,7 @@
 //! Durable state of a run: a journal in sled, tensors in content-addressed files.
 //!
-//! All functions but those of [`mirror`] block; an asynchronous caller wraps them in `spawn_blocking`. The modules and their place in
-//! a run directory:
+//! All functions but those of [`mirror`] block; an asynchronous caller wraps them in `spawn_blocking`. The
+//! modules and their place in a run directory:
 //!
 //! | module | contents | place |
 //! | --- | --- | --- |

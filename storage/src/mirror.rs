@@ -158,9 +158,9 @@ pub async fn configuration(address: &str) -> Result<Vec<u8>> {
     Ok(folder.get(CONFIG, SMALL_OBJECT_BYTES_MAX).await?)
 }
 
-/// Copies the newest checkpoint of a folder, and that of step 0 if there is one, into a run directory that has
-/// none, with what is beside them but for the configuration, whose paths are those of another machine. All
-/// bytes are verified.
+/// Copies the newest checkpoint of a folder, and that of step 0 if there is one, into a run directory that
+/// has none, with what is beside them but for the configuration, whose paths are those of another machine.
+/// All bytes are verified.
 ///
 /// # Errors
 /// [`Error::NoMirror`] when the folder has no checkpoint; [`Error::DamagedBlob`] or

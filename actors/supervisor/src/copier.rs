@@ -1,8 +1,9 @@
 //! The copier actor: copies checkpoints to the run's object store, one at a time.
 //!
 //! Started beside the supervisor actor, which it outlives, so that the last checkpoint arrives. The
-//! checkpointer hands it each checkpoint that is durable, and keeps its blobs until it hears of the end. While
-//! one is copied, only the newest of those that follow waits. A failure costs a copy, and never the run.
+//! checkpointer hands it each checkpoint that is durable, and keeps its blobs until it hears of the end.
+//! While one is copied, only the newest of those that follow waits. A failure costs a copy, and never the
+//! run.
 
 use crate::messages::{CheckpointerMsg, CopierMsg, CopyJob, CopyOutcome, notify, respond};
 use parking_lot::Mutex;

@@ -38,7 +38,7 @@ impl Comparison {
     /// The state of a run that starts at a checkpoint.
     pub(super) fn new(durable: Option<Step>, agreed: Option<Step>) -> Self {
         // Weights of step 0 came from elsewhere, and from no replica.
-        let agreed = agreed.min(durable).or(durable.filter(|step| *step == Step(0)));
+        let agreed = agreed.min(durable).or_else(|| durable.filter(|step| *step == Step(0)));
         let later = durable.filter(|_| agreed != durable).map(|step| (step, BTreeSet::new()));
         Self { agreed, later: later.into_iter().collect(), ..Self::default() }
     }

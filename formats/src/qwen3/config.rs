@@ -99,7 +99,7 @@ pub(super) fn read(config: &Value) -> Result<Architecture, String> {
     (a.vocabulary, a.hidden, a.layers) =
         (number("vocab_size")?, number("hidden_size")?, number("num_hidden_layers")?);
     (a.heads, a.kv_heads) = (heads, optional("num_key_value_heads")?.filter(|&kv_heads| kv_heads != heads));
-    a.head_dim = optional("head_dim")?.unwrap_or(a.hidden / heads.max(1));
+    a.head_dim = optional("head_dim")?.unwrap_or_else(|| a.hidden / heads.max(1));
     (a.feed_forward, a.experts, a.capacity) = (number("intermediate_size")?, 0, Capacity::Dropless);
     (a.tied_embedding, a.rope_theta) = (config["tie_word_embeddings"].as_bool().filter(|tied| *tied), theta);
     if has_experts {

@@ -1,7 +1,7 @@
 //! The names and shapes of the tensors, and their places in shards.
 //!
-//! Hugging Face's matrices multiply from the left, `[outputs, inputs]`, Volary's from the right. Queries, keys
-//! and values are one matrix here and three there.
+//! Hugging Face's matrices multiply from the left, `[outputs, inputs]`, Volary's from the right. Queries,
+//! keys and values are one matrix here and three there.
 
 use crate::tensors::Listed;
 use std::ops::Range;

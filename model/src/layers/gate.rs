@@ -50,9 +50,9 @@ impl Gate {
         Ok(Self { normed, experts, weights: top.f_div(&total)?, aux_loss, z_loss, probabilities, mean })
     }
 
-    /// On the host: each token's first and second expert, the load-balancing loss, and the mean over tokens of
-    /// the entropy of the probabilities, in nats. One copy, since a GPU is waited for at each; f64 holds all
-    /// of it exactly.
+    /// On the host: each token's first and second expert, the load-balancing loss, and the mean over tokens
+    /// of the entropy of the probabilities, in nats. One copy, since a GPU is waited for at each; f64 holds
+    /// all of it exactly.
     pub(crate) fn on_host(&self) -> Result<(Vec<i64>, Vec<i64>, f64, f64)> {
         let tokens = self.experts.size()[0] as usize;
         let entropy = self.probabilities.f_detach()?.f_special_entr()?.f_sum(Kind::Double)?;
