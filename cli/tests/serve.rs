@@ -178,7 +178,7 @@ fn a_request_that_cannot_be_served_is_one_error_with_its_parameter() {
         (json!({ "prompt": "x", "stop": [""] }), 400, "stop", "none of them empty"),
         (json!({ "prompt": "x", "logprobs": 21 }), 400, "logprobs", "0 to 20"),
         (json!({ "prompt": "x", "suffix": "y" }), 400, "suffix", "not supported"),
-        (json!({ "prompt": "x", "presence_penalty": 1 }), 400, "presence_penalty", "not supported"),
+        (json!({ "prompt": "x", "presence_penalty": 3 }), 400, "presence_penalty", "-2 to 2"),
     ] {
         let (found, body) = server.complete(&request);
         let error = &body["error"];

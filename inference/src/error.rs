@@ -10,6 +10,12 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// An error of the inference crate.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A thread for the model cannot be started.
+    #[error("a thread for the model: {0}")]
+    Thread(std::io::Error),
+    /// A thread of the model has ended.
+    #[error("a thread of the model has ended")]
+    ThreadEnded,
     /// The model failed or refused its input.
     #[error(transparent)]
     Model(#[from] volary_model::Error),

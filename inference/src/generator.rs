@@ -6,11 +6,12 @@
 use crate::error::{Error, Result};
 use crate::limits::{TOKENS_PER_PASS, WAITING_REQUESTS};
 use crate::text::{StopStrings, TextStream};
+use crate::workers::Workers;
 use std::collections::VecDeque;
 use std::rc::Rc;
 use volary_core::ExpertId;
 use volary_data::Tokenizer;
-use volary_model::decoder::{Cache, Decoder, Input, Score, Scoring};
+use volary_model::decoder::{Decoder, Input, Score, Scoring};
 use volary_model::sampling::{Sampler, Sampling};
 
 /// A prompt to continue.
@@ -114,9 +115,8 @@ struct Active {
 /// Continues prompts with one model.
 #[derive(Debug)]
 pub struct Generator {
-    decoder: Rc<Decoder>,
+    model: Workers,
     tokenizer: Tokenizer,
-    cache: Cache,
     slots: Vec<Option<Active>>,
     waiting: VecDeque<Active>,
     submitted: u64,
@@ -126,11 +126,11 @@ impl Generator {
     /// A generator of `slots` continuations at a time.
     ///
     /// # Errors
-    /// [`Error::Model`] when the device has no memory for their keys and values.
+    /// [`Error::Model`] when the device has no memory for their keys and values; [`Error::Thread`].
     pub fn new(decoder: Rc<Decoder>, tokenizer: Tokenizer, slots: usize) -> Result<Self> {
-        let cache = decoder.cache(slots.max(1))?;
-        let slots = (0..cache.slots()).map(|_| None).collect();
-        Ok(Self { decoder, tokenizer, cache, slots, waiting: VecDeque::new(), submitted: 0 })
+        let model = Workers::start(decoder, slots)?;
+        let slots = (0..model.slots()).map(|_| None).collect();
+        Ok(Self { model, tokenizer, slots, waiting: VecDeque::new(), submitted: 0 })
     }
 
     /// Adds a request, which waits for a free slot.
@@ -142,7 +142,7 @@ impl Generator {
         if self.waiting.len() >= WAITING_REQUESTS {
             return Err(Error::Busy);
         }
-        self.decoder.check_prompt(&request.prompt)?;
+        self.model.decoder().check_prompt(&request.prompt)?;
         let id = RequestId(self.submitted);
         let vocabulary = request.sampling.vocabulary.min(self.tokenizer.vocabulary());
         self.waiting.push_back(Active {
@@ -195,7 +195,7 @@ impl Generator {
                 Some(Input { slot, tokens, scoring })
             })
             .collect();
-        let outputs = self.decoder.advance(&mut self.cache, &inputs)?;
+        let outputs = self.model.advance(&inputs)?;
         for ((slot, count), output) in parts.into_iter().zip(outputs) {
             let Some(active) = &mut self.slots[slot] else { continue };
             let tokens = active.read_tokens(count, output.scores);
@@ -251,7 +251,7 @@ impl Generator {
 
     fn release(&mut self, slot: usize) {
         self.slots[slot] = None;
-        self.cache.clear(slot);
+        self.model.clear(slot);
     }
 }
 
@@ -291,7 +291,8 @@ impl Active {
         if self.max_tokens == 0 {
             return Ok(self.piece(tokens, String::new(), Some(Finish::Length)));
         }
-        let token = self.sampler.draw(logits, &self.tokens).ok_or(volary_model::Error::NotFinite)?;
+        let (prompt, generated) = self.tokens.split_at(self.tokens.len() - self.generated);
+        let token = self.sampler.draw(logits, prompt, generated).ok_or(volary_model::Error::NotFinite)?;
         if let ReportedTokens::New(top) | ReportedTokens::All(top) = self.report {
             tokens.push(Token { id: token, score: Some(Score::by_logits(logits, token, top)) });
         }

@@ -6,6 +6,7 @@
 //! | [`text`] | from tokens to text, piece by piece; strings that end a text |
 //! | [`contamination`] | runs of words that tasks share with training text |
 //! | [`evaluation`] | tasks, their scoring, and the report |
+//! | `workers` | the model on several threads |
 //! | [`limits`] | every bound |
 //! | [`error`] | every error |
 
@@ -15,6 +16,7 @@ pub mod evaluation;
 pub mod generator;
 pub mod limits;
 pub mod text;
+mod workers;
 
 pub use error::{Error, Result};
 pub use generator::{Finish, Generator, Piece, ReportedTokens, Request, RequestId, Token};

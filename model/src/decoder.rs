@@ -153,6 +153,26 @@ impl Decoder {
         Ok(Self { architecture: a.clone(), context, device, embedding, output, norm, layers })
     }
 
+    /// The same model for another thread: the weights share their memory.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            architecture: self.architecture.clone(),
+            context: self.context,
+            device: self.device,
+            embedding: self.embedding.shallow_clone(),
+            output: self.output.shallow_clone(),
+            norm: self.norm.shallow_clone(),
+            layers: self.layers.iter().map(Layer::share).collect(),
+        }
+    }
+
+    /// Whether it computes on the CPU.
+    #[must_use]
+    pub fn is_on_cpu(&self) -> bool {
+        self.device == Device::Cpu
+    }
+
     /// The longest sequence, in tokens.
     #[must_use]
     pub fn context(&self) -> usize {
@@ -246,13 +266,19 @@ impl Decoder {
                 }
             };
         }
-        let mut start = 0;
+        // One product for the last rows of all inputs.
+        let ends = parts.iter().scan(0, |end, (_, count)| {
+            *end += *count as i64;
+            Some(*end - 1)
+        });
+        let ends = Tensor::f_from_slice(&ends.collect::<Vec<i64>>())?.f_to_device(self.device)?;
+        let last = self.logits(&x.f_index_select(0, &ends)?)?.f_to_device(Device::Cpu)?;
+        let (mut start, mut number) = (0, 0);
         let output = |input: &Input<'_>| {
             let rows = start..start + input.tokens.len();
-            start = rows.end;
-            let last = self.logits(&x.f_narrow(0, rows.end as i64 - 1, 1)?)?;
+            (start, number) = (rows.end, number + 1);
             Ok(Output {
-                logits: Vec::try_from(last.f_squeeze_dim(0)?.f_to_device(Device::Cpu)?)?,
+                logits: Vec::try_from(last.f_get(number - 1)?)?,
                 scores: self.scores(&x, rows.start, input)?,
                 experts: experts.iter().map(|chosen| chosen[rows.clone()].to_vec()).collect(),
             })
@@ -302,6 +328,14 @@ fn score_rows(logits: &Tensor, targets: &[u32], top: usize) -> Result<Vec<Score>
 }
 
 impl Layer {
+    fn share(&self) -> Self {
+        let rest = match &self.rest {
+            Rest::FeedForward(p) => Rest::FeedForward(p.each_ref().map(Tensor::shallow_clone)),
+            Rest::Mixture(mixture) => Rest::Mixture(mixture.share()),
+        };
+        Self { attention: self.attention.share(), rest }
+    }
+
     fn load(
         a: &Architecture,
         layer: LayerId,

@@ -112,6 +112,12 @@ pub fn single_thread() {
     tch::set_num_threads(1);
 }
 
+/// The number of threads that libtorch uses for calls of the calling thread.
+#[must_use]
+pub fn threads() -> u16 {
+    u16::try_from(tch::get_num_threads()).unwrap_or(1).max(1)
+}
+
 /// Makes libtorch use `count` threads for calls of the calling thread: for comparisons with plain loops.
 pub fn set_threads(count: u16) {
     tch::set_num_threads(count.into());

@@ -11,6 +11,11 @@ pub struct Sampling {
     /// Logits of tokens that occurred before are divided by it where positive, and multiplied where negative
     /// (Keskar et al., arXiv 1909.05858, section 4.1). 1 changes nothing.
     pub repetition_penalty: f64,
+    /// Subtracted from the logits of tokens that were generated before, as OpenAI's interface has it. 0
+    /// changes nothing.
+    pub presence_penalty: f64,
+    /// The same, once for each time that the token was generated.
+    pub frequency_penalty: f64,
     /// 0 takes the most likely token, 1 samples from the model's distribution.
     pub temperature: f64,
     /// Only this many of the most likely tokens are drawn; 0 for all.
@@ -29,6 +34,8 @@ impl Default for Sampling {
         Self {
             vocabulary: usize::MAX,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             temperature: 0.8,
             top_k: 0,
             top_p: 1.0,
@@ -54,14 +61,16 @@ impl Sampler {
         Self { stream: Stream::new(sampling.seed, Purpose::Generate, path), sampling }
     }
 
-    /// Draws a token from `logits` (nats) after the tokens `before`; `None` if the logits are not finite.
+    /// Draws a token from `logits` (nats) after the tokens of a prompt and those `generated` since; `None` if
+    /// the logits are not finite.
     ///
     /// Temperature 0 takes the most likely token, the first of equal ones. The limits are exact: a
     /// temperature near 0 tends to the same, and a huge one draws all tokens alike.
-    pub fn draw(&mut self, logits: &[f32], before: &[u32]) -> Option<u32> {
+    pub fn draw(&mut self, logits: &[f32], prompt: &[u32], generated: &[u32]) -> Option<u32> {
         let Sampling { temperature, vocabulary, .. } = self.sampling;
         let mut logits: Vec<f64> = logits.iter().take(vocabulary).map(|&logit| logit.into()).collect();
-        self.penalize(&mut logits, before);
+        self.penalize_repetitions(&mut logits, prompt, generated);
+        self.penalize_generated(&mut logits, generated);
         let largest = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         if !largest.is_finite() || logits.iter().any(|logit| logit.is_nan()) {
             return None;
@@ -71,27 +80,19 @@ impl Sampler {
         }
         // The difference to the largest, before the division: its exponent cannot overflow.
         let weights: Vec<f64> = logits.iter().map(|logit| ((logit - largest) / temperature).exp()).collect();
-        let candidates = self.candidates(&weights);
-        let total: f64 = candidates.iter().map(|&at| weights[at]).sum();
-        let mut left = self.stream.next_f64() * total;
-        let mut drawn = 0;
-        for at in candidates {
-            // After rounding errors, the last possible token.
-            drawn = at;
-            left -= weights[at];
-            if left < 0.0 {
-                break;
-            }
+        let uniform = self.stream.next_f64();
+        if self.sampling.top_k == 0 && self.sampling.top_p >= 1.0 {
+            return Some(drawn(uniform, &weights, (0..weights.len()).filter(|&at| weights[at] > 0.0)));
         }
-        Some(drawn as u32)
+        Some(drawn(uniform, &weights, self.candidates(&weights).into_iter()))
     }
 
-    fn penalize(&self, logits: &mut [f64], before: &[u32]) {
+    fn penalize_repetitions(&self, logits: &mut [f64], prompt: &[u32], generated: &[u32]) {
         let penalty = self.sampling.repetition_penalty;
         if penalty == 1.0 {
             return;
         }
-        let mut seen = before.to_vec();
+        let mut seen = [prompt, generated].concat();
         seen.sort_unstable();
         seen.dedup();
         for id in seen {
@@ -101,13 +102,24 @@ impl Sampler {
         }
     }
 
+    fn penalize_generated(&self, logits: &mut [f64], generated: &[u32]) {
+        let Sampling { presence_penalty, frequency_penalty, .. } = self.sampling;
+        if (presence_penalty, frequency_penalty) == (0.0, 0.0) {
+            return;
+        }
+        let mut seen = generated.to_vec();
+        seen.sort_unstable();
+        for same in seen.chunk_by(|a, b| a == b) {
+            if let Some(logit) = logits.get_mut(same[0] as usize) {
+                *logit -= presence_penalty + frequency_penalty * same.len() as f64;
+            }
+        }
+    }
+
     /// The tokens that may be drawn, by their weights: at least one.
     fn candidates(&self, weights: &[f64]) -> Vec<usize> {
         let Sampling { top_k, top_p, .. } = self.sampling;
         let mut candidates: Vec<usize> = (0..weights.len()).filter(|&at| weights[at] > 0.0).collect();
-        if top_k == 0 && top_p >= 1.0 {
-            return candidates;
-        }
         // Stable: of equal tokens, the first ones stay.
         candidates.sort_by(|&a, &b| weights[b].total_cmp(&weights[a]));
         if top_k > 0 {
@@ -126,6 +138,22 @@ impl Sampler {
     }
 }
 
+/// The token among `candidates` to which a uniform number from 0 to 1 leads, by their weights.
+fn drawn(uniform: f64, weights: &[f64], candidates: impl Iterator<Item = usize> + Clone) -> u32 {
+    let total: f64 = candidates.clone().map(|at| weights[at]).sum();
+    let mut left = uniform * total;
+    let mut drawn = 0;
+    for at in candidates {
+        // After rounding errors, the last possible token.
+        drawn = at;
+        left -= weights[at];
+        if left < 0.0 {
+            break;
+        }
+    }
+    drawn as u32
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -134,7 +162,7 @@ mod tests {
         let mut sampler = Sampler::new(Sampling { seed: 1, ..sampling });
         let mut counts = vec![0; logits.len()];
         for _ in 0..2000 {
-            counts[sampler.draw(logits, &[]).unwrap() as usize] += 1;
+            counts[sampler.draw(logits, &[], &[]).unwrap() as usize] += 1;
         }
         counts
     }
@@ -184,7 +212,7 @@ mod tests {
     #[test]
     fn tokens_that_occurred_before_become_less_likely() {
         let draw = |logits: &[f32], before: &[u32]| {
-            Sampler::new(Sampling { repetition_penalty: 2.0, ..at(0.0) }).draw(logits, before)
+            Sampler::new(Sampling { repetition_penalty: 2.0, ..at(0.0) }).draw(logits, before, &[])
         };
         assert_eq!(draw(&[1.0, 1.5, 0.0], &[]), Some(1));
         // However often: 1.5 / 2 < 1.
@@ -197,7 +225,7 @@ mod tests {
     fn the_choices_of_one_seed_differ() {
         let draws = |choice| {
             let mut sampler = Sampler::new(Sampling { choice, ..at(1.0) });
-            (0..20).map(|_| sampler.draw(&[0.0; 9], &[]).unwrap()).collect::<Vec<_>>()
+            (0..20).map(|_| sampler.draw(&[0.0; 9], &[], &[]).unwrap()).collect::<Vec<_>>()
         };
         assert_eq!(draws(1), draws(1));
         assert_ne!(draws(0), draws(1));
@@ -207,7 +235,24 @@ mod tests {
     fn a_broken_model_draws_nothing() {
         let mut sampler = Sampler::new(at(1.0));
         for logits in [vec![f32::NAN, 1.0], vec![f32::INFINITY, 1.0], vec![f32::NEG_INFINITY], vec![]] {
-            assert_eq!(sampler.draw(&logits, &[]), None, "{logits:?}");
+            assert_eq!(sampler.draw(&logits, &[], &[]), None, "{logits:?}");
         }
+    }
+
+    #[test]
+    fn generated_tokens_become_less_likely_by_presence_and_by_number() {
+        let draw = |presence_penalty, frequency_penalty, prompt: &[u32], generated: &[u32]| {
+            let sampling = Sampling { presence_penalty, frequency_penalty, ..at(0.0) };
+            Sampler::new(sampling).draw(&[3.0, 2.0, 1.0], prompt, generated).unwrap()
+        };
+        assert_eq!(draw(0.0, 0.0, &[], &[0, 0, 1]), 0);
+        // The prompt does not count.
+        assert_eq!(draw(2.0, 2.0, &[0, 0], &[]), 0);
+        assert_eq!(draw(1.5, 0.0, &[], &[0, 0]), 1);
+        // Once per token: 3 - 2 * 0.9 is below 2, 3 - 0.9 above it.
+        assert_eq!((draw(0.0, 0.9, &[], &[0]), draw(0.0, 0.9, &[], &[0, 0])), (0, 1));
+        assert_eq!(draw(1.5, 0.0, &[], &[0, 1]), 0);
+        // A negative one rewards.
+        assert_eq!(draw(-1.5, 0.0, &[], &[1]), 1);
     }
 }

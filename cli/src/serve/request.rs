@@ -117,13 +117,6 @@ impl Body {
         if self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()) {
             return Err(ApiError::parameter("suffix", "is not supported"));
         }
-        for (name, value) in
-            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
-        {
-            if value.is_some_and(|value| value != 0.0) {
-                return Err(ApiError::parameter(name, "is not supported: try repetition_penalty"));
-            }
-        }
         let logprobs = self.logprobs.map(|top| in_range("logprobs", top, 0, LOGPROBS_MAX)).transpose()?;
         let echo = self.echo.unwrap_or(false);
         let report = match (logprobs, echo) {
@@ -195,6 +188,8 @@ impl Body {
             temperature: number("temperature", self.temperature, 1.0, 0.0, 1e6)?,
             top_p: number("top_p", self.top_p, 1.0, 0.0, 1.0)?,
             repetition_penalty: number("repetition_penalty", self.repetition_penalty, 1.0, 1e-6, 1e6)?,
+            presence_penalty: number("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?,
+            frequency_penalty: number("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?,
             // Other servers write -1 for all tokens.
             top_k: usize::try_from(self.top_k.unwrap_or(0)).unwrap_or(0),
             seed: self.seed.map_or(seed, |seed| seed as u64),

@@ -36,6 +36,8 @@ struct Together {
     rows: Option<Tensor>,
     /// Their slots: `[sequences]`, i64.
     slots: Tensor,
+    /// The number of sequences, if they are in the first slots in order: their keys need no copy then.
+    first: Option<i64>,
     /// The rows of their new tokens in their slots: `[sequences]`, i64.
     places: Tensor,
     /// The keys that any of them attends to.
@@ -146,6 +148,11 @@ impl Together {
         Ok(Self {
             rows: if are_all { None } else { Some(numbers(&|single| single.0)?) },
             slots: numbers(&|single| single.1)?,
+            first: singles
+                .iter()
+                .enumerate()
+                .all(|(at, single)| at == single.1)
+                .then_some(singles.len() as i64),
             places: numbers(&|single| single.2 % context)?,
             keys: keys as i64,
             distances,
@@ -164,7 +171,10 @@ impl Together {
         let [mut keys, mut values] = [layer.keys.shallow_clone(), layer.values.shallow_clone()];
         let _ = keys.f_index_put_(&place, k, false)?;
         let _ = values.f_index_put_(&place, v, false)?;
-        let gather = |all: &Tensor| all.f_narrow(2, 0, self.keys)?.f_index_select(0, &self.slots);
+        let gather = |all: &Tensor| match self.first {
+            Some(count) => all.f_narrow(0, 0, count)?.f_narrow(2, 0, self.keys),
+            None => all.f_narrow(2, 0, self.keys)?.f_index_select(0, &self.slots),
+        };
         let bias = self.distances.bias(by_position)?.f_unsqueeze(2)?;
         mix(&q.f_unsqueeze(2)?, &gather(&keys)?, &gather(&values)?, &bias)?
             .f_squeeze_dim(2)
@@ -204,6 +214,19 @@ fn mix(q: &Tensor, keys: &Tensor, values: &Tensor, bias: &Tensor) -> Result<Tens
 }
 
 impl Attention {
+    /// The same layer for another thread.
+    pub(super) fn share(&self) -> Self {
+        let by_position = match &self.by_position {
+            ByPosition::Bias(bias) => ByPosition::Bias(bias.shallow_clone()),
+            ByPosition::Turned { query_norm, key_norm } => ByPosition::Turned {
+                query_norm: query_norm.shallow_clone(),
+                key_norm: key_norm.shallow_clone(),
+            },
+        };
+        let (norm, qkv) = (self.norm.shallow_clone(), self.qkv.shallow_clone());
+        Self { norm, qkv, output: self.output.shallow_clone(), by_position }
+    }
+
     /// The number of its tensors, the first ones of a dense shard.
     pub(super) fn tensors(a: &Architecture) -> usize {
         3 + ByPosition::<Tensor>::count(a)

@@ -19,6 +19,16 @@ pub(super) struct Mixture {
 }
 
 impl Mixture {
+    /// The same layer for another thread.
+    pub(super) fn share(&self) -> Self {
+        let shared = |expert: &Vec<Tensor>| expert.iter().map(Tensor::shallow_clone).collect();
+        Self {
+            norm: self.norm.shallow_clone(),
+            gate: self.gate.shallow_clone(),
+            experts: self.experts.iter().map(shared).collect(),
+        }
+    }
+
     /// The layer with the residual, `[rows, hidden]` to the same shape, and the two experts of each row.
     pub(super) fn forward(&self, a: &Architecture, x: &Tensor) -> Result<(Tensor, Vec<[ExpertId; TOP_K]>)> {
         let gate = Gate::forward(a.family, x, &self.norm, &self.gate)?;
