@@ -85,8 +85,8 @@ impl Target {
     }
 
     pub(crate) fn exporter(self, resource: &Resource) -> Option<opentelemetry_otlp::SpanExporter> {
-        // The HTTP client takes the process's provider of cryptography, also for addresses without TLS; another
-        // one may be set already.
+        // The HTTP client takes the process's provider of cryptography, also for addresses without TLS;
+        // another one may be set already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let built = match self.protocol {
             OtlpProtocol::Grpc => {
