@@ -163,7 +163,7 @@ fn a_run_whose_disk_is_gone_resumes_from_the_bucket_with_the_same_bits() {
     assert_eq!(elsewhere.digest("found"), world.digest("whole"));
     assert_eq!(files(&one.join("checkpoints")).last().map(String::as_str), Some("step-00000012.json"));
 
-    // A run that begins anew must not replace what is there, nor another one.
+    // A run that starts over must not replace what is there, and neither must another run.
     for (more, part) in [
         ("--set=run.name=\"tiny\"", "it has a checkpoint of step 12"),
         ("--set=run.seed=9", "run tiny with other options"),
@@ -193,6 +193,9 @@ fn a_bucket_that_refuses_stops_a_start_and_never_a_run() {
     assert!(!ok && said.contains("s3://nowhere/one"), "{said}");
     let (ok, said) = server.train(&world, &["--set=checkpoint.store=\"runs/one\"", "--dir=runs/wrong"]);
     assert!(!ok && said.contains("\"runs/one\": expected s3://"), "{said}");
+
+    let (ok, said) = server.train(&world, &["--set=checkpoint.store=\"http://h/one\"", "--dir=runs/read"]);
+    assert!(!ok && said.contains("http://h/one: it can only be read"), "{said}");
 
     // It works at the start, and refuses from then on: the run goes on without copies, and says so.
     server.trouble.refuses_blobs.store(true, Ordering::SeqCst);

@@ -1,7 +1,7 @@
 //! A model on several threads: each takes the new tokens of some of the sequences.
 //!
 //! The kernels of a token are too small to be shared by threads, and the sequences of a pass are independent.
-//! So every thread has a cache of its own, for every so-manieth slot, and computes with one thread of
+//! So every thread has a cache of its own, for every n-th slot of n threads, and computes with one thread of
 //! libtorch; a pass in which only one has work gives it all of them.
 
 use crate::error::{Error, Result};
@@ -93,22 +93,23 @@ impl Workers {
             };
             parts[input.slot % self.workers.len()].push(part);
         }
-        let busy = parts.iter().filter(|parts| !parts.is_empty()).count();
-        let threads = if busy == 1 { self.workers.len() as u16 } else { 1 };
-        let mut waited = Vec::new();
-        for (worker, parts) in self.workers.iter().zip(parts) {
+        let count = parts.iter().filter(|parts| !parts.is_empty()).count();
+        let threads = if count == 1 { self.workers.len() as u16 } else { 1 };
+        let begin = |(worker, parts): (&Worker, Vec<Part>)| {
             let has_work = !parts.is_empty();
-            waited.push(has_work);
-            if has_work && !worker.send(Job::Advance(parts, threads)) {
-                return Err(Error::ThreadEnded);
-            }
-        }
-        let mut results = Vec::new();
-        for (worker, waited) in self.workers.iter().zip(waited) {
-            let result =
-                if waited { worker.results.recv().map_err(|_| Error::ThreadEnded)?? } else { Vec::new() };
-            results.push(result.into_iter());
-        }
+            // A thread that has ended is noticed when its result is missing.
+            let _ = has_work && worker.send(Job::Advance(parts, threads));
+            has_work
+        };
+        let busy: Vec<bool> = self.workers.iter().zip(parts).map(begin).collect();
+        // All of them, before the first error is told: a result must not wait for the next pass.
+        let result = |(worker, busy): (&Worker, bool)| match busy {
+            true => worker.results.recv().map_err(|_| Error::ThreadEnded)?.map_err(Error::from),
+            false => Ok(Vec::new()),
+        };
+        let results: Vec<Result<Vec<Output>>> = self.workers.iter().zip(busy).map(result).collect();
+        let results = results.into_iter().collect::<Result<Vec<_>>>()?;
+        let mut results: Vec<_> = results.into_iter().map(Vec::into_iter).collect();
         let next = |input: &Input<'_>| results[input.slot % self.workers.len()].next();
         inputs.iter().map(next).collect::<Option<Vec<_>>>().ok_or(Error::ThreadEnded)
     }
@@ -136,7 +137,7 @@ impl Drop for Worker {
     }
 }
 
-/// A thread's work, until there is none to come or nobody hears the results.
+/// The loop of one thread. It ends when one of its channels is closed.
 fn work(
     decoder: &Decoder,
     mut cache: Cache,

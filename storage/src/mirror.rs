@@ -21,7 +21,7 @@ use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use volary_core::{Digest, Step};
-use volary_objects::ObjectFolder;
+use volary_objects::{Location, ObjectFolder};
 
 const RUN: &str = "run.json";
 const CONFIG: &str = "config.toml";
@@ -50,11 +50,15 @@ impl Mirror {
     /// The folder of this run: it is claimed where it is new.
     ///
     /// # Errors
-    /// [`Error::MirrorTaken`] when it is another run's, or has later checkpoints than the run directory;
+    /// [`Error::MirrorTaken`] when it can only be read, is another run's, or has later checkpoints than the run
+    /// directory;
     /// [`Error::Objects`] when the store refuses or cannot be reached.
     pub async fn open(address: &str, dir: &RunDir, run: &RunIdentity) -> Result<Self> {
         let folder = ObjectFolder::open(address)?;
         let taken = |reason: String| Error::MirrorTaken { folder: folder.to_string(), reason };
+        if !Location::parse(address)?.is_writable() {
+            return Err(taken("it can only be read".into()));
+        }
         match folder.get(RUN, SMALL_OBJECT_BYTES_MAX).await {
             Ok(bytes) => {
                 let found: Option<RunIdentity> = serde_json::from_slice(&bytes).ok();

@@ -23,7 +23,7 @@ const SEQUENCE_LENGTH: u64 = 512;
 /// Begin a run with a model from another program.
 #[derive(clap::Args)]
 #[command(after_help = "\
-The run's step 0 has the model's weights; the optimizer starts anew. The model's shape and tokenizer are those of the
+Step 0 of the run has the model's weights, with a new optimizer state. The model's shape and tokenizer come from the
 folder: the configuration has neither. `volary generate`, `eval` and `serve` can use the run at once.
 
 Examples:
