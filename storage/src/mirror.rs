@@ -50,8 +50,8 @@ impl Mirror {
     /// The folder of this run: it is claimed where it is new.
     ///
     /// # Errors
-    /// [`Error::MirrorTaken`] when it can only be read, is another run's, or has later checkpoints than the run
-    /// directory;
+    /// [`Error::MirrorTaken`] when it can only be read, is another run's, or has later checkpoints than the
+    /// run directory;
     /// [`Error::Objects`] when the store refuses or cannot be reached.
     pub async fn open(address: &str, dir: &RunDir, run: &RunIdentity) -> Result<Self> {
         let folder = ObjectFolder::open(address)?;
